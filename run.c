@@ -1,0 +1,2949 @@
+/* run.c - a language model in one C file.
+ *
+ * A language model is two files: this program and its parameters. Given the tokens of a text so far,
+ * the model gives every token of its vocabulary a score (a logit) for being the next one. We turn
+ * the scores into probabilities, draw a token, append it, and ask again. That is all it does.
+ *
+ *     Part 1  The model         checkpoint, mathematics, KV cache, forward, sampler
+ *     Part 2  The tokenizer     text <-> tokens
+ *     Part 3  Speed             the same mathematics for SIMD units and threads: same bits, sooner
+ *     Part 4  What to do with it   the modes: generate, tokenize, logits, eval, check, bench
+ *     Part 5  The command line
+ *
+ * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
+ * whatever the thread count, the cutting into batches, the instruction set, the compiler. Every sum
+ * has a fixed order, multiplications and additions are never fused (SSE2 has no fused operation, and
+ * Zen 4 does one multiply and one add per cycle in the time of one fused operation), and functions
+ * such as exp are written here from basic operations, since C libraries differ in their last bits.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE  // MAP_ANONYMOUS, MAP_NORESERVE, madvise
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define VERSION "1.0"
+
+#if defined __FAST_MATH__ || FLT_EVAL_METHOD != 0
+#error "run.c needs IEEE float32 arithmetic: no -ffast-math; on 32-bit x86 add -msse2 -mfpmath=sse"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "run.c reads little-endian files in place: this machine is big-endian"
+#endif
+
+// =================================================================================================
+// Part 1. The model
+// =================================================================================================
+
+// ---- Errors and memory: one line on stderr says what, where and what to do; the exit status is 1.
+
+static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("run: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(1);
+}
+
+// realloc that does not return NULL; count * size is checked against overflow.
+static void *resize(void *old, size_t count, size_t size) {
+    if (size && count > SIZE_MAX / 2 / size) die("out of memory: %zu x %zu bytes", count, size);
+    void *p = realloc(old, count && size ? count * size : 1);
+    if (!p) die("out of memory: cannot get %zu bytes", count * size);
+    return p;
+}
+
+// Zeroed memory that is not touched before it is used, so that it costs nothing until then.
+static void *reserve(size_t bytes, const char *what) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *p = mmap(NULL, bytes + !bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (p == MAP_FAILED) die("out of memory: %zu MiB for %s", bytes >> 20, what);
+    return p;
+}
+
+// ---- Numbers. Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere.
+
+static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+// Half precision to float: exponent and mantissa move over, a product with 2^112 mends the exponent
+// (and makes subnormal halves normal); infinity and NaN keep an exponent of all ones.
+static inline float half_to_float(uint16_t h) {
+    float x = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    return float_of(bits_of(x) | special | (uint32_t)(h & 0x8000) << 16);
+}
+
+// Float to half precision, to nearest even, saturating at 65504 (NaN becomes 65504).
+static inline uint16_t float_to_half(float x) {
+    x = x < 65504.0f ? x : 65504.0f;
+    x = x > -65504.0f ? x : -65504.0f;
+    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    if (a < 0x38800000)  // below 2^-14 halves are multiples of 2^-24: adding 0.5 rounds to them
+        return (uint16_t)(sign | (bits_of(float_of(a) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13);
+}
+
+// e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial.
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return float_of(bits_of(p) + ((bits_of(shifted) - 0x4b400000u) << 23));
+}
+
+// e^x in double for |x| < 700: (e^(x/1024))^1024 with a short Taylor series.
+static double exp_double(double x) {
+    double y = x / 1024, term = 1, sum = 1;
+    for (int i = 1; i < 14; i++) sum += term *= y / i;
+    for (int i = 0; i < 10; i++) sum *= sum;
+    return sum;
+}
+
+// Natural logarithm of x > 0: x = 2^e m, ln m = 2 artanh((m - 1) / (m + 1)).
+static double log_(double x) {
+    int e;
+    double m = frexp(x, &e);
+    if (m < 0.70710678118654752) m *= 2, e--;
+    double f = (m - 1) / (m + 1), f2 = f * f, sum = 0;
+    for (int i = 21; i > 0; i -= 2) sum = sum * f2 + 1.0 / i;
+    return 2 * f * sum + e * 0.69314718055994531;
+}
+
+// Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant.
+static void cos_sin(double x, float *cosine, float *sine) {
+    double k = x * 0.63661977236758134 + 6755399441055744.0 - 6755399441055744.0;
+    double r = x - k * 1.57079632673412561417 - k * 6.07710050650619224932e-11, r2 = r * r;
+    double s = 0, c = 0;
+    for (int i = 15; i > 1; i -= 2) s = (s + 1) * -r2 / (i * (i - 1));
+    for (int i = 16; i > 1; i -= 2) c = (c + 1) * -r2 / (i * (i - 1));
+    s = r * (s + 1), c = c + 1;
+    int quadrant = (int)((int64_t)k & 3);
+    *cosine = (float)(quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s);
+    *sine = (float)(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c);
+}
+
+// 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first` is
+// the place of the first word: a hash over pieces is the sum of the pieces' sums.
+static uint64_t mix64(uint64_t z) {
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+static uint64_t hash_words(const void *data, size_t bytes, uint64_t first) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < bytes; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)data + i, bytes - i < 8 ? bytes - i : 8);
+        sum += mix64(word + (first + i / 8 + 1) * 0x9E3779B97F4A7C15u);
+    }
+    return sum;
+}
+static uint64_t hash64(const void *data, size_t bytes) {
+    return mix64(bytes) + hash_words(data, bytes, 0);
+}
+
+// ---- The checkpoint: the parameters as they lie in the file, which is mapped into memory.
+
+// How a matrix is stored. ROWS is plain float32, row by row (vectors, and llama2.c's files). All
+// others come in panels of 16 rows, so that 16 rows can be summed side by side, each in column order.
+// The quantized ones are cut into blocks of 32 columns that share a half-precision scale:
+enum {
+    ROWS,   // float32 [rows][cols]
+    F32,    // float32 [panel][cols][16]
+    BF16,   // upper half of a float32, [panel][cols/2][16][2]
+    Q8,     // w = scale * q, q = -127..127
+    Q4,     // w = scale * (q - 8), q = 0..15
+    Q4A,    // w = scale * q + minimum, q = 0..15
+    BYTES,  // not a matrix: bytes
+    N_DTYPES
+};
+
+typedef struct {
+    int dtype, rows, cols;
+    const uint8_t *data;
+} Matrix;  // y = W x: y[r] = sum over c of w[r][c] * x[c]
+
+typedef struct {             // the first 256 bytes of a version 3 checkpoint
+    uint32_t magic;          // 0x616b3432, "ak42" as in llama2.c
+    int32_t version;         // 3
+    int32_t dim;             // width of the residual stream
+    int32_t hidden_dim;      // width of the feed-forward layer
+    int32_t n_layers;
+    int32_t n_heads;         // query heads
+    int32_t n_kv_heads;      // key/value heads; n_heads / n_kv_heads query heads share one
+    int32_t vocab_size;
+    int32_t seq_len;         // longest context the model was made for
+    int32_t head_dim;        // width of a head
+    float norm_eps;
+    uint32_t flags;          // below
+    int32_t activation;      // 0 SiLU, 1 GELU (tanh form)
+    float embed_scale;       // the embedding is multiplied by it
+    float attn_scale;        // query times key is multiplied by it: 1 / sqrt(head_dim)
+    int32_t sliding_window;  // local layers see this many positions, themselves included; 0: all
+    uint8_t local_layers[32];      // bit l: layer l is local
+    uint64_t tokenizer_hash;       // fingerprint of the tokenizer; 0: none
+    uint64_t content_hash;         // of the whole file, with both hashes taken as zero
+    uint64_t file_size;
+    uint32_t dtype, n_tensors;
+    uint8_t zero[48];
+    char name[64];
+    uint8_t zero2[8];
+    uint64_t header_hash;    // of header and directory, with both hashes taken as zero
+} Config;
+_Static_assert(sizeof(Config) == 256, "the checkpoint's header has 256 bytes");
+enum { TIED_EMBEDDING = 1, QKV_BIAS = 2, QK_NORM = 4, SANDWICH_NORM = 8, LOCAL_ROPE = 16 };
+enum { MAX_LAYERS = 256 };
+
+typedef struct {
+    uint32_t dtype, rows, cols, zero;
+    uint64_t offset, bytes;
+} Entry;  // the directory behind the header: one entry for each tensor
+
+typedef struct {
+    Matrix attn_norm;       // (dim)
+    Matrix wq;              // (n_heads * head_dim, dim)
+    Matrix wk, wv;          // (n_kv_heads * head_dim, dim)
+    Matrix bq, bk, bv;      // biases of the three, where the family has them (Qwen2)
+    Matrix q_norm, k_norm;  // (head_dim), where the family has them (Qwen3, Gemma 3)
+    Matrix wo;              // (dim, n_heads * head_dim)
+    Matrix post_attn_norm;  // (dim), where the family has it (Gemma 3)
+    Matrix ffn_norm;        // (dim)
+    Matrix w_gate, w_up;    // (hidden_dim, dim)
+    Matrix w_down;          // (dim, hidden_dim)
+    Matrix post_ffn_norm;   // (dim), where the family has it
+} Layer;
+
+typedef struct {
+    Config c;
+    Matrix rope_freqs[2];    // (head_dim / 2) inverse frequencies of global and of local layers
+    Matrix token_embedding;  // (vocab_size, dim)
+    Layer *layers;           // (n_layers)
+    Matrix final_norm;       // (dim)
+    Matrix classifier;       // (vocab_size, dim); the token embedding again where they are tied
+    Matrix check_ids, check_norms, check_logits, check_cases;  // reference values for -m check
+    const char *path;
+    const uint8_t *file;     // the mapped file
+    size_t file_size;
+    float *own_freqs;        // inverse frequencies of llama2.c's files, which do not hold them
+} Model;
+
+static const float *vec(const Matrix *w) { return (const float *)(const void *)w->data; }
+static bool is_local(const Config *c, int layer) {
+    return c->sliding_window && c->local_layers[layer / 8] >> layer % 8 & 1;
+}
+
+// Bytes of one panel of 16 rows, for F32 to Q4A.
+static size_t panel_bytes(int dtype, int cols) {
+    size_t n = (size_t)cols, blocks = (n + 31) / 32, scales = (blocks * 32 + 63) / 64 * 64;
+    return dtype == F32 ? n * 64 : dtype == BF16 ? (n + 1) / 2 * 64
+         : dtype == Q8 ? scales + blocks * 512 : dtype == Q4 ? scales + blocks * 256 : blocks * 320;
+}
+static size_t matrix_bytes(int dtype, int rows, int cols) {
+    if (dtype == BYTES) return (size_t)cols;
+    if (dtype == ROWS) return (size_t)rows * (size_t)cols * 4;
+    return ((size_t)rows + 15) / 16 * panel_bytes(dtype, cols);
+}
+
+// Maps a file for reading. A missing, unreadable or empty one ends the program.
+static const uint8_t *map_file(const char *path, size_t *size) {
+    int fd = open(path, O_RDONLY);
+    struct stat st;
+    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
+    if (fstat(fd, &st)) die("cannot read %s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s is not a file", path);
+    if (st.st_size <= 0) die("%s is empty", path);
+    if ((uint64_t)st.st_size > SIZE_MAX / 2) die("%s is too large for this machine", path);
+    *size = (size_t)st.st_size;
+    void *data = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (data == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
+    close(fd);
+    return data;
+}
+
+// Ends the program unless every size is in a range in which nothing below can overflow.
+static void check_config(const Config *c, const char *path) {
+    struct { const char *name; long value, low, high; } limits[] = {
+        {"dim", c->dim, 1, 1 << 20}, {"hidden_dim", c->hidden_dim, 1, 1 << 20},
+        {"n_layers", c->n_layers, 1, MAX_LAYERS}, {"n_heads", c->n_heads, 1, 1 << 14},
+        {"n_kv_heads", c->n_kv_heads, 1, 1 << 14}, {"vocab_size", c->vocab_size, 1, 1 << 24},
+        {"seq_len", c->seq_len, 1, 1 << 24}, {"head_dim", c->head_dim, 2, 1 << 14},
+        {"activation", c->activation, 0, 1}, {"sliding_window", c->sliding_window, 0, 1 << 24},
+    };
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+        if (limits[i].value < limits[i].low || limits[i].value > limits[i].high)
+            die("%s: not a checkpoint, or a damaged one: %s = %ld in its header",
+                path, limits[i].name, limits[i].value);
+    if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || c->n_heads * c->head_dim > 1 << 20)
+        die("%s: damaged: its header has %d query heads, %d key/value heads of size %d",
+            path, c->n_heads, c->n_kv_heads, c->head_dim);
+}
+
+// The next matrix of one of llama2.c's files, which are float32 row by row without any names.
+static Matrix next_rows(const uint8_t **p, int rows, int cols) {
+    Matrix w = {ROWS, rows, cols, *p};
+    *p += matrix_bytes(ROWS, rows, cols);
+    return w;
+}
+
+// llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1.
+static void load_llama2c(Model *m, bool v1) {
+    Config *c = &m->c;
+    int32_t h[7];
+    size_t start = v1 ? 256 : 28;
+    if (m->file_size < start) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
+    memcpy(h, m->file + (v1 ? 8 : 0), sizeof h);
+    bool tied = v1 ? m->file[36] != 0 : h[5] > 0;
+    if (h[3] < 1 || h[0] % h[3] || h[5] == INT32_MIN || (v1 && h[5] < 1))
+        die("%s: not a checkpoint, or a damaged one: dim = %d, n_heads = %d, vocab_size = %d",
+            m->path, h[0], h[3], h[5]);
+    *c = (Config){.version = v1, .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3],
+                  .n_kv_heads = h[4], .vocab_size = abs(h[5]), .seq_len = h[6],
+                  .head_dim = h[0] / h[3], .norm_eps = 1e-5f, .flags = tied, .embed_scale = 1};
+    check_config(c, m->path);
+    c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
+    int dim = c->dim, hidden = c->hidden_dim, kv_dim = c->n_kv_heads * c->head_dim, n = c->n_layers;
+    uint64_t floats = (uint64_t)dim * (uint64_t)c->vocab_size * (tied ? 1 : 2) + (uint64_t)dim +
+        (uint64_t)n * (uint64_t)dim * (2 + 2 * (uint64_t)dim + 2 * (uint64_t)kv_dim +
+                                       3 * (uint64_t)hidden);
+    if (!v1) floats += (uint64_t)c->seq_len * (uint64_t)c->head_dim;  // once RoPE tables, now unused
+    if (m->file_size != start + 4 * floats)
+        die("%s is %s: its header asks for %llu bytes, it has %zu", m->path,
+            m->file_size < start + 4 * floats ? "truncated, or not a checkpoint" : "too long",
+            (unsigned long long)(start + 4 * floats), m->file_size);
+
+    m->layers = resize(NULL, (size_t)n, sizeof *m->layers);
+    memset(m->layers, 0, (size_t)n * sizeof *m->layers);
+    const uint8_t *p = m->file + start;
+    if (!v1) m->token_embedding = next_rows(&p, c->vocab_size, dim);
+    for (int l = 0; l < n; l++) m->layers[l].attn_norm = next_rows(&p, 1, dim);
+    if (v1) {
+        for (int l = 0; l < n; l++) m->layers[l].ffn_norm = next_rows(&p, 1, dim);
+        m->final_norm = next_rows(&p, 1, dim);
+        m->token_embedding = next_rows(&p, c->vocab_size, dim);
+    }
+    for (int l = 0; l < n; l++) m->layers[l].wq = next_rows(&p, dim, dim);
+    for (int l = 0; l < n; l++) m->layers[l].wk = next_rows(&p, kv_dim, dim);
+    for (int l = 0; l < n; l++) m->layers[l].wv = next_rows(&p, kv_dim, dim);
+    for (int l = 0; l < n; l++) m->layers[l].wo = next_rows(&p, dim, dim);
+    for (int l = 0; l < n && !v1; l++) m->layers[l].ffn_norm = next_rows(&p, 1, dim);
+    for (int l = 0; l < n; l++) m->layers[l].w_gate = next_rows(&p, hidden, dim);
+    for (int l = 0; l < n; l++) m->layers[l].w_down = next_rows(&p, dim, hidden);
+    for (int l = 0; l < n; l++) m->layers[l].w_up = next_rows(&p, hidden, dim);
+    if (!v1) {
+        m->final_norm = next_rows(&p, 1, dim);
+        p += (size_t)c->seq_len * (size_t)c->head_dim * 4;
+    }
+    m->classifier = tied ? m->token_embedding : next_rows(&p, c->vocab_size, dim);
+
+    int half = c->head_dim / 2;
+    m->own_freqs = resize(NULL, (size_t)half, sizeof(float));
+    for (int i = 0; i < half; i++)
+        m->own_freqs[i] = (float)exp_double(-9.21034037197618274 * i / half);  // 10000^(-i/half)
+    m->rope_freqs[0] = m->rope_freqs[1] =
+        (Matrix){ROWS, 1, half, (const uint8_t *)(const void *)m->own_freqs};
+}
+
+// The next tensor of the directory, which must have the shape that the header implies. `kind` is ROWS
+// for a vector, BYTES for bytes (of any number), F32 for a matrix of any matrix dtype.
+static Matrix next_tensor(const Model *m, size_t *next, const char *name, int kind, int rows,
+                          int cols) {
+    Entry e;
+    memcpy(&e, m->file + sizeof(Config) + *next * sizeof e, sizeof e);
+    bool right = kind == F32 ? e.dtype >= F32 && e.dtype <= Q4A : e.dtype == (uint32_t)kind;
+    if (kind == BYTES && e.cols <= INT_MAX) cols = (int)e.cols;
+    if (++*next > m->c.n_tensors || !right || e.rows != (uint32_t)rows || e.cols != (uint32_t)cols ||
+        e.bytes != matrix_bytes((int)e.dtype, rows, cols) || e.offset % 64 ||
+        e.offset > m->file_size || e.bytes > m->file_size - e.offset)
+        die("%s: damaged: tensor %zu of its directory is not a %s of %d x %d", m->path, *next - 1,
+            name, rows, cols);
+    return (Matrix){(int)e.dtype, rows, cols, m->file + e.offset};
+}
+
+static void load_v3(Model *m) {
+    Config *c = &m->c;
+    if (m->file_size < sizeof *c) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
+    memcpy(c, m->file, sizeof *c);
+    if (c->file_size != m->file_size)
+        die("%s is %s: its header says %llu bytes, it has %zu", m->path,
+            c->file_size > m->file_size ? "truncated" : "damaged or too long",
+            (unsigned long long)c->file_size, m->file_size);
+    if (c->n_tensors > 20 * MAX_LAYERS || sizeof *c + c->n_tensors * sizeof(Entry) > m->file_size)
+        die("%s: damaged: its header has %u tensors", m->path, c->n_tensors);
+    Config blank = *c;
+    blank.content_hash = blank.header_hash = 0;
+    size_t directory = c->n_tensors * sizeof(Entry);
+    if (mix64(sizeof blank + directory) + hash_words(&blank, sizeof blank, 0) +
+        hash_words(m->file + sizeof blank, directory, sizeof blank / 8) != c->header_hash)
+        die("%s: damaged: its header does not have the hash that it states", m->path);
+    check_config(c, m->path);
+    c->name[sizeof c->name - 1] = 0;
+
+    size_t next = 0;
+    int dim = c->dim, hidden = c->hidden_dim, head = c->head_dim;
+    int q_dim = c->n_heads * head, kv_dim = c->n_kv_heads * head;
+#define TENSOR(kind, field, rows, cols) m->field = next_tensor(m, &next, #field, kind, rows, cols)
+    TENSOR(ROWS, rope_freqs[0], 1, head / 2);
+    m->rope_freqs[1] = m->rope_freqs[0];
+    if (c->flags & LOCAL_ROPE) TENSOR(ROWS, rope_freqs[1], 1, head / 2);
+    TENSOR(F32, token_embedding, c->vocab_size, dim);
+    m->layers = resize(NULL, (size_t)c->n_layers, sizeof *m->layers);
+    memset(m->layers, 0, (size_t)c->n_layers * sizeof *m->layers);
+    for (int l = 0; l < c->n_layers; l++) {
+        TENSOR(ROWS, layers[l].attn_norm, 1, dim);
+        TENSOR(F32, layers[l].wq, q_dim, dim);
+        TENSOR(F32, layers[l].wk, kv_dim, dim);
+        TENSOR(F32, layers[l].wv, kv_dim, dim);
+        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bq, 1, q_dim);
+        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bk, 1, kv_dim);
+        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bv, 1, kv_dim);
+        if (c->flags & QK_NORM) TENSOR(ROWS, layers[l].q_norm, 1, head);
+        if (c->flags & QK_NORM) TENSOR(ROWS, layers[l].k_norm, 1, head);
+        TENSOR(F32, layers[l].wo, dim, q_dim);
+        if (c->flags & SANDWICH_NORM) TENSOR(ROWS, layers[l].post_attn_norm, 1, dim);
+        TENSOR(ROWS, layers[l].ffn_norm, 1, dim);
+        TENSOR(F32, layers[l].w_gate, hidden, dim);
+        TENSOR(F32, layers[l].w_up, hidden, dim);
+        TENSOR(F32, layers[l].w_down, dim, hidden);
+        if (c->flags & SANDWICH_NORM) TENSOR(ROWS, layers[l].post_ffn_norm, 1, dim);
+    }
+    TENSOR(ROWS, final_norm, 1, dim);
+    m->classifier = m->token_embedding;
+    if (!(c->flags & TIED_EMBEDDING)) TENSOR(F32, classifier, c->vocab_size, dim);
+    TENSOR(BYTES, check_ids, 1, 0);
+    TENSOR(ROWS, check_norms, 1, c->n_layers + 1);
+    TENSOR(ROWS, check_logits, 1, c->vocab_size);
+    TENSOR(BYTES, check_cases, 1, 0);
+#undef TENSOR
+}
+
+// Opens a checkpoint of any version, told apart by its first bytes. Errors end the program.
+static void load_model(Model *m, const char *path) {
+    *m = (Model){.path = path};
+    m->file = map_file(path, &m->file_size);
+    uint32_t first[2] = {0, 0};
+    memcpy(first, m->file, m->file_size < 8 ? m->file_size : 8);
+    if (first[0] != 0x616b3432) load_llama2c(m, false);
+    else if (first[1] == 1) load_llama2c(m, true);
+    else if (first[1] == 2) die("%s is a version 2 file of llama2.c: convert it with "
+                                "`python3 export.py %s model.bin`", path, path);
+    else if (first[1] == 3) load_v3(m);
+    else die("%s: version %u is unknown; this program reads versions 0, 1 and 3", path, first[1]);
+}
+
+static void free_model(Model *m) {
+    munmap((void *)(uintptr_t)m->file, m->file_size);
+    free(m->layers);
+    free(m->own_freqs);
+    *m = (Model){0};
+}
+
+// ---- The KV cache: the keys and values of all positions so far. A token's key and value depend on
+// the tokens before it only, so they are computed once and kept; a new token looks at them all.
+
+enum { CHUNK = 256 };  // positions that lie together; keys are transposed in blocks of 16 positions
+
+// One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which reads
+// the positions before from[s] from the trunk, and stores only its own.
+typedef struct {
+    const Model *m;
+    int n_seqs, ctx;      // ctx: positions of the trunk
+    bool wide;            // float32 (for float32 checkpoints), else half precision
+    int *from;            // (n_seqs)
+    size_t k_bytes;       // keys of a chunk of one head: [CHUNK / 16][head_dim][16]
+    size_t head_bytes;    // ... and its values: [CHUNK][head_dim rounded up to 16]
+    size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
+    size_t branch;        // offset of the first branch
+    size_t branch_bytes;
+    uint8_t *data;
+    size_t bytes;
+    struct State *state;  // activations of forward
+    bool plain;           // compute with the plain functions of part 1 even where part 3 has faster ones
+    void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
+    void *observer;       // called by forward, when set, with the values of each stage
+} Cache;
+
+static int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// The chunk that holds a position of a sequence, for one layer and key/value head. *in_chunk is the
+// position's place in it. A branch's storage starts at from[s] rounded down to a block of 16.
+static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *in_chunk) {
+    uint8_t *base = kv->data;
+    if (seq > 0 && pos >= kv->from[seq]) {
+        base += kv->branch + (size_t)(seq - 1) * kv->branch_bytes;
+        pos -= kv->from[seq] & ~15;
+    }
+    *in_chunk = pos % CHUNK;
+    return base + (size_t)(pos / CHUNK) * kv->chunk_bytes +
+           ((size_t)layer * (size_t)kv->m->c.n_kv_heads + (size_t)head) * kv->head_bytes;
+}
+// Element numbers, within the chunk, of a position's key (its dimension d is 16 * d further) and value.
+static size_t key_at(const Cache *kv, int in_chunk) {
+    return (size_t)(in_chunk / 16 * kv->m->c.head_dim * 16 + in_chunk % 16);
+}
+static size_t value_at(const Cache *kv, int in_chunk) {
+    return (size_t)in_chunk * (size_t)round_up(kv->m->c.head_dim, 16);
+}
+static float cache_get(const Cache *kv, const uint8_t *p, size_t i) {
+    return kv->wide ? ((const float *)(const void *)p)[i]
+                    : half_to_float(((const uint16_t *)(const void *)p)[i]);
+}
+static void cache_put(const Cache *kv, uint8_t *p, size_t i, float x) {
+    if (kv->wide) ((float *)(void *)p)[i] = x;
+    else ((uint16_t *)(void *)p)[i] = float_to_half(x);
+}
+
+// Room for ctx positions in the trunk and `extra` more in each of n_branches branches.
+static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int extra) {
+    const Config *c = &m->c;
+    *kv = (Cache){.m = m, .n_seqs = 1 + n_branches, .ctx = ctx};
+    kv->wide = m->token_embedding.dtype == ROWS || m->token_embedding.dtype == F32;
+    kv->from = resize(NULL, (size_t)kv->n_seqs, sizeof(int));
+    memset(kv->from, 0, (size_t)kv->n_seqs * sizeof(int));
+    size_t size = kv->wide ? 4 : 2, width = (size_t)round_up(c->head_dim, 16);
+    kv->k_bytes = CHUNK * (size_t)c->head_dim * size;
+    kv->head_bytes = kv->k_bytes + CHUNK * width * size;
+    kv->chunk_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
+    size_t chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
+    size_t branch_chunks = n_branches ? ((size_t)extra + 15 + CHUNK - 1) / CHUNK : 0;
+    if (chunks + (size_t)n_branches * branch_chunks > SIZE_MAX / 2 / kv->chunk_bytes)
+        die("out of memory: a context of %d positions needs more than there can be; use -c", ctx);
+    kv->branch = chunks * kv->chunk_bytes;
+    kv->branch_bytes = branch_chunks * kv->chunk_bytes;
+    kv->bytes = kv->branch + (size_t)n_branches * kv->branch_bytes;
+    kv->data = reserve(kv->bytes, "the KV cache (-c N makes the context shorter)");
+}
+
+// ---- Activations. A batch of n positions is computed together; every array is (n, width), with the
+// width rounded up to 32 and the rest zero.
+
+typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
+
+enum { MAX_BATCH = 256, TILE = 8 };  // slots computed at once; tokens that pass a weight together
+
+// Activations rounded to int8 by blocks of 32, x = d * q, for quantized weights. Blocks of 8 tokens
+// lie side by side: block b of token t is number ((t / 8) * n_blocks + b) * 8 + t % 8.
+typedef struct {
+    int8_t *q;      // (blocks, 32)
+    float *d;       // (blocks) scale
+    float *dsum;    // (blocks) d * sum of q, for weights with a minimum
+    int32_t *sum;   // (blocks) sum of q
+    int n_blocks;   // of one token
+} Quantized;
+
+typedef struct State {
+    int capacity;          // slots
+    float *x;              // (n, dim)      the residual stream: what the layers read and add to
+    float *xb;             // (n, dim)      x after a norm
+    float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
+    float *att_out;        // (n, n_heads * head_dim)
+    float *gate, *up;      // (n, hidden_dim)
+    float *rope[2];        // (n, head_dim / 2, 2) cosine and sine, for global and for local layers
+    Quantized xq;
+    float *logits;         // (slots that want them, vocab_size)
+    size_t logits_capacity;
+    float *scores;         // scratch of attention
+    size_t scores_capacity;
+} State;
+
+static int padded(int width) { return round_up(width, 32); }
+static size_t block_at(const Quantized *x, int token, int block) {
+    return ((size_t)(token / TILE) * (size_t)x->n_blocks + (size_t)block) * TILE +
+           (size_t)(token % TILE);
+}
+
+static void *zeros(void *old, size_t count, size_t size) {
+    free(old);
+    void *p = NULL;
+    if (count > SIZE_MAX / 2 / size || posix_memalign(&p, 64, count * size + 64))
+        die("out of memory: %zu x %zu bytes for activations", count, size);
+    return memset(p, 0, count * size + 64);
+}
+
+// Makes room for n slots.
+static State *get_state(Cache *kv, int n) {
+    const Config *c = &kv->m->c;
+    if (!kv->state) {
+        kv->state = zeros(NULL, 1, sizeof *kv->state);
+    }
+    State *s = kv->state;
+    if (n <= s->capacity) return s;
+    size_t rows = (size_t)round_up(n, TILE), dim = (size_t)padded(c->dim);
+    size_t hidden = (size_t)padded(c->hidden_dim), q_dim = (size_t)padded(c->n_heads * c->head_dim);
+    size_t kv_dim = (size_t)padded(c->n_kv_heads * c->head_dim);
+    size_t widest = dim > hidden ? dim : hidden, blocks = (widest > q_dim ? widest : q_dim) / 32;
+    s->x = zeros(s->x, rows * dim, 4);
+    s->xb = zeros(s->xb, rows * dim, 4);
+    s->q = zeros(s->q, rows * q_dim, 4);
+    s->k = zeros(s->k, rows * kv_dim, 4);
+    s->v = zeros(s->v, rows * kv_dim, 4);
+    s->att_out = zeros(s->att_out, rows * q_dim, 4);
+    s->gate = zeros(s->gate, rows * hidden, 4);
+    s->up = zeros(s->up, rows * hidden, 4);
+    for (int i = 0; i < 2; i++) s->rope[i] = zeros(s->rope[i], rows * (size_t)c->head_dim, 4);
+    s->xq.q = zeros(s->xq.q, rows * blocks, 32);
+    s->xq.d = zeros(s->xq.d, rows * blocks, 4);
+    s->xq.dsum = zeros(s->xq.dsum, rows * blocks, 4);
+    s->xq.sum = zeros(s->xq.sum, rows * blocks, 4);
+    s->capacity = (int)rows;
+    return s;
+}
+
+static void free_cache(Cache *kv) {
+    State *s = kv->state;
+    if (s) {
+        void *all[] = {s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope[0],
+                       s->rope[1], s->xq.q, s->xq.d, s->xq.dsum, s->xq.sum, s->logits, s->scores};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+        free(s);
+    }
+    if (kv->data) munmap(kv->data, kv->bytes);
+    free(kv->from);
+    *kv = (Cache){0};
+}
+
+// ---- The mathematics. Part 3 has faster versions of panel_plain and attend_plain, with equal results.
+
+typedef void Task(void *context, int item, int thread);
+#ifdef PLAIN
+static void parallel(Task *task, void *context, int n_items) {
+    for (int i = 0; i < n_items; i++) task(context, i, 0);
+}
+#else
+// Calls task(context, item, thread) for each item, on all threads, in any order. Part 3.
+static void parallel(Task *task, void *context, int n_items);
+#endif
+
+// Adds up 16 partial sums in a fixed order: a tree.
+static float tree_sum(float *p) {
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) p[i] += p[i + width];
+    return p[0];
+}
+
+// RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It keeps the size of the
+// numbers in check. Element i of the squares goes to the partial sum i mod 16. out may be x.
+static void rmsnorm(float *out, const float *x, const float *w, int n, float eps) {
+    float sums[16] = {0};
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
+    for (; i < n; i++) sums[i % 16] += x[i] * x[i];
+    float scale = 1.0f / sqrtf(tree_sum(sums) / (float)n + eps);
+    for (int j = 0; j < n; j++) out[j] = w[j] * (scale * x[j]);
+}
+
+// Softmax of x[first..n): turns scores into positive weights that add up to 1,
+// x[i] = e^x[i] / sum over j of e^x[j]. The maximum is subtracted first, which changes nothing in the
+// quotient and keeps e^x from overflowing. Element i goes to the partial sum i mod 16.
+static void softmax(float *x, int first, int n) {
+    float max = x[first], maxima[16], sums[16] = {0};
+    int i = first;
+    for (int j = 0; j < 16; j++) maxima[j] = max;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
+    for (; i < n; i++) maxima[0] = x[i] > maxima[0] ? x[i] : maxima[0];
+    for (int j = 0; j < 16; j++) max = maxima[j] > max ? maxima[j] : max;
+    for (i = first; i < n; i++) x[i] = exp_(x[i] - max);
+    i = first;
+    for (; i < n && i % 16; i++) sums[i % 16] += x[i];
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += x[i + j];
+    for (; i < n; i++) sums[i % 16] += x[i];
+    float sum = tree_sum(sums);
+    for (int j = first; j < n; j++) x[j] /= sum;
+}
+
+// Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even. A block whose
+// scale would be zero or subnormal is zero; one with an infinity or NaN has scale NaN, so that the
+// logits show it.
+static void quantize(Quantized *out, int token, const float *x, int n) {
+    for (int b = 0; b * 32 < n; b++, x += 32) {
+        size_t at = block_at(out, token, b);
+        uint32_t max = 0;
+        for (int i = 0; i < 32; i++) {
+            uint32_t a = bits_of(x[i]) & 0x7fffffff;
+            max = a > max ? a : max;
+        }
+        float d = float_of(max) / 127.0f;
+        bool finite = max < 0x7f800000, tiny = finite && d < FLT_MIN;
+        float inverse = finite && !tiny ? 1.0f / d : 0.0f;
+        int8_t *q = out->q + at * 32;
+        int32_t sum = 0;
+        for (int i = 0; i < 32 && finite; i++) {
+            int32_t v = (int32_t)(bits_of(x[i] * inverse + 12582912.0f) - 0x4b400000u);
+            q[i] = (int8_t)v;
+            sum += v;
+        }
+        if (!finite) memset(q, 0, 32);
+        out->d[at] = finite ? tiny ? 0.0f : d : NAN;
+        out->sum[at] = sum;
+        out->dsum[at] = out->d[at] * (float)sum;
+    }
+}
+
+// The parameter w[r][c]; shows how each dtype is laid out.
+static float weight(const Matrix *w, int r, int c) {
+    size_t cols = (size_t)w->cols, blocks = (cols + 31) / 32, column = (size_t)c;
+    size_t lane = (size_t)r % 16, b = column / 32, i = column % 32;
+    if (w->dtype == ROWS) return vec(w)[(size_t)r * cols + column];
+    const uint8_t *panel = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
+    const uint16_t *halves = (const uint16_t *)(const void *)panel;
+    if (w->dtype == F32) return ((const float *)(const void *)panel)[column * 16 + lane];
+    if (w->dtype == BF16) return float_of((uint32_t)halves[(column / 2 * 16 + lane) * 2 + column % 2] << 16);
+    const uint8_t *quants = panel + (w->dtype == Q4A ? blocks * 64 : (blocks * 32 + 63) / 64 * 64);
+    if (w->dtype == Q8) {
+        int8_t q = (int8_t)quants[b * 512 + (i / 4 * 16 + lane) * 4 + i % 4];
+        return half_to_float(halves[b * 16 + lane]) * (float)q;
+    }
+    uint8_t pair = quants[b * 256 + (i % 16 / 4 * 16 + lane) * 4 + i % 4];
+    int q = i < 16 ? pair & 15 : pair >> 4;
+    if (w->dtype == Q4) return half_to_float(halves[b * 16 + lane]) * (float)(q - 8);
+    return half_to_float(halves[b * 32 + lane]) * (float)q + half_to_float(halves[b * 32 + 16 + lane]);
+}
+
+// One panel of a matrix times n activations: y[t * stride + r] = sum over c of w[r][c] * x[t][c] for the
+// panel's 16 rows r. Floats are summed column by column. Quantized weights are summed block by
+// block: within a block in integers, then times the weight's scale, times the activation's scale.
+static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride,
+                        const Quantized *xq, int n, float *y, int stride) {
+    int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16, cols = w->cols;
+    size_t blocks = ((size_t)cols + 31) / 32;
+    const uint8_t *p = w->data + (size_t)panel *
+        (w->dtype == ROWS ? (size_t)cols * 64 : panel_bytes(w->dtype, cols));
+    const float *f = (const float *)(const void *)p;
+    const uint16_t *h = (const uint16_t *)(const void *)p;
+    const uint8_t *quants = p + (w->dtype == Q4A ? blocks * 64 : (blocks * 32 + 63) / 64 * 64);
+    for (int t = 0; t < n; t++, x += x_stride) {
+        float acc[16] = {0};
+        if (w->dtype == ROWS) {
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < cols; c++) acc[r] += f[(size_t)r * (size_t)cols + (size_t)c] * x[c];
+        } else if (w->dtype == F32) {
+            for (int c = 0; c < cols; c++)
+                for (int r = 0; r < 16; r++) acc[r] += f[c * 16 + r] * x[c];
+        } else if (w->dtype == BF16) {
+            for (int c = 0; c < cols; c++)
+                for (int r = 0; r < 16; r++)
+                    acc[r] += float_of((uint32_t)h[(c / 2 * 16 + r) * 2 + c % 2] << 16) * x[c];
+        } else for (size_t b = 0; b < blocks; b++) {
+            size_t at = block_at(xq, t, (int)b);
+            int sum[16] = {0};
+            for (int i = 0; i < 32; i++) {
+                int half = w->dtype == Q8 ? 32 : 16, xi = xq->q[at * 32 + (size_t)i];
+                const uint8_t *q = quants + b * (size_t)half * 16 + i % half / 4 * 64 + i % 4;
+                for (int r = 0; r < 16; r++)
+                    sum[r] += xi * (w->dtype == Q8 ? (int8_t)q[r * 4] : i < 16 ? q[r * 4] & 15 : q[r * 4] >> 4);
+            }
+            for (int r = 0; r < 16; r++) {
+                size_t scale = w->dtype == Q4A ? b * 32 + (size_t)r : b * 16 + (size_t)r;
+                int s = w->dtype == Q4 ? sum[r] - 8 * xq->sum[at] : sum[r];
+                acc[r] += (float)s * half_to_float(h[scale]) * xq->d[at];
+                if (w->dtype == Q4A) acc[r] += half_to_float(h[scale + 16]) * xq->dsum[at];
+            }
+        }
+        memcpy(y + (size_t)t * (size_t)stride, acc, (size_t)rows * sizeof(float));
+    }
+}
+
+// Attention of one slot's query head (arXiv:1706.03762): score each earlier position by query times
+// key, turn the scores into weights by softmax, and take the weighted average of the values:
+//     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
+// weights is scratch of pos + 1 numbers.
+static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
+                         float *weights, float *out) {
+    const Config *c = &kv->m->c;
+    int kv_head = head / (c->n_heads / c->n_kv_heads), first = 0, at;
+    if (is_local(c, layer) && slot->pos >= c->sliding_window)
+        first = slot->pos - c->sliding_window + 1;
+    for (int t = first; t <= slot->pos; t++) {
+        const uint8_t *keys = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
+        float score = 0;
+        for (int d = 0; d < c->head_dim; d++)
+            score += q[d] * cache_get(kv, keys, key_at(kv, at) + (size_t)d * 16);
+        weights[t] = score * c->attn_scale;
+    }
+    softmax(weights, first, slot->pos + 1);
+    for (int d = 0; d < c->head_dim; d++) out[d] = 0;
+    for (int t = first; t <= slot->pos; t++) {
+        const uint8_t *values = cache_chunk(kv, slot->seq, t, layer, kv_head, &at) + kv->k_bytes;
+        for (int d = 0; d < c->head_dim; d++)
+            out[d] += weights[t] * cache_get(kv, values, value_at(kv, at) + (size_t)d);
+    }
+}
+
+// ---- forward. Each stage below does one slot of the batch; forward runs the stages in order.
+
+typedef struct {
+    const Model *m;
+    Cache *kv;
+    State *s;
+    const Slot *batch;
+    int n, layer;
+    const Layer *l;
+} Pass;
+
+#ifdef PLAIN
+#define panel_fast panel_plain
+static void attention_fast(const Pass *f) { (void)f; }
+enum { FAST = 0 };
+#else
+static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
+                       const Quantized *xq, int n, float *y, int stride);
+static void attention_fast(const Pass *f);
+enum { FAST = 1 };
+#endif
+
+// A matrix product of the whole batch, y (n, rows) = x (n, cols) W^T. Up to three matrices that share
+// the input x are done together: the panels of all of them are dealt out to the threads.
+typedef struct { const Matrix *w; float *y; int stride; } Product;
+typedef struct {
+    const Pass *f;
+    const Product *products;
+    int n_products, n;
+    const float *x;
+    int x_stride;
+} MatMul;
+
+static void quantize_task(void *context, int token, int thread) {
+    const MatMul *mm = context;
+    (void)thread;
+    quantize(&mm->f->s->xq, token, mm->x + (size_t)token * (size_t)mm->x_stride,
+             mm->products[0].w->cols);
+}
+static void panel_task(void *context, int panel, int thread) {
+    const MatMul *mm = context;
+    const Product *p = mm->products;
+    (void)thread;
+    for (; panel >= (p->w->rows + 15) / 16; p++) panel -= (p->w->rows + 15) / 16;
+    (mm->f->kv->plain ? panel_plain : panel_fast)(p->w, panel, mm->x, mm->x_stride, &mm->f->s->xq,
+                                                  mm->n, p->y + panel * 16, p->stride);
+}
+static void matmul(const Pass *f, int n, const float *x, const Product *products, int n_products) {
+    int cols = products[0].w->cols, panels = 0;
+    bool quantized = false;
+    for (int i = 0; i < n_products; i++) {
+        panels += (products[i].w->rows + 15) / 16;
+        quantized |= products[i].w->dtype >= Q8;
+    }
+    MatMul mm = {f, products, n_products, n, x, padded(cols)};
+    f->s->xq.n_blocks = (cols + 31) / 32;
+    if (quantized) parallel(quantize_task, &mm, n);
+    parallel(panel_task, &mm, panels);
+}
+
+static float *row_of(float *x, int i, int width) { return x + (size_t)i * (size_t)padded(width); }
+static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
+
+// A token becomes a vector: its row of the embedding matrix. The angles of its position are computed
+// here too, for use in every layer.
+static void embed_token(void *context, int i, int thread) {
+    const Pass *f = context;
+    const Config *c = &f->m->c;
+    float *x = row_of(f->s->x, i, c->dim);
+    (void)thread;
+    for (int j = 0; j < c->dim; j++)
+        x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
+    for (int t = 0; t < 2; t++)
+        for (int j = 0; j < c->head_dim / 2; j++) {
+            float *cs = f->s->rope[t] + (size_t)i * (size_t)c->head_dim + 2 * j;
+            float angle = (float)f->batch[i].pos * vec(&f->m->rope_freqs[t])[j];
+            cos_sin(angle, cs, cs + 1);
+        }
+}
+
+static void attention_norm(void *context, int i, int thread) {
+    const Pass *f = context;
+    const Config *c = &f->m->c;
+    (void)thread;
+    rmsnorm(row_of(f->s->xb, i, c->dim), row_of(f->s->x, i, c->dim), vec(&f->l->attn_norm), c->dim,
+            c->norm_eps);
+}
+
+// RoPE (arXiv:2104.09864): attention itself does not see the order of its inputs. So each pair of
+// numbers of a query or key is turned by an angle that grows with its position; their product then
+// depends on how far apart two positions are.
+static void rope(float *head, const float *cos_sins, int head_dim) {
+    for (int j = 0; j < head_dim; j += 2) {
+        float a = head[j], b = head[j + 1], cosine = cos_sins[j], sine = cos_sins[j + 1];
+        head[j] = a * cosine - b * sine;
+        head[j + 1] = a * sine + b * cosine;
+    }
+}
+
+// Finishes queries and keys (bias, norm, position), and puts key and value into the cache.
+static void rope_and_cache(void *context, int i, int thread) {
+    const Pass *f = context;
+    const Config *c = &f->m->c;
+    const Slot *slot = &f->batch[i];
+    int hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
+    float *q = row_of(f->s->q, i, q_dim), *k = row_of(f->s->k, i, kv_dim);
+    float *v = row_of(f->s->v, i, kv_dim);
+    const float *cos_sins = f->s->rope[is_local(c, f->layer)] + (size_t)i * (size_t)hd;
+    (void)thread;
+    if (c->flags & QKV_BIAS) {
+        add(q, vec(&f->l->bq), q_dim);
+        add(k, vec(&f->l->bk), kv_dim);
+        add(v, vec(&f->l->bv), kv_dim);
+    }
+    for (int h = 0; h < c->n_heads; h++) {
+        if (c->flags & QK_NORM) rmsnorm(q + h * hd, q + h * hd, vec(&f->l->q_norm), hd, c->norm_eps);
+        rope(q + h * hd, cos_sins, hd);
+    }
+    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
+        if (c->flags & QK_NORM) rmsnorm(k, k, vec(&f->l->k_norm), hd, c->norm_eps);
+        rope(k, cos_sins, hd);
+        int at;
+        uint8_t *chunk = cache_chunk(f->kv, slot->seq, slot->pos, f->layer, h, &at);
+        for (int d = 0; d < hd; d++) {
+            cache_put(f->kv, chunk, key_at(f->kv, at) + (size_t)d * 16, k[d]);
+            cache_put(f->kv, chunk + f->kv->k_bytes, value_at(f->kv, at) + (size_t)d, v[d]);
+        }
+    }
+}
+
+static void attend_task(void *context, int item, int thread) {
+    const Pass *f = context;
+    const Config *c = &f->m->c;
+    int i = item / c->n_heads, h = item % c->n_heads, q_dim = c->n_heads * c->head_dim;
+    (void)thread;
+    float *scores = resize(NULL, (size_t)f->batch[i].pos + 1, sizeof(float));
+    attend_plain(f->kv, f->layer, &f->batch[i], h, row_of(f->s->q, i, q_dim) + h * c->head_dim,
+                 scores, row_of(f->s->att_out, i, q_dim) + h * c->head_dim);
+    free(scores);
+}
+static void attention(Pass *f) {
+    if (FAST && !f->kv->plain) attention_fast(f);
+    else parallel(attend_task, f, f->n * f->m->c.n_heads);
+}
+
+// What attention found is added to the residual stream; then the norm before the feed-forward layer.
+static void add_attention(void *context, int i, int thread) {
+    const Pass *f = context;
+    const Config *c = &f->m->c;
+    float *x = row_of(f->s->x, i, c->dim), *xb = row_of(f->s->xb, i, c->dim);
+    (void)thread;
+    if (c->flags & SANDWICH_NORM) rmsnorm(xb, xb, vec(&f->l->post_attn_norm), c->dim, c->norm_eps);
+    add(x, xb, c->dim);
+    rmsnorm(xb, x, vec(&f->l->ffn_norm), c->dim, c->norm_eps);
+}
+
+// SwiGLU (arXiv:2002.05202): act(gate) * up. SiLU(x) = x / (1 + e^-x);
+// GELU(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3), the tanh form of arXiv:1606.08415.
+static void gated_activation(void *context, int i, int thread) {
+    const Pass *f = context;
+    int hidden = f->m->c.hidden_dim;
+    float *gate = row_of(f->s->gate, i, hidden), *up = row_of(f->s->up, i, hidden);
+    (void)thread;
+    if (f->m->c.activation == 0)
+        for (int j = 0; j < hidden; j++) gate[j] = gate[j] / (1.0f + exp_(-gate[j])) * up[j];
+    else
+        for (int j = 0; j < hidden; j++) {
+            float x = gate[j], u = 0.797884561f * (x + 0.044715f * (x * x * x));
+            gate[j] = x / (1.0f + exp_(-2.0f * u)) * up[j];
+        }
+}
+
+static void add_ffn(void *context, int i, int thread) {
+    const Pass *f = context;
+    const Config *c = &f->m->c;
+    float *xb = row_of(f->s->xb, i, c->dim);
+    (void)thread;
+    if (c->flags & SANDWICH_NORM) rmsnorm(xb, xb, vec(&f->l->post_ffn_norm), c->dim, c->norm_eps);
+    add(row_of(f->s->x, i, c->dim), xb, c->dim);
+}
+
+static void observe(const Pass *f, const char *name, const float *x, int width) {
+    if (f->kv->observe) f->kv->observe(f->kv->observer, name, f->layer, x, f->n, width);
+}
+
+// Runs up to MAX_BATCH slots through the layers and writes the logits that are wanted.
+static void forward_batch(Pass *f, float *logits) {
+    const Config *c = &f->m->c;
+    State *s = f->s;
+    int dim = c->dim, hidden = c->hidden_dim, q_dim = c->n_heads * c->head_dim;
+    int kv_dim = c->n_kv_heads * c->head_dim, n = f->n;
+
+    f->layer = -1;
+    parallel(embed_token, f, n);
+    observe(f, "x", s->x, dim);
+    for (f->layer = 0; f->layer < c->n_layers; f->layer++) {
+        const Layer *l = f->l = &f->m->layers[f->layer];
+        // Attention: the tokens exchange information.
+        parallel(attention_norm, f, n);
+        matmul(f, n, s->xb, (Product[]){{&l->wq, s->q, padded(q_dim)}, {&l->wk, s->k, padded(kv_dim)},
+                                        {&l->wv, s->v, padded(kv_dim)}}, 3);
+        parallel(rope_and_cache, f, n);
+        attention(f);
+        matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, padded(dim)}}, 1);
+        parallel(add_attention, f, n);
+        // Feed-forward: each token computes for itself.
+        matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, padded(hidden)},
+                                        {&l->w_up, s->up, padded(hidden)}}, 2);
+        parallel(gated_activation, f, n);
+        matmul(f, n, s->gate, (Product[]){{&l->w_down, s->xb, padded(dim)}}, 1);
+        parallel(add_ffn, f, n);
+        observe(f, "x", s->x, dim);
+    }
+    // The classifier compares the result with every token of the vocabulary.
+    int wanted = 0;
+    for (int i = 0; i < n; i++)
+        if (f->batch[i].want_logits)
+            rmsnorm(row_of(s->xb, wanted++, dim), row_of(s->x, i, dim), vec(&f->m->final_norm), dim,
+                    c->norm_eps);
+    if (!wanted) return;
+    matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
+    for (size_t i = 0; i < (size_t)wanted * (size_t)c->vocab_size; i++)
+        if ((bits_of(logits[i]) & 0x7f800000) == 0x7f800000)
+            die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
+                "try -m check", f->m->path);
+}
+
+// The model: returns the logits of the slots that want them, (wanted, vocab_size), in the batch's
+// order; they are valid until the next call. The positions before a slot's own must be in the cache
+// or in the batch. A sequence's slots must be in ascending order.
+static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
+    size_t wanted = 0, vocab = (size_t)m->c.vocab_size;
+    for (int i = 0; i < n; i++) wanted += batch[i].want_logits;
+    State *s = get_state(kv, n < MAX_BATCH ? n : MAX_BATCH);
+    if (wanted > s->logits_capacity) {
+        s->logits = resize(s->logits, wanted * vocab, sizeof(float));
+        s->logits_capacity = wanted;
+    }
+    float *logits = s->logits;
+    for (int i = 0; i < n; i += MAX_BATCH) {
+        Pass f = {.m = m, .kv = kv, .s = s, .batch = batch + i, .n = n - i < MAX_BATCH ? n - i : MAX_BATCH};
+        forward_batch(&f, logits);
+        for (int j = 0; j < f.n; j++) logits += batch[i + j].want_logits ? vocab : 0;
+    }
+    return s->logits;
+}
+
+// ---- The sampler: draws the next token. With the same seed it draws what llama2.c draws.
+
+typedef struct { float p; int token; } Candidate;
+typedef struct {
+    float temperature;      // 0: always the likeliest token; 1: as the model says; more: bolder
+    float top_p;            // of the likeliest tokens that together exceed this probability; 1: off
+    int top_k;              // of the k likeliest; 0: off
+    float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
+    float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
+    uint64_t rng;           // state of the random generator
+    float *p;               // (vocab_size) probabilities
+    Candidate *candidates;  // (vocab_size)
+    int vocab_size;
+} Sampler;
+
+// xorshift* (https://en.wikipedia.org/wiki/Xorshift#xorshift*): 32 random bits, and a float in [0, 1).
+static uint32_t random_u32(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return (uint32_t)(*state * 0x2545F4914F6CDD1Du >> 32);
+}
+static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
+
+static int by_probability(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    if (x->p != y->p) return x->p > y->p ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
+    return best;
+}
+
+// Draws from the candidates: the smallest number of the likeliest tokens that all the limits allow.
+// Their probabilities need not add up to 1: the random number is scaled to their sum.
+static int sample_candidates(Sampler *s, float coin) {
+    Candidate *c = s->candidates;
+    int n = 0;
+    bool nucleus = s->top_p > 0 && s->top_p < 1;
+    float cutoff = nucleus ? (1.0f - s->top_p) / (float)(s->vocab_size - 1) : 0;
+    for (int i = 0; i < s->vocab_size; i++)  // a token below the cutoff cannot be among the top_p
+        if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
+    if (n == 0) return argmax(s->p, s->vocab_size);
+    qsort(c, (size_t)n, sizeof *c, by_probability);
+    if (s->top_k && n > s->top_k) n = s->top_k;
+    float sum = 0, limit = s->min_p * c[0].p;
+    for (int i = 0; i < n; i++) {
+        if (i && c[i].p < limit) n = i;
+        else {
+            sum += c[i].p;
+            if (nucleus && sum > s->top_p) n = i + 1;
+        }
+    }
+    float r = coin * sum, cdf = 0;
+    for (int i = 0; i < n; i++) {
+        cdf += c[i].p;
+        if (r < cdf) return c[i].token;
+    }
+    return c[n - 1].token;
+}
+
+// Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
+// Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum.
+static int sample(Sampler *s, const float *logits, const int *text, int n) {
+    memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
+    if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
+        for (int i = 0; i < n; i++) {
+            float l = logits[text[i]];
+            s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
+        }
+    int best = argmax(s->p, s->vocab_size);
+    if (s->temperature == 0) return best;
+    float max = s->p[best];
+    for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
+    softmax(s->p, 0, s->vocab_size);
+    float coin = random_f32(&s->rng), cdf = 0;
+    if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0) return sample_candidates(s, coin);
+    for (int i = 0; i < s->vocab_size; i++) {
+        cdf += s->p[i];
+        if (coin < cdf) return i;
+    }
+    return s->vocab_size - 1;
+}
+
+// =================================================================================================
+// Part 2. The tokenizer: text <-> tokens
+// =================================================================================================
+//
+// Tokens are the pieces of text that a model reads and writes. Byte pair encoding starts with single
+// bytes or characters and joins neighbours into longer pieces, the best pair first, until no pair is
+// left. Two kinds: byte-level BPE (GPT-2, Llama 3, SmolLM2, Qwen) cuts the text into words first and
+// joins pairs by rank; SentencePiece BPE (Llama 2, Gemma) joins the whole text by score.
+
+enum { BYTE_LEVEL, SENTENCEPIECE };
+enum { NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED };  // types of a token
+enum { LETTER = 1, NUMBER, SPACE };                    // classes of a character
+enum { ADD_BOS = 1, ADD_SPACE_PREFIX = 2, IGNORE_MERGES = 4 };
+enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_AFTER, USER_BEFORE_SYSTEM,
+       USER_AFTER_SYSTEM, LATER_BEFORE, LATER_AFTER, ASSISTANT_AFTER, N_CHAT };  // chat pieces
+
+typedef struct { const char *s; size_t len; } Text;
+typedef struct { uint32_t first, last, class; } Range;
+typedef struct { Text text; float score; int type; } Token;
+typedef struct {
+    uint32_t magic, version;  // 0x336b6f74 "tok3", 1
+    uint64_t hash;            // fingerprint: hash64 of all that follows
+    uint32_t kind;
+    int32_t vocab_size, bos, eos, unk;  // -1: none
+    uint32_t flags;
+    uint8_t split, digits, isolate_digits, zero;  // the rule that cuts words: see next_word
+    uint32_t n_merges, n_ranges, n_stops, n_chat;
+    float temperature, top_p;  // the model's own defaults; -1: none
+    uint8_t zero2[12];
+} TokenizerHeader;
+_Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 bytes");
+
+typedef struct {
+    TokenizerHeader h;
+    bool llama2c;             // read from llama2.c's layout
+    const char *path;
+    const uint8_t *file;
+    size_t file_size;
+    Token *tokens;            // (vocab_size)
+    uint32_t *index;          // hash table of tokens by text: token + 1, 0 empty
+    size_t index_mask;
+    const uint8_t *merges;    // (n_merges, 2) uint32 tokens, best first
+    uint32_t *merge_index;    // hash table of merges by pair: rank + 1, 0 empty
+    size_t merge_mask;
+    const uint8_t *ranges;    // (n_ranges) Range
+    uint8_t ascii[128];       // class of the first characters
+    size_t special[256];      // longest control or user-defined token that starts with this byte
+    int byte_token[256];      // token of a single byte, -1 none
+    const uint8_t *stops;     // (n_stops) int32 tokens that end an answer
+    Text chat[N_CHAT];
+} Tokenizer;
+
+typedef struct { int *ids; size_t n, capacity; } Ids;
+static void push(Ids *ids, int id) {
+    if (ids->n == ids->capacity) {
+        ids->capacity = ids->capacity ? ids->capacity * 2 : 64;
+        ids->ids = resize(ids->ids, ids->capacity, sizeof(int));
+    }
+    ids->ids[ids->n++] = id;
+}
+
+// ---- Looking things up
+
+static uint32_t read_u32(const uint8_t *p) { uint32_t u; memcpy(&u, p, 4); return u; }
+
+static size_t text_hash(Text t) {
+    uint64_t h = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < t.len; i++) h = (h ^ (uint8_t)t.s[i]) * 0x100000001b3u;
+    return (size_t)(h ^ h >> 32);
+}
+// The token with this text, or -1. Byte and unused tokens are not found by their text.
+static int find_token(const Tokenizer *t, Text text) {
+    for (size_t i = text_hash(text);; i++) {
+        uint32_t entry = t->index[i & t->index_mask];
+        if (!entry) return -1;
+        const Text *found = &t->tokens[entry - 1].text;
+        if (found->len == text.len && !memcmp(found->s, text.s, text.len)) return (int)entry - 1;
+    }
+}
+// The rank of joining tokens a and b, or -1.
+static int find_merge(const Tokenizer *t, uint32_t a, uint32_t b) {
+    for (uint64_t i = mix64((uint64_t)a << 32 | b);; i++) {
+        uint32_t entry = t->merge_index[i & t->merge_mask];
+        if (!entry) return -1;
+        const uint8_t *pair = t->merges + (size_t)(entry - 1) * 8;
+        if (read_u32(pair) == a && read_u32(pair + 4) == b) return (int)entry - 1;
+    }
+}
+static uint32_t *new_index(size_t n, size_t *mask) {
+    for (*mask = 1; *mask < 2 * n; *mask *= 2) {}
+    uint32_t *index = resize(NULL, *mask, sizeof *index);
+    memset(index, 0, *mask * sizeof *index);
+    (*mask)--;
+    return index;
+}
+
+// Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
+static uint32_t next_char(const char *s, size_t len, size_t *used) {
+    const uint8_t *p = (const uint8_t *)s;
+    int more = p[0] < 0x80 ? 0 : p[0] < 0xc2 ? -1 : p[0] < 0xe0 ? 1 : p[0] < 0xf0 ? 2 : p[0] < 0xf5 ? 3 : -1;
+    static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
+    *used = 1;
+    if (more < 0 || (size_t)more >= len) return 0xfffd;
+    uint32_t c = more ? p[0] & (0x3fu >> more) : p[0];
+    for (int i = 1; i <= more; i++) {
+        if ((p[i] & 0xc0) != 0x80) return 0xfffd;
+        c = c << 6 | (p[i] & 0x3f);
+    }
+    if (c < least[more] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000)) return 0xfffd;
+    *used = (size_t)more + 1;
+    return c;
+}
+
+static uint32_t search_class(const Tokenizer *t, uint32_t c) {
+    size_t low = 0, high = t->h.n_ranges;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        Range r;
+        memcpy(&r, t->ranges + middle * sizeof r, sizeof r);
+        if (c < r.first) high = middle;
+        else if (c > r.last) low = middle + 1;
+        else return r.class;
+    }
+    return 0;
+}
+static uint32_t class_of(const Tokenizer *t, const char *s, size_t len, size_t *used) {
+    uint32_t c = next_char(s, len, used);
+    return c < 128 ? t->ascii[c] : search_class(t, c);
+}
+
+// ---- Opening a tokenizer
+
+static void add_to_index(Tokenizer *t, int id) {
+    Text text = t->tokens[id].text;
+    size_t i = text_hash(text);
+    if (find_token(t, text) >= 0) return;  // of two equal texts the first counts
+    while (t->index[i & t->index_mask]) i++;
+    t->index[i & t->index_mask] = (uint32_t)id + 1;
+}
+
+// Builds the tables that both layouts need.
+static void index_tokens(Tokenizer *t) {
+    t->index = new_index((size_t)t->h.vocab_size, &t->index_mask);
+    memset(t->byte_token, -1, sizeof t->byte_token);
+    for (int id = 0; id < t->h.vocab_size; id++) {
+        const Token *k = &t->tokens[id];
+        if (!k->text.len || k->type == UNUSED) continue;
+        uint8_t first = (uint8_t)k->text.s[0];
+        if (k->type != BYTE) add_to_index(t, id);
+        if (k->type == CONTROL || k->type == USER_DEFINED) {
+            if (k->text.len > t->special[first]) t->special[first] = k->text.len;
+        } else if (k->text.len == 1 && t->byte_token[first] < 0 &&
+                   (k->type == BYTE) == (t->h.kind == SENTENCEPIECE)) t->byte_token[first] = id;
+    }
+    for (uint32_t c = 0; c < 128; c++) t->ascii[c] = (uint8_t)search_class(t, c);
+}
+
+// llama2.c's layout: the longest token's length, then for each token score, length and text. It holds
+// neither its own size nor any types: the model says how many tokens there are.
+static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
+    size_t at = 4;
+    t->h = (TokenizerHeader){.kind = SENTENCEPIECE, .vocab_size = vocab_size, .bos = 1, .eos = 2,
+                             .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
+                             .temperature = -1, .top_p = -1};
+    t->llama2c = true;
+    for (int id = 0; id < vocab_size; id++) {
+        Token *k = &t->tokens[id];
+        if (t->file_size - at < 8) return "has fewer tokens than the model, or is truncated";
+        memcpy(&k->score, t->file + at, 4);
+        k->text.len = read_u32(t->file + at + 4);
+        at += 8;
+        if (k->text.len > t->file_size - at) return "is truncated or damaged";
+        k->text.s = (const char *)t->file + at;
+        at += k->text.len;
+        unsigned byte;
+        char hex[7] = {0};
+        if (id < 3) k->type = CONTROL;
+        else if (k->text.len == 6) {
+            memcpy(hex, k->text.s, 6);
+            if (hex[5] == '>' && sscanf(hex, "<0x%2X", &byte) == 1) {
+                static char bytes[256];
+                bytes[byte] = (char)byte;
+                k->type = BYTE;
+                k->text = (Text){&bytes[byte], 1};
+            }
+        }
+    }
+    return at == t->file_size ? NULL : "has more tokens than the model";
+}
+
+// This program's own layout: header, tokens, merges, character ranges, stop tokens, chat pieces.
+static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
+    TokenizerHeader *h = &t->h;
+    const uint8_t *p = t->file, *end = p + t->file_size;
+    if (t->file_size < sizeof *h) return "is truncated";
+    memcpy(h, p, sizeof *h);
+    p += sizeof *h;
+    if (h->version != 1) return "has an unknown version";
+    if (hash64(t->file + 16, t->file_size - 16) != h->hash) return "is damaged: its hash is wrong";
+    if (h->kind > SENTENCEPIECE || h->vocab_size < 1 || h->bos < -1 || h->bos >= h->vocab_size ||
+        h->eos < -1 || h->eos >= h->vocab_size || h->unk < -1 || h->unk >= h->vocab_size ||
+        h->split > 2 || (h->n_chat && h->n_chat != N_CHAT)) return "is damaged: see its header";
+    if (h->vocab_size > vocab_size) return "has more tokens than the model";
+    for (int id = 0; id < h->vocab_size; id++) {
+        Token *k = &t->tokens[id];
+        if (end - p < 8) return "is truncated";
+        memcpy(&k->score, p, 4);
+        k->type = p[4];
+        k->text = (Text){(const char *)p + 8, (size_t)p[6] | (size_t)p[7] << 8};
+        p += 8;
+        if (k->type > UNUSED || (size_t)(end - p) < k->text.len) return "is damaged";
+        p += k->text.len;
+    }
+    p += -(p - t->file) & 3;
+    if (p > end || (uint64_t)h->n_merges * 8 + (uint64_t)h->n_ranges * 12 + (uint64_t)h->n_stops * 4 >
+        (uint64_t)(end - p)) return "is truncated";
+    t->merges = p;
+    t->ranges = t->merges + (size_t)h->n_merges * 8;
+    t->stops = t->ranges + (size_t)h->n_ranges * 12;
+    p = t->stops + (size_t)h->n_stops * 4;
+    for (uint32_t i = 0; i < h->n_chat; i++) {
+        if (end - p < 4 || read_u32(p) > (size_t)(end - p) - 4) return "is truncated";
+        t->chat[i] = (Text){(const char *)p + 4, read_u32(p)};
+        p += 4 + t->chat[i].len;
+    }
+    if (p != end) return "is damaged: its end is not where it should be";
+    t->merge_index = new_index(h->n_merges, &t->merge_mask);
+    for (uint32_t rank = 0; rank < h->n_merges; rank++) {
+        uint32_t a = read_u32(t->merges + (size_t)rank * 8), b = read_u32(t->merges + (size_t)rank * 8 + 4);
+        if (a >= (uint32_t)h->vocab_size || b >= (uint32_t)h->vocab_size) return "is damaged";
+        uint64_t i = mix64((uint64_t)a << 32 | b);
+        if (find_merge(t, a, b) >= 0) continue;
+        while (t->merge_index[i & t->merge_mask]) i++;
+        t->merge_index[i & t->merge_mask] = rank + 1;
+    }
+    return NULL;
+}
+
+static void free_tokenizer(Tokenizer *t) {
+    if (t->file) munmap((void *)(uintptr_t)t->file, t->file_size);
+    free(t->tokens);
+    free(t->index);
+    free(t->merge_index);
+    *t = (Tokenizer){0};
+}
+
+// Opens a tokenizer for a model. Returns NULL, or what is wrong with it; the model's fingerprint, when
+// it has one, must be the tokenizer's.
+static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
+    *t = (Tokenizer){.path = path};
+    t->file = map_file(path, &t->file_size);
+    t->tokens = resize(NULL, (size_t)m->c.vocab_size, sizeof *t->tokens);
+    memset(t->tokens, 0, (size_t)m->c.vocab_size * sizeof *t->tokens);
+    if (t->file_size < 8) return "is truncated";
+    bool own = read_u32(t->file) == 0x336b6f74;
+    const char *wrong = own ? load_own_tokenizer(t, m->c.vocab_size)
+                            : load_llama2c_tokenizer(t, m->c.vocab_size);
+    if (!wrong && m->c.tokenizer_hash && t->h.hash != m->c.tokenizer_hash)
+        wrong = "is the tokenizer of another model";
+    if (!wrong) index_tokens(t);
+    return wrong;
+}
+
+// Finds the model's tokenizer: the named one, or model.tok or tokenizer.bin beside the model, or
+// tokenizer.bin in the current folder; the first that fits.
+static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
+    const char *slash = strrchr(m->path, '/'), *dot = strrchr(m->path, '.');
+    int folder = slash ? (int)(slash - m->path) + 1 : 0;
+    int stem = dot && dot > m->path + folder ? (int)(dot - m->path) : (int)strlen(m->path);
+    size_t size = strlen(m->path) + 32, used = 0;
+    char *paths = resize(NULL, 3 * size, 1), *seen = resize(NULL, 3 * size + 300, 1);
+    snprintf(paths, size, "%.*s.tok", stem, m->path);
+    snprintf(paths + size, size, "%.*stokenizer.bin", folder, m->path);
+    snprintf(paths + 2 * size, size, "tokenizer.bin");
+    seen[0] = 0;
+    for (size_t i = 0; i < (named ? 1 : folder ? 3 : 2); i++) {
+        const char *path = named ? named : paths + i * size;
+        if (!named && access(path, F_OK)) continue;
+        const char *wrong = load_tokenizer(t, path, m);
+        if (!wrong) {
+            free(seen);
+            if (named) free(paths);  // else t->path points into it, for as long as the program runs
+            return;
+        }
+        if (named) die("%s %s", path, wrong);
+        used += (size_t)snprintf(seen + used, size + 100, "%s%s %s", used ? "; " : "", path, wrong);
+        free_tokenizer(t);
+    }
+    die("no tokenizer for %s: %s; name one with -z", m->path,
+        used ? seen : "there is neither a .tok file nor a tokenizer.bin beside it");
+}
+
+// ---- Encoding
+
+// Joining neighbours works on a list of symbols that cover the text, and a heap of the pairs that can
+// be joined, the best on top: the highest priority, then the leftmost.
+typedef struct { size_t start, len; int id, prev, next; } Symbol;
+typedef struct { float priority; int left, id; size_t len; } Pair;
+typedef struct {
+    const Tokenizer *t;
+    const char *text;
+    Symbol *symbols;
+    Pair *heap;
+    size_t n_heap;
+    size_t capacity;  // symbols; the heap has room for three times as many
+} Merger;
+
+static bool better(const Pair *a, const Pair *b) {
+    return a->priority != b->priority ? a->priority > b->priority : a->left < b->left;
+}
+static void push_pair(Merger *m, int left) {
+    const Tokenizer *t = m->t;
+    const Symbol *a = &m->symbols[left];
+    if (left < 0 || a->next < 0) return;
+    const Symbol *b = &m->symbols[a->next];
+    Pair p = {0, left, -1, a->len + b->len};
+    if (t->h.kind == BYTE_LEVEL) {
+        int rank = a->id < 0 || b->id < 0 ? -1 : find_merge(t, (uint32_t)a->id, (uint32_t)b->id);
+        if (rank < 0) return;
+        p.priority = (float)-rank;
+    }
+    p.id = find_token(t, (Text){m->text + a->start, p.len});
+    if (p.id < 0 || (t->h.kind == SENTENCEPIECE && t->tokens[p.id].type != NORMAL)) return;
+    if (t->h.kind == SENTENCEPIECE) p.priority = t->tokens[p.id].score;
+    size_t i = m->n_heap++;
+    for (; i && better(&p, &m->heap[(i - 1) / 2]); i = (i - 1) / 2) m->heap[i] = m->heap[(i - 1) / 2];
+    m->heap[i] = p;
+}
+static Pair pop_pair(Merger *m) {
+    Pair top = m->heap[0], last = m->heap[--m->n_heap];
+    size_t i = 0, child;
+    while ((child = 2 * i + 1) < m->n_heap) {
+        if (child + 1 < m->n_heap && better(&m->heap[child + 1], &m->heap[child])) child++;
+        if (!better(&m->heap[child], &last)) break;
+        m->heap[i] = m->heap[child];
+        i = child;
+    }
+    m->heap[i] = last;
+    return top;
+}
+
+// Appends the tokens of one word (or, with SentencePiece, of a whole text).
+static void encode_word(Merger *m, Text word, Ids *out) {
+    const Tokenizer *t = m->t;
+    if (word.len > INT_MAX / 2) die("the text is too long: %zu bytes", word.len);
+    int whole = t->h.flags & IGNORE_MERGES ? find_token(t, word) : -1;
+    if (whole >= 0 && t->tokens[whole].type == NORMAL) {
+        push(out, whole);
+        return;
+    }
+    if (word.len > m->capacity) {
+        m->capacity = word.len * 2;
+        m->symbols = resize(m->symbols, m->capacity, sizeof *m->symbols);
+        m->heap = resize(m->heap, 3 * m->capacity, sizeof *m->heap);
+    }
+    m->text = word.s;
+    m->n_heap = 0;
+    int n = 0;
+    for (size_t i = 0, used = 1; i < word.len; i += used, n++) {
+        Symbol *s = &m->symbols[n];
+        if (t->h.kind == SENTENCEPIECE) next_char(word.s + i, word.len - i, &used);
+        *s = (Symbol){i, used, -1, n - 1, i + used < word.len ? n + 1 : -1};
+        s->id = t->h.kind == BYTE_LEVEL ? t->byte_token[(uint8_t)word.s[i]]
+                                        : find_token(t, (Text){word.s + i, used});
+        if (s->id >= 0 && t->tokens[s->id].type != NORMAL) s->id = -1;
+    }
+    for (int i = 0; i + 1 < n; i++) push_pair(m, i);
+    while (m->n_heap) {
+        Pair p = pop_pair(m);
+        Symbol *a = &m->symbols[p.left], *b = a->next < 0 ? NULL : &m->symbols[a->next];
+        if (!a->len || !b || a->len + b->len != p.len) continue;  // one of the two has been joined
+        a->len = p.len;
+        a->id = p.id;
+        a->next = b->next;
+        b->len = 0;
+        if (a->next >= 0) m->symbols[a->next].prev = p.left;
+        if (a->prev >= 0) push_pair(m, a->prev);
+        push_pair(m, p.left);
+    }
+    for (int i = 0; i >= 0; i = m->symbols[i].next) {
+        const Symbol *s = &m->symbols[i];
+        if (s->id >= 0) push(out, s->id);
+        else for (size_t j = 0; j < s->len; j++) {  // not in the vocabulary: its bytes, or unknown
+            int byte = t->byte_token[(uint8_t)word.s[s->start + j]];
+            if (byte >= 0) push(out, byte);
+            else if (t->h.unk >= 0 && !j) push(out, t->h.unk);
+        }
+    }
+}
+
+// Length of an English contraction ('s 't 're 've 'm 'll 'd) at s, or 0.
+static size_t contraction(const char *s, size_t len, bool any_case) {
+    static const char *const ends[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    for (size_t i = 0; i < 7 && len && s[0] == '\''; i++) {
+        size_t n = strlen(ends[i]), same = 0;
+        while (same < n && 1 + same < len &&
+               (s[1 + same] == ends[i][same] || (any_case && (s[1 + same] | 32) == ends[i][same]))) same++;
+        if (same == n) return n + 1;
+    }
+    return 0;
+}
+
+// Length of the run of characters of one class (0: none of letter, number, space) at s, at most `most`.
+static size_t run_of(const Tokenizer *t, const char *s, size_t len, uint32_t class, size_t most) {
+    size_t n = 0, used;
+    while (most-- && n < len && class_of(t, s + n, len - n, &used) == class) n += used;
+    return n;
+}
+
+// Length of the first word of a text, as the regular expressions of GPT-2 (split 1) and of cl100k (split 2:
+// Llama 3, Qwen) cut it:
+//   1: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*
+//      |\s*[\r\n]+|\s+(?!\S)|\s+
+static size_t next_word(const Tokenizer *t, const char *s, size_t len) {
+    bool gpt2 = t->h.split == 1;
+    size_t n = contraction(s, len, !gpt2), used, first = 0, unlimited = SIZE_MAX;
+    if (n) return n;
+    uint32_t class = class_of(t, s, len, &used);
+    if (gpt2 ? s[0] == ' ' : class != LETTER && class != NUMBER && s[0] != '\r' && s[0] != '\n')
+        first = used;
+    if ((n = run_of(t, s + first, len - first, LETTER, unlimited))) return first + n;
+    size_t space = s[0] == ' ', skip = gpt2 ? space : 0;
+    if ((n = run_of(t, s + skip, len - skip, NUMBER, t->h.digits ? t->h.digits : unlimited)))
+        return skip + n;
+    if ((n = run_of(t, s + space, len - space, 0, unlimited))) {
+        n += space;
+        while (!gpt2 && n < len && (s[n] == '\r' || s[n] == '\n')) n++;
+        return n;
+    }
+    n = run_of(t, s, len, SPACE, unlimited);
+    for (size_t i = n; i && !gpt2; i--) if (s[i - 1] == '\r' || s[i - 1] == '\n') return i;
+    if (n == len) return n;
+    size_t last = n - 1;  // all but the last space, which belongs to the next word
+    while (last && ((uint8_t)s[last] & 0xc0) == 0x80) last--;
+    return last ? last : n;
+}
+
+// Appends the tokens of a text without special tokens.
+static void encode_plain(Merger *m, Text text, Ids *out) {
+    const Tokenizer *t = m->t;
+    if (t->h.kind == SENTENCEPIECE || t->h.split == 0) {
+        if (text.len) encode_word(m, text, out);
+        return;
+    }
+    while (text.len) {
+        size_t piece = text.len, used;
+        if (t->h.isolate_digits)  // a digit is a word; the rest is cut as if it stood alone
+            for (piece = 0; piece < text.len; piece += used)
+                if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) {
+                    if (!piece) piece = used;
+                    break;
+                }
+        for (size_t i = 0, n; i < piece; i += n) {
+            n = next_word(t, text.s + i, piece - i);
+            encode_word(m, (Text){text.s + i, n}, out);
+        }
+        text.s += piece;
+        text.len -= piece;
+    }
+}
+
+// The control or user-defined token at the start of a text, the longest one, or -1. Control tokens
+// count only where `typed` (one flag for each byte, NULL: none) is zero throughout.
+static int special_at(const Tokenizer *t, const char *s, size_t len, const char *typed) {
+    size_t longest = t->special[(uint8_t)s[0]];
+    for (size_t n = longest < len ? longest : len; n; n--) {
+        int id = find_token(t, (Text){s, n});
+        if (id < 0) continue;
+        if (t->tokens[id].type == USER_DEFINED) return id;
+        if (t->tokens[id].type == CONTROL && !(typed && memchr(typed, 1, n))) return id;
+    }
+    return -1;
+}
+
+// Appends the tokens of a text, with BOS in front if `bos` and the tokenizer adds it. Special tokens in
+// the text are recognised, except over bytes that are marked as typed by a user.
+static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, Ids *out) {
+    Merger m = {.t = t};
+    size_t start = 0, first = out->n;
+    char *prefixed = NULL;
+    for (size_t i = 0; i <= text.len; i++) {
+        bool may = i < text.len && t->special[(uint8_t)text.s[i]];
+        int special = may ? special_at(t, text.s + i, text.len - i, typed ? typed + i : NULL) : -1;
+        if (i < text.len && special < 0) continue;
+        Text part = {text.s + start, i - start};
+        if (part.len && t->h.flags & ADD_SPACE_PREFIX) {
+            prefixed = resize(prefixed, part.len + 1, 1);
+            prefixed[0] = ' ';
+            memcpy(prefixed + 1, part.s, part.len);
+            part = (Text){prefixed, part.len + 1};
+        }
+        encode_plain(&m, part, out);
+        if (special >= 0) {
+            push(out, special);
+            start = i + t->tokens[special].text.len;
+            i = start - 1;
+        }
+    }
+    free(m.symbols);
+    free(m.heap);
+    free(prefixed);
+    if (bos && t->h.flags & ADD_BOS && t->h.bos >= 0 && (out->n == first || out->ids[first] != t->h.bos)) {
+        push(out, 0);
+        memmove(out->ids + first + 1, out->ids + first, (out->n - first - 1) * sizeof(int));
+        out->ids[first] = t->h.bos;
+    }
+}
+
+// The text of a token that follows another (-1: nothing). Control tokens have none; SentencePiece's
+// space in front of the first word is dropped.
+static Text decode(const Tokenizer *t, int previous, int id) {
+    if (id < 0 || id >= t->h.vocab_size || t->tokens[id].type == UNUSED) return (Text){"", 0};
+    Text text = t->tokens[id].text;
+    if (t->tokens[id].type == CONTROL && !t->llama2c) return (Text){"", 0};
+    if (previous == t->h.bos && t->h.flags & ADD_SPACE_PREFIX && text.len && text.s[0] == ' ')
+        text.s++, text.len--;
+    return text;
+}
+
+static bool is_stop(const Tokenizer *t, int id) {
+    if (t->llama2c) return id == t->h.bos;  // as llama2.c does: BOS separates its stories
+    for (uint32_t i = 0; i < t->h.n_stops; i++)
+        if ((int)read_u32(t->stops + 4 * i) == id) return true;
+    return id == t->h.eos;
+}
+
+// =================================================================================================
+// Part 3. Speed: the same mathematics for SIMD units and threads
+// =================================================================================================
+//
+// Nothing here changes a bit of a result, so a reader may skip it; with -DPLAIN it is left out.
+#ifndef PLAIN
+
+// ---- Threads. A job is a number of items; threads take some of those left until none is. `ticket` holds
+// the job's number above the count of items left, so that one compare-and-swap takes items of this
+// job and of no other. A thread that is not running holds nobody up: the others take its share.
+
+static struct {
+    _Atomic uint64_t ticket;
+    _Atomic(Task *) task;
+    _Atomic(void *) context;
+    _Atomic uint32_t n_items, done, sleepers;
+    uint32_t n_threads;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+} pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static inline void pause_cpu(void) {
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+// Takes items and does them until none is left.
+static void work(int thread) {
+    for (;;) {
+        uint64_t ticket = atomic_load(&pool.ticket);
+        uint32_t left = (uint32_t)ticket;
+        if (!left) return;
+        uint32_t take = left / (2 * pool.n_threads) + 1;
+        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket - take)) continue;
+        Task *task = atomic_load(&pool.task);
+        void *context = atomic_load(&pool.context);
+        uint32_t first = atomic_load(&pool.n_items) - left;
+        for (uint32_t i = 0; i < take; i++) task(context, (int)(first + i), thread);
+        atomic_fetch_add(&pool.done, take);
+    }
+}
+
+enum { SPINS = 600 };  // about 25 to 50 microseconds of waiting before a thread sleeps
+
+static void *worker(void *argument) {
+    for (int spins = 0;; spins++) {
+        if ((uint32_t)atomic_load(&pool.ticket)) {
+            work((int)(intptr_t)argument);
+            spins = 0;
+        } else if (spins < SPINS) {
+            pause_cpu();
+        } else {
+            pthread_mutex_lock(&pool.mutex);
+            atomic_fetch_add(&pool.sleepers, 1);
+            while (!(uint32_t)atomic_load(&pool.ticket)) pthread_cond_wait(&pool.wake, &pool.mutex);
+            atomic_fetch_sub(&pool.sleepers, 1);
+            pthread_mutex_unlock(&pool.mutex);
+            spins = 0;
+        }
+    }
+    return NULL;
+}
+
+static void parallel(Task *task, void *context, int n_items) {
+    if (n_items == 1 || pool.n_threads == 1) {
+        for (int i = 0; i < n_items; i++) task(context, i, 0);
+        return;
+    }
+    atomic_store(&pool.task, task);
+    atomic_store(&pool.context, context);
+    atomic_store(&pool.n_items, (uint32_t)n_items);
+    atomic_store(&pool.done, 0);
+    atomic_store(&pool.ticket, ((atomic_load(&pool.ticket) >> 32) + 1) << 32 | (uint32_t)n_items);
+    if (atomic_load(&pool.sleepers)) {
+        pthread_mutex_lock(&pool.mutex);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.mutex);
+    }
+    work(0);
+    for (int spins = 0; atomic_load(&pool.done) != (uint32_t)n_items; spins++) {
+        if (spins < SPINS) pause_cpu();
+        else usleep(20);  // its core is busy with something else
+    }
+}
+
+// Starts n - 1 threads beside the calling one. Where one cannot be had, the others do its work.
+static void start_threads(int n) {
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the main thread's business
+    for (; pool.n_threads < (uint32_t)n; pool.n_threads++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.n_threads)) break;
+        pthread_detach(thread);
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+// ---- SIMD. A vector has W lanes; a lane is a row of a weight panel, a position or a channel. GCC's and
+// clang's vector types do the arithmetic; what they lack is below, once for each instruction set:
+//     dot        acc[lane] += the four bytes of w[lane] times the four bytes at x
+//     load_half  W half-precision numbers to float
+// BIAS8 is what is added to int8 weights before dot, where dot takes unsigned weights.
+
+#if defined __x86_64__ || defined __i386__
+#include <immintrin.h>
+#endif
+#if defined __aarch64__
+#include <arm_neon.h>
+#endif
+
+#if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
+enum { W = 16 };
+#elif defined __AVX2__
+enum { W = 8 };
+#else
+enum { W = 4 };
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
+INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
+INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
+INLINE int32_t read_4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
+
+#if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
+INLINE vf load_half(const uint16_t *p) {
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+#elif defined __AVX2__ && defined __F16C__
+INLINE vf load_half(const uint16_t *p) {
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+#elif defined __aarch64__
+INLINE vf load_half(const uint16_t *p) {
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+#else
+INLINE vf load_half(const uint16_t *p) {
+    vf v;
+    for (int i = 0; i < W; i++) v[i] = half_to_float(p[i]);
+    return v;
+}
+#endif
+
+#if defined __AVX512VNNI__ && defined __AVX512BW__ && defined __AVX512VL__
+enum { BIAS8 = 128 };
+static const char isa[] = "AVX-512 VNNI";
+INLINE vi dot(vi acc, vu w, const int8_t *x) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(read_4(x)));
+}
+#elif defined __AVX2__ && (defined __AVXVNNI__ || (defined __AVX512VNNI__ && defined __AVX512VL__)) && \
+    !defined __AVX512BW__
+enum { BIAS8 = 128 };
+static const char isa[] = "AVX2 VNNI";
+INLINE vi dot(vi acc, vu w, const int8_t *x) {
+    return (vi)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(read_4(x)));
+}
+#elif defined __SSE2__
+enum { BIAS8 = 0 };
+// Bytes become 16-bit numbers, even and odd ones apart; madd multiplies and adds pairs of these.
+#if defined __AVX512BW__ && defined __AVX512VL__
+static const char isa[] = "AVX-512";
+#define MADD(a, b) (vi) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
+#elif defined __AVX2__
+static const char isa[] = "AVX2";
+#define MADD(a, b) (vi) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#else
+static const char isa[] = "SSE2";
+#define MADD(a, b) (vi) _mm_madd_epi16((__m128i)(a), (__m128i)(b))
+#endif
+typedef int16_t vs __attribute__((vector_size(4 * W)));
+INLINE vi dot(vi acc, vu w, const int8_t *x) {
+    vs xs = (vs)splat_i(read_4(x));
+    acc += MADD((vs)((vs)w << 8) >> 8, (vs)(xs << 8) >> 8);
+    return acc + MADD((vs)w >> 8, xs >> 8);
+}
+#elif defined __ARM_FEATURE_DOTPROD
+enum { BIAS8 = 0 };
+static const char isa[] = "NEON dotprod";
+INLINE vi dot(vi acc, vu w, const int8_t *x) {
+    return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(read_4(x))));
+}
+#elif defined __aarch64__
+enum { BIAS8 = 0 };
+static const char isa[] = "NEON";
+INLINE vi dot(vi acc, vu w, const int8_t *x) {
+    int8x8_t xs = vreinterpret_s8_s32(vdup_n_s32(read_4(x)));
+    int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8((int8x16_t)w), xs));
+    int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8((int8x16_t)w), xs));
+    return acc + (vi)vpaddq_s32(low, high);
+}
+#else
+enum { BIAS8 = 0 };
+static const char isa[] = "generic";
+INLINE vi dot(vi acc, vu w, const int8_t *x) {
+    for (int k = 0; k < 4; k++) acc += ((vi)(w << (24 - 8 * k)) >> 24) * (int32_t)x[k];
+    return acc;
+}
+#endif
+
+// ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is inlined.
+// A single token reads the weights as they lie in the file. For more, unpack_panel first makes plain
+// bytes and float scales of them.
+
+typedef struct {
+    uint8_t quants[64 * 512];           // [block][8][16][4]
+    float scales[64][16], minima[64][16];
+} Unpacked;                             // up to 64 blocks of a panel
+
+INLINE void quant_kernel(const int T, const int dtype, const bool packed, const uint8_t *quants,
+                         const uint16_t *halves, const Unpacked *u, int lane, const Quantized *xq,
+                         int t0, int b0, int n_blocks, float *out) {
+    const int bias = dtype == Q4 ? 8 : dtype == Q8 ? BIAS8 : 0;
+    vf acc[TILE];
+    for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
+    size_t at = block_at(xq, t0, b0);
+    for (int b = 0; b < n_blocks; b++, at += TILE) {
+        const int8_t *x = xq->q + at * 32;
+        vi sum[TILE];
+        for (int t = 0; t < T; t++) sum[t] = splat_i(bias ? -bias * xq->sum[at + (size_t)t] : 0);
+        if (packed && dtype != Q8) {
+            for (int g = 0; g < 4; g++) {
+                vu w = load_u(quants + b * 256 + g * 64 + lane * 4);
+                vu low = w & 0x0f0f0f0f, high = w >> 4 & 0x0f0f0f0f;
+                for (int t = 0; t < T; t++) sum[t] = dot(sum[t], low, x + t * 32 + g * 4);
+                for (int t = 0; t < T; t++) sum[t] = dot(sum[t], high, x + t * 32 + 16 + g * 4);
+            }
+        } else {
+            for (int g = 0; g < 8; g++) {
+                vu w = load_u(quants + b * 512 + g * 64 + lane * 4);
+                if (packed && BIAS8) w ^= 0x80808080;
+                for (int t = 0; t < T; t++) sum[t] = dot(sum[t], w, x + t * 32 + g * 4);
+            }
+        }
+        vf scale = packed ? load_half(halves + b * (dtype == Q4A ? 32 : 16) + lane)
+                          : load(u->scales[b] + lane);
+        for (int t = 0; t < T; t++)
+            acc[t] += __builtin_convertvector(sum[t], vf) * scale * xq->d[at + (size_t)t];
+        if (dtype == Q4A) {
+            vf minimum = packed ? load_half(halves + b * 32 + 16 + lane) : load(u->minima[b] + lane);
+            for (int t = 0; t < T; t++) acc[t] += minimum * xq->dsum[at + (size_t)t];
+        }
+    }
+    for (int t = 0; t < T; t++) store(out + t * 16 + lane, acc[t]);
+}
+
+static void unpack_panel(Unpacked *u, int dtype, const uint8_t *quants, const uint16_t *halves,
+                         int n_blocks) {
+    for (int b = 0; b < n_blocks; b++) {
+        uint8_t *to = u->quants + b * 512;
+        const uint8_t *from = quants + b * (dtype == Q8 ? 512 : 256);
+        for (int i = 0; i < 512 && dtype == Q8; i++) to[i] = from[i] ^ BIAS8;
+        for (int i = 0; i < 256 && dtype != Q8; i++) to[i] = from[i] & 15, to[i + 256] = from[i] >> 4;
+        for (int i = 0; i < 16; i += W) {
+            store(u->scales[b] + i, load_half(halves + b * (dtype == Q4A ? 32 : 16) + i));
+            if (dtype == Q4A) store(u->minima[b] + i, load_half(halves + b * 32 + 16 + i));
+        }
+    }
+}
+
+// Writes BODY with T = 8, 4, 2 or 1, the largest that `left` tokens allow, as a constant.
+#define FOR_TILE(left, BODY)                                                                     \
+    if ((left) >= 8) { enum { T = 8 }; BODY; }                                                   \
+    else if ((left) >= 4) { enum { T = 4 }; BODY; }                                              \
+    else if ((left) >= 2) { enum { T = 2 }; BODY; }                                              \
+    else { enum { T = 1 }; BODY; }
+static int tile_of(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+static void quant_tile(int dtype, const Unpacked *u, int lane, const Quantized *xq, int t, int left,
+                       int b0, int n_blocks, float *out) {
+#define KERNEL(type) quant_kernel(T, type, false, u->quants, NULL, u, lane, xq, t, b0, n_blocks, out)
+    if (dtype == Q8) FOR_TILE(left, KERNEL(Q8))
+    else if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
+    else FOR_TILE(left, KERNEL(Q4A))
+#undef KERNEL
+}
+
+static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *xq, int n, float *out) {
+    int blocks = (w->cols + 31) / 32, per_block = w->dtype == Q8 ? 512 : 256, halves_of = 16;
+    const uint16_t *halves = (const uint16_t *)(const void *)panel;
+    const uint8_t *quants = panel + ((size_t)blocks * 32 + 63) / 64 * 64;
+    if (w->dtype == Q4A) quants = panel + (size_t)blocks * 64, halves_of = 32;
+    if (n == 1) {
+        for (int lane = 0; lane < 16; lane += W) {
+#define KERNEL(type) quant_kernel(1, type, true, quants, halves, NULL, lane, xq, 0, 0, blocks, out)
+            if (w->dtype == Q8) KERNEL(Q8);
+            else if (w->dtype == Q4) KERNEL(Q4);
+            else KERNEL(Q4A);
+#undef KERNEL
+        }
+        return;
+    }
+    for (int b = 0; b < blocks; b += 64) {
+        Unpacked u;
+        int some = blocks - b < 64 ? blocks - b : 64;
+        unpack_panel(&u, w->dtype, quants + (size_t)b * (size_t)per_block,
+                     halves + (size_t)b * (size_t)halves_of, some);
+        for (int lane = 0; lane < 16; lane += W)
+            for (int t = 0; t < n; t += tile_of(n - t))
+                quant_tile(w->dtype, &u, lane, xq, t, n - t, b, some, out + t * 16);
+    }
+}
+
+// ---- Float panels.
+
+// w[i] becomes column i of W rows of float32 that lie one after the other, `cols` apart.
+INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
+    for (int r = 0; r < W; r++) w[r] = load(rows + (size_t)(r < n_rows ? r : n_rows - 1) * cols);
+#if defined __AVX512F__
+    if (W == 16) {  // transposed by exchanging blocks of 1, 2, 4 and 8
+        for (int s = 1; s < W; s *= 2) {
+            vi low, high;
+            for (int l = 0; l < W; l++) low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
+            for (int i = 0; i < W; i++) {
+                if (i & s) continue;
+                vf a = w[i], b = w[i | s];
+                w[i] = (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
+                w[i | s] = (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
+            }
+        }
+        return;
+    }
+#endif
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < i; j++) {
+            float swap = w[i][j];
+            w[i][j] = w[j][i];
+            w[j][i] = swap;
+        }
+}
+
+INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int cols, int n_rows, int lane,
+                         const float *x, int x_stride, float *out) {
+    vf acc[TILE];
+    const float *f = (const float *)(const void *)panel;
+    for (int t = 0; t < T; t++) acc[t] = (vf){0};
+    int c = 0;
+    if (dtype == F32) {
+        for (; c < cols; c++) {
+            vf w = load(f + c * 16 + lane);
+            for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
+        }
+    } else if (dtype == BF16) {
+        for (; c < cols; c += 2) {  // an odd last column is followed by a zero weight and a zero
+            vu pair = load_u(panel + (size_t)c * 32 + (size_t)lane * 4);
+            vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000);
+            for (int t = 0; t < T; t++) acc[t] += even * x[t * x_stride + c];
+            for (int t = 0; t < T; t++) acc[t] += odd * x[t * x_stride + c + 1];
+        }
+    } else {
+        const float *rows = f + (size_t)lane * (size_t)cols;
+        for (; c + W <= cols; c += W) {
+            vf w[W];
+            load_columns(w, rows + c, (size_t)cols, n_rows - lane);
+            for (int i = 0; i < W; i++)
+                for (int t = 0; t < T; t++) acc[t] += w[i] * x[t * x_stride + c + i];
+        }
+        for (; c < cols; c++) {
+            vf w = {0};
+            for (int r = 0; r < W && lane + r < n_rows; r++) w[r] = rows[(size_t)r * (size_t)cols + (size_t)c];
+            for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
+        }
+    }
+    for (int t = 0; t < T; t++) store(out + t * 16 + lane, acc[t]);
+}
+
+static void float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int lane, const float *x,
+                       int x_stride, int left, float *out) {
+#define KERNEL(type) float_kernel(T, type, panel, w->cols, n_rows, lane, x, x_stride, out)
+    if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
+    else if (w->dtype == BF16) FOR_TILE(left, KERNEL(BF16))
+    else FOR_TILE(left, KERNEL(ROWS))
+#undef KERNEL
+}
+
+static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
+                       const Quantized *xq, int n, float *y, int stride) {
+    float out[MAX_BATCH * 16];
+    int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16;
+    const uint8_t *p = w->data + (size_t)panel *
+        (w->dtype == ROWS ? (size_t)w->cols * 64 : panel_bytes(w->dtype, w->cols));
+    if (w->dtype >= Q8) {
+        memset(out, 0, (size_t)n * 16 * sizeof(float));
+        quant_panel(w, p, xq, n, out);
+    } else {
+        for (int t = 0; t < n; t += tile_of(n - t))
+            for (int lane = 0; lane < 16; lane += W)
+                if (lane < rows)
+                    float_tile(w, p, rows, lane, x + (size_t)t * (size_t)x_stride, x_stride, n - t,
+                               out + t * 16);
+    }
+    for (int t = 0; t < n; t++)
+        memcpy(y + (size_t)t * (size_t)stride, out + t * 16, (size_t)rows * sizeof(float));
+}
+
+// ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
+// of a tile that share a key/value head pass over its keys and values together.
+
+enum { MAX_QUERIES = 32 };
+typedef struct { int slot, n, first, last; } AttendTile;  // slots; positions any of them sees
+typedef struct {
+    const Pass *f;
+    const AttendTile *tiles;
+    int n_tiles, group;        // query heads of a key/value head
+    int parts;                 // into how many the current phase cuts a tile
+    size_t row, area;          // floats of a query's scores; of a tile's
+} Attend;
+
+INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, int head_dim, int lane,
+                         const float *queries, int n_queries, float scale, float *out, size_t row) {
+    vf acc[8];
+    for (int j = 0; j < Q; j++) acc[j] = (vf){0};
+    for (int d = 0; d < head_dim; d++) {
+        vf k = wide ? load((const float *)(const void *)keys + d * 16 + lane)
+                    : load_half((const uint16_t *)(const void *)keys + d * 16 + lane);
+        for (int j = 0; j < Q; j++) acc[j] += k * queries[d * n_queries + j];
+    }
+    for (int j = 0; j < Q; j++) store(out + (size_t)j * row + lane, acc[j] * scale);
+}
+#define SCORE_AS(n, wide) score_kernel(n, wide, keys, head_dim, lane, q, n_queries, scale, out, row)
+#define SCORE(n) case n: if (wide) SCORE_AS(n, true); else SCORE_AS(n, false); break
+static void score_block(int n, bool wide, const uint8_t *keys, int head_dim, const float *q,
+                        int n_queries, float scale, float *out, size_t row) {
+    for (int lane = 0; lane < 16; lane += W)
+        switch (n) { SCORE(1); SCORE(2); SCORE(3); SCORE(4); SCORE(5); SCORE(6); SCORE(7); SCORE(8); }
+}
+
+// out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of channels.
+INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t *values, int width,
+                       int n, const float *weights, size_t row, float *out) {
+    vf acc[4][4];
+    for (int j = 0; j < Q; j++)
+        for (int i = 0; i < V; i++) acc[j][i] = load(out + j * width + i * W);
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < V; i++) {
+            int at = t * width + i * W;
+            vf v = wide ? load((const float *)(const void *)values + at)
+                        : load_half((const uint16_t *)(const void *)values + at);
+            for (int j = 0; j < Q; j++) acc[j][i] += v * weights[(size_t)j * row + (size_t)t];
+        }
+    for (int j = 0; j < Q; j++)
+        for (int i = 0; i < V; i++) store(out + j * width + i * W, acc[j][i]);
+}
+#define MIX(q, v) do { if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out); \
+                       else mix_kernel(q, v, false, values, width, n, weights, row, out); } while (0)
+enum { MIX_QUERIES = W == 16 ? 4 : 2 };
+static int mix_block(int left, int vectors, bool wide, const uint8_t *values, int width, int n,
+                     const float *weights, size_t row, float *out) {
+    int q = left >= 4 && MIX_QUERIES == 4 ? 4 : left == 3 && MIX_QUERIES == 4 ? 3 : left >= 2 ? 2 : 1;
+    if (vectors == 4) { if (q == 4) MIX(4, 4); else if (q == 3) MIX(3, 4); else if (q == 2) MIX(2, 4); else MIX(1, 4); }
+    else { if (q == 4) MIX(4, 1); else if (q == 3) MIX(3, 1); else if (q == 2) MIX(2, 1); else MIX(1, 1); }
+    return q;
+}
+
+// Scores of the blocks of 16 positions from b0 to b1.
+static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, float *scores, int b0, int b1) {
+    const Pass *f = a->f;
+    const Config *c = &f->m->c;
+    int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
+    size_t element = f->kv->wide ? 4 : 2;
+    float *queries = resize(NULL, (size_t)(hd * n), sizeof(float));  // (head_dim, n)
+    for (int i = 0; i < n; i++) {
+        const float *q = row_of(f->s->q, tile->slot + i / a->group, c->n_heads * hd) +
+                         (kv_head * a->group + i % a->group) * hd;
+        for (int d = 0; d < hd; d++) queries[d * n + i] = q[d];
+    }
+    for (int b = b0; b < b1; b++) {
+        // A block where a branch leaves the trunk lies in both: the trunk's part comes first.
+        int from = seq > 0 ? f->kv->from[seq] : 0, pos = b * 16;
+        bool split = from > pos && from < pos + 16 && tile->last >= from;
+        for (int side = 0; side <= split; side++) {
+            const uint8_t *chunk = cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
+            const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
+            for (int j = 0; j < n; j += 8) {
+                int some = n - j < 8 ? n - j : 8;
+                float own[8 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
+                if (!side) score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, out, a->row);
+                else {
+                    score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, own, 16);
+                    for (int i = 0; i < some; i++)
+                        for (int l = from - pos; l < 16; l++) out[(size_t)i * a->row + (size_t)l] = own[i * 16 + l];
+                }
+            }
+        }
+    }
+    free(queries);
+}
+
+// Scores of one query become weights; positions that it does not see get weight 0.
+static void attend_softmax(const Attend *a, const AttendTile *tile, float *scores, int query) {
+    const Config *c = &a->f->m->c;
+    float *row = scores + (size_t)query * a->row;
+    int pos = a->f->batch[tile->slot + query / a->group].pos, first = 0;
+    if (is_local(c, a->f->layer) && pos >= c->sliding_window) first = pos - c->sliding_window + 1;
+    softmax(row, first, pos + 1);
+    for (int t = tile->first; t < first; t++) row[t] = 0;
+    for (int t = pos + 1; t <= tile->last; t++) row[t] = 0;
+}
+
+// The weighted average of the values, for the channels from c0 to c1, multiples of 16.
+static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, const float *scores, int c0, int c1) {
+    const Pass *f = a->f;
+    const Config *c = &f->m->c;
+    int hd = c->head_dim, width = round_up(hd, 16), n = tile->n * a->group, at;
+    int seq = f->batch[tile->slot].seq, from = seq > 0 ? f->kv->from[seq] : 0;
+    size_t element = f->kv->wide ? 4 : 2;
+    float *out = resize(NULL, (size_t)(n * width), sizeof(float));
+    memset(out, 0, (size_t)(n * width) * sizeof(float));
+    for (int t = tile->first, run; t <= tile->last; t += run) {  // positions that lie together
+        const uint8_t *values = cache_chunk(f->kv, seq, t, f->layer, kv_head, &at) + f->kv->k_bytes +
+                                value_at(f->kv, at) * element;
+        run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
+        if (t < from && t + run > from) run = from - t;
+        for (int ch = c0, v; ch < c1; ch += v * W) {
+            v = c1 - ch >= 4 * W ? 4 : 1;
+            for (int j = 0; j < n;)
+                j += mix_block(n - j, v, f->kv->wide, values + (size_t)ch * element, width, run,
+                               scores + (size_t)j * a->row + (size_t)t, a->row, out + j * width + ch);
+        }
+    }
+    for (int j = 0; j < n; j++) {
+        float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
+                    (kv_head * a->group + j % a->group) * hd;
+        for (int ch = c0; ch < c1 && ch < hd; ch++) to[ch] = out[j * width + ch];
+    }
+    free(out);
+}
+
+// One tile and key/value head, with the thread's own scratch.
+static void attend_all(void *context, int item, int thread) {
+    const Attend *a = context;
+    int n_kv = a->f->m->c.n_kv_heads;
+    const AttendTile *tile = &a->tiles[item / n_kv];
+    float *scores = a->f->s->scores + (size_t)thread * a->area;
+    attend_scores(a, tile, item % n_kv, scores, tile->first / 16, tile->last / 16 + 1);
+    for (int j = 0; j < tile->n * a->group; j++) attend_softmax(a, tile, scores, j);
+    attend_mix(a, tile, item % n_kv, scores, 0, round_up(a->f->m->c.head_dim, 16));
+}
+
+// The same in three phases, each cut into parts, for when there are few tiles: by positions, by queries
+// and by channels.
+enum { PART = 16 };  // blocks of positions
+static void scores_part(void *context, int item, int thread) {
+    const Attend *a = context;
+    int pair = item / a->parts, n_kv = a->f->m->c.n_kv_heads;
+    const AttendTile *tile = &a->tiles[pair / n_kv];
+    int b0 = tile->first / 16 + item % a->parts * PART, end = tile->last / 16 + 1;
+    (void)thread;
+    if (b0 < end) attend_scores(a, tile, pair % n_kv, a->f->s->scores + (size_t)pair * a->area, b0,
+                                b0 + PART < end ? b0 + PART : end);
+}
+static void softmax_part(void *context, int item, int thread) {
+    const Attend *a = context;
+    int pair = item / a->parts, query = item % a->parts;
+    const AttendTile *tile = &a->tiles[pair / a->f->m->c.n_kv_heads];
+    (void)thread;
+    if (query < tile->n * a->group)
+        attend_softmax(a, tile, a->f->s->scores + (size_t)pair * a->area, query);
+}
+static void mix_part(void *context, int item, int thread) {
+    const Attend *a = context;
+    int pair = item / a->parts, n_kv = a->f->m->c.n_kv_heads, c0 = item % a->parts * 16;
+    (void)thread;
+    attend_mix(a, &a->tiles[pair / n_kv], pair % n_kv, a->f->s->scores + (size_t)pair * a->area, c0, c0 + 16);
+}
+
+static void attention_fast(const Pass *f) {
+    const Config *c = &f->m->c;
+    AttendTile tiles[MAX_BATCH];
+    Attend a = {.f = f, .tiles = tiles, .group = c->n_heads / c->n_kv_heads};
+    int most = a.group <= 4 ? 8 : MAX_QUERIES / a.group + !(MAX_QUERIES / a.group), longest = 0;
+    for (int i = 0; i < f->n; i++) {
+        const Slot *slot = &f->batch[i];
+        AttendTile *tile = &tiles[a.n_tiles - (a.n_tiles > 0)];
+        if (a.n_tiles && tile->n < most && slot[-1].seq == slot->seq && slot[-1].pos + 1 == slot->pos) {
+            tile->n++;
+            tile->last = slot->pos;
+        } else {
+            int window = is_local(c, f->layer) && slot->pos >= c->sliding_window ? c->sliding_window : slot->pos + 1;
+            tiles[a.n_tiles++] = (AttendTile){i, 1, slot->pos + 1 - window, slot->pos};
+        }
+        if (slot->pos >= longest) longest = slot->pos + 1;
+    }
+    int pairs = a.n_tiles * c->n_kv_heads, threads = (int)pool.n_threads;
+    bool phases = pairs < 4 * threads && threads > 1 && longest > 256;
+    a.row = (size_t)round_up(longest, 16) + 16;
+    a.area = a.row * (size_t)(a.group * most);
+    size_t need = a.area * (size_t)(phases ? pairs : threads);
+    if (need > f->s->scores_capacity) {
+        f->s->scores_capacity = need + need / 4;
+        f->s->scores = resize(f->s->scores, f->s->scores_capacity, sizeof(float));
+    }
+    if (!phases) {
+        parallel(attend_all, &a, pairs);
+        return;
+    }
+    a.parts = (longest + 16 * PART - 1) / (16 * PART) + 1;
+    parallel(scores_part, &a, pairs * a.parts);
+    a.parts = a.group * most;
+    parallel(softmax_part, &a, pairs * a.parts);
+    a.parts = round_up(c->head_dim, 16) / 16;
+    parallel(mix_part, &a, pairs * a.parts);
+}
+
+#else
+static const char isa[] = "plain C";
+static void start_threads(int n) { (void)n; }
+#endif
+
+// =================================================================================================
+// Part 4. What to do with it
+// =================================================================================================
+
+typedef struct {
+    const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode;
+    long long steps, context, threads, top_k;
+    double temperature, top_p, min_p, repeat_penalty;
+    unsigned long long seed;
+    bool quiet, receipt, help, version;
+    bool temperature_given, top_p_given;
+} Options;
+
+static volatile sig_atomic_t interrupted;
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- Input and output
+
+// Where results go: stdout, or a file that gets its name only when it is complete.
+typedef struct {
+    int fd;
+    const char *path;
+    char *temporary;
+    char held[4];       // the first bytes of an unfinished UTF-8 character
+    size_t n_held;
+} Output;
+static char *unfinished_file;  // removed at exit
+
+static void remove_unfinished(void) { if (unfinished_file) unlink(unfinished_file); }
+
+static Output open_output(const char *path) {
+    Output out = {.fd = 1, .path = path && strcmp(path, "-") ? path : NULL};
+    if (!out.path) return out;
+    size_t size = strlen(path) + 8;
+    out.temporary = resize(NULL, size, 1);
+    snprintf(out.temporary, size, "%s.XXXXXX", path);
+    out.fd = mkstemp(out.temporary);
+    if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
+    fchmod(out.fd, 0644);
+    unfinished_file = out.temporary;
+    return out;
+}
+static void write_output(Output *out, const void *data, size_t n) {
+    for (const char *p = data; n;) {
+        ssize_t wrote = write(out->fd, p, n);
+        if (wrote < 0 && errno == EINTR) continue;
+        if (wrote < 0 && errno == EPIPE) exit(0);  // the reader has seen enough
+        if (wrote < 0) die("cannot write %s: %s", out->path ? out->path : "stdout", strerror(errno));
+        p += wrote;
+        n -= (size_t)wrote;
+    }
+}
+static void close_output(Output *out) {
+    write_output(out, out->held, out->n_held);
+    out->n_held = 0;
+    if (!out->path) return;
+    if (fsync(out->fd) | close(out->fd) || rename(out->temporary, out->path))
+        die("cannot write %s: %s", out->path, strerror(errno));
+    unfinished_file = NULL;
+    free(out->temporary);
+}
+
+// Writes text as it comes, but holds an unfinished character back until the rest of it is there.
+static void write_text(Output *out, Text text) {
+    for (size_t i = 0; i < text.len; i++) {
+        uint8_t c = (uint8_t)text.s[i];
+        if (c < 0x80 || c >= 0xc0) {  // a character starts: what was held is whatever it is
+            write_output(out, out->held, out->n_held);
+            out->n_held = 0;
+        }
+        out->held[out->n_held++] = (char)c;
+        uint8_t first = (uint8_t)out->held[0];
+        size_t length = first < 0xc0 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+        if (out->n_held >= length) {
+            write_output(out, out->held, out->n_held);
+            out->n_held = 0;
+        }
+    }
+}
+
+// Reads all of a file, or of stdin for "-". The text is followed by a zero byte.
+static Text read_all(const char *path) {
+    bool is_stdin = !strcmp(path, "-");
+    int fd = is_stdin ? 0 : open(path, O_RDONLY);
+    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
+    char *s = NULL;
+    size_t n = 0, capacity = 0;
+    for (;;) {
+        if (capacity - n < 2) s = resize(s, capacity = capacity * 2 + 65536, 1);
+        ssize_t got = read(fd, s + n, capacity - n - 1);
+        if (got < 0 && errno == EINTR && !interrupted) continue;
+        if (got < 0) die("cannot read %s: %s", is_stdin ? "stdin" : path, strerror(errno));
+        if (got == 0) break;
+        n += (size_t)got;
+    }
+    if (!is_stdin) close(fd);
+    s[n] = 0;
+    return (Text){s, n};
+}
+
+static Text input_text(const Options *o) {
+    if (o->prompt_file) return read_all(o->prompt_file);
+    if (o->prompt && !strcmp(o->prompt, "-")) return read_all("-");
+    const char *s = o->prompt ? o->prompt : "";
+    char *copy = resize(NULL, strlen(s) + 1, 1);
+    memcpy(copy, s, strlen(s) + 1);
+    return (Text){copy, strlen(s)};
+}
+
+static int context_of(const Options *o, const Model *m) {
+    if (o->context > m->c.seq_len)
+        die("-c %lld is more than the %d positions that %s was made for", o->context, m->c.seq_len, m->path);
+    return o->context ? (int)o->context : m->c.seq_len;
+}
+
+// Runs tokens ids[from..to) at their positions through the model, MAX_BATCH at a time; returns the
+// logits of the last one.
+static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int from, int to) {
+    Slot batch[MAX_BATCH];
+    float *logits = NULL;
+    for (int n = 0; from < to && !interrupted; from += n) {
+        n = to - from < MAX_BATCH ? to - from : MAX_BATCH;
+        for (int i = 0; i < n; i++)
+            batch[i] = (Slot){ids[from + i], from + i, seq, from + i == to - 1};
+        logits = forward(m, kv, batch, n);
+    }
+    return logits;
+}
+
+// ---- generate: continue a text
+
+static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t) {
+    Sampler s = {.temperature = (float)o->temperature, .top_p = (float)o->top_p,
+                 .top_k = (int)o->top_k, .min_p = (float)o->min_p,
+                 .repeat_penalty = (float)o->repeat_penalty, .rng = o->seed,
+                 .vocab_size = m->c.vocab_size};
+    if (!o->temperature_given && t->h.temperature >= 0) s.temperature = t->h.temperature;
+    if (!o->top_p_given && t->h.top_p >= 0) s.top_p = t->h.top_p;
+    if (!s.rng) {
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        s.rng = mix64((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
+        s.rng += !s.rng;
+        if (!o->quiet && s.temperature > 0) fprintf(stderr, "seed: %llu\n", (unsigned long long)s.rng);
+    }
+    s.p = resize(NULL, (size_t)s.vocab_size, sizeof *s.p);
+    s.candidates = resize(NULL, (size_t)s.vocab_size, sizeof *s.candidates);
+    return s;
+}
+
+// Writes a token's text. Of llama2.c's tokens that are a single byte, it prints only printable ones.
+static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
+    Text text = decode(t, previous, id);
+    uint8_t c = text.len == 1 ? (uint8_t)text.s[0] : ' ';
+    if (t->llama2c && (c < 9 || (c > 13 && c < 32) || c > 126)) return;
+    write_text(out, text);
+}
+
+static void generate(const Options *o, const Model *m, const Tokenizer *t) {
+    double start = seconds();
+    Text prompt = input_text(o);
+    Ids ids = {0};
+    encode(t, prompt, NULL, true, &ids);
+    if (!ids.n && (t->h.bos >= 0 || t->h.eos >= 0)) push(&ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
+    if (!ids.n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
+    int ctx = context_of(o, m), n_prompt = (int)ids.n;
+    if (ids.n > (size_t)ctx) die("the prompt has %zu tokens, the context only %d", ids.n, ctx);
+    // llama2.c counts positions, the prompt's included; this program counts new tokens.
+    long long end = o->steps == 0 || o->steps > ctx ? ctx : o->steps;
+    if (!t->llama2c) end = o->steps == 0 ? ctx : (long long)n_prompt - 1 + o->steps;
+    bool full = end > ctx;
+    if (full) end = ctx;
+    if (n_prompt > end + 1) n_prompt = (int)end + 1;
+
+    Cache kv;
+    new_cache(&kv, m, ctx, 0, 0);
+    Sampler s = new_sampler(o, m, t);
+    Output out = open_output(o->output);
+    if (t->llama2c) for (int i = 1; i < n_prompt; i++) write_token(&out, t, ids.ids[i - 1], ids.ids[i]);
+    else write_text(&out, prompt);
+    if (n_prompt <= end) {
+        float *logits = prefill(m, &kv, 0, ids.ids, 0, n_prompt);
+        double prefilled = seconds();
+        uint64_t receipt = 0, words = 0;
+        int pos = n_prompt;
+        for (; pos <= end && !interrupted; pos++) {
+            size_t bytes = (size_t)m->c.vocab_size * sizeof(float);
+            if (o->receipt) receipt += hash_words(logits, bytes, words), words += (bytes + 7) / 8;
+            int next = sample(&s, logits, ids.ids, pos);
+            if (is_stop(t, next)) break;
+            ids.n = (size_t)pos;
+            push(&ids, next);
+            write_token(&out, t, ids.ids[pos - 1], next);
+            if (pos < end)
+                logits = forward(m, &kv, &(Slot){next, pos, 0, true}, 1);
+        }
+        int n = pos - n_prompt;
+        double done = seconds();
+        if (!o->quiet) {
+            if (full && pos > end) fprintf(stderr, "\nthe context of %d positions is full", ctx);
+            fprintf(stderr, "\nprompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
+                    n_prompt / (prefilled - start), n, n > 1 ? (n - 1) / (done - prefilled) : 0.0);
+        }
+        if (o->receipt) fprintf(stderr, "receipt: %016llx\n", (unsigned long long)mix64(receipt + words));
+    }
+    write_text(&out, (Text){"\n", 1});
+    close_output(&out);
+    free(s.p);
+    free(s.candidates);
+    free(ids.ids);
+    free((char *)(uintptr_t)prompt.s);
+    free_cache(&kv);
+}
+
+// ---- tokenize and logits: for scripts
+
+static void tokenize(const Options *o, const Tokenizer *t) {
+    Text text = input_text(o);
+    Ids ids = {0};
+    encode(t, text, NULL, true, &ids);
+    Output out = open_output(o->output);
+    char number[16];
+    for (size_t i = 0; i < ids.n; i++) {
+        int n = snprintf(number, sizeof number, "%s%d", i ? " " : "", ids.ids[i]);
+        write_output(&out, number, (size_t)n);
+    }
+    write_output(&out, "\n", 1);
+    close_output(&out);
+    free(ids.ids);
+    free((char *)(uintptr_t)text.s);
+}
+
+// How many slots may want logits at once, so that these stay near 16 MiB.
+static int logits_batch(const Model *m) {
+    int n = (1 << 22) / m->c.vocab_size;
+    return n < 1 ? 1 : n > MAX_BATCH ? MAX_BATCH : n;
+}
+
+static void write_logits(const Options *o, const Model *m) {
+    Text text = input_text(o);
+    Ids ids = {0};
+    for (char *p = (char *)(uintptr_t)text.s, *end;; p = end) {
+        while (*p == ' ' || (*p >= '\t' && *p <= '\r')) p++;
+        if (!*p && p == text.s + text.len) break;
+        errno = 0;
+        long id = strtol(p, &end, 10);
+        if (end == p || errno || id < 0 || id >= m->c.vocab_size)
+            die("token id \"%.20s\" is not a number from 0 to %d", p, m->c.vocab_size - 1);
+        push(&ids, (int)id);
+    }
+    int ctx = context_of(o, m), most = logits_batch(m);
+    if (!ids.n) die("no token ids: give them with -i or -f");
+    if (ids.n > (size_t)ctx) die("%zu tokens are more than the context of %d", ids.n, ctx);
+    Cache kv;
+    new_cache(&kv, m, ctx, 0, 0);
+    Output out = open_output(o->output);
+    Slot batch[MAX_BATCH];
+    for (int from = 0, n; from < (int)ids.n && !interrupted; from += n) {
+        for (n = 0; n < most && from + n < (int)ids.n; n++)
+            batch[n] = (Slot){ids.ids[from + n], from + n, 0, true};
+        const float *logits = forward(m, &kv, batch, n);
+        write_output(&out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
+    }
+    if (!interrupted) close_output(&out);
+    free(ids.ids);
+    free((char *)(uintptr_t)text.s);
+    free_cache(&kv);
+}
+
+// ---- eval: how well the model predicts a text
+
+// -ln p(target) from logits (n): ln(sum of e^(x - max)) - (x[target] - max).
+static double surprise(const float *logits, int n, int target) {
+    float max = logits[argmax(logits, n)];
+    double sums[16] = {0}, sum = 0;
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += (double)exp_(logits[i + j] - max);
+    for (; i < n; i++) sums[i % 16] += (double)exp_(logits[i] - max);
+    for (int j = 0; j < 16; j++) sum += sums[j];
+    return log_(sum) - (double)(logits[target] - max);
+}
+
+typedef struct { const float *logits; int vocab_size; const int *targets; double *nll; } Score;
+static void surprise_task(void *context, int i, int thread) {
+    const Score *s = context;
+    (void)thread;
+    s->nll[i] = surprise(s->logits + (size_t)i * (size_t)s->vocab_size, s->vocab_size, s->targets[i]);
+}
+
+// Strided windows: a window of W tokens starts every W/2 tokens; each token is predicted once, in the first
+// window that holds it, so all but the first window's tokens see at least W/2 tokens before them.
+static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
+    Text text = input_text(o);
+    if (!text.len) die("no text to evaluate: give one with -f or -i");
+    Ids ids = {0};
+    encode(t, text, NULL, true, &ids);
+    int start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
+    if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
+    Ids all = {0};
+    if (!ids.n || ids.ids[0] != start) push(&all, start);
+    for (size_t i = 0; i < ids.n; i++) push(&all, ids.ids[i]);
+    int n_all = (int)all.n, ctx = context_of(o, m), most = logits_batch(m);
+    int window = o->context ? ctx : ctx < 2048 ? ctx : 2048, scored = 0;
+    if (window < 2) die("-c %d is too short to evaluate with", window);
+    Cache kv;
+    new_cache(&kv, m, window, 0, 0);
+    Slot batch[MAX_BATCH];
+    double nll[MAX_BATCH], sum = 0, began = seconds(), shown = began;
+    bool show = !o->quiet && isatty(2);
+    for (int from = 0; scored < n_all - 1 && !interrupted; from += window / 2) {
+        int end = from + window < n_all - 1 ? from + window : n_all - 1;
+        for (int i = from, n; i < end && !interrupted; i += n) {
+            bool want = i >= scored;
+            int limit = !want && scored < end ? scored : end, cap = want ? most : MAX_BATCH;
+            for (n = 0; n < cap && i + n < limit; n++)
+                batch[n] = (Slot){all.ids[i + n], i + n - from, 0, want};
+            Score s = {forward(m, &kv, batch, n), m->c.vocab_size, all.ids + i + 1, nll};
+            if (!want) continue;
+            parallel(surprise_task, &s, n);
+            for (int j = 0; j < n; j++) sum += nll[j];
+            scored = i + n;
+            if (show && seconds() - shown > 0.2) {
+                shown = seconds();
+                fprintf(stderr, "\r%3d%%  %.0f tok/s ", (int)(100LL * scored / (n_all - 1)),
+                        scored / (shown - began));
+            }
+        }
+    }
+    if (show) fprintf(stderr, "\r%40s\r", "");
+    if (!interrupted) {
+        double bits = sum / 0.69314718055994531;
+        char report[400];
+        int n = snprintf(report, sizeof report,
+                         "bits_per_byte: %.6f\nbits_per_token: %.6f\nperplexity: %.4f\ntokens: %d\n"
+                         "bytes: %zu\nwindow: %d\n", bits / (double)text.len, bits / scored,
+                         exp_double(sum / scored), scored, text.len, window);
+        Output out = open_output(o->output);
+        write_output(&out, report, (size_t)n);
+        close_output(&out);
+    }
+    free(ids.ids);
+    free(all.ids);
+    free((char *)(uintptr_t)text.s);
+    free_cache(&kv);
+}
+
+// ---- chat format: how a conversation is written down for the model
+
+// Appends a text to a growing prompt; `typed` marks what a user typed (no special tokens there).
+typedef struct { char *s, *typed; size_t n; } Prompt;
+static void append(Prompt *p, Text text, bool typed) {
+    p->s = resize(p->s, p->n + text.len + 1, 1);
+    p->typed = resize(p->typed, p->n + text.len + 1, 1);
+    memcpy(p->s + p->n, text.s, text.len);
+    memset(p->typed + p->n, typed, text.len);
+    p->n += text.len;
+    p->s[p->n] = 0;
+}
+
+// Appends a user's turn, and before the first one the system's (system.s NULL: the model's default).
+static void append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
+    const Text *c = t->chat;
+    int before = !first ? LATER_BEFORE : system.s ? USER_BEFORE_SYSTEM : USER_BEFORE;
+    if (first && system.s) {
+        append(p, c[SYSTEM_BEFORE], false);
+        append(p, system, true);
+        append(p, c[SYSTEM_AFTER], false);
+    } else if (first) append(p, c[DEFAULT_SYSTEM], false);
+    append(p, c[before], false);
+    append(p, user, true);
+    append(p, c[before + 1], false);
+}
+
+// ---- check: a checkpoint certifies itself
+
+// Compares the ids of the stored texts. Returns the number of texts.
+static int check_tokenizer(const Model *m, const Tokenizer *t) {
+    const uint8_t *p = m->check_cases.data, *end = p + m->check_cases.cols;
+    int n_cases = end - p < 4 ? 0 : (int)read_u32(p);
+    p += 4;
+    for (int i = 0; i < n_cases; i++) {
+        if (end - p < 12) die("check failed: the stored texts are damaged");
+        uint32_t kind = read_u32(p), len = read_u32(p + 4), n = read_u32(p + 8);
+        p += 12;
+        uint64_t size = ((uint64_t)len + 3) / 4 * 4 + 4 * (uint64_t)n;
+        if (kind > 1 || size > (uint64_t)(end - p)) die("check failed: the stored texts are damaged");
+        Text text = {(const char *)p, len};
+        const uint8_t *expected = p + ((size_t)len + 3) / 4 * 4;
+        Ids ids = {0};
+        if (kind == 0) encode(t, text, NULL, true, &ids);
+        else {
+            Prompt prompt = {0};
+            append_turn(&prompt, t, true, (Text){NULL, 0}, text);
+            encode(t, (Text){prompt.s, prompt.n}, prompt.typed, true, &ids);
+            free(prompt.s);
+            free(prompt.typed);
+        }
+        bool equal = ids.n == n;
+        for (uint32_t j = 0; j < n && equal; j++) equal = ids.ids[j] == (int)read_u32(expected + 4 * j);
+        if (!equal) die("check failed: tokenizer: text %d of the stored ones gives other tokens", i + 1);
+        free(ids.ids);
+        p += size;
+    }
+    return n_cases;
+}
+
+typedef struct { const Model *m; float tolerance; int bad_layer; double norm, expected, worst; } NormCheck;
+static void observe_norm(void *observer, const char *name, int layer, const float *x, int n, int width) {
+    NormCheck *check = observer;
+    double sum = 0, expected = (double)vec(&check->m->check_norms)[layer + 1];
+    const float *last = x + (size_t)(n - 1) * (size_t)padded(width);
+    (void)name;
+    for (int i = 0; i < width; i++) sum += (double)last[i] * (double)last[i];
+    double error = fabs(sqrt(sum) - expected) / (expected + 1e-30);
+    if (!(error <= check->worst)) check->worst = error;
+    if (check->bad_layer < -1 && !(error <= (double)check->tolerance)) {
+        check->bad_layer = layer;
+        check->norm = sqrt(sum);
+        check->expected = expected;
+    }
+}
+
+static void check_model(const Options *o, const Model *m) {
+    if (m->c.version != 3) die("%s is a file of llama2.c, which has no reference values to check; "
+                               "export.py makes a version 3 of it that has", m->path);
+    uint64_t sum = mix64(m->file_size);
+    Config blank = m->c;
+    memcpy(&blank, m->file, sizeof blank);
+    blank.content_hash = blank.header_hash = 0;
+    sum += hash_words(&blank, sizeof blank, 0) +
+           hash_words(m->file + sizeof blank, m->file_size - sizeof blank, sizeof blank / 8);
+    if (sum != m->c.content_hash)
+        die("check failed: content: %s has hash %016llx, its header says %016llx: the file is damaged",
+            m->path, (unsigned long long)sum, (unsigned long long)m->c.content_hash);
+    if (!o->quiet) fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size, (unsigned long long)sum);
+
+    Tokenizer t = {0};
+    if (m->c.tokenizer_hash) {
+        find_tokenizer(&t, o->tokenizer, m);
+        int n = check_tokenizer(m, &t);
+        if (!o->quiet) fprintf(stderr, "tokenizer: %s, %d texts\n", t.path, n);
+    }
+    int n = m->check_ids.cols / 4, vocab = m->c.vocab_size;
+    if (n > MAX_BATCH || n > m->c.seq_len) die("check failed: %d stored tokens", n);
+    if (n) {
+        Slot batch[MAX_BATCH];
+        for (int i = 0; i < n; i++) {
+            batch[i] = (Slot){(int)read_u32(m->check_ids.data + 4 * i), i, 0, i == n - 1};
+            if (batch[i].token < 0 || batch[i].token >= vocab) die("check failed: stored token %d", i);
+        }
+        Cache kv;
+        new_cache(&kv, m, n, 0, 0);
+        bool quantized = m->layers[0].wq.dtype >= Q8;
+        NormCheck norms = {.m = m, .bad_layer = -2, .tolerance = quantized ? 2e-2f : 2e-3f};
+        kv.observe = observe_norm;
+        kv.observer = &norms;
+        const float *logits = forward(m, &kv, batch, n), *expected = vec(&m->check_logits);
+        if (norms.bad_layer >= -1)
+            die("check failed: layer %d: the residual has norm %g, the reference %g", norms.bad_layer,
+                norms.norm, norms.expected);
+        double worst = 0, squares = 0, mean = 0, spread = 0;
+        for (int i = 0; i < vocab; i++) mean += (double)expected[i] / vocab;
+        for (int i = 0; i < vocab; i++) {
+            double error = fabs((double)logits[i] - (double)expected[i]);
+            worst = error > worst ? error : worst;
+            squares += error * error;
+            spread += ((double)expected[i] - mean) * ((double)expected[i] - mean);
+        }
+        double rms = sqrt(squares / vocab) / (sqrt(spread / vocab) + 1e-30);
+        if (!(rms <= (quantized ? 0.15 : 2e-3)))
+            die("check failed: logits: they differ from the reference by %.2g%% (%g at most)",
+                rms * 100, worst);
+        if (!o->quiet) fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the reference\n",
+                               norms.worst, rms);
+        // The plain functions of part 1 must give the very same bits as the fast ones of part 3.
+        float *fast = resize(NULL, (size_t)vocab, sizeof(float));
+        memcpy(fast, logits, (size_t)vocab * sizeof(float));
+        kv.plain = true;
+        kv.observe = NULL;
+        if (memcmp(fast, forward(m, &kv, batch, n), (size_t)vocab * sizeof(float)))
+            die("check failed: this binary's %s code differs from plain C: the compiler may be at fault", isa);
+        if (!o->quiet) fprintf(stderr, "%s: the same bits as plain C\n", isa);
+        free(fast);
+        free_cache(&kv);
+    }
+    if (m->c.tokenizer_hash) free_tokenizer(&t);
+    puts("ok");
+}
+
+// =================================================================================================
+// Part 5. The command line
+// =================================================================================================
+#ifndef TESTING
+
+// One table parses, checks and explains the options.
+enum { FLAG, STRING, INTEGER, NUMBER_OPTION, SEED };
+typedef struct {
+    char letter;
+    const char *name, *argument;
+    int kind;
+    void *value;
+    double low, high;
+    const char *help;
+} Option;
+
+static void usage_error(const char *format, const char *a, const char *b) {
+    fputs("run: ", stderr);
+    fprintf(stderr, format, a, b);
+    fputs("; see ./run --help\n", stderr);
+    exit(2);
+}
+
+static void parse_value(const Option *option, const char *name, const char *s) {
+    char *end = NULL, range[80];
+    double number = 0;
+    errno = 0;
+    if (option->kind == STRING) *(const char **)option->value = s;
+    if (option->kind == INTEGER) number = (double)(*(long long *)option->value = strtoll(s, &end, 10));
+    if (option->kind == NUMBER_OPTION) number = *(double *)option->value = strtod(s, &end);
+    if (option->kind == SEED) *(unsigned long long *)option->value = strtoull(s, &end, 10);
+    if (option->kind == STRING) return;
+    bool minus = option->kind == SEED && strchr(s, '-');
+    bool range_error = errno == ERANGE && option->kind != NUMBER_OPTION;
+    if (end == s || *end || minus || range_error || (s[0] >= '\t' && s[0] <= ' '))
+        usage_error("%s needs a number, not \"%s\"", name, s);
+    if (option->kind != SEED && !(number >= option->low && number <= option->high)) {
+        snprintf(range, sizeof range, "%g to %g, not %.40s", option->low, option->high, s);
+        usage_error("%s goes from %s", name, range);
+    }
+}
+
+static void parse(Option *options, int argc, char **argv, Options *o) {
+    for (int i = 1; i < argc; i++) {
+        const char *a = argv[i], *value = NULL;
+        Option *option = options;
+        if (a[0] != '-' || !a[1]) {
+            if (o->model) usage_error("there are two models, %s and %s", o->model, a);
+            o->model = a;
+            continue;
+        }
+        size_t n = strcspn(a, "=");
+        for (; option->name; option++) {
+            if (a[1] == option->letter && !a[2] && a[1]) break;
+            if (a[1] == '-' && strlen(option->name) == n - 2 && !strncmp(a + 2, option->name, n - 2)) {
+                if (a[n]) value = a + n + 1;
+                break;
+            }
+        }
+        if (!option->name) usage_error("unknown option %s%s", a, "");
+        if (option->kind == FLAG) {
+            if (value) usage_error("%s takes no value%s", a, "");
+            *(bool *)option->value = true;
+            continue;
+        }
+        if (!value && i + 1 >= argc) usage_error("%s needs a value%s", a, "");
+        parse_value(option, a, value ? value : argv[++i]);
+        if (option->letter == 't') o->temperature_given = true;
+        if (option->letter == 'p') o->top_p_given = true;
+    }
+}
+
+static void help(const Option *options) {
+    puts("usage: ./run MODEL [options]\n\nRuns a language model: continues a text, or what --mode says.\n");
+    for (; options->name; options++) {
+        char left[64];
+        if (options->letter) snprintf(left, sizeof left, "-%c, --%s %s", options->letter, options->name,
+                                      options->argument);
+        else snprintf(left, sizeof left, "    --%s %s", options->name, options->argument);
+        printf("  %-26s %s\n", left, options->help);
+    }
+    puts("\nmodes:\n"
+         "  generate   continue the prompt (the default)\n"
+         "  tokenize   print the prompt's token ids\n"
+         "  logits     read token ids, write their logits as raw float32 [n, vocab_size]\n"
+         "  eval       bits per byte of a text, by windows of -c tokens (2048) that start every\n"
+         "             half window; each token is predicted in the first window that holds it\n"
+         "  check      recompute the reference values stored in the model\n"
+         "\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
+}
+
+static void on_interrupt(int signal_number) {
+    if (interrupted) {
+        remove_unfinished();
+        _exit(128 + signal_number);
+    }
+    interrupted = 1;
+}
+static void on_bus_error(int signal_number) {
+    static const char line[] = "run: a mapped file has become shorter, or cannot be read any more\n";
+    (void)signal_number;
+    if (write(2, line, sizeof line - 1) < 0) {}
+    remove_unfinished();
+    _exit(1);
+}
+
+// The contract of equal bits needs these; a wrong build says so instead of breaking it.
+static void check_arithmetic(void) {
+    volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
+    if (a * a - square != 0) die("built with fused multiply-add: use -ffp-contract=off");
+    if (tiny / 2 == 0) die("built to flush subnormal numbers to zero: do not use -ffast-math");
+}
+
+int main(int argc, char **argv) {
+    Options o = {.mode = "generate", .steps = 256, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1};
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    o.threads = cores < 1 ? 1 : cores > 256 ? 256 : cores;
+    Option options[] = {
+        {'i', "prompt", "TEXT", STRING, &o.prompt, 0, 0, "the prompt; - reads it from stdin"},
+        {'f', "file", "PATH", STRING, &o.prompt_file, 0, 0, "read the prompt from a file; - is stdin"},
+        {'o', "output", "PATH", STRING, &o.output, 0, 0, "write there instead of to stdout"},
+        {'n', "steps", "N", INTEGER, &o.steps, 0, 1e9, "new tokens (256); 0: to the context's end"},
+        {'m', "mode", "MODE", STRING, &o.mode, 0, 0, "what to do, see below"},
+        {'t', "temperature", "T", NUMBER_OPTION, &o.temperature, 0, 1e30, "0: the likeliest token; 1 (default): as the model says"},
+        {'p', "top-p", "P", NUMBER_OPTION, &o.top_p, 0, 1, "draw from the likeliest tokens with this sum (0.9)"},
+        {'s', "seed", "N", SEED, &o.seed, 0, 0, "of the random generator; 0 (default): from the clock"},
+        {'z', "tokenizer", "PATH", STRING, &o.tokenizer, 0, 0, "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
+        {'c', "context", "N", INTEGER, &o.context, 0, 1 << 24, "positions to make room for (the model's own)"},
+        {'j', "threads", "N", INTEGER, &o.threads, 1, 256, "threads (the number of cores)"},
+        {'q', "quiet", "", FLAG, &o.quiet, 0, 0, "no statistics and no progress on stderr"},
+        {0, "top-k", "K", INTEGER, &o.top_k, 0, 1 << 24, "draw from the K likeliest tokens"},
+        {0, "min-p", "P", NUMBER_OPTION, &o.min_p, 0, 1, "from those at least P times as likely as the likeliest"},
+        {0, "repeat-penalty", "R", NUMBER_OPTION, &o.repeat_penalty, 1e-3, 1e3, "makes tokens of the text less likely; 1 is off"},
+        {0, "receipt", "", FLAG, &o.receipt, 0, 0, "print a hash of all logits that were sampled from"},
+        {'h', "help", "", FLAG, &o.help, 0, 0, "this text"},
+        {'V', "version", "", FLAG, &o.version, 0, 0, "version and instruction set"},
+        {0, NULL, NULL, 0, NULL, 0, 0, NULL},
+    };
+    check_arithmetic();
+    parse(options, argc, argv, &o);
+    if (o.help) { help(options); return 0; }
+    if (o.version) { printf("run %s (%s)\n", VERSION, isa); return 0; }
+    if (!o.model) usage_error("there is no model%s%s", "", "");
+    if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
+
+    static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check"};
+    size_t mode = 0, n_modes = sizeof modes / sizeof *modes;
+    while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
+    if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
+
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
+    signal(SIGBUS, on_bus_error);
+    atexit(remove_unfinished);
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, o.model);
+    if (mode == 0 || mode == 1 || mode == 3) find_tokenizer(&t, o.tokenizer, &m);
+    start_threads((int)o.threads);
+    if (mode == 0) generate(&o, &m, &t);
+    if (mode == 1) tokenize(&o, &t);
+    if (mode == 2) write_logits(&o, &m);
+    if (mode == 3) evaluate(&o, &m, &t);
+    if (mode == 4) check_model(&o, &m);
+    if (t.file) free_tokenizer(&t);
+    free_model(&m);
+    return interrupted ? 130 : 0;
+}
+#endif
