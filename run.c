@@ -187,6 +187,8 @@ enum {
     N_DTYPES
 };
 
+static const char *const dtype_names[N_DTYPES] = {"f32", "f32", "bf16", "q8", "q4", "q4a", "bytes"};
+
 typedef struct {
     int dtype, rows, cols;
     const uint8_t *data;
@@ -1668,16 +1670,21 @@ static bool is_stop(const Tokenizer *t, int id) {
 // Nothing here changes a bit of a result, so a reader may skip it; with -DPLAIN it is left out.
 #ifndef PLAIN
 
-// ---- Threads. A job is a number of items; threads take some of those left until none is. `ticket` holds
-// the job's number above the count of items left, so that one compare-and-swap takes items of this
-// job and of no other. A thread that is not running holds nobody up: the others take its share.
+// ---- Threads. A job is a number of items, dealt out in equal ranges, one for each thread. A thread takes
+// from its own range, half of what is left at a time, and then helps with the others: a thread that is
+// not running holds nobody up. A range is one number, the job's above the count of items left, so
+// that one compare-and-swap takes items of this job and of no other.
 
+enum { MAX_THREADS = 256 };
 static struct {
-    _Atomic uint64_t ticket;
+    struct { _Alignas(64) _Atomic uint64_t left; } ranges[MAX_THREADS];
+    _Alignas(64) _Atomic uint32_t job;
+    _Atomic uint32_t sleepers;
     _Atomic(Task *) task;
     _Atomic(void *) context;
-    _Atomic uint32_t n_items, done, sleepers;
-    uint32_t n_threads;
+    _Atomic int n_items;
+    _Alignas(64) _Atomic int done;
+    int n_threads;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 } pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -1690,38 +1697,47 @@ static inline void pause_cpu(void) {
 #endif
 }
 
+// The first item of a thread's range among n.
+static int range_start(int n, int thread) {
+    return (int)((long long)n * thread / pool.n_threads);
+}
+
 // Takes items and does them until none is left.
 static void work(int thread) {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool.ticket);
-        uint32_t left = (uint32_t)ticket;
-        if (!left) return;
-        uint32_t take = left / (2 * pool.n_threads) + 1;
-        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket - take)) continue;
-        Task *task = atomic_load(&pool.task);
-        void *context = atomic_load(&pool.context);
-        uint32_t first = atomic_load(&pool.n_items) - left;
-        for (uint32_t i = 0; i < take; i++) task(context, (int)(first + i), thread);
-        atomic_fetch_add(&pool.done, take);
+    for (int i = 0; i < pool.n_threads; i++) {
+        int range = (thread + i) % pool.n_threads;
+        uint64_t was = atomic_load(&pool.ranges[range].left);
+        while ((uint32_t)was) {
+            int left = (int)(uint32_t)was, take = (left + 1) / 2;
+            if (!atomic_compare_exchange_weak(&pool.ranges[range].left, &was, was - (uint64_t)take)) continue;
+            Task *task = atomic_load(&pool.task);
+            void *context = atomic_load(&pool.context);
+            int first = range_start(atomic_load(&pool.n_items), range + 1) - left;
+            for (int item = first; item < first + take; item++) task(context, item, thread);
+            atomic_fetch_add(&pool.done, take);
+            was = atomic_load(&pool.ranges[range].left);
+        }
     }
 }
 
-enum { SPINS = 600 };  // about 25 to 50 microseconds of waiting before a thread sleeps
+enum { SPINS = 1000 };  // about 50 microseconds of waiting before a thread sleeps
 
 static void *worker(void *argument) {
-    for (int spins = 0;; spins++) {
-        if ((uint32_t)atomic_load(&pool.ticket)) {
-            work((int)(intptr_t)argument);
+    int thread = (int)(intptr_t)argument, spins = 0;
+    for (uint32_t seen = 0;;) {
+        uint32_t job = atomic_load(&pool.job);
+        if (job != seen) {
+            seen = job;
+            work(thread);
             spins = 0;
-        } else if (spins < SPINS) {
+        } else if (spins++ < SPINS) {
             pause_cpu();
         } else {
             pthread_mutex_lock(&pool.mutex);
             atomic_fetch_add(&pool.sleepers, 1);
-            while (!(uint32_t)atomic_load(&pool.ticket)) pthread_cond_wait(&pool.wake, &pool.mutex);
+            while (atomic_load(&pool.job) == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
             atomic_fetch_sub(&pool.sleepers, 1);
             pthread_mutex_unlock(&pool.mutex);
-            spins = 0;
         }
     }
     return NULL;
@@ -1732,20 +1748,24 @@ static void parallel(Task *task, void *context, int n_items) {
         for (int i = 0; i < n_items; i++) task(context, i, 0);
         return;
     }
+    uint32_t job = atomic_load(&pool.job) + 1;
     atomic_store(&pool.task, task);
     atomic_store(&pool.context, context);
-    atomic_store(&pool.n_items, (uint32_t)n_items);
+    atomic_store(&pool.n_items, n_items);
     atomic_store(&pool.done, 0);
-    atomic_store(&pool.ticket, ((atomic_load(&pool.ticket) >> 32) + 1) << 32 | (uint32_t)n_items);
+    for (int i = 0; i < pool.n_threads; i++)
+        atomic_store(&pool.ranges[i].left, (uint64_t)job << 32 |
+                     (uint32_t)(range_start(n_items, i + 1) - range_start(n_items, i)));
+    atomic_store(&pool.job, job);
     if (atomic_load(&pool.sleepers)) {
         pthread_mutex_lock(&pool.mutex);
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.mutex);
     }
     work(0);
-    for (int spins = 0; atomic_load(&pool.done) != (uint32_t)n_items; spins++) {
+    for (int spins = 0; atomic_load(&pool.done) != n_items; spins++) {
         if (spins < SPINS) pause_cpu();
-        else usleep(20);  // its core is busy with something else
+        else usleep(20);  // the core of whoever has the last items is busy with something else
     }
 }
 
@@ -1754,7 +1774,7 @@ static void start_threads(int n) {
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the main thread's business
-    for (; pool.n_threads < (uint32_t)n; pool.n_threads++) {
+    for (; pool.n_threads < n; pool.n_threads++) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.n_threads)) break;
         pthread_detach(thread);
@@ -1795,6 +1815,11 @@ INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
+// Into the second-level cache, which can wait for more of the memory at once than the first.
+enum { PREFETCH = 16384 };  // bytes ahead of where a stream of weights is read
+INLINE void prefetch(const uint8_t *p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 INLINE int32_t read_4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
 
 #if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
@@ -1889,8 +1914,10 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
     vf acc[TILE];
     for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
     size_t at = block_at(xq, t0, b0);
+    const int block_bytes = dtype == Q8 ? 544 : dtype == Q4 ? 288 : 320;
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
+        if (packed) prefetch((const uint8_t *)halves + b * block_bytes + PREFETCH, block_bytes);
         vi sum[TILE];
         for (int t = 0; t < T; t++) sum[t] = splat_i(bias ? -bias * xq->sum[at + (size_t)t] : 0);
         if (packed && dtype != Q8) {
@@ -2256,7 +2283,7 @@ static void attention_fast(const Pass *f) {
         }
         if (slot->pos >= longest) longest = slot->pos + 1;
     }
-    int pairs = a.n_tiles * c->n_kv_heads, threads = (int)pool.n_threads;
+    int pairs = a.n_tiles * c->n_kv_heads, threads = pool.n_threads;
     bool phases = pairs < 4 * threads && threads > 1 && longest > 256;
     a.row = (size_t)round_up(longest, 16) + 16;
     a.area = a.row * (size_t)(a.group * most);
@@ -2777,6 +2804,129 @@ static void check_model(const Options *o, const Model *m) {
     puts("ok");
 }
 
+// ---- bench: how fast this machine runs the model, beside how fast it could
+
+// What the memory gives: all threads read a buffer that is larger than any cache, each its own share.
+// Two shapes of the streams are tried, one and four per thread.
+typedef struct { const uint8_t *data; size_t bytes; int n_threads, streams; } Stream;
+static _Atomic uint64_t stream_sum;
+static void stream_task(void *context, int item, int thread) {
+    const Stream *s = context;
+    size_t share = s->bytes / (size_t)s->n_threads / 64 * 64, part = share / (size_t)s->streams / 256 * 256;
+    const uint8_t *p = s->data + (size_t)item * share;
+    uint64_t sums[32] = {0};
+    (void)thread;
+    for (size_t i = 0; i < part; i += 256)
+        for (int k = 0; k < s->streams; k++) {
+            const uint64_t *q = (const uint64_t *)(const void *)(p + (size_t)k * part + i);
+            for (int j = 0; j < 256; j += 64) __builtin_prefetch((const char *)q + j + 4096, 0, 2);
+            for (int j = 0; j < 32; j++) sums[j] += q[j];
+        }
+    for (int j = 1; j < 32; j++) sums[0] += sums[j];
+    atomic_fetch_add(&stream_sum, sums[0]);
+}
+
+enum { ROUNDS = 3 };
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+static double median(double *x) {
+    qsort(x, ROUNDS, sizeof *x, by_value);
+    return x[ROUNDS / 2];
+}
+
+// Tokens per second of n tokens at positions from pos on, one after the other.
+static double bench_decode(const Model *m, Cache *kv, int pos, int n) {
+    double start = seconds();
+    for (int i = 0; i < n; i++)
+        forward(m, kv, &(Slot){(int)(i * 104729LL % 30000 + 5) % m->c.vocab_size, pos + i, 0, true}, 1);
+    return n / (seconds() - start);
+}
+
+static void bench(const Options *o, const Model *m, double started) {
+    int ctx = context_of(o, m), vocab = m->c.vocab_size, threads = (int)o->threads;
+    int n_short = ctx < 640 ? ctx * 3 / 4 : 512, n_decode = ctx < 512 ? ctx / 4 : 128;
+    int depth = ctx < 4096 + 64 ? ctx - ctx / 16 : 4096, n_deep = ctx - depth < 32 ? ctx - depth : 32;
+    size_t read = matrix_bytes(m->classifier.dtype, vocab, m->c.dim);
+    for (int l = 0; l < m->c.n_layers; l++)
+        for (const Matrix *w = &m->layers[l].attn_norm; w <= &m->layers[l].post_ffn_norm; w++)
+            read += w->data ? matrix_bytes(w->dtype, w->rows, w->cols) : 0;
+    int *ids = resize(NULL, (size_t)depth, sizeof *ids);
+    for (int i = 0; i < depth; i++) ids[i] = (int)(i * 7919LL % 30000 + 5) % vocab;
+
+    Cache kv;
+    int n_branches = 15, n_batch = ctx < 160 + 32 ? ctx / 8 : 32, shared = ctx < 160 ? ctx / 2 : 128;
+    new_cache(&kv, m, ctx, n_branches, n_batch);
+    prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
+    double startup = seconds() - started;
+    size_t bytes = (size_t)256 << 20;
+    Stream stream = {reserve(bytes + 8192, "measuring the memory"), bytes, threads, 1};
+    madvise((void *)(uintptr_t)stream.data, bytes, MADV_HUGEPAGE);
+    memset((void *)(uintptr_t)stream.data, 1, bytes + 8192);
+    double rate[6][ROUNDS], t;
+    for (int r = 0; r < ROUNDS; r++) {
+        rate[0][r] = 0;
+        for (int k = 0; k < 4; k++) {
+            stream.streams = k & 1 ? 4 : 1;
+            t = seconds();
+            parallel(stream_task, &stream, threads);
+            t = (double)bytes / (seconds() - t) / 1e9;
+            rate[0][r] = t > rate[0][r] ? t : rate[0][r];
+        }
+        prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
+        rate[1][r] = bench_decode(m, &kv, 8 < depth ? 8 : depth, n_decode);
+        t = seconds();
+        prefill(m, &kv, 0, ids, 0, n_short);
+        rate[2][r] = n_short / (seconds() - t);
+        Slot batch[16];
+        for (int s = 1; s < 16; s++) kv.from[s] = shared;
+        t = seconds();
+        for (int i = 0; i < n_batch; i++) {
+            for (int s = 0; s < 16; s++)
+                batch[s] = (Slot){(i * 16 + s) * 31 % 30000 % vocab, shared + i, s, true};
+            forward(m, &kv, batch, 16);
+        }
+        rate[3][r] = 16 * n_batch / (seconds() - t);
+        if (r) continue;
+        t = seconds();
+        prefill(m, &kv, 0, ids, 0, depth);
+        rate[4][r] = depth / (seconds() - t);
+        rate[5][r] = bench_decode(m, &kv, depth, n_deep);
+    }
+    double gb_s = median(rate[0]), decode = median(rate[1]), limit = gb_s * 1e9 / (double)read;
+    printf("model: %s\ndtype: %s\nisa: %s\nthreads: %d\nweights_mb: %.1f\nstream_gb_s: %.1f\n",
+           m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa, threads,
+           (double)read / 1e6, gb_s);
+    printf("prefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\ndecode_tok_s: %.1f\ndecode_limit_tok_s: %.1f\n"
+           "decode_of_limit: %.2f\ndecode_depth4096_tok_s: %.1f\nbatch16_tok_s: %.1f\nstartup_ms: %.1f\n",
+           median(rate[2]), rate[4][0], decode, limit, decode / limit, rate[5][0], median(rate[3]),
+           startup * 1000);
+    if (depth != 4096 && !o->quiet)
+        fprintf(stderr, "the context is short: depth4096 is depth %d here\n", depth);
+    if (decode < 0.8 * limit && !o->quiet) {
+        double load[1] = {0};
+        long cores = sysconf(_SC_NPROCESSORS_ONLN);
+#ifndef __OPTIMIZE__
+        fprintf(stderr, "verdict: far from the limit: built without optimisation (-O3)\n");
+#elif defined PLAIN
+        fprintf(stderr, "verdict: far from the limit: built with -DPLAIN, without SIMD and threads\n");
+#else
+        if (threads > cores)
+            fprintf(stderr, "verdict: far from the limit: %d threads on %ld cores\n", threads, cores);
+        else if (getloadavg(load, 1) == 1 && load[0] > (double)cores - threads + 1.3 * threads)
+            fprintf(stderr, "verdict: far from the limit: other programs use the cores (load %.1f)\n", load[0]);
+        else
+            fprintf(stderr, "verdict: %.0f%% of the limit: the model is small beside its fixed costs, or "
+                    "the kernels for %s are slower than the memory\n", 100 * decode / limit, isa);
+#endif
+    } else if (decode > limit && !o->quiet)
+        fprintf(stderr, "verdict: above the memory's limit: the model lies in the caches\n");
+    munmap((void *)(uintptr_t)stream.data, bytes + 8192);
+    free(ids);
+    free_cache(&kv);
+}
+
 // =================================================================================================
 // Part 5. The command line
 // =================================================================================================
@@ -2865,6 +3015,7 @@ static void help(const Option *options) {
          "  eval       bits per byte of a text, by windows of -c tokens (2048) that start every\n"
          "             half window; each token is predicted in the first window that holds it\n"
          "  check      recompute the reference values stored in the model\n"
+         "  bench      measure this machine's speed with the model\n"
          "\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
 }
 
@@ -2915,6 +3066,7 @@ int main(int argc, char **argv) {
         {'V', "version", "", FLAG, &o.version, 0, 0, "version and instruction set"},
         {0, NULL, NULL, 0, NULL, 0, 0, NULL},
     };
+    double started = seconds();
     check_arithmetic();
     parse(options, argc, argv, &o);
     if (o.help) { help(options); return 0; }
@@ -2922,7 +3074,7 @@ int main(int argc, char **argv) {
     if (!o.model) usage_error("there is no model%s%s", "", "");
     if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
 
-    static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check"};
+    static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check", "bench"};
     size_t mode = 0, n_modes = sizeof modes / sizeof *modes;
     while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
@@ -2942,6 +3094,7 @@ int main(int argc, char **argv) {
     if (mode == 2) write_logits(&o, &m);
     if (mode == 3) evaluate(&o, &m, &t);
     if (mode == 4) check_model(&o, &m);
+    if (mode == 5) bench(&o, &m, started);
     if (t.file) free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;
