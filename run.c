@@ -557,7 +557,7 @@ typedef struct {
     int8_t *q;      // (blocks, 32)
     float *d;       // (blocks) scale
     float *dsum;    // (blocks) d * sum of q, for weights with a minimum
-    int32_t *sum;   // (blocks) sum of q
+    int32_t *minus8;  // (blocks) -8 * sum of q, for weights with an offset of 8
     int n_blocks;   // of one token
 } Quantized;
 
@@ -568,7 +568,7 @@ typedef struct State {
     float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
     float *att_out;        // (n, n_heads * head_dim)
     float *gate, *up;      // (n, hidden_dim)
-    float *rope[2];        // (n, head_dim / 2, 2) cosine and sine, for global and for local layers
+    float *rope[2];        // (n, 2, head_dim) cosines and sines, for global and for local layers
     Quantized xq;
     float *logits;         // (slots that want them, vocab_size)
     size_t logits_capacity;
@@ -610,11 +610,11 @@ static State *get_state(Cache *kv, int n) {
     s->att_out = zeros(s->att_out, rows * q_dim, 4);
     s->gate = zeros(s->gate, rows * hidden, 4);
     s->up = zeros(s->up, rows * hidden, 4);
-    for (int i = 0; i < 2; i++) s->rope[i] = zeros(s->rope[i], rows * (size_t)c->head_dim, 4);
+    for (int i = 0; i < 2; i++) s->rope[i] = zeros(s->rope[i], rows * (size_t)c->head_dim, 8);
     s->xq.q = zeros(s->xq.q, rows * blocks, 32);
     s->xq.d = zeros(s->xq.d, rows * blocks, 4);
     s->xq.dsum = zeros(s->xq.dsum, rows * blocks, 4);
-    s->xq.sum = zeros(s->xq.sum, rows * blocks, 4);
+    s->xq.minus8 = zeros(s->xq.minus8, rows * blocks, 4);
     s->capacity = (int)rows;
     return s;
 }
@@ -623,7 +623,7 @@ static void free_cache(Cache *kv) {
     State *s = kv->state;
     if (s) {
         void *all[] = {s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope[0],
-                       s->rope[1], s->xq.q, s->xq.d, s->xq.dsum, s->xq.sum, s->logits, s->scores};
+                       s->rope[1], s->xq.q, s->xq.d, s->xq.dsum, s->xq.minus8, s->logits, s->scores};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
         free(s);
     }
@@ -674,14 +674,12 @@ static void softmax(float *x, int first, int n) {
         for (int j = 0; j < 16; j++) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
     for (; i < n; i++) maxima[0] = x[i] > maxima[0] ? x[i] : maxima[0];
     for (int j = 0; j < 16; j++) max = maxima[j] > max ? maxima[j] : max;
-    for (i = first; i < n; i++) x[i] = exp_(x[i] - max);
-    i = first;
-    for (; i < n && i % 16; i++) sums[i % 16] += x[i];
+    for (i = first; i < n && i % 16; i++) sums[i % 16] += x[i] = exp_(x[i] - max);
     for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += x[i + j];
-    for (; i < n; i++) sums[i % 16] += x[i];
-    float sum = tree_sum(sums);
-    for (int j = first; j < n; j++) x[j] /= sum;
+        for (int j = 0; j < 16; j++) sums[j] += x[i + j] = exp_(x[i + j] - max);
+    for (; i < n; i++) sums[i % 16] += x[i] = exp_(x[i] - max);
+    float scale = 1.0f / tree_sum(sums);
+    for (int j = first; j < n; j++) x[j] *= scale;
 }
 
 // Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even. A block whose
@@ -696,19 +694,20 @@ static void quantize(Quantized *out, int token, const float *x, int n) {
             max = a > max ? a : max;
         }
         float d = float_of(max) / 127.0f;
-        bool finite = max < 0x7f800000, tiny = finite && d < FLT_MIN;
-        float inverse = finite && !tiny ? 1.0f / d : 0.0f;
+        if (d < FLT_MIN) d = 0;
+        if (max >= 0x7f800000) d = NAN;
+        float inverse = d > 0 ? 1.0f / d : 0.0f;
         int8_t *q = out->q + at * 32;
         int32_t sum = 0;
-        for (int i = 0; i < 32 && finite; i++) {
-            int32_t v = (int32_t)(bits_of(x[i] * inverse + 12582912.0f) - 0x4b400000u);
+        for (int i = 0; i < 32; i++) {
+            float y = d > 0 ? x[i] * inverse : 0.0f;
+            int32_t v = (int32_t)(bits_of(y + 12582912.0f) - 0x4b400000u);
             q[i] = (int8_t)v;
             sum += v;
         }
-        if (!finite) memset(q, 0, 32);
-        out->d[at] = finite ? tiny ? 0.0f : d : NAN;
-        out->sum[at] = sum;
-        out->dsum[at] = out->d[at] * (float)sum;
+        out->d[at] = d;
+        out->minus8[at] = -8 * sum;
+        out->dsum[at] = d * (float)sum;
     }
 }
 
@@ -767,7 +766,7 @@ static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride
             }
             for (int r = 0; r < 16; r++) {
                 size_t scale = w->dtype == Q4A ? b * 32 + (size_t)r : b * 16 + (size_t)r;
-                int s = w->dtype == Q4 ? sum[r] - 8 * xq->sum[at] : sum[r];
+                int s = w->dtype == Q4 ? sum[r] + xq->minus8[at] : sum[r];
                 acc[r] += (float)s * half_to_float(h[scale]) * xq->d[at];
                 if (w->dtype == Q4A) acc[r] += half_to_float(h[scale + 16]) * xq->dsum[at];
             }
@@ -876,9 +875,11 @@ static void embed_token(void *context, int i, int thread) {
         x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
     for (int t = 0; t < 2; t++)
         for (int j = 0; j < c->head_dim / 2; j++) {
-            float *cs = f->s->rope[t] + (size_t)i * (size_t)c->head_dim + 2 * j;
-            float angle = (float)f->batch[i].pos * vec(&f->m->rope_freqs[t])[j];
-            cos_sin(angle, cs, cs + 1);
+            float *cosine = f->s->rope[t] + (size_t)(2 * i * c->head_dim + 2 * j);
+            float *sine = cosine + c->head_dim, angle = (float)f->batch[i].pos * vec(&f->m->rope_freqs[t])[j];
+            cos_sin(angle, cosine, sine + 1);
+            cosine[1] = cosine[0];
+            sine[0] = -sine[1];
         }
 }
 
@@ -890,14 +891,17 @@ static void attention_norm(void *context, int i, int thread) {
             c->norm_eps);
 }
 
-// RoPE (arXiv:2104.09864): attention itself does not see the order of its inputs. So each pair of
-// numbers of a query or key is turned by an angle that grows with its position; their product then
-// depends on how far apart two positions are.
-static void rope(float *head, const float *cos_sins, int head_dim) {
+// RoPE (arXiv:2104.09864): attention itself does not see the order of its inputs. So each pair (a, b) of
+// numbers of a query or key is turned by an angle that grows with its position, to
+// (a cos - b sin, b cos + a sin); the product of a query and a key then depends on how far apart
+// their positions are. The table holds cos, cos, ... and -sin, sin, ... for the head's numbers. (Written
+// with a minus, GCC 12 fuses it to fmaddsub even under -ffp-contract=off.)
+static void rope(float *head, const float *table, int head_dim) {
+    const float *cosine = table, *sine = table + head_dim;
     for (int j = 0; j < head_dim; j += 2) {
-        float a = head[j], b = head[j + 1], cosine = cos_sins[j], sine = cos_sins[j + 1];
-        head[j] = a * cosine - b * sine;
-        head[j + 1] = a * sine + b * cosine;
+        float a = head[j], b = head[j + 1];
+        head[j] = a * cosine[j] + b * sine[j];
+        head[j + 1] = b * cosine[j + 1] + a * sine[j + 1];
     }
 }
 
@@ -909,7 +913,7 @@ static void rope_and_cache(void *context, int i, int thread) {
     int hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
     float *q = row_of(f->s->q, i, q_dim), *k = row_of(f->s->k, i, kv_dim);
     float *v = row_of(f->s->v, i, kv_dim);
-    const float *cos_sins = f->s->rope[is_local(c, f->layer)] + (size_t)i * (size_t)hd;
+    const float *table = f->s->rope[is_local(c, f->layer)] + (size_t)(2 * i * hd);
     (void)thread;
     if (c->flags & QKV_BIAS) {
         add(q, vec(&f->l->bq), q_dim);
@@ -918,11 +922,11 @@ static void rope_and_cache(void *context, int i, int thread) {
     }
     for (int h = 0; h < c->n_heads; h++) {
         if (c->flags & QK_NORM) rmsnorm(q + h * hd, q + h * hd, vec(&f->l->q_norm), hd, c->norm_eps);
-        rope(q + h * hd, cos_sins, hd);
+        rope(q + h * hd, table, hd);
     }
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
         if (c->flags & QK_NORM) rmsnorm(k, k, vec(&f->l->k_norm), hd, c->norm_eps);
-        rope(k, cos_sins, hd);
+        rope(k, table, hd);
         int at;
         uint8_t *chunk = cache_chunk(f->kv, slot->seq, slot->pos, f->layer, h, &at);
         for (int d = 0; d < hd; d++) {
@@ -1813,7 +1817,6 @@ typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may
 INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
 INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
-INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 // Into the second-level cache, which can wait for more of the memory at once than the first.
 enum { PREFETCH = 16384 };  // bytes ahead of where a stream of weights is read
@@ -1910,7 +1913,7 @@ typedef struct {
 INLINE void quant_kernel(const int T, const int dtype, const bool packed, const uint8_t *quants,
                          const uint16_t *halves, const Unpacked *u, int lane, const Quantized *xq,
                          int t0, int b0, int n_blocks, float *out) {
-    const int bias = dtype == Q4 ? 8 : dtype == Q8 ? BIAS8 : 0;
+    const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     vf acc[TILE];
     for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
     size_t at = block_at(xq, t0, b0);
@@ -1919,7 +1922,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         const int8_t *x = xq->q + at * 32;
         if (packed) prefetch((const uint8_t *)halves + b * block_bytes + PREFETCH, block_bytes);
         vi sum[TILE];
-        for (int t = 0; t < T; t++) sum[t] = splat_i(bias ? -bias * xq->sum[at + (size_t)t] : 0);
+        for (int t = 0; t < T; t++) sum[t] = splat_i(bias8 ? xq->minus8[at + (size_t)t] : 0) * (bias8 + !bias8);
         if (packed && dtype != Q8) {
             for (int g = 0; g < 4; g++) {
                 vu w = load_u(quants + b * 256 + g * 64 + lane * 4);
@@ -1930,7 +1933,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         } else {
             for (int g = 0; g < 8; g++) {
                 vu w = load_u(quants + b * 512 + g * 64 + lane * 4);
-                if (packed && BIAS8) w ^= 0x80808080;
+                if (packed && BIAS8 != 0) w ^= 0x80808080;
                 for (int t = 0; t < T; t++) sum[t] = dot(sum[t], w, x + t * 32 + g * 4);
             }
         }
@@ -2091,8 +2094,10 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
                     float_tile(w, p, rows, lane, x + (size_t)t * (size_t)x_stride, x_stride, n - t,
                                out + t * 16);
     }
-    for (int t = 0; t < n; t++)
-        memcpy(y + (size_t)t * (size_t)stride, out + t * 16, (size_t)rows * sizeof(float));
+    for (int t = 0; t < n; t++, y += stride) {
+        if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
+        else memcpy(y, out + t * 16, (size_t)rows * sizeof(float));
+    }
 }
 
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
@@ -2110,7 +2115,7 @@ typedef struct {
 
 INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, int head_dim, int lane,
                          const float *queries, int n_queries, float scale, float *out, size_t row) {
-    vf acc[8];
+    vf acc[Q];
     for (int j = 0; j < Q; j++) acc[j] = (vf){0};
     for (int d = 0; d < head_dim; d++) {
         vf k = wide ? load((const float *)(const void *)keys + d * 16 + lane)
@@ -2124,13 +2129,15 @@ INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, int 
 static void score_block(int n, bool wide, const uint8_t *keys, int head_dim, const float *q,
                         int n_queries, float scale, float *out, size_t row) {
     for (int lane = 0; lane < 16; lane += W)
-        switch (n) { SCORE(1); SCORE(2); SCORE(3); SCORE(4); SCORE(5); SCORE(6); SCORE(7); SCORE(8); }
+        switch (n) {
+            SCORE(1); SCORE(2); SCORE(3); SCORE(4); SCORE(5); SCORE(6); SCORE(7); SCORE(8); SCORE(24);
+        }
 }
 
 // out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of channels.
 INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t *values, int width,
                        int n, const float *weights, size_t row, float *out) {
-    vf acc[4][4];
+    vf acc[6][4];
     for (int j = 0; j < Q; j++)
         for (int i = 0; i < V; i++) acc[j][i] = load(out + j * width + i * W);
     for (int t = 0; t < n; t++)
@@ -2145,12 +2152,13 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
 }
 #define MIX(q, v) do { if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out); \
                        else mix_kernel(q, v, false, values, width, n, weights, row, out); } while (0)
-enum { MIX_QUERIES = W == 16 ? 4 : 2 };
+// Does as many queries at once as the registers allow, and returns how many.
 static int mix_block(int left, int vectors, bool wide, const uint8_t *values, int width, int n,
                      const float *weights, size_t row, float *out) {
-    int q = left >= 4 && MIX_QUERIES == 4 ? 4 : left == 3 && MIX_QUERIES == 4 ? 3 : left >= 2 ? 2 : 1;
-    if (vectors == 4) { if (q == 4) MIX(4, 4); else if (q == 3) MIX(3, 4); else if (q == 2) MIX(2, 4); else MIX(1, 4); }
-    else { if (q == 4) MIX(4, 1); else if (q == 3) MIX(3, 1); else if (q == 2) MIX(2, 1); else MIX(1, 1); }
+    int most = W == 16 ? 6 : 2, q = left < most ? left : most;
+#define CASE(q) case q: if (vectors == 4) MIX(q, 4); else MIX(q, 1); break
+    switch (q) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
+#undef CASE
     return q;
 }
 
@@ -2173,9 +2181,9 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         for (int side = 0; side <= split; side++) {
             const uint8_t *chunk = cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
-            for (int j = 0; j < n; j += 8) {
-                int some = n - j < 8 ? n - j : 8;
-                float own[8 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
+            for (int j = 0, some; j < n; j += some) {
+                some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
+                float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
                 if (!side) score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, out, a->row);
                 else {
                     score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, own, 16);
@@ -2784,7 +2792,7 @@ static void check_model(const Options *o, const Model *m) {
             spread += ((double)expected[i] - mean) * ((double)expected[i] - mean);
         }
         double rms = sqrt(squares / vocab) / (sqrt(spread / vocab) + 1e-30);
-        if (!(rms <= (quantized ? 0.15 : 2e-3)))
+        if (!(rms <= (quantized ? 0.3 : 2e-3)))
             die("check failed: logits: they differ from the reference by %.2g%% (%g at most)",
                 rms * 100, worst);
         if (!o->quiet) fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the reference\n",
@@ -2905,13 +2913,13 @@ static void bench(const Options *o, const Model *m, double started) {
     if (depth != 4096 && !o->quiet)
         fprintf(stderr, "the context is short: depth4096 is depth %d here\n", depth);
     if (decode < 0.8 * limit && !o->quiet) {
-        double load[1] = {0};
-        long cores = sysconf(_SC_NPROCESSORS_ONLN);
 #ifndef __OPTIMIZE__
         fprintf(stderr, "verdict: far from the limit: built without optimisation (-O3)\n");
 #elif defined PLAIN
         fprintf(stderr, "verdict: far from the limit: built with -DPLAIN, without SIMD and threads\n");
 #else
+        double load[1] = {0};
+        long cores = sysconf(_SC_NPROCESSORS_ONLN);
         if (threads > cores)
             fprintf(stderr, "verdict: far from the limit: %d threads on %ld cores\n", threads, cores);
         else if (getloadavg(load, 1) == 1 && load[0] > (double)cores - threads + 1.3 * threads)
@@ -3033,6 +3041,48 @@ static void on_bus_error(int signal_number) {
     remove_unfinished();
     _exit(1);
 }
+
+// A binary built for another machine's instructions says so instead of dying of an illegal one. It runs
+// before anything else, and is itself compiled for the oldest machine.
+#if defined __x86_64__ && !defined PLAIN
+__attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) {
+    const char *missing = NULL;
+    __builtin_cpu_init();
+#define NEED(feature) if (!__builtin_cpu_supports(feature)) missing = feature
+#ifdef __AVX2__
+    NEED("avx2");
+#endif
+#ifdef __FMA__
+    NEED("fma");
+#endif
+#ifdef __BMI2__
+    NEED("bmi2");
+#endif
+#ifdef __AVX512F__
+    NEED("avx512f");
+#endif
+#ifdef __AVX512BW__
+    NEED("avx512bw");
+#endif
+#ifdef __AVX512VL__
+    NEED("avx512vl");
+#endif
+#ifdef __AVX512DQ__
+    NEED("avx512dq");
+#endif
+#ifdef __AVX512VNNI__
+    NEED("avx512vnni");
+#endif
+#ifdef __AVX512VBMI__
+    NEED("avx512vbmi");
+#endif
+#undef NEED
+    if (!missing) return;
+    fprintf(stderr, "run: this binary needs %s, which this processor does not have: build it here with "
+                    "`make`, or with `make ARCH=x86-64`\n", missing);
+    _exit(1);
+}
+#endif
 
 // The contract of equal bits needs these; a wrong build says so instead of breaking it.
 static void check_arithmetic(void) {
