@@ -4,7 +4,9 @@ CC ?= cc
 ARCH ?= native
 OPT ?= -O3
 WARN = -Wall -Wextra -Wpedantic -Wshadow
-CFLAGS = $(OPT) -march=$(ARCH) $(WARN)
+# -march=native is spelled -mcpu=native by some compilers for arm64.
+MACHINE := $(shell echo | $(CC) -march=$(ARCH) -E - >/dev/null 2>&1 && echo -march=$(ARCH) || echo -mcpu=$(ARCH))
+CFLAGS = $(OPT) $(MACHINE) $(WARN)
 # Not to be overridden: fused multiply-adds would change the bits of the results.
 EXACT = -std=gnu11 -ffp-contract=off -pthread
 PREFIX ?= /usr/local
@@ -22,7 +24,7 @@ model.bin: export.py | .venv/ready
 
 .venv/ready:
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet numpy gguf safetensors tokenizers sentencepiece jinja2 tqdm huggingface_hub
+	.venv/bin/python -m pip install --quiet numpy gguf tokenizers sentencepiece protobuf jinja2 tqdm huggingface_hub
 	touch $@
 
 test: run test_all
@@ -31,12 +33,46 @@ test: run test_all
 test_all: test_all.c run.c
 	$(CC) $(CFLAGS) $(EXACT) -o $@ test_all.c -lm
 
+# The tests in other builds: every one must give the same bytes. ONLY names the groups that need no ./run.
+BUILDS = O0 plain x86-64 x86-64-v3 x86-64-v4
+O0_FLAGS = -O0
+plain_FLAGS = -O2 -DPLAIN
+x86-64_FLAGS = -O3 -march=x86-64
+x86-64-v3_FLAGS = -O3 -march=x86-64-v3
+x86-64-v4_FLAGS = -O3 -march=x86-64-v4
+ONLY = same-bytes
+
+test-isa: test_all.c run.c
+	@for cc in gcc clang; do command -v $$cc >/dev/null || { echo "$$cc is not here: skipped"; continue; }; \
+	for b in $(foreach b,$(BUILDS),"$(b) $($(b)_FLAGS)"); do set -- $$b; name=$$1; shift; \
+		$$cc $$* $(WARN) $(EXACT) -o test-$$name test_all.c -lm || exit 1; \
+		./test-$$name $(ONLY) >test-$$name.log; status=$$?; \
+		echo "$$cc $$name: $$(tail -n 1 test-$$name.log)"; \
+		[ $$status = 0 ] || { cat test-$$name.log; exit 1; }; rm -f test-$$name test-$$name.log; \
+	done; done | tee test-isa.log
+	@awk '{p += $$(NF-3); f += $$(NF-1)} END {print p " passed, " f " failed"; exit f > 0 || p == 0}' test-isa.log
+
+# arm64 under qemu (Debian: gcc-aarch64-linux-gnu qemu-user), with and without the dot product instructions.
+test-cross: test_all.c run.c
+	@for march in armv8-a armv8.2-a+dotprod; do \
+		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-arm64 test_all.c -lm || exit 1; \
+		qemu-aarch64 ./test-arm64 $(ONLY) >test-arm64.log; status=$$?; \
+		echo "$$march: $$(tail -n 1 test-arm64.log)"; \
+		[ $$status = 0 ] || { cat test-arm64.log; exit 1; }; rm -f test-arm64 test-arm64.log; \
+	done | tee test-cross.log
+	@awk '{p += $$(NF-3); f += $$(NF-1)} END {print p " passed, " f " failed"; exit f > 0 || p == 0}' test-cross.log
+
+test-debug: debug test_all.c
+	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		-o test-debug-all test_all.c -lm
+	RUN=./run-debug ./test-debug-all
+
 # Part 1 alone, without SIMD and threads: the same bytes, only slower.
 plain: run.c
 	$(CC) $(CFLAGS) $(EXACT) -DPLAIN -o run-plain run.c -lm
 
 debug: run.c
-	$(CC) -O1 -g -march=$(ARCH) $(WARN) $(EXACT) -fsanitize=address,undefined \
+	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined \
 		-fno-sanitize-recover=undefined -fno-omit-frame-pointer -o run-debug run.c -lm
 
 bench: run model.bin
@@ -47,17 +83,18 @@ install: run
 	install -m 755 run $(DESTDIR)$(PREFIX)/bin/run
 
 clean:
-	rm -f run run-plain run-debug test_all test-*
+	rm -rf run run-plain run-debug test_all test-*
 
 help:
 	@echo "make          build ./run for this machine (CC=clang and ARCH=x86-64-v3 work)"
 	@echo "make demo     build, fetch the default model, write a first text"
 	@echo "make model.bin  fetch and export the default model only"
 	@echo "make test     build and run every test"
+	@echo "make test-isa, test-cross, test-debug   the same bytes in other builds; on arm64; sanitizers"
 	@echo "make bench    measure this machine"
 	@echo "make plain    ./run-plain: part 1 alone, without SIMD and threads"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test plain debug bench install clean help
+.PHONY: demo test test-isa test-cross test-debug plain debug bench install clean help

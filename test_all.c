@@ -1,0 +1,2481 @@
+/* test_all.c - the tests of run.c, which is included here without its main.
+ *
+ *     make test             builds and runs everything
+ *     ./test_all NAME       runs the groups whose name contains NAME
+ *
+ * Every block of run.c is held against a second definition of the same thing, written here from the
+ * description and in double precision; then the whole model against a second transformer. Models
+ * and tokenizers are made here, small and from fixed random numbers, in a temporary folder. What
+ * needs ./run (RUN names another), model.bin, ../shared or MODELS=folder says so without it.
+ */
+#define TESTING
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "run.c"
+#include <dirent.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+// =================================================================================================
+// Counting, and small helpers
+// =================================================================================================
+
+static int passed, failed, skipped;
+static const char *group = "";
+
+// Counts one check. The sentence says what is true when it passes; values follow when it fails.
+#define CHECK(ok, ...) check_(ok, __LINE__, __VA_ARGS__)
+static __attribute__((format(printf, 3, 4))) bool check_(bool ok, int line, const char *format, ...) {
+    if (ok) return passed++, true;
+    va_list args;
+    va_start(args, format);
+    if (failed++ < 200) {
+        printf("test_all.c:%d: FAILED in %s: ", line, group);
+        vprintf(format, args);
+        putchar('\n');
+        fflush(stdout);
+    }
+    va_end(args);
+    return false;
+}
+
+static __attribute__((format(printf, 2, 3))) void skip(int n, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf("  skipped: ");
+    vprintf(format, args);
+    putchar('\n');
+    va_end(args);
+    skipped += n;
+}
+
+// Random numbers of the tests (splitmix64), always the same ones.
+static uint64_t random_state = 1;
+static uint64_t rnd(void) {
+    uint64_t z = random_state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+static int below(int n) { return (int)(rnd() % (uint64_t)n); }
+static double uniform(void) { return (double)(rnd() >> 11) * 0x1p-53; }             // [0, 1)
+static double spread(void) { return 2 * (uniform() + uniform() + uniform()) - 3; }  // variance 1
+
+static double worse(double a, double b) { return !(b <= a) ? b : a; }  // keeps a NaN
+static int round_to(int n, int to) { return (n + to - 1) / to * to; }
+static void *get(size_t n, size_t size) {
+    void *p = calloc(n + !n, size);
+    if (!p) abort();
+    return p;
+}
+
+// Bytes that grow.
+typedef struct { uint8_t *p; size_t n, room; } Buffer;
+static void put(Buffer *b, const void *data, size_t n) {
+    if (b->n + n > b->room) {
+        b->p = realloc(b->p, b->room = (b->n + n) * 2);
+        if (!b->p) abort();
+    }
+    if (data) memcpy(b->p + b->n, data, n);
+    else memset(b->p + b->n, 0, n);
+    b->n += n;
+}
+static void put32(Buffer *b, int64_t value) { uint32_t u = (uint32_t)value; put(b, &u, 4); }
+static void align(Buffer *b, size_t to) { if (b->n % to) put(b, NULL, to - b->n % to); }
+static void set32(uint8_t *p, int64_t value) { uint32_t u = (uint32_t)value; memcpy(p, &u, 4); }
+static void set64(uint8_t *p, uint64_t value) { memcpy(p, &value, 8); }
+static void set_float(uint8_t *p, float value) { memcpy(p, &value, 4); }
+
+// The files' hash, from its description.
+static uint64_t hash_of(const uint8_t *p, size_t n) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i <= n; i += 8) {  // the length, then the words
+        uint64_t z = n, w = 0;
+        if (i) {
+            memcpy(&w, p + i - 8, 8);
+            z = w + i / 8 * 0x9E3779B97F4A7C15u;
+        }
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        sum += z ^ z >> 31;
+    }
+    if (n % 8) {
+        uint64_t w = 0;
+        memcpy(&w, p + n / 8 * 8, n % 8);
+        w += (n / 8 + 1) * 0x9E3779B97F4A7C15u;
+        w = (w ^ w >> 30) * 0xBF58476D1CE4E5B9u;
+        w = (w ^ w >> 27) * 0x94D049BB133111EBu;
+        sum += w ^ w >> 31;
+    }
+    return sum;
+}
+
+// ---- Files in a temporary folder
+
+static char folder[256];
+static const char *in_folder(const char *name) {  // stays valid
+    static char paths[64][300];
+    for (int i = 0; i < 64; i++) {
+        if (!paths[i][0]) snprintf(paths[i], sizeof paths[i], "%.200s/%.60s", folder, name);
+        if (!strcmp(paths[i] + strlen(folder) + 1, name)) return paths[i];
+    }
+    abort();
+}
+static const char *save(const char *name, const void *data, size_t n) {
+    const char *path = in_folder(name);
+    unlink(path);
+    FILE *f = fopen(path, "wb");
+    if (!f || (n && fwrite(data, 1, n, f) != n) || fclose(f)) perror(path), abort();
+    return path;
+}
+static Buffer slurp(const char *path) {
+    Buffer b = {0};
+    FILE *f = fopen(path, "rb");
+    char part[65536];
+    if (f) {
+        for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) put(&b, part, n);
+        fclose(f);
+    }
+    put(&b, NULL, 1);  // a zero byte behind the text
+    b.n--;
+    return b;
+}
+static int files_in_folder(void) {
+    DIR *d = opendir(folder);
+    int n = 0;
+    while (d && readdir(d)) n++;
+    if (d) closedir(d);
+    return n;
+}
+static void remove_folder(void) {
+    DIR *d = folder[0] ? opendir(folder) : NULL;
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (e->d_name[0] == '.') continue;
+        char path[600];
+        snprintf(path, sizeof path, "%s/%s", folder, e->d_name);
+        if (unlink(path)) rmdir(path);
+    }
+    if (d) closedir(d);
+    if (d) rmdir(folder);
+}
+
+// =================================================================================================
+// Making models: tensors with known values, packed as the file format describes
+// =================================================================================================
+
+// Half precision by its definition: sign, exponent, fraction.
+static double half_value(unsigned h) {
+    int e = (int)(h >> 10 & 31), f = (int)(h & 1023);
+    double a = e == 0 ? ldexp(f, -24) : e == 31 ? (f ? NAN : INFINITY) : ldexp(1024 + f, e - 25);
+    return h & 0x8000 ? -a : a;
+}
+// The nearest half, of two the even one; at most 65504.
+static unsigned nearest_half(double x) {
+    double a = fabs(x);
+    unsigned sign = signbit(x) ? 0x8000 : 0, low = 0, high = 0x7bff;
+    if (!(a < 65504)) return sign | 0x7bff;
+    while (high - low > 1) {
+        unsigned middle = (low + high) / 2;
+        if (half_value(middle) <= a) low = middle;
+        else high = middle;
+    }
+    double down = a - half_value(low), up = half_value(high) - a;
+    return sign | (down < up || (down == up && !(low & 1)) ? low : high);
+}
+
+typedef struct {
+    int dtype, rows, cols;
+    float *values;  // (rows, cols) what the bytes stand for
+    uint8_t *bytes;
+    size_t n;
+} Tensor;
+
+static Tensor vector(int cols, double mean, double deviation) {
+    Tensor t = {ROWS, 1, cols, get((size_t)cols, 4), NULL, (size_t)cols * 4};
+    for (int i = 0; i < cols; i++) t.values[i] = (float)(mean + deviation * spread());
+    t.bytes = get(t.n, 1);
+    memcpy(t.bytes, t.values, t.n);
+    return t;
+}
+static Tensor bytes_tensor(const Buffer *b) {
+    Tensor t = {BYTES, 1, (int)b->n, NULL, get(b->n, 1), b->n};
+    if (b->n) memcpy(t.bytes, b->p, b->n);
+    return t;
+}
+static void free_tensor(Tensor *t) {
+    free(t->values);
+    free(t->bytes);
+    *t = (Tensor){0};
+}
+
+// A random matrix whose products with numbers of size 1 have about that size.
+static Tensor matrix(int dtype, int rows, int cols) {
+    size_t nb = (size_t)(cols + 31) / 32, panels = (size_t)(rows + 15) / 16, wide = (size_t)cols;
+    size_t scales = dtype == Q4A ? nb * 64 : (nb * 32 + 63) / 64 * 64, block = dtype == Q8 ? 512 : 256;
+    size_t panel = dtype == F32 ? wide * 64 : dtype == BF16 ? (wide + 1) / 2 * 64 : scales + nb * block;
+    Tensor t = {dtype, rows, cols, get((size_t)rows * wide, 4), NULL,
+                dtype == ROWS ? (size_t)rows * wide * 4 : panels * panel};
+    t.bytes = get(t.n, 1);
+    double size = 1 / sqrt(cols), scale = 0, minimum = 0;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) {
+            float *value = &t.values[(size_t)r * wide + (size_t)c];
+            uint8_t *p = t.bytes + (size_t)(r / 16) * panel;
+            int R = r % 16, b = c / 32, i = c % 32;
+            if (dtype <= BF16) {
+                uint32_t u;
+                *value = (float)(size * spread());
+                memcpy(&u, value, 4);
+                if (dtype == BF16) u &= 0xffff0000u;
+                memcpy(value, &u, 4);
+                uint16_t upper = (uint16_t)(u >> 16);
+                if (dtype == ROWS) memcpy(t.bytes + 4 * ((size_t)r * wide + (size_t)c), value, 4);
+                if (dtype == F32) memcpy(p + 4 * (c * 16 + R), value, 4);
+                if (dtype == BF16) memcpy(p + 2 * ((c / 2 * 16 + R) * 2 + c % 2), &upper, 2);
+                continue;
+            }
+            if (i == 0) {  // a new block: its scale, and a minimum
+                scale = size / (dtype == Q8 ? 73 : 4.6) * (0.5 + uniform());
+                uint16_t h = (uint16_t)nearest_half(scale);
+                uint16_t m = (uint16_t)nearest_half(-7.5 * scale * (0.8 + 0.4 * uniform()));
+                scale = half_value(h), minimum = half_value(m);
+                if (dtype == Q4A) memcpy(p + 2 * (b * 32 + R), &h, 2);
+                if (dtype == Q4A) memcpy(p + 2 * (b * 32 + 16 + R), &m, 2);
+                else memcpy(p + 2 * (b * 16 + R), &h, 2);
+            }
+            int q = dtype == Q8 ? below(255) - 127 : below(16);
+            uint8_t *quants = p + scales + (size_t)b * block;
+            if (dtype == Q8) quants[(i / 4 * 16 + R) * 4 + i % 4] = (uint8_t)q;
+            else quants[(i % 16 / 4 * 16 + R) * 4 + i % 4] |= (uint8_t)(i < 16 ? q : q << 4);
+            *value = (float)(dtype == Q4 ? scale * (q - 8) : dtype == Q8 ? scale * q : scale * q + minimum);
+        }
+    return t;
+}
+
+typedef struct {
+    const char *name;
+    int dtype, embedding, flags;
+    int dim, hidden, layers, heads, kv_heads, head_dim, vocab, seq_len;
+    int activation, window;
+    unsigned local;  // bit l: layer l is local
+    float embed_scale;
+} Shape;
+
+enum { ATTN_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, POST_ATTN, FFN_NORM, GATE, UP, DOWN,
+       POST_FFN, PER_LAYER };
+enum { MOST_LAYERS = 16 };
+typedef struct {
+    Shape s;
+    float eps, attn_scale;
+    Tensor rope[2], embedding, layer[MOST_LAYERS][PER_LAYER], final_norm, classifier;
+    Tensor check_ids, check_norms, check_logits, check_cases;
+    uint64_t tokenizer_hash;
+} Made;
+
+static Made make_weights(const Shape *s) {
+    Made m = {.s = *s, .eps = 1e-5f, .attn_scale = (float)(1 / sqrt(s->head_dim))};
+    int qd = s->heads * s->head_dim, kvd = s->kv_heads * s->head_dim, half = s->head_dim / 2;
+    for (int t = 0; t < 2; t++) {
+        m.rope[t] = vector(half, 0, 0);
+        for (int i = 0; i < half; i++) m.rope[t].values[i] = (float)pow(t ? 100 : 10000, -(double)i / half);
+        memcpy(m.rope[t].bytes, m.rope[t].values, m.rope[t].n);
+    }
+    m.embedding = matrix(s->embedding, s->vocab, s->dim);
+    for (int l = 0; l < s->layers; l++) {
+        Tensor *t = m.layer[l];
+        int norms[] = {ATTN_NORM, FFN_NORM, POST_ATTN, POST_FFN};
+        for (int i = 0; i < (s->flags & SANDWICH_NORM ? 4 : 2); i++) t[norms[i]] = vector(s->dim, 1, 0.1);
+        t[WQ] = matrix(s->dtype, qd, s->dim);
+        t[WK] = matrix(s->dtype, kvd, s->dim);
+        t[WV] = matrix(s->dtype, kvd, s->dim);
+        if (s->flags & QKV_BIAS)
+            t[BQ] = vector(qd, 0, 0.3), t[BK] = vector(kvd, 0, 0.3), t[BV] = vector(kvd, 0, 0.3);
+        if (s->flags & QK_NORM)
+            t[Q_NORM] = vector(s->head_dim, 1.2, 0.1), t[K_NORM] = vector(s->head_dim, 1.2, 0.1);
+        t[WO] = matrix(s->dtype, s->dim, qd);
+        t[GATE] = matrix(s->dtype, s->hidden, s->dim);
+        t[UP] = matrix(s->dtype, s->hidden, s->dim);
+        t[DOWN] = matrix(s->dtype, s->dim, s->hidden);
+    }
+    m.final_norm = vector(s->dim, 1, 0.1);
+    if (!(s->flags & TIED_EMBEDDING)) m.classifier = matrix(s->embedding, s->vocab, s->dim);
+    m.check_ids = bytes_tensor(&(Buffer){0});
+    m.check_norms = vector(s->layers + 1, 0, 0);
+    m.check_logits = vector(s->vocab, 0, 0);
+    m.check_cases = bytes_tensor(&(Buffer){0});
+    return m;
+}
+static void free_made(Made *m) {
+    Tensor *all[] = {&m->rope[0], &m->rope[1], &m->embedding, &m->final_norm, &m->classifier,
+                     &m->check_ids, &m->check_norms, &m->check_logits, &m->check_cases};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free_tensor(all[i]);
+    for (int l = 0; l < m->s.layers; l++)
+        for (int i = 0; i < PER_LAYER; i++) free_tensor(&m->layer[l][i]);
+}
+
+// Writes both hashes of a version 3 file anew.
+static void seal(Buffer *b) {
+    if (b->n < 256) return;
+    set64(b->p + 104, 0);
+    set64(b->p + 248, 0);
+    size_t directory = 256 + 32 * (size_t)read_u32(b->p + 124);
+    uint64_t header = hash_of(b->p, directory < b->n ? directory : b->n);
+    set64(b->p + 104, hash_of(b->p, b->n));
+    set64(b->p + 248, header);
+}
+
+static Buffer version_3(const Made *m) {
+    const Shape *s = &m->s;
+    const Tensor *list[3 + MOST_LAYERS * PER_LAYER + 8];
+    int n = 0;
+    list[n++] = &m->rope[0];
+    if (s->flags & LOCAL_ROPE) list[n++] = &m->rope[1];
+    list[n++] = &m->embedding;
+    for (int l = 0; l < s->layers; l++)
+        for (int i = 0; i < PER_LAYER; i++) if (m->layer[l][i].bytes) list[n++] = &m->layer[l][i];
+    list[n++] = &m->final_norm;
+    if (!(s->flags & TIED_EMBEDDING)) list[n++] = &m->classifier;
+    list[n++] = &m->check_ids;
+    list[n++] = &m->check_norms;
+    list[n++] = &m->check_logits;
+    list[n++] = &m->check_cases;
+
+    Buffer b = {0};
+    put(&b, NULL, 256 + 32 * (size_t)n);
+    for (int i = 0; i < n; i++) {
+        align(&b, 64);
+        uint8_t *e = b.p + 256 + 32 * i;
+        set32(e, list[i]->dtype), set32(e + 4, list[i]->rows), set32(e + 8, list[i]->cols);
+        set64(e + 16, b.n), set64(e + 24, list[i]->n);
+        put(&b, list[i]->bytes, list[i]->n);
+    }
+    align(&b, 64);
+    int head[] = {0x616b3432, 3, s->dim, s->hidden, s->layers, s->heads, s->kv_heads, s->vocab,
+                  s->seq_len, s->head_dim};
+    memcpy(b.p, head, sizeof head);
+    set_float(b.p + 40, m->eps), set32(b.p + 44, s->flags), set32(b.p + 48, s->activation);
+    set_float(b.p + 52, s->embed_scale), set_float(b.p + 56, m->attn_scale);
+    set32(b.p + 60, s->window), set32(b.p + 64, s->local);
+    set64(b.p + 96, m->tokenizer_hash), set64(b.p + 112, b.n);
+    set32(b.p + 120, s->dtype), set32(b.p + 124, n);
+    memcpy(b.p + 176, s->name, strlen(s->name));
+    seal(&b);
+    return b;
+}
+
+// llama2.c's files: version 0 has its tensors in another order than version 1.
+static Buffer llama2c_file(const Made *m, int version) {
+    const Shape *s = &m->s;
+    bool tied = s->flags & TIED_EMBEDDING;
+    int head[] = {s->dim, s->hidden, s->layers, s->heads, s->kv_heads,
+                  tied || version ? s->vocab : -s->vocab, s->seq_len};
+    int order[2][9] = {{ATTN_NORM, WQ, WK, WV, WO, FFN_NORM, GATE, DOWN, UP},
+                       {ATTN_NORM, FFN_NORM, WQ, WK, WV, WO, GATE, DOWN, UP}};
+    Buffer b = {0};
+    if (version) put32(&b, 0x616b3432), put32(&b, version);
+    put(&b, head, sizeof head);
+    if (version) put(&b, &(uint8_t){tied}, 1), put(&b, NULL, 256 - b.n);
+    if (!version) put(&b, m->embedding.bytes, m->embedding.n);
+    for (int i = 0; i < 9; i++) {
+        for (int l = 0; l < s->layers; l++)
+            put(&b, m->layer[l][order[version][i]].bytes, m->layer[l][order[version][i]].n);
+        if (version && i == 1) {
+            put(&b, m->final_norm.bytes, m->final_norm.n);
+            put(&b, m->embedding.bytes, m->embedding.n);
+        }
+    }
+    if (!version) {
+        put(&b, m->final_norm.bytes, m->final_norm.n);
+        put(&b, NULL, (size_t)(s->seq_len * s->head_dim) * 4);
+    }
+    if (!tied) put(&b, m->classifier.bytes, m->classifier.n);
+    return b;
+}
+
+// ---- The second transformer: double precision, one token after the other, nothing clever
+
+// x rounded to int8 by blocks of 32, as activations are before they meet quantized weights.
+static void round_activations(double *x, int n) {
+    for (int b = 0; b < n; b += 32) {
+        double most = 0;
+        int end = b + 32 < n ? b + 32 : n;
+        for (int i = b; i < end; i++) most = worse(most, fabs(x[i]));
+        double d = most / 127;
+        for (int i = b; i < end; i++) x[i] = d < FLT_MIN ? 0 : nearbyint(x[i] / d) * d;
+    }
+}
+static void times(double *y, const Tensor *w, const double *input) {
+    double *x = get((size_t)w->cols, 8);
+    memcpy(x, input, (size_t)w->cols * 8);
+    if (w->dtype >= Q8) round_activations(x, w->cols);
+    for (int r = 0; r < w->rows; r++) {
+        y[r] = 0;
+        for (int c = 0; c < w->cols; c++) y[r] += (double)w->values[(size_t)r * (size_t)w->cols + (size_t)c] * x[c];
+    }
+    free(x);
+}
+static void norm(double *y, const double *x, const Tensor *w, double eps) {
+    double sum = 0;
+    for (int i = 0; i < w->cols; i++) sum += x[i] * x[i];
+    double scale = 1 / sqrt(sum / w->cols + eps);
+    for (int i = 0; i < w->cols; i++) y[i] = x[i] * scale * (double)w->values[i];
+}
+static void turn(double *head, const Tensor *freqs, int pos) {
+    for (int i = 0; i < freqs->cols; i++) {
+        double angle = (double)freqs->values[i] * pos, a = head[2 * i], b = head[2 * i + 1];
+        head[2 * i] = a * cos(angle) - b * sin(angle);
+        head[2 * i + 1] = a * sin(angle) + b * cos(angle);
+    }
+}
+static void plus(double *x, const double *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
+static void plus_bias(double *x, const Tensor *b) {
+    for (int i = 0; b->bytes && i < b->cols; i++) x[i] += (double)b->values[i];
+}
+
+// Logits (n, vocab) of all positions of ids (n), and norms (layers + 1) of the last residual.
+static void reference(const Made *m, const int *ids, int n, double *logits, double *norms) {
+    const Shape *s = &m->s;
+    int hd = s->head_dim, qd = s->heads * hd, kvd = s->kv_heads * hd, dim = s->dim;
+    int width = dim + qd + kvd + s->hidden;
+    double *keys = get((size_t)(s->layers * n * kvd), 8), *values = get((size_t)(s->layers * n * kvd), 8);
+    double *x = get((size_t)dim, 8), *xb = get((size_t)width, 8), *q = get((size_t)width, 8);
+    double *out = get((size_t)width, 8), *up = get((size_t)width, 8), *p = get((size_t)n, 8);
+    bool halves = s->embedding != F32 && s->embedding != ROWS;
+    for (int pos = 0; pos < n; pos++) {
+        for (int i = 0; i < dim; i++)
+            x[i] = (double)m->embedding.values[(size_t)ids[pos] * (size_t)dim + (size_t)i] * (double)s->embed_scale;
+        for (int l = 0; l <= s->layers; l++) {
+            double sum = 0;
+            for (int i = 0; i < dim; i++) sum += x[i] * x[i];
+            if (norms) norms[l] = sqrt(sum);
+            if (l == s->layers) break;
+            const Tensor *t = m->layer[l];
+            bool local = s->window && s->local >> l & 1;
+            const Tensor *freqs = &m->rope[local && s->flags & LOCAL_ROPE];
+            double *k = keys + (size_t)((l * n + pos) * kvd), *v = values + (size_t)((l * n + pos) * kvd);
+            norm(xb, x, &t[ATTN_NORM], (double)m->eps);
+            times(q, &t[WQ], xb), times(k, &t[WK], xb), times(v, &t[WV], xb);
+            plus_bias(q, &t[BQ]), plus_bias(k, &t[BK]), plus_bias(v, &t[BV]);
+            for (int h = 0; h < s->heads + s->kv_heads; h++) {
+                double *head = h < s->heads ? q + h * hd : k + (h - s->heads) * hd;
+                const Tensor *w = &t[h < s->heads ? Q_NORM : K_NORM];
+                if (w->bytes) norm(head, head, w, (double)m->eps);
+                turn(head, freqs, pos);
+            }
+            for (int i = 0; i < kvd && halves; i++)
+                k[i] = half_value(nearest_half(k[i])), v[i] = half_value(nearest_half(v[i]));
+            for (int h = 0; h < s->heads; h++) {
+                int at = h / (s->heads / s->kv_heads) * hd, first = local ? pos - s->window + 1 : 0;
+                double total = 0;
+                first = first < 0 ? 0 : first;
+                for (int j = first; j <= pos; j++) {
+                    double score = 0;
+                    for (int d = 0; d < hd; d++) score += q[h * hd + d] * keys[(l * n + j) * kvd + at + d];
+                    total += p[j] = exp(score * (double)m->attn_scale);
+                }
+                for (int d = 0; d < hd; d++) {
+                    out[h * hd + d] = 0;
+                    for (int j = first; j <= pos; j++)
+                        out[h * hd + d] += p[j] / total * values[(l * n + j) * kvd + at + d];
+                }
+            }
+            times(xb, &t[WO], out);
+            if (t[POST_ATTN].bytes) norm(xb, xb, &t[POST_ATTN], (double)m->eps);
+            plus(x, xb, dim);
+            norm(xb, x, &t[FFN_NORM], (double)m->eps);
+            times(out, &t[GATE], xb), times(up, &t[UP], xb);
+            for (int i = 0; i < s->hidden; i++) {
+                double g = out[i], u = sqrt(2 / 3.14159265358979324) * (g + 0.044715 * g * g * g);
+                out[i] = up[i] * (s->activation ? 0.5 * g * (1 + tanh(u)) : g / (1 + exp(-g)));
+            }
+            times(xb, &t[DOWN], out);
+            if (t[POST_FFN].bytes) norm(xb, xb, &t[POST_FFN], (double)m->eps);
+            plus(x, xb, dim);
+        }
+        norm(xb, x, &m->final_norm, (double)m->eps);
+        times(logits + (size_t)pos * (size_t)s->vocab, m->classifier.bytes ? &m->classifier : &m->embedding, xb);
+    }
+    double *all[] = {keys, values, x, xb, q, out, up, p};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+// Gives a made model its certificate: a few tokens, and what the second transformer makes of them.
+static void certify(Made *m) {
+    int ids[10], n = 10;
+    double *logits = get((size_t)(n * m->s.vocab), 8), norms[MOST_LAYERS + 1];
+    for (int i = 0; i < n; i++) ids[i] = below(m->s.vocab);
+    reference(m, ids, n, logits, norms);
+    free_tensor(&m->check_ids);
+    m->check_ids = bytes_tensor(&(Buffer){(uint8_t *)ids, sizeof ids, 0});
+    for (int l = 0; l <= m->s.layers; l++) m->check_norms.values[l] = (float)norms[l];
+    for (int i = 0; i < m->s.vocab; i++) m->check_logits.values[i] = (float)logits[(n - 1) * m->s.vocab + i];
+    memcpy(m->check_norms.bytes, m->check_norms.values, m->check_norms.n);
+    memcpy(m->check_logits.bytes, m->check_logits.values, m->check_logits.n);
+    free(logits);
+}
+
+// The shapes of the tests: the features of the families, in odd sizes.
+enum { LLAMA, QWEN2, QWEN3, GEMMA, N_FAMILIES };
+static Shape family(int which, int dtype) {
+    static const Shape shapes[] = {
+        {"llama", 0, 0, 0, 64, 96, 2, 4, 2, 16, 77, 700, 0, 0, 0, 1},
+        {"qwen2", 0, 0, TIED_EMBEDDING | QKV_BIAS, 37, 51, 2, 3, 1, 12, 77, 700, 0, 0, 0, 1},
+        {"qwen3", 0, 0, QK_NORM, 40, 70, 2, 5, 1, 24, 83, 700, 0, 9, 1, 1},
+        {"gemma", 0, 0, TIED_EMBEDDING | QK_NORM | SANDWICH_NORM | LOCAL_ROPE, 36, 50, 3, 4, 4, 12, 77,
+         700, 1, 21, 5, 6},
+    };
+    Shape s = shapes[which];
+    s.dtype = dtype;
+    s.embedding = dtype >= Q4 ? Q8 : dtype;
+    return s;
+}
+static const char *const formats[] = {"rows", "f32", "bf16", "q8", "q4", "q4a"};
+
+static Model open_made(const Made *made, const char *name) {
+    Buffer b = made->s.dtype == ROWS ? llama2c_file(made, 0) : version_3(made);
+    Model m;
+    load_model(&m, save(name, b.p, b.n));
+    free(b.p);
+    return m;
+}
+
+static void set_threads(int n) {  // 1, or all of the three that were started
+#ifndef PLAIN
+    if (pool.n_threads < 3 && n > 1) {
+        static bool started;
+        if (!started) start_threads(3);
+        started = true;
+    }
+    pool.n_threads = n > 1 ? 3 : 1;
+#endif
+    (void)n;
+}
+
+// =================================================================================================
+// 1. Numbers
+// =================================================================================================
+
+static void test_numbers(void) {
+    int wrong = 0, back = 0;
+    for (unsigned h = 0; h < 65536; h++) {
+        double expected = half_value(h), x = (double)half_to_float((uint16_t)h);
+        bool same = isnan(expected) ? isnan(x) : x == expected && signbit(x) == signbit(expected);
+        if (!same && !wrong++) printf("  half %04x is %g, not %g\n", h, x, expected);
+        if ((h & 0x7c00) != 0x7c00 && float_to_half((float)x) != h && !back++) printf("  half %04x\n", h);
+    }
+    CHECK(!wrong, "every half becomes the float it stands for: %d do not", wrong);
+    CHECK(!back, "every finite half survives the way to float and back: %d do not", back);
+    wrong = 0;
+    for (unsigned h = 0; h < 0x7bff; h++) {  // between two neighbours: the middle, and beside it
+        double low = half_value(h), middle = (low + half_value(h + 1)) / 2;
+        float x[] = {(float)middle, nextafterf((float)middle, 0), nextafterf((float)middle, 1e9f)};
+        for (int i = 0; i < 3; i++)
+            wrong += float_to_half(x[i]) != nearest_half((double)x[i]) ||
+                     float_to_half(-x[i]) != nearest_half(-(double)x[i]);
+    }
+    for (int i = 0; i < 200000; i++) {
+        float x = float_of((uint32_t)rnd());
+        wrong += !isnan(x) && float_to_half(x) != nearest_half((double)x);
+    }
+    CHECK(!wrong, "floats become the nearest half, of two the even one: %d do not", wrong);
+    CHECK(float_to_half(1e6f) == 0x7bff && float_to_half(-1e6f) == 0xfbff && float_to_half(65520) == 0x7bff &&
+          float_to_half(INFINITY) == 0x7bff && float_to_half(-INFINITY) == 0xfbff,
+          "halves saturate at 65504");
+    CHECK(float_to_half(0x1p-25f) == 0 && float_to_half(0x1.8p-25f) == 1 && float_to_half(-0.0f) == 0x8000,
+          "the smallest halves round to even, and zero keeps its sign");
+
+    double worst = 0, worst_log = 0, worst_double = 0, worst_angle = 0;
+    for (int i = 0; i < 200000; i++) {
+        float x = (float)(uniform() * 174 - 87);
+        worst = worse(worst, fabs((double)exp_(x) / exp((double)x) - 1));
+        double y = (uniform() * 2 - 1) * (i % 2 ? 700 : 20), z = ldexp(1 + uniform(), below(120) - 60);
+        double off = fabs(exp_double(y) / exp(y) - 1);
+        worst_double = worse(worst_double, i % 2 ? off / 1000 : off);
+        worst_log = worse(worst_log, fabs(log_(z) - log(z)) / worse(1, fabs(log(z))));
+        float angle = (float)(uniform() * (i % 2 ? 100 : 1 << 24)), cosine, sine;
+        cos_sin((double)angle, &cosine, &sine);
+        worst_angle = worse(worst_angle, fabs((double)cosine - cos((double)angle)));
+        worst_angle = worse(worst_angle, fabs((double)sine - sin((double)angle)));
+    }
+    CHECK(worst < 2e-7, "exp_ is within 2e-7 of e^x: %g", worst);
+    CHECK(worst_double < 1e-12, "exp_double is within 1e-12 of e^x up to 20, 1e-9 up to 700: %g", worst_double);
+    CHECK(worst_log < 1e-15, "log_ is within 1e-15 of ln x: %g", worst_log);
+    CHECK(worst_angle < 6e-8, "cos_sin is within 6e-8 up to 2^24: %g", worst_angle);
+    CHECK(exp_(0) == 1 && exp_(-1e30f) < 2e-38f && exp_(-INFINITY) >= 0 && isfinite(exp_(1e30f)),
+          "exp_ has sane values at its ends");
+
+    uint8_t all[256] = {0};
+    struct { const char *text; size_t n; uint64_t hash; } hashes[] = {  // computed by another program
+        {"", 0, 0}, {"a", 1, 0xa5efbf958775a396u}, {"language", 8, 0x68c6e8296a4260ddu},
+        {"A language model is two files.", 30, 0x65b07df08b7e5ff1u}};
+    for (int i = 0; i < 4; i++)
+        CHECK(hash64(hashes[i].text, hashes[i].n) == hashes[i].hash, "hash64 of \"%s\"", hashes[i].text);
+    CHECK(hash64(all, 100) == 0xb93881ec5025d697u, "hash64 of 100 zeros");
+    for (int i = 0; i < 256; i++) all[i] = (uint8_t)i;
+    CHECK(hash64(all, 256) == 0xfb32f48b11c21080u, "hash64 of the bytes 0 to 255");
+    CHECK(mix64(256) + hash_words(all, 80, 0) + hash_words(all + 80, 176, 10) == hash64(all, 256),
+          "a hash is the sum of its pieces' sums");
+
+    float x[700], y[700], w[700], p[16];
+    double worst_norm = 0, worst_soft = 0, worst_sum = 0;
+    for (int n = 1; n < 700; n += 1 + n / 9) {
+        double squares = 0, sum = 0, most = -1e9, exact = 0;
+        for (int i = 0; i < 16; i++) exact += (double)(p[i] = (float)spread());
+        worst_sum = worse(worst_sum, fabs((double)tree_sum(p) - exact));
+        for (int i = 0; i < n; i++) x[i] = (float)(4 * spread()), w[i] = (float)spread();
+        for (int i = 0; i < n; i++) squares += (double)x[i] * (double)x[i];
+        rmsnorm(y, x, w, n, 1e-5f);
+        for (int i = 0; i < n; i++)
+            worst_norm = worse(worst_norm, fabs((double)y[i] - (double)x[i] * (double)w[i] / sqrt(squares / n + 1e-5)));
+        int first = below(n);
+        for (int i = first; i < n; i++) most = worse(most, (double)x[i]);
+        for (int i = first; i < n; i++) sum += exp((double)x[i] - most);
+        memcpy(y, x, sizeof x);
+        softmax(y, first, n);
+        for (int i = first; i < n; i++)
+            worst_soft = worse(worst_soft, fabs((double)y[i] - exp((double)x[i] - most) / sum));
+        worst_soft = worse(worst_soft, memcmp(x, y, (size_t)first * 4) ? 1 : 0);
+    }
+    CHECK(worst_sum < 1e-5, "tree_sum adds up all 16: off by %g", worst_sum);
+    CHECK(worst_norm < 1e-5, "rmsnorm divides by the root of the mean square: off by %g", worst_norm);
+    CHECK(worst_soft < 1e-6, "softmax gives e^x / sum of e^x, and only from first on: off by %g", worst_soft);
+    rmsnorm(x, x, w, 700, 1e-5f);
+    CHECK(bits_of(tree_sum((float[16]){1e8f, 1, 0, 0, 0, 0, 0, 0, -1e8f, 1})) == bits_of(2),
+          "tree_sum adds element i and i + 8 first");
+}
+
+// =================================================================================================
+// 2. Quantized numbers and matrix products
+// =================================================================================================
+
+// A cache lends its scratch for quantized activations of up to `tokens` tokens of width cols.
+static Quantized *new_quantized(Cache *kv, int tokens, int cols) {
+    static Model m;
+    m = (Model){.c = {.dim = cols, .hidden_dim = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .n_layers = 1}};
+    new_cache(kv, &m, 1, 0, 0);
+    State *s = get_state(kv, tokens);
+    s->xq.n_blocks = (cols + 31) / 32;
+    return &s->xq;
+}
+
+static void test_quantize(void) {
+    Cache kv;
+    Quantized *xq = new_quantized(&kv, 16, 96), x = *xq;
+    float in[96];
+    int wrong = 0, sums = 0;
+    for (int round = 0; round < 3000; round++) {
+        double size = ldexp(1, below(200) - 100);
+        for (int i = 0; i < 96; i++) in[i] = (float)(size * spread());
+        int token = below(16);
+        quantize(xq, token, in, 96);
+        for (int b = 0; b < 3; b++) {
+            size_t at = block_at(&x, token, b);
+            float most = 0, d = x.d[at];
+            int sum = 0;
+            for (int i = 0; i < 32; i++) most = fmaxf(most, fabsf(in[b * 32 + i]));
+            wrong += d != most / 127.0f;
+            for (int i = 0; i < 32; i++) {
+                int q = x.q[at * 32 + (size_t)i];
+                wrong += q != (int)nearbyintf(in[b * 32 + i] * (1.0f / d)) || q < -127 || q > 127;
+                sum += q;
+            }
+            sums += x.dsum[at] != d * (float)sum;
+        }
+    }
+    CHECK(!wrong, "activations become round(x / d), d = max|x| / 127: %d do not", wrong);
+    CHECK(!sums, "each block's scaled sum is right: %d are not", sums);
+    for (int i = 0; i < 32; i++) in[i] = (float)(i - 16) + 0.5f;
+    in[0] = 127;
+    quantize(xq, 3, in, 32);
+    wrong = 0;
+    for (int i = 1; i < 32; i++) wrong += x.q[block_at(&x, 3, 0) * 32 + (size_t)i] % 2 != 0;
+    CHECK(x.d[block_at(&x, 3, 0)] == 1 && !wrong, "halves round to the even number");
+
+    float odd[] = {0, -0.0f, 0x1p-149f, 126 * FLT_MIN, INFINITY, -INFINITY, NAN};
+    for (int i = 0; i < 7; i++) {
+        for (int j = 0; j < 32; j++) in[j] = j == 5 ? odd[i] : 0;
+        quantize(xq, 1, in, 32);
+        size_t at = block_at(&x, 1, 0);
+        bool zero = i >= 4 || x.dsum[at] == 0;
+        for (int j = 0; j < 32; j++) zero &= x.q[at * 32 + (size_t)j] == 0;
+        CHECK(zero && (i < 4 ? x.d[at] == 0 : isnan(x.d[at])),
+              "a block with %g has scale %s", (double)odd[i], i < 4 ? "zero" : "NaN");
+    }
+    for (int j = 0; j < 32; j++) in[j] = 127 * FLT_MIN;
+    quantize(xq, 1, in, 32);
+    CHECK(x.d[block_at(&x, 1, 0)] == FLT_MIN && x.q[block_at(&x, 1, 0) * 32] == 127,
+          "the smallest normal scale still counts");
+    for (int j = 0; j < 32; j++) in[j] = j ? FLT_MAX / 3 : -FLT_MAX;
+    quantize(xq, 1, in, 32);
+    CHECK(x.q[block_at(&x, 1, 0) * 32] == -127 && x.q[block_at(&x, 1, 0) * 32 + 1] == 42,
+          "the largest numbers quantize too");
+    free_cache(&kv);
+}
+
+// One matrix times 1 to 17 and 40 tokens, plain and fast, against double precision.
+static void test_product(int dtype, int rows, int cols) {
+    enum { MOST = 40 };
+    Tensor t = matrix(dtype, rows, cols);
+    Matrix w = {dtype, rows, cols, t.bytes};
+    int wrong = 0, differ = 0, panels = (rows + 15) / 16, stride = rows + 3, wide = padded(cols);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) wrong += weight(&w, r, c) != t.values[(size_t)r * (size_t)cols + (size_t)c];
+    CHECK(!wrong, "weight() reads %s %d x %d: %d are wrong", formats[dtype], rows, cols, wrong);
+    Cache kv;
+    Quantized *xq = new_quantized(&kv, MOST, cols);
+    float *x = get((size_t)(MOST * wide), 4), *y = get((size_t)(MOST * stride), 4), *fast = get((size_t)(MOST * stride), 4);
+    double *in = get((size_t)wide, 8), *out = get((size_t)rows, 8), worst = 0;
+    for (int i = 0; i < MOST; i++)
+        for (int c = 0; c < cols; c++) x[i * wide + c] = (float)(spread() * (i == 4 ? 1e-20 : 1));
+    for (int i = 0; i < MOST; i++) quantize(xq, i, x + i * wide, cols);
+    for (int n = 1; n <= MOST; n += n < 17 ? 1 : MOST - 17) {
+        memset(y, 0xff, (size_t)(MOST * stride) * 4);
+        memset(fast, 0xff, (size_t)(MOST * stride) * 4);
+        for (int p = 0; p < panels; p++) {
+            panel_plain(&w, p, x, wide, xq, n, y + p * 16, stride);
+            panel_fast(&w, p, x, wide, xq, n, fast + p * 16, stride);
+        }
+        differ += memcmp(y, fast, (size_t)(MOST * stride) * 4) != 0;  // nor is more written
+    }
+    for (int i = 0; i < MOST; i++) {
+        double size = 0;
+        for (int c = 0; c < cols; c++) in[c] = (double)x[i * wide + c], size = worse(size, fabs(in[c]));
+        times(out, &t, in);
+        for (int r = 0; r < rows; r++) worst = worse(worst, fabs((double)y[i * stride + r] - out[r]) / size);
+    }
+    CHECK(worst < (dtype >= Q8 ? 2e-5 : 1e-5), "%s %d x %d times x is right: off by %g", formats[dtype],
+          rows, cols, worst);
+    CHECK(!differ, "%s %d x %d: the fast product has the plain one's bits: %d differ", formats[dtype],
+          rows, cols, differ);
+    free_cache(&kv);
+    free_tensor(&t);
+    free(x), free(y), free(fast), free(in), free(out);
+}
+
+static void test_products(void) {
+    static const int rows[] = {1, 15, 16, 17, 33}, cols[] = {1, 2, 31, 32, 33, 50, 100, 2117};
+    for (int dtype = ROWS; dtype <= Q4A; dtype++)
+        for (int i = 0; i < 5; i++)
+            for (int j = 0; j < 8; j++) if (j < 7 || i == 3) test_product(dtype, rows[i], cols[j]);
+}
+
+// =================================================================================================
+// 3. Attention
+// =================================================================================================
+
+// A cache of random keys and values: the trunk, and branches that leave it at from[1..].
+typedef struct { int head_dim, group, kv_heads, window; bool wide; int branch_at; } AttentionCase;
+static const char *describe(const AttentionCase *a) {
+    static char text[120];
+    snprintf(text, sizeof text, "head size %d, %d queries a head, window %d, %s, branch at %d", a->head_dim,
+             a->group, a->window, a->wide ? "float" : "half", a->branch_at);
+    return text;
+}
+
+// A number of the key (what = 0) or value (1) at a sequence's position: a function of its place.
+static float stored(bool wide, int seq, int from, int pos, int head, int d, int what) {
+    uint64_t place = (uint64_t)(((seq && pos >= from ? seq : 0) * 1024 + pos) * 8 + head) * 512 + (uint64_t)(d * 2 + what);
+    uint64_t keep = random_state;
+    random_state = place * 77;
+    double x = spread();
+    random_state = keep;
+    return wide ? (float)x : (float)half_value(nearest_half(x));
+}
+
+static void put_number(const Cache *kv, uint8_t *p, size_t at, float x) {
+    uint16_t half = (uint16_t)nearest_half((double)x);
+    if (kv->wide) memcpy(p + 4 * at, &x, 4);
+    else memcpy(p + 2 * at, &half, 2);
+}
+
+static void test_attention_case(const AttentionCase *a) {
+    enum { CONTEXT = 640, EXTRA = 60 };
+    Model m = {.c = {.n_heads = a->group * a->kv_heads, .n_kv_heads = a->kv_heads, .head_dim = a->head_dim,
+                     .n_layers = 1, .sliding_window = a->window, .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1,
+                     .local_layers = {1}},
+               .token_embedding = {.dtype = a->wide ? F32 : BF16}};
+    const Config *c = &m.c;
+    Cache kv;
+    new_cache(&kv, &m, CONTEXT, 2, EXTRA);
+    kv.from[1] = a->branch_at;
+    kv.from[2] = a->branch_at ? a->branch_at - 1 : 3;
+    for (int seq = 0; seq < 3; seq++)
+        for (int pos = seq ? kv.from[seq] : 0; pos < (seq ? kv.from[seq] + EXTRA : CONTEXT); pos++)
+            for (int h = 0, at; h < a->kv_heads; h++)
+                for (int d = 0; d < a->head_dim; d++) {
+                    uint8_t *chunk = cache_chunk(&kv, seq, pos, 0, h, &at);
+                    size_t k = key_at(&kv, at) + (size_t)d * 16, v = value_at(&kv, at) + (size_t)d;
+                    put_number(&kv, chunk, k, stored(a->wide, seq, kv.from[seq], pos, h, d, 0));
+                    put_number(&kv, chunk + kv.k_bytes, v, stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
+                }
+    // Runs of positions of all three sequences; those of the branches start where these do.
+    int starts[][3] = {{0, 0, 9}, {0, 14, 4}, {0, 250, 13}, {0, 509, 5}, {0, 623, 1}, {1, kv.from[1], 20},
+                       {1, kv.from[1] + 41, 3}, {2, kv.from[2], 1}, {2, kv.from[2] + 16, 2}};
+    Slot batch[MAX_BATCH];
+    int n = 0, hd = a->head_dim, q_dim = c->n_heads * hd;
+    for (int i = 0; i < 9; i++)
+        for (int j = 0; j < starts[i][2]; j++) batch[n++] = (Slot){0, starts[i][1] + j, starts[i][0], true};
+    State *s = get_state(&kv, n);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < q_dim; j++) row_of(s->q, i, q_dim)[j] = (float)spread();
+
+    double worst = 0, *p = get(CONTEXT, 8);
+    for (int i = 0; i < n; i += 1 + i / 7) {
+        int h = below(c->n_heads), pos = batch[i].pos, seq = batch[i].seq, from = kv.from[seq];
+        int first = a->window && pos >= a->window ? pos - a->window + 1 : 0;
+        double total = 0;
+        float weights[CONTEXT], out[512];
+        const float *q = row_of(s->q, i, q_dim) + h * hd;
+        attend_plain(&kv, 0, &batch[i], h, q, weights, out);
+        for (int t = first; t <= pos; t++) {
+            p[t] = 0;
+            for (int d = 0; d < hd; d++)
+                p[t] += (double)q[d] * (double)stored(a->wide, seq, from, t, h / a->group, d, 0);
+            total += p[t] = exp(p[t] * (double)c->attn_scale);
+        }
+        for (int d = 0; d < hd; d++) {
+            double expected = 0;
+            for (int t = first; t <= pos; t++)
+                expected += p[t] / total * (double)stored(a->wide, seq, from, t, h / a->group, d, 1);
+            worst = worse(worst, fabs(expected - (double)out[d]));
+        }
+    }
+    free(p);
+    CHECK(worst < 2e-5, "attention is the average of values by softmax(q k): off by %g (%s)", worst, describe(a));
+
+    size_t size = (size_t)n * (size_t)padded(q_dim) * sizeof(float);
+    float *plain = get(size, 1);
+    Pass f = {.m = &m, .kv = &kv, .s = s, .batch = batch, .n = n};
+    for (int threads = 1; threads <= 3; threads += 2)
+        for (int pieces = 0; pieces < 3; pieces++) {  // all at once, or a few slots at a time
+            set_threads(threads);
+            kv.plain = true;
+            f.n = n, f.batch = batch, s->q = f.s->q;
+            attention(&f);
+            memcpy(plain, s->att_out, size);
+            memset(s->att_out, 0, size);
+            kv.plain = false;
+            if (pieces == 0) attention(&f);
+            int differ = 0;
+            for (int i = 0, some; i < n && pieces; i += some) {  // at the front of the arrays, as forward does
+                some = pieces == 1 ? 1 : 1 + below(9);
+                some = some < n - i ? some : n - i;
+                State part = *s;
+                part.q = row_of(s->q, i, q_dim), part.att_out = row_of(s->att_out, i, q_dim);
+                Pass g = {.m = &m, .kv = &kv, .s = &part, .batch = batch + i, .n = some};
+                attention(&g);
+                s->scores = part.scores, s->scores_capacity = part.scores_capacity;
+            }
+            for (int i = 0; i < n; i++)
+                differ += memcmp(row_of(plain, i, q_dim), row_of(s->att_out, i, q_dim), (size_t)q_dim * 4) != 0;
+            CHECK(!differ, "fast attention has the plain one's bits: %d of %d slots differ (%s, %d threads)",
+                  differ, n, describe(a), threads);
+        }
+    set_threads(1);
+    free(plain);
+    free_cache(&kv);
+}
+
+static void test_attention(void) {
+    static const int places[] = {0, 1, 15, 16, 17, 40, 255, 256, 257};
+    static const int sizes[] = {2, 12, 16, 24, 64, 80, 130, 12, 16};
+    static const int groups[] = {1, 3, 5, 2, 4, 9, 1, 40, 8};
+    static const int windows[] = {0, 1, 7, 300, 16, 0, 257, 0, 100};
+    for (int i = 0; i < 9; i++)
+        for (int wide = 0; wide < 2; wide++) {
+            AttentionCase a = {sizes[i], groups[(i + wide) % 9], 1 + i % 2, windows[(i + 4 * wide) % 9], wide, places[i]};
+            test_attention_case(&a);
+        }
+}
+
+// =================================================================================================
+// 4. forward
+// =================================================================================================
+
+static int *random_ids(int n, int vocab) {
+    int *ids = get((size_t)n, sizeof *ids);
+    for (int i = 0; i < n; i++) ids[i] = below(vocab);
+    return ids;
+}
+
+static void test_against_reference(const Made *made, const Model *m) {
+    enum { N = 40 };
+    int vocab = made->s.vocab, *ids = random_ids(N, vocab);
+    double *expected = get((size_t)(N * vocab), 8), worst = 0, mean = 0, square = 0;
+    reference(made, ids, N, expected, NULL);
+    Cache kv;
+    new_cache(&kv, m, N, 0, 0);
+    Slot batch[N];
+    for (int i = 0; i < N; i++) batch[i] = (Slot){ids[i], i, 0, true};
+    const float *logits = forward(m, &kv, batch, N);
+    for (int i = 0; i < N * vocab; i++) {
+        double error = fabs((double)logits[i] - expected[i]);
+        worst = worse(worst, error), mean += error / (N * vocab), square += expected[i] * expected[i] / (N * vocab);
+    }
+    // A quantized activation may fall to the other side of a rounding step: rare, small, not zero.
+    bool quantized = made->s.dtype >= Q8;
+    bool exact = made->s.embedding == F32 || made->s.embedding == ROWS;  // and the cache is float32
+    double tolerance = quantized ? 0.15 : exact ? 2e-4 : 2e-2;
+    CHECK(worst < tolerance && mean < (exact ? 2e-3 : 2e-2) && (quantized || mean < 1e-3),
+          "%s %s computes what the second transformer does: off by %g at most, %g on average (size %g)",
+          made->s.name, formats[made->s.dtype], worst, mean, sqrt(square));
+    free_cache(&kv);
+    free(expected);
+    free(ids);
+}
+
+// The logits of every position do not depend on how the work is cut and dealt out.
+static void test_same_bytes(const Made *made, const Model *m) {
+    enum { N = 300 };
+    int vocab = m->c.vocab_size, *ids = random_ids(N, vocab), *others = random_ids(2 * N, vocab), wrong = 0;
+    size_t row = (size_t)vocab * sizeof(float);
+    float *expected = get(N, row);
+    Cache kv;
+    new_cache(&kv, m, N, 0, 0);
+    kv.plain = true;
+    for (int i = 0; i < N; i++)
+        memcpy(expected + i * vocab, forward(m, &kv, &(Slot){ids[i], i, 0, true}, 1), row);
+    free_cache(&kv);
+    for (int round = 0; round < 6; round++) {
+        new_cache(&kv, m, N, 2, N);  // sequences 1 and 2 are there to be in the way
+        kv.plain = round == 0;
+        set_threads(round % 2 ? 3 : 1);
+        int at[3] = {0}, others_too = round >= 2;
+        while (at[0] < N) {
+            Slot batch[2 * N];
+            int n = 0, most = round == 5 ? 2 * N : 1 + below(round == 4 ? 5 : 150);
+            int wanted = 0, positions[2 * N];
+            while (n < most && at[0] < N) {
+                int seq = others_too ? below(3) : 0, run = 1 + below(20);
+                for (; run-- && n < most && at[seq] < N; at[seq]++) {
+                    bool want = below(3) > 0;
+                    if (want) positions[wanted++] = seq ? -1 : at[0];
+                    batch[n++] = (Slot){seq ? others[(seq - 1) * N + at[seq]] : ids[at[0]], at[seq], seq, want};
+                }
+            }
+            const float *logits = forward(m, &kv, batch, n);
+            for (int i = 0; i < wanted; i++)
+                if (positions[i] >= 0)
+                    wrong += memcmp(logits + i * vocab, expected + positions[i] * vocab, row) != 0;
+        }
+        free_cache(&kv);
+        CHECK(!wrong, "%s %s: the same logits however the batch is cut, %s, %d threads: %d differ", made->s.name,
+              formats[made->s.dtype], kv.plain ? "plain" : "fast", round % 2 ? 3 : 1, wrong);
+    }
+    set_threads(1);
+    free(expected), free(ids), free(others);
+}
+
+// A branch of a cache is a sequence of its own that shares the trunk's beginning.
+static void test_branches(const Made *made, const Model *m, int place) {
+    enum { EXTRA = 34, MOST = 300 };
+    int vocab = m->c.vocab_size, *trunk = random_ids(MOST, vocab), *own = random_ids(3 * EXTRA, vocab), wrong = 0;
+    size_t row = (size_t)vocab * sizeof(float);
+    float *expected[3];
+    Slot batch[MOST];
+    Cache kv;
+    for (int s = 0; s < 3; s++) {  // sequence 0 is the trunk itself, which goes on too
+        new_cache(&kv, m, place + EXTRA, 0, 0);
+        for (int i = 0; i < place + EXTRA; i++)
+            batch[i] = (Slot){i < place ? trunk[i] : own[s * EXTRA + i - place], i, 0, i >= place};
+        expected[s] = get(EXTRA, row);
+        memcpy(expected[s], forward(m, &kv, batch, place + EXTRA), EXTRA * row);
+        free_cache(&kv);
+    }
+    new_cache(&kv, m, place + EXTRA, 2, EXTRA);
+    kv.from[1] = kv.from[2] = place;
+    set_threads(place % 2 ? 1 : 3);
+    for (int i = 0; i < place; i++) batch[i] = (Slot){trunk[i], i, 0, false};
+    if (place) forward(m, &kv, batch, place);
+    for (int i = 0, some; i < EXTRA; i += some) {
+        int n = 0;
+        some = 1 + below(12);
+        some = some < EXTRA - i ? some : EXTRA - i;
+        for (int s = 0; s < 3; s++)
+            for (int j = i; j < i + some; j++) batch[n++] = (Slot){own[s * EXTRA + j], place + j, s, true};
+        const float *logits = forward(m, &kv, batch, n);
+        for (int s = 0; s < 3; s++)
+            wrong += memcmp(logits + s * some * vocab, expected[s] + i * vocab, (size_t)some * row) != 0;
+    }
+    CHECK(!wrong, "%s %s: branches at %d compute what sequences of their own do: %d parts differ",
+          made->s.name, formats[made->s.dtype], place, wrong);
+    set_threads(1);
+    free_cache(&kv);
+    for (int s = 0; s < 3; s++) free(expected[s]);
+    free(trunk), free(own);
+}
+
+static void test_forward(void) {
+    static const int places[] = {0, 1, 15, 16, 17, 40, 255, 256, 257};
+    for (int which = 0; which < N_FAMILIES; which++)
+        for (int dtype = F32; dtype <= Q4A; dtype++) {
+            Shape s = family(which, dtype);
+            if ((which + dtype) % 2) s.embedding = F32;  // then the cache is float32 too
+            Made made = make_weights(&s);
+            Model m = open_made(&made, "forward.bin");
+            test_against_reference(&made, &m);
+            if (which == LLAMA || which == GEMMA || dtype == F32 + which) test_same_bytes(&made, &m);
+            for (int i = 0; i < 9; i++)
+                if ((i + which * 5 + dtype) % 4 == 0 || (which == GEMMA && dtype <= BF16))
+                    test_branches(&made, &m, places[i]);
+            free_model(&m);
+            free_made(&made);
+        }
+    for (int version = 0; version < 2; version++)
+        for (int tied = 0; tied < 2; tied++) {
+            Shape s = family(LLAMA, ROWS);
+            s.name = version ? "version 1" : "version 0";
+            s.flags = tied ? TIED_EMBEDDING : 0;
+            Made made = make_weights(&s);
+            Buffer b = llama2c_file(&made, version);
+            Model m;
+            load_model(&m, save("llama2c.bin", b.p, b.n));
+            CHECK(!!(m.c.flags & TIED_EMBEDDING) == tied, "%s knows whether it is tied", s.name);
+            test_against_reference(&made, &m);
+            if (tied == version) test_same_bytes(&made, &m);
+            test_branches(&made, &m, 17);
+            free(b.p);
+            free_model(&m);
+            free_made(&made);
+        }
+}
+
+// =================================================================================================
+// 5. The sampler
+// =================================================================================================
+
+// llama2.c's rule in its own words: a coin in [0, 1) from xorshift*; without top-p, the first token
+// at which the running sum of probabilities exceeds the coin; with it, the same over the likeliest
+// tokens, the fewest whose sum exceeds top_p, with the coin scaled to that sum. *margin: how near
+// the decision was.
+static int draw(const double *p, int n, double top_p, int top_k, double min_p, double coin, double *margin) {
+    int order[400], used = n;
+    bool nucleus = top_p > 0 && top_p < 1, sorted = nucleus || top_k || min_p > 0;
+    for (int i = 0; i < n; i++) {
+        int j = i;
+        for (; sorted && j && p[order[j - 1]] < p[i]; j--) order[j] = order[j - 1];
+        order[j] = i;
+    }
+    *margin = 1;
+    if (top_k && used > top_k) used = top_k;
+    double sum = 0;
+    for (int i = 0; i < used && sorted; i++) {
+        if (min_p > 0 && i) *margin = fmin(*margin, fabs(p[order[i]] - min_p * p[order[0]]));
+        if (min_p > 0 && i && p[order[i]] < min_p * p[order[0]]) used = i;
+        else {
+            sum += p[order[i]];
+            if (nucleus) *margin = fmin(*margin, fabs(sum - top_p));
+            if (nucleus && sum > top_p) used = i + 1;
+        }
+    }
+    double r = sorted ? coin * sum : coin, cdf = 0;
+    for (int i = 0; i < used; i++) {
+        cdf += p[order[i]];
+        *margin = fmin(*margin, fabs(r - cdf));
+        if (r < cdf) return order[i];
+    }
+    return order[used - 1];
+}
+
+static Sampler sampler_for(int n, double temperature, double top_p, uint64_t seed) {
+    Sampler s = {.temperature = (float)temperature, .top_p = (float)top_p, .repeat_penalty = 1, .rng = seed,
+                 .vocab_size = n};
+    s.p = get((size_t)n, sizeof *s.p);
+    s.candidates = get((size_t)n, sizeof *s.candidates);
+    return s;
+}
+static void free_sampler(Sampler *s) { free(s->p); free(s->candidates); }
+
+static void test_draws(double temperature, double top_p, int top_k, double min_p) {
+    enum { N = 200, DRAWS = 400 };
+    float logits[N];
+    double p[N];
+    int wrong = 0, close = 0;
+    for (int i = 0; i < DRAWS; i++) {
+        uint64_t state = 1 + rnd() % 1000000;
+        if (i == 0) state = UINT64_MAX;
+        Sampler s = sampler_for(N, temperature, top_p, state);
+        s.top_k = top_k, s.min_p = (float)min_p;
+        for (int step = 0; step < 3; step++) {
+            double most = -1e9, sum = 0, margin;
+            for (int j = 0; j < N; j++) logits[j] = (float)(3 * spread());
+            for (int j = 0; j < N; j++) most = worse(most, (double)logits[j]);
+            for (int j = 0; j < N; j++) sum += p[j] = exp(((double)logits[j] - most) / temperature);
+            for (int j = 0; j < N; j++) p[j] /= sum;
+            state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+            double coin = (double)(uint32_t)(state * 0x2545F4914F6CDD1Du >> 32 >> 8) / 16777216;
+            int expected = draw(p, N, top_p, top_k, min_p, coin, &margin), got = sample(&s, logits, NULL, 0);
+            if (margin < 2e-6) close++;
+            else wrong += got != expected;
+        }
+        free_sampler(&s);
+    }
+    CHECK(!wrong && close < DRAWS / 4, "draws at temperature %g, top-p %g, top-k %d, min-p %g are llama2.c's: "
+          "%d of %d are not", temperature, top_p, top_k, min_p, wrong, 3 * DRAWS);
+}
+
+static void test_sampler(void) {
+    static const double temperatures[] = {0.3, 0.8, 1, 2}, top_ps[] = {0, 0.1, 0.5, 0.9, 0.99, 1};
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 6; j++) test_draws(temperatures[i], top_ps[j], 0, 0);
+    for (int k = 1; k < 40; k += 6) test_draws(1, k % 4 ? 0.95 : 1, k, 0);
+    test_draws(1, 1, 0, 0.05), test_draws(0.7, 0.9, 0, 0.2), test_draws(1.5, 0.9, 20, 0.01), test_draws(1, 0, 0, 1);
+
+    float logits[100] = {0};
+    Sampler s = sampler_for(100, 0, 0.9, 7);
+    uint64_t before = s.rng;
+    logits[40] = logits[41] = logits[99] = 2;
+    CHECK(sample(&s, logits, NULL, 0) == 40 && s.rng == before, "temperature 0 takes the likeliest, of ties the lowest");
+    s.temperature = 1e-10f;
+    int others = 0, worst = 0;
+    logits[41] = logits[99] = 1.999f;
+    for (int i = 0; i < 500; i++) others += sample(&s, logits, NULL, 0) != 40;
+    CHECK(!others, "temperature 1e-10 takes the likeliest too");
+    s.temperature = 1e10f, s.top_p = 1;
+    int counts[100] = {0};
+    for (int i = 0; i < 10000; i++) counts[sample(&s, logits, NULL, 0)]++;
+    for (int i = 0; i < 100; i++) worst = abs(counts[i] - 100) > worst ? abs(counts[i] - 100) : worst;
+    CHECK(worst < 50, "temperature 1e10 draws all tokens alike: one is off by %d of 100", worst);
+
+    for (int i = 0; i < 100; i++) logits[i] = 0.5f;
+    s.temperature = 1, s.top_p = 1e-6f, others = 0;
+    for (int i = 0; i < 500; i++) others += sample(&s, logits, NULL, 0) != 0;
+    CHECK(!others, "a tiny top-p of a uniform distribution leaves the first token");
+    s.top_p = 1, s.top_k = 3, others = 0;
+    for (int i = 0; i < 500; i++) others += sample(&s, logits, NULL, 0) > 2;
+    CHECK(!others, "of equal tokens top-k takes the lowest ids");
+    s.top_k = 1000;
+    for (int i = 0; i < 500; i++) others += sample(&s, logits, NULL, 0) > 50;
+    CHECK(others > 150, "a top-k beyond the vocabulary is off");
+
+    int text[] = {3, 3, 7};
+    s = (free_sampler(&s), sampler_for(100, 0, 1, 1));
+    for (int i = 0; i < 100; i++) logits[i] = -5;
+    logits[3] = 2, logits[4] = 1.5f, logits[7] = -1;
+    s.repeat_penalty = 1.3f;
+    CHECK(sample(&s, logits, text, 3) == 3, "a repetition is counted once: 2 / 1.3 is above 1.5");
+    s.repeat_penalty = 1.5f;
+    CHECK(sample(&s, logits, text, 3) == 4, "a repeated token with a positive logit is divided");
+    logits[3] = logits[4] = -5, logits[8] = -1.4f;
+    CHECK(sample(&s, logits, text, 3) == 8, "a repeated token with a negative logit is multiplied");
+    s.repeat_penalty = 1;
+    CHECK(sample(&s, logits, text, 3) == 7, "a penalty of 1 is off");
+    free_sampler(&s);
+
+    enum { N = 20, DRAWS = 40000 };
+    for (int top = 0; top < 2; top++) {  // with a top-p that excludes nothing, the sorted path
+        int count[N] = {0};
+        double p[N], sum = 0, chi = 0;
+        s = sampler_for(N, 0.7, top ? 0.99999 : 1, 12345);
+        for (int i = 0; i < N; i++) logits[i] = (float)(1.2 * spread());
+        for (int i = 0; i < N; i++) sum += p[i] = exp((double)logits[i] / 0.7);
+        for (int i = 0; i < DRAWS; i++) count[sample(&s, logits, NULL, 0)]++;
+        for (int i = 0; i < N; i++) chi += pow(count[i] - DRAWS * p[i] / sum, 2) / (DRAWS * p[i] / sum);
+        CHECK(chi < 50, "draws follow the softmax: chi-square %g with 19 degrees of freedom", chi);
+        free_sampler(&s);
+    }
+}
+
+// =================================================================================================
+// 6. The tokenizer
+// =================================================================================================
+
+typedef struct {
+    int kind, bos, eos, unk, flags, split, digits, isolate;
+    float temperature, top_p;
+    int n, n_merges, n_ranges, n_stops, n_chat;
+    Buffer tokens, merges, ranges, stops, chat;
+    char texts[2000][12];  // the first bytes of each token
+    int lens[2000];
+} Vocabulary;
+
+static Vocabulary *new_vocabulary(int kind) {
+    Vocabulary *v = get(1, sizeof *v);
+    v->kind = kind, v->bos = v->eos = v->unk = -1, v->temperature = v->top_p = -1;
+    return v;
+}
+static int token(Vocabulary *v, const char *text, size_t len, double score, int type) {
+    float f = (float)score;
+    put(&v->tokens, &f, 4);
+    put(&v->tokens, (uint8_t[]){(uint8_t)type, 0, (uint8_t)len, (uint8_t)(len >> 8)}, 4);
+    put(&v->tokens, text, len);
+    memcpy(v->texts[v->n], text, len < 12 ? len : 12);
+    v->lens[v->n] = (int)len;
+    return v->n++;
+}
+static void all_bytes(Vocabulary *v) {
+    for (int i = 0; i < 256; i++) token(v, &(char){(char)i}, 1, 0, v->kind == BYTE_LEVEL ? NORMAL : BYTE);
+}
+static void merge(Vocabulary *v, int a, int b) {
+    put32(&v->merges, a), put32(&v->merges, b);
+    v->n_merges++;
+}
+static void some_ranges(Vocabulary *v) {
+    static const uint32_t ranges[][3] = {
+        {9, 13, 3}, {32, 32, 3}, {48, 57, 2}, {65, 90, 1}, {97, 122, 1}, {0x85, 0x85, 3}, {0xa0, 0xa0, 3},
+        {0xb2, 0xb3, 2}, {0xc0, 0xd6, 1}, {0xd8, 0xf6, 1}, {0xf8, 0x2c1, 1}, {0x400, 0x481, 1},
+        {0x660, 0x669, 2}, {0x3000, 0x3000, 3}, {0x4e00, 0x9fff, 1}};
+    put(&v->ranges, ranges, sizeof ranges);
+    v->n_ranges = (int)(sizeof ranges / sizeof *ranges);
+}
+static void chat_piece(Vocabulary *v, const char *s) {
+    put32(&v->chat, (int)strlen(s));
+    put(&v->chat, s, strlen(s));
+    v->n_chat++;
+}
+static Buffer tokenizer_file(const Vocabulary *v) {
+    Buffer b = {0};
+    int head[] = {0x336b6f74, 1, 0, 0, v->kind, v->n, v->bos, v->eos, v->unk, v->flags,
+                  v->split | v->digits << 8 | v->isolate << 16, v->n_merges, v->n_ranges, v->n_stops, v->n_chat};
+    put(&b, head, sizeof head);
+    put(&b, &v->temperature, 4), put(&b, &v->top_p, 4);
+    put(&b, NULL, 80 - b.n);
+    put(&b, v->tokens.p, v->tokens.n);
+    align(&b, 4);
+    const Buffer *rest[] = {&v->merges, &v->ranges, &v->stops, &v->chat};
+    for (int i = 0; i < 4; i++) if (rest[i]->n) put(&b, rest[i]->p, rest[i]->n);
+    set64(b.p + 8, hash_of(b.p + 16, b.n - 16));
+    return b;
+}
+static void free_vocabulary(Vocabulary *v) {
+    free(v->tokens.p), free(v->merges.p), free(v->ranges.p), free(v->stops.p), free(v->chat.p), free(v);
+}
+static Tokenizer open_tokenizer(const Vocabulary *v, const char *name) {
+    Buffer b = tokenizer_file(v);
+    Tokenizer t;
+    static Model m;
+    m = (Model){.c = {.vocab_size = v->n, .tokenizer_hash = hash_of(b.p + 16, b.n - 16)}};
+    const char *wrong = load_tokenizer(&t, save(name, b.p, b.n), &m);
+    CHECK(!wrong, "a tokenizer made here opens: it %s", wrong);
+    if (wrong) exit(1);
+    free(b.p);
+    return t;
+}
+
+static Ids ids_of(const Tokenizer *t, const char *s, size_t n, const char *typed, bool bos) {
+    Ids ids = {0};
+    encode(t, (Text){s, n}, typed, bos, &ids);
+    return ids;
+}
+static bool equal_ids(const Ids *a, const int *b, size_t n) {
+    return a->n == n && (!n || !memcmp(a->ids, b, n * sizeof *b));
+}
+// The ids of a text as a string, for comparing and for showing.
+static const char *shown(const Tokenizer *t, const char *s, const char *typed, bool bos) {
+    static char text[2000];
+    Ids ids = ids_of(t, s, strlen(s), typed, bos);
+    int used = text[0] = 0;
+    for (size_t i = 0; i < ids.n && used < 1900; i++)
+        used += snprintf(text + used, 20, "%s%d", i ? " " : "", ids.ids[i]);
+    free(ids.ids);
+    return text;
+}
+static bool round_trips(const Tokenizer *t, const char *s, size_t n) {
+    Ids ids = ids_of(t, s, n, NULL, false);
+    Buffer b = {0};
+    for (size_t i = 0; i < ids.n; i++) {
+        Text text = decode(t, i ? ids.ids[i - 1] : -1, ids.ids[i]);
+        put(&b, text.s, text.len);
+    }
+    bool same = b.n == n && (!n || !memcmp(b.p, s, n));
+    free(b.p), free(ids.ids);
+    return same;
+}
+
+// Words as the regular expressions of GPT-2 and cl100k cut them; the bars were checked with a
+// regular expression library. Every expected word is a token, taken whole: a wrong cut shows.
+static void test_words(void) {
+    static const char *const cases[3][14] = {
+        {"we|'ve| it|'s| I|'|LL| CAN|'|T| '|tis| o|'|clock", " | two| | spaces|  | and|\t|tab| \n\n|\n|lines|  \n",
+         "1234567| x|1|y| 12|ab", "caf\xc3\xa9| na\xc3\xafve|\xc2\xa0|\xc2\xa0|\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
+         "...!!|\r\n\r\n | end|\r\n", " '|S|''|ve|'re|'re| '|llama", "a|\xe3\x80\x80|b| \xe3\x80\x80| c|\xd9\xa1\xd9\xa2| \xd9\xa1",
+         "--|x|\n\n| --|\n| x", "\n", " ", "x| | 1| | 2| !", "a|\xff\xfe\xc3| b|\x80", "'|quoted|'", "'ll|'d|'|"},
+        {"we|'ve| it|'s| I|'|LL| CAN|'|T| '|tis| o|'|clock", " | two| | spaces|  | and|\t|tab| \n\n|\n|lines|  \n",
+         "1|2|3|4|5|6|7| x|1|y| |1|2|ab", "caf\xc3\xa9| na\xc3\xafve|\xc2\xa0|\xc2\xa0|\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
+         "...!!|\r\n\r\n | end|\r\n", " '|S|''|ve|'re|'re| '|llama", "a|\xe3\x80\x80|b| \xe3\x80\x80| c|\xd9\xa1|\xd9\xa2| |\xd9\xa1",
+         "--|x|\n\n| --|\n| x", "\n", " ", "x|  |1|  |2| !", "a|\xff\xfe\xc3| b|\x80", "'|quoted|'", "'ll|'d|'|"},
+        {"we|'ve| it|'s| I|'LL| CAN|'T| '|tis| o|'clock", " | two| | spaces|  | and|\ttab| \n\n\n|lines|  \n",
+         "123|456|7| x|1|y| |12|ab", "caf\xc3\xa9| na\xc3\xafve|\xc2\xa0|\xc2\xa0\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
+         "...!!\r\n\r\n| | end|\r\n", " '|S|''|ve|'re|'re| '|llama", "a|\xe3\x80\x80" "b| \xe3\x80\x80| c|\xd9\xa1\xd9\xa2| |\xd9\xa1",
+         "--|x|\n\n| --\n| x", "\n", " ", "x| | |1| | |2| !", "a|\xff\xfe\xc3| b|\x80", "'quoted|'", "'ll|'d|'|"}};
+    for (int rule = 0; rule < 3; rule++) {
+        Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+        v->split = rule == 2 ? 2 : 1, v->isolate = rule == 1, v->digits = rule == 2 ? 3 : 0, v->flags = IGNORE_MERGES;
+        all_bytes(v);
+        some_ranges(v);
+        for (int i = 0; i < 14; i++)
+            for (const char *p = cases[rule][i], *end; *p; p = end + (*end == '|')) {
+                end = p + strcspn(p, "|");
+                if (end - p > 1) token(v, p, (size_t)(end - p), 0, NORMAL);
+            }
+        Tokenizer t = open_tokenizer(v, "words.tok");
+        for (int i = 0; i < 14; i++) {
+            char text[200], cut[200];
+            size_t n = 0, used = 0;
+            for (const char *p = cases[rule][i]; *p; p++) if (*p != '|') text[n++] = *p;
+            Ids ids = ids_of(&t, text, n, NULL, true);
+            for (size_t j = 0; j < ids.n && used < 180; j++) {
+                const Text *word = &t.tokens[ids.ids[j]].text;
+                if (j) cut[used++] = '|';
+                memcpy(cut + used, word->s, word->len);
+                used += word->len;
+            }
+            size_t bars = strlen(cases[rule][i]);
+            if (cases[rule][i][bars - 1] == '|') bars--;
+            CHECK(used == bars && !memcmp(cut, cases[rule][i], bars), "rule %d cuts %s as it should: %.*s",
+                  rule, cases[rule][i], (int)used, cut);
+            free(ids.ids);
+        }
+        free_tokenizer(&t);
+        free_vocabulary(v);
+    }
+}
+
+// Byte pair encoding by its definition: the best neighbours are joined, of equals the leftmost.
+static void naive_bpe(const Vocabulary *v, const char *s, int n, Ids *out) {
+    int list[200], len = 0;
+    for (int i = 0; i < n; i++)
+        for (int id = 0; id < v->n; id++)
+            if (v->lens[id] == 1 && v->texts[id][0] == s[i]) { list[len++] = id; break; }
+    for (;;) {
+        int at = -1, joined = -1;
+        double best = -1e9;
+        for (int i = 0; i + 1 < len; i++) {
+            char both[24];
+            int a = list[i], b = list[i + 1], size = v->lens[a] + v->lens[b], id = 0;
+            if (size > 12) continue;
+            memcpy(both, v->texts[a], (size_t)v->lens[a]);
+            memcpy(both + v->lens[a], v->texts[b], (size_t)v->lens[b]);
+            while (id < v->n && (v->lens[id] != size || memcmp(v->texts[id], both, (size_t)size))) id++;
+            if (id == v->n) continue;
+            double priority = -1e9;
+            float score = 0;
+            if (v->kind == BYTE_LEVEL) {
+                for (int k = v->n_merges; k--;)
+                    if ((int)read_u32(v->merges.p + 8 * k) == a && (int)read_u32(v->merges.p + 8 * k + 4) == b) priority = -k;
+            } else {
+                const uint8_t *p = v->tokens.p;
+                for (int k = 0; k < id; k++) p += 8 + v->lens[k];
+                memcpy(&score, p, 4);
+                priority = (double)score;
+            }
+            if (priority > best) best = priority, at = i, joined = id;
+        }
+        if (at < 0) break;
+        list[at] = joined;
+        memmove(list + at + 1, list + at + 2, (size_t)(len-- - at - 2) * sizeof *list);
+    }
+    for (int i = 0; i < len; i++) push(out, list[i]);
+}
+
+static bool in_vocabulary(const Vocabulary *v, const char *s, int n) {
+    for (int i = 0; i < v->n; i++) if (v->lens[i] == n && !memcmp(v->texts[i], s, (size_t)n)) return true;
+    return false;
+}
+// Adds random joinings of what is there.
+static void random_merges(Vocabulary *v, const char *letters, int n) {
+    int have[300], count = 0;
+    for (int i = 0; i < v->n; i++) if (v->lens[i] == 1 && strchr(letters, v->texts[i][0]) && v->texts[i][0]) have[count++] = i;
+    while (n) {
+        int a = have[below(count)], b = have[below(count)], size = v->lens[a] + v->lens[b];
+        char both[24];
+        if (size > 12) continue;
+        memcpy(both, v->texts[a], (size_t)v->lens[a]);
+        memcpy(both + v->lens[a], v->texts[b], (size_t)v->lens[b]);
+        if (in_vocabulary(v, both, size)) continue;
+        have[count++] = token(v, both, (size_t)size, -(double)below(12), NORMAL);
+        if (v->kind == BYTE_LEVEL) merge(v, a, b);
+        n--;
+    }
+}
+static void test_naive(const Vocabulary *v, const Tokenizer *t, const char *letters) {
+    int wrong = 0;
+    for (int i = 0; i < 1500; i++) {
+        char s[200];
+        int n = 1 + below(i % 50 ? 30 : 190);
+        for (int j = 0; j < n; j++) s[j] = letters[below((int)strlen(letters))];
+        Ids got = ids_of(t, s, (size_t)n, NULL, false), expected = {0};
+        naive_bpe(v, s, n, &expected);
+        wrong += !equal_ids(&got, expected.ids, expected.n);
+        free(got.ids), free(expected.ids);
+    }
+    CHECK(!wrong, "%s joins the best neighbours first, then the leftmost: %d of 1500 texts are wrong",
+          v->kind ? "SentencePiece BPE" : "byte-level BPE", wrong);
+}
+
+static void test_byte_level(void) {
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+    all_bytes(v);
+    random_merges(v, "abc \xc3\xa9", 80);
+    Tokenizer t = open_tokenizer(v, "bytes.tok");
+    test_naive(v, &t, "abc \xc3\xa9");
+    free_tokenizer(&t);
+    for (int rule = 0; rule < 4; rule++) {
+        v->split = rule == 3 ? 1 : rule, v->isolate = rule == 3;
+        if (rule == 1) some_ranges(v);
+        t = open_tokenizer(v, "bytes.tok");
+        int wrong = 0;
+        for (int i = 0; i < 256; i++) wrong += !round_trips(&t, &(char){(char)i}, 1);
+        for (int i = 0; i < 2000; i++) {
+            char s[100];
+            int n = below(100);
+            for (int j = 0; j < n; j++) s[j] = i % 2 ? (char)rnd() : "abc \xc3\xa9\n1'"[below(9)];
+            wrong += !round_trips(&t, s, (size_t)n);
+        }
+        CHECK(!wrong, "any bytes survive encoding and decoding, rule %d: %d texts do not", rule, wrong);
+        free_tokenizer(&t);
+    }
+    free_vocabulary(v);
+
+    v = new_vocabulary(BYTE_LEVEL);
+    v->split = 1, v->flags = ADD_BOS;
+    all_bytes(v);
+    some_ranges(v);
+    v->bos = token(v, "<s>", 3, 0, CONTROL);
+    v->eos = token(v, "<|end|>", 7, 0, CONTROL);
+    token(v, "<|end|>>", 8, 0, CONTROL), token(v, "\n\n", 2, 0, USER_DEFINED), token(v, "\n\n\n", 3, 0, USER_DEFINED);
+    int previous = 'x';  // x, xx, xxxx, ...
+    char xs[32];
+    memset(xs, 'x', sizeof xs);
+    for (size_t n = 2; n <= 32; n *= 2) {
+        int id = token(v, xs, n, 0, NORMAL);
+        merge(v, previous, previous);
+        previous = id;
+    }
+    put32(&v->stops, 258), v->n_stops = 1;
+    t = open_tokenizer(v, "special.tok");
+    struct { const char *text, *typed, *ids, *says; bool bos; } cases[] = {
+        {"a<|end|>b", NULL, "97 257 98", "special tokens are recognised in a text", false},
+        {"<|end|>>", NULL, "258", "the longest special token wins", false},
+        {"<|end|>", "\1\1\1\1\1\1\1", "60 124 101 110 100 124 62", "typed text does not form special tokens", false},
+        {"<|end|>", "\0\0\0\0\1\1\1", "60 124 101 110 100 124 62", "nor does half of one", false},
+        {"<|end|>>", "\0\0\0\0\0\0\0\1", "257 62", "a typed byte behind one does not count", false},
+        {"\n\n\n\n\n", "\1\1\1\1\1", "260 259", "user-defined tokens are matched in any text, longest first", false},
+        {"<|en", NULL, "60 124 101 110", "an unfinished special token is text", false},
+        {"a", NULL, "256 97", "BOS comes first", true},
+        {"<s>a", NULL, "256 97", "BOS is not doubled", true},
+        {"a<s>", NULL, "256 97 256", "BOS elsewhere does not count as first", true},
+        {"", NULL, "256", "an empty text is BOS", true},
+        {"", NULL, "", "and nothing without it", false},
+        {"xxxxx x", NULL, "262 120 32 120", "merges go from the best on", false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *got = shown(&t, cases[i].text, cases[i].typed, cases[i].bos);
+        CHECK(!strcmp(got, cases[i].ids), "%s: %s, not %s", cases[i].says, got, cases[i].ids);
+    }
+    CHECK(is_stop(&t, 258) && is_stop(&t, v->eos) && !is_stop(&t, 256) && !is_stop(&t, 5), "stops are EOS and the listed");
+    CHECK(decode(&t, -1, 257).len == 0 && decode(&t, -1, -1).len == 0 && decode(&t, -1, v->n).len == 0 &&
+          decode(&t, -1, 'x').len == 1, "special tokens and ids that are none have no text");
+    size_t n = 1 << 20;
+    char *many = get(n, 1);
+    memset(many, 'x', n);
+    double start = seconds();
+    Ids ids = ids_of(&t, many, n, NULL, false);
+    CHECK(ids.n == n / 32, "a word of a million equal bytes becomes %zu tokens, not %zu", n / 32, ids.n);
+    printf("  a word of 1 MiB is encoded in %.2f s\n", seconds() - start);
+    free(ids.ids);
+    free(many);
+    free_tokenizer(&t);
+    free_vocabulary(v);
+}
+
+static void test_sentencepiece(void) {
+    Vocabulary *v = new_vocabulary(SENTENCEPIECE);
+    v->flags = ADD_BOS | ADD_SPACE_PREFIX;
+    v->unk = token(v, "<unk>", 5, 0, CONTROL);
+    v->bos = token(v, "<s>", 3, 0, CONTROL);
+    v->eos = token(v, "</s>", 4, 0, CONTROL);
+    all_bytes(v);  // 3 to 258
+    const char *normal[] = {" ", "a", "b", "c", "ab", "bc", " a", "abc", "\xc3\xa9"};  // from 259 on
+    double scores[] = {-100, -100, -100, -100, -3, -3, -4, -9, -100};
+    for (int i = 0; i < 9; i++) token(v, normal[i], strlen(normal[i]), scores[i], NORMAL);
+    token(v, "aa", 2, 0, USER_DEFINED);  // 268
+    token(v, "cb", 2, 0, UNUSED);
+    Tokenizer t = open_tokenizer(v, "sentence.tok");
+    struct { const char *text, *ids, *says; } cases[] = {
+        {"bc", "1 259 264", "a space goes in front, BOS before it"},
+        {"abc", "1 259 266", "ab joins before bc, of equal scores the leftmost, and before the space and a"},
+        {"a", "1 265", "the space joins what follows"},
+        {"", "1", "an empty text has no space"},
+        {"\xc3\xa9", "1 259 267", "a character of two bytes is one symbol"},
+        {"z\xe2\x82\xac", "1 259 125 229 133 175", "what the vocabulary lacks becomes bytes"},
+        {"\xff", "1 259 258", "so does what is not UTF-8"},
+        {"aaa", "1 268 265", "user-defined tokens are matched as a whole"},
+        {"cb", "1 259 262 261", "unused tokens are not"},
+        {"</s>b", "1 2 259 261", "special tokens are recognised"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *got = shown(&t, cases[i].text, NULL, true);
+        CHECK(!strcmp(got, cases[i].ids), "%s: %s, not %s", cases[i].says, got, cases[i].ids);
+    }
+    CHECK(decode(&t, 1, 265).len == 1 && decode(&t, 5, 265).len == 2 && decode(&t, 1, 259).len == 0,
+          "decoding drops the space behind BOS");
+    CHECK(decode(&t, -1, 125).len == 1 && decode(&t, -1, 125).s[0] == 'z', "a byte token is its byte");
+    free_tokenizer(&t);
+    free_vocabulary(v);
+
+    v = new_vocabulary(SENTENCEPIECE);
+    for (int i = 0; i < 5; i++) token(v, &" abcd"[i], 1, -1000, NORMAL);
+    random_merges(v, " abcd", 90);
+    t = open_tokenizer(v, "random.tok");
+    test_naive(v, &t, " abcd");
+    free_tokenizer(&t);
+    free_vocabulary(v);
+}
+
+// llama2.c's layout, of 3 special tokens, 256 bytes and `words`.
+static Buffer llama2c_tokenizer(const char *const *words, int n) {
+    Buffer b = {0};
+    put32(&b, 20);
+    for (int i = 0; i < 259 + n; i++) {
+        char name[32] = "<unk>";
+        if (i == 1 || i == 2) strcpy(name, i == 1 ? "\n<s>\n" : "\n</s>\n");
+        if (i >= 3) snprintf(name, sizeof name, "<0x%02X>", i - 3);
+        if (i >= 259) strcpy(name, words[i - 259]);
+        put(&b, &(float){i < 259 ? 0 : (float)-i}, 4);
+        put32(&b, (int)strlen(name));
+        put(&b, name, strlen(name));
+    }
+    return b;
+}
+static const char *const story_words[] = {" ", "a", "b", "c", " a", "ab", "abc"};  // 259 to 265
+
+static void test_llama2c_tokenizer(void) {
+    Buffer b = llama2c_tokenizer(story_words, 7);
+    Tokenizer t;
+    Model m = {.c = {.vocab_size = 266}};
+    const char *path = save("llama2c.tok", b.p, b.n), *wrong = load_tokenizer(&t, path, &m);
+    if (!CHECK(!wrong, "llama2.c's layout opens: it %s", wrong)) return;
+    const char *got = shown(&t, "abc a\n", NULL, true);
+    CHECK(!strcmp(got, "1 263 261 262 263 13"), "llama2.c's layout encodes: %s", got);
+    CHECK(is_stop(&t, 1) && !is_stop(&t, 2), "only BOS ends one of llama2.c's stories");
+    CHECK(decode(&t, -1, 13).s[0] == '\n' && decode(&t, 1, 263).len == 1, "and decodes");
+    free_tokenizer(&t);
+    struct { int vocab; size_t cut; uint64_t hash; } bad[] = {{265, 0, 0}, {267, 0, 0}, {266, 1, 0}, {266, 100, 0},
+                                                            {266, b.n - 3, 0}, {266, b.n - 8, 0}, {266, 0, 5}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        m = (Model){.c = {.vocab_size = bad[i].vocab, .tokenizer_hash = bad[i].hash}};
+        path = save("llama2c.tok", b.p, b.n - bad[i].cut);
+        wrong = load_tokenizer(&t, path, &m);
+        CHECK(wrong, "a tokenizer of 266 tokens less %zu bytes is refused for a model of %d", bad[i].cut, bad[i].vocab);
+        free_tokenizer(&t);
+    }
+    free(b.p);
+}
+
+static void test_real_tokenizer(void) {
+    static const struct { const char *text; size_t n; int ids[32]; } cases[] = {
+        {"Once upon a time",
+         4, {6403, 1980, 253, 655}},
+        {"Hello, world! It's 2026; we've 1234567 things.",
+         24, {19556, 28, 905, 17, 657, 506, 216, 34, 32, 34, 38, 43, 392, 3543, 216, 33,
+         34, 35, 36, 37, 38, 39, 1495, 30}},
+        {"  leading and   multiple   spaces \n\n\ttabs",
+         11, {216, 2899, 284, 256, 2701, 256, 5600, 38028, 197, 100, 7366}},
+        {"na\xc3\xafve caf\xc3\xa9 \xe2\x80\x94 \xe2\x80\x9cquotes\xe2\x80\x9d \xe2\x80\xa6 \xc2"
+         "\xbd \xc2\xb2 \xe2\x85\xa7",
+         17, {3546, 46494, 37366, 1841, 619, 385, 2346, 573, 5548, 216, 16738, 216, 19133,
+         216, 173, 223, 117}},
+        {"\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e\xe3\x81\xae\xe3\x83\x86\xe3\x82\xad\xe3\x82\xb9\xe3"
+         "\x83\x88\xe3\x81\xa8\xe4\xb8\xad\xe6\x96\x87\xe6\xb7\xb7\xe5\x90\x88\xef\xbc\x8c\xe6\xa0"
+         "\x87\xe7\x82\xb9\xe3\x80\x82",
+         28, {23274, 115, 40993, 179, 120, 248, 26453, 11100, 224, 10391, 251, 10391, 134,
+         11100, 226, 7365, 118, 28589, 29184, 177, 132, 132, 16357, 226, 12831, 46781,
+         44083, 19076}},
+        {"\xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82, \xd0\xbc\xd0\xb8\xd1\x80! \xd0\x81\xd0"
+         "\xb6. \xce\x91\xce\x92\xce\x93 \xce\xb4\xce\xad\xce\xbb\xcf\x84\xce\xb1",
+         25, {155, 249, 46879, 16464, 32547, 28, 41337, 7872, 9175, 17, 5470, 219, 40186,
+         30, 5664, 235, 153, 236, 153, 237, 31035, 34075, 17162, 14514, 8998}},
+        {"emoji: \xf0\x9f\x98\x80\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f"
+         "\x91\xa7\xe2\x80\x8d\xf0\x9f\x91\xa6\xf0\x9f\x87\xab\xf0\x9f\x87\xb7 end",
+         30, {391, 33777, 42, 40303, 218, 10813, 235, 119, 321, 231, 10813, 235, 119, 321,
+         231, 10813, 235, 117, 321, 231, 10813, 235, 116, 10813, 225, 121, 10813, 225,
+         132, 1112}},
+        {"def f(x):\n    return x**2  # comment\n",
+         14, {1604, 275, 24, 104, 727, 472, 1003, 1792, 828, 34, 216, 907, 5189, 198}},
+        {"\r\nwindows\r\nlines\r\n",
+         7, {201, 198, 37066, 201, 198, 5110, 2738}},
+        {"<|im_start|>user\nhi<|im_end|>\n",
+         6, {1, 4093, 198, 6004, 2, 198}},
+        {"a\xcc\x81 combining, \xc2\xa0nbsp, \xe2\x80\x8bzwsp, \xe3\x80\x80ideographic",
+         21, {81, 151, 219, 9301, 28, 216, 15442, 94, 32093, 28, 459, 229, 106, 103, 2401,
+         28, 216, 12109, 218, 489, 4551}},
+        {"\xd9\xa1\xd9\xa2\xd9\xa3 \xdb\xb4\xdb\xb5\xdb\xb6 \xe0\xa5\xa7\xe0\xa5\xa8\xe0\xa5\xa9",
+         20, {164, 111, 164, 112, 164, 113, 216, 166, 129, 166, 130, 166, 131, 216, 9310,
+         117, 9310, 118, 9310, 119}},
+        {"I'LL can't WON'T they're",
+         11, {57, 23, 16421, 416, 982, 408, 2154, 23, 68, 502, 2316}},
+        {"....!!!?""?""?---",
+         5, {5592, 29646, 16693, 47, 5583}},
+        {"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+         18, {31069, 31069, 31069, 31069, 31069, 31069, 31069, 31069, 31069, 31069, 31069,
+         31069, 31069, 31069, 31069, 31069, 31069, 10969}},
+        {" ",
+         1, {216}},
+        {"\n",
+         1, {198}},
+        {"1234*4321=5332114",
+         17, {33, 34, 35, 36, 26, 36, 35, 34, 33, 45, 37, 35, 35, 34, 33, 33, 36}},
+    };
+    static const int chat1[] = {1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018,
+        411, 407, 19712, 8182, 2, 198, 1, 4093, 198, 26843, 665, 2, 198, 1, 520, 9531, 198};
+    static const int chat2[] = {1, 9690, 198, 2683, 359, 253, 30820, 30, 2, 198, 1, 4093, 198, 19556, 2, 198, 1, 520,
+        9531, 198, 40909, 17, 2, 198, 1, 4093, 198, 3087, 85, 2, 198, 1, 520, 9531, 198};
+    static const char rendered1[] = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+        "Hugging Face<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n";
+    static const char rendered2[] = "<|im_start|>system\nYou are a pirate.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nArr!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n";
+    Tokenizer t;
+    Model m = {.c = {.vocab_size = 49152}};
+    int n = (int)(sizeof cases / sizeof *cases);
+    if (access("tokenizer.bin", R_OK)) { skip(n + 6, "SmolLM2's tokenizer: there is no tokenizer.bin here"); return; }
+    const char *wrong = load_tokenizer(&t, "tokenizer.bin", &m);
+    if (!CHECK(!wrong, "tokenizer.bin opens: it %s", wrong)) return;
+    for (int i = 0; i < n; i++)  {
+        Ids ids = ids_of(&t, cases[i].text, strlen(cases[i].text), NULL, true);
+        CHECK(equal_ids(&ids, cases[i].ids, cases[i].n), "SmolLM2's tokens of \"%s\"", cases[i].text);
+        free(ids.ids);
+    }
+    Ids ids = ids_of(&t, rendered1, strlen(rendered1), NULL, true);
+    CHECK(equal_ids(&ids, chat1, 32), "SmolLM2's tokens of a rendered chat");
+    free(ids.ids), ids = ids_of(&t, rendered2, strlen(rendered2), NULL, true);
+    CHECK(equal_ids(&ids, chat2, 35), "SmolLM2's tokens of a rendered chat with a system turn");
+    free(ids.ids);
+    Prompt p = {0}, q = {0};
+    append_turn(&p, &t, true, (Text){NULL, 0}, (Text){"Hi there", 8});
+    ids = ids_of(&t, p.s, p.n, p.typed, true);
+    CHECK(equal_ids(&ids, chat1, 32), "a first turn is written as the chat template writes it: %s", p.s);
+    free(ids.ids);
+    append_turn(&q, &t, true, (Text){"You are a pirate.", 17}, (Text){"Hello", 5});
+    append(&q, (Text){"Arr!", 4}, true);
+    append(&q, t.chat[ASSISTANT_AFTER], false);
+    append_turn(&q, &t, false, (Text){NULL, 0}, (Text){"Bye", 3});
+    ids = ids_of(&t, q.s, q.n, q.typed, true);
+    CHECK(equal_ids(&ids, chat2, 35), "so are two turns with a system turn: %s", q.s);
+    free(ids.ids), free(p.s), free(p.typed), free(q.s), free(q.typed);
+    p = (Prompt){0};
+    append_turn(&p, &t, true, (Text){NULL, 0}, (Text){"<|im_end|>", 10});
+    ids = ids_of(&t, p.s, p.n, p.typed, true);
+    int ends = 0;
+    for (size_t i = 0; i < ids.n; i++) ends += ids.ids[i] == 2;
+    CHECK(ends == 2, "a user who types <|im_end|> does not end the turn");
+    free(ids.ids), free(p.s), free(p.typed);
+    free_tokenizer(&t);
+}
+
+static void test_tokenizer(void) {
+    test_words();
+    test_byte_level();
+    test_sentencepiece();
+    test_llama2c_tokenizer();
+    test_real_tokenizer();
+}
+
+// =================================================================================================
+// Running ./run
+// =================================================================================================
+
+typedef struct {
+    const char *input;    // what stdin holds; NULL: nothing
+    bool closed_pipe;     // stdout is a pipe that nobody reads
+    size_t memory;        // limit of its address space; 0: none
+    size_t interrupt_at;  // SIGINT when stdout has this many bytes; 0: never
+} How;
+typedef struct { int status, signal; Buffer out, err; char command[300]; } Ran;
+
+static const char *program(void) {
+    const char *path = getenv("RUN");
+    return path ? path : "./run";
+}
+
+static Ran run_program(How how, const char *const *arguments) {
+    const char *argv[40] = {program()};
+    Ran ran = {.status = -1};
+    int used = 0, n = 1, pipe_ends[2] = {-1, -1};
+    for (; arguments[n - 1]; n++) {
+        argv[n] = arguments[n - 1];
+        if (used < 250) used += snprintf(ran.command + used, 40, " %.38s", argv[n]);
+    }
+    const char *in = how.input ? save("stdin", how.input, strlen(how.input)) : "/dev/null";
+    const char *out = in_folder("stdout"), *err = in_folder("stderr");
+    unlink(out);
+    if (how.closed_pipe && pipe(pipe_ends)) abort();
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid < 0) abort();
+    if (pid == 0) {
+        int fds[] = {open(in, O_RDONLY), pipe_ends[1], open(err, O_WRONLY | O_CREAT | O_TRUNC, 0600)};
+        if (!how.closed_pipe) fds[1] = open(out, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+        for (int i = 0; i < 3; i++) if (fds[i] < 0 || dup2(fds[i], i) < 0) _exit(99);
+        for (int i = 3; i < 16; i++) close(i);
+        struct rlimit limit = {how.memory, how.memory}, core = {0, 0};
+        setrlimit(RLIMIT_CORE, &core);
+        if (how.memory) setrlimit(RLIMIT_AS, &limit);
+        signal(SIGPIPE, SIG_DFL);
+        alarm(10);
+        execv(argv[0], (char *const *)(uintptr_t)argv);
+        _exit(98);
+    }
+    if (how.closed_pipe) close(pipe_ends[0]), close(pipe_ends[1]);
+    struct stat st;
+    for (int i = 0; how.interrupt_at && i < 5000; i++, usleep(1000))
+        if (!stat(out, &st) && (size_t)st.st_size >= how.interrupt_at) {
+            kill(pid, SIGINT);
+            break;
+        }
+    int status = 0;
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {}
+    ran.signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+    ran.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    ran.out = slurp(out);
+    ran.err = slurp(err);
+    return ran;
+}
+#define RUN_AS(how, ...) run_program(how, (const char *[]){__VA_ARGS__, NULL})
+#define RUN(...) RUN_AS(((How){0}), __VA_ARGS__)
+static void free_ran(Ran *r) { free(r->out.p), free(r->err.p); }
+
+static int lines(const Buffer *b) {
+    int n = 0;
+    for (size_t i = 0; i < b->n; i++) n += b->p[i] == '\n';
+    return n;
+}
+static bool one_line(const Ran *r) {
+    return !strncmp((char *)r->err.p, "run: ", 5) && lines(&r->err) == 1 && r->err.p[r->err.n - 1] == '\n' && r->err.n > 12;
+}
+// Ended with this status, said why in one line, and wrote nothing to stdout. Frees r.
+#define refused(...) refused_(__LINE__, __VA_ARGS__)
+static void refused_(int line, Ran r, int status, const char *what) {
+    bool good = r.signal == 0 && r.status == status && r.out.n == 0 && one_line(&r);
+    check_(good, line, "%s is refused with status %d and one line:%s gives status %d, signal %d, %zu bytes, \"%.300s\"",
+          what, status, r.command, r.status, r.signal, r.out.n, r.err.p);
+    free_ran(&r);
+}
+// Did what it was asked to, or said in one line why not; never a crash. Frees r.
+#define survived(...) survived_(__LINE__, __VA_ARGS__)
+static void survived_(int line, Ran r, const char *what) {
+    check_(r.signal == 0 && (r.status == 0 || (r.status == 1 && one_line(&r))), line,
+          "%s never ends in a crash:%s gives status %d, signal %d, \"%.300s\"", what, r.command, r.status, r.signal, r.err.p);
+    free_ran(&r);
+}
+#define prints(...) prints_(__LINE__, __VA_ARGS__)
+static void prints_(int line, Ran r, const char *expected, const char *what) {
+    bool good = r.signal == 0 && r.status == 0 && !strcmp((char *)r.out.p, expected);
+    check_(good, line, "%s:%s gives status %d, signal %d, \"%.200s\", not \"%.200s\", \"%.300s\"", what, r.command, r.status,
+          r.signal, r.out.p, expected, r.err.p);
+    free_ran(&r);
+}
+
+// ---- A model with its tokenizer: tiny.bin and tiny.tok, which most tests below use
+
+static Vocabulary *tiny_vocabulary(void) {
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+    v->split = 2, v->digits = 1;
+    all_bytes(v);
+    some_ranges(v);
+    random_merges(v, "abc d", 20);
+    v->bos = token(v, "<s>", 3, 0, CONTROL);
+    token(v, "<|end|>", 7, 0, CONTROL);
+    put32(&v->stops, 277), v->n_stops = 1;
+    const char *const chat[] = {"", "<s>system ", "<|end|>", "<s>", "<|end|>", "<s>", "<|end|>", "<s>", "<|end|>", "\n"};
+    for (int i = 0; i < 10; i++) chat_piece(v, chat[i]);
+    return v;
+}
+
+// Adds a text and a chat with their tokens to what -m check recomputes.
+static void certify_tokenizer(Made *m, const Vocabulary *v) {
+    Tokenizer t = open_tokenizer(v, "certify.tok");
+    const char *text = "a bad cab: 12 <s>caf\xc3\xa9!", *user = "abc<s>";
+    Ids ids[2] = {ids_of(&t, text, strlen(text), NULL, true), {0}};
+    push(&ids[1], v->bos);  // the chat's pieces around the typed text
+    Ids typed = ids_of(&t, user, 6, "\1\1\1\1\1\1", false);
+    for (size_t i = 0; i < typed.n; i++) push(&ids[1], typed.ids[i]);
+    push(&ids[1], 277);
+    Buffer b = {0};
+    put32(&b, 2);
+    for (int i = 0; i < 2; i++) {
+        const char *s = i ? user : text;
+        put32(&b, i), put32(&b, (int)strlen(s)), put32(&b, (int)ids[i].n);
+        put(&b, s, strlen(s));
+        align(&b, 4);
+        put(&b, ids[i].ids, ids[i].n * 4);
+        free(ids[i].ids);
+    }
+    free_tensor(&m->check_cases);
+    m->check_cases = bytes_tensor(&b);
+    Buffer file = tokenizer_file(v);
+    m->tokenizer_hash = hash_of(file.p + 16, file.n - 16);
+    free(file.p), free(b.p), free(typed.ids);
+    free_tokenizer(&t);
+}
+
+static Made tiny_model(int which, int dtype) {
+    Shape s = family(which, dtype);
+    s.vocab = 278, s.layers = 1 + (which == GEMMA);
+    return make_weights(&s);
+}
+static Buffer save_tiny(void) {  // returns the model's bytes
+    uint64_t keep = random_state;
+    random_state = 99;
+    Vocabulary *v = tiny_vocabulary();
+    Buffer t = tokenizer_file(v);
+    save("tiny.tok", t.p, t.n);
+    Made m = tiny_model(LLAMA, Q8);
+    certify(&m);
+    certify_tokenizer(&m, v);
+    Buffer b = version_3(&m);
+    save("tiny.bin", b.p, b.n);
+    free_made(&m), free_vocabulary(v), free(t.p);
+    random_state = keep;
+    return b;
+}
+
+static bool no_program(void) {
+    if (!access(program(), X_OK)) return false;
+    CHECK(false, "there is %s to test", program());
+    return true;
+}
+
+// =================================================================================================
+// 7. Files, whole and damaged
+// =================================================================================================
+
+static const char *saved(const char *name, const Buffer *b, size_t n) { return save(name, b->p, n); }
+static Ran run_logits(const char *model) { return RUN(model, "-m", "logits", "-i", "1 2 3", "-j", "1"); }
+
+static void test_whole_files(void) {
+    for (int which = 0; which < N_FAMILIES; which++)
+        for (int dtype = F32; dtype <= Q4A; dtype++) {
+            Vocabulary *v = tiny_vocabulary();
+            Made m = tiny_model(which, dtype);
+            certify(&m);
+            certify_tokenizer(&m, v);
+            Buffer t = tokenizer_file(v), b = version_3(&m);
+            saved("whole.tok", &t, t.n);
+            const char *path = saved("whole.bin", &b, b.n);
+            char what[100];
+            snprintf(what, sizeof what, "%s %s passes its check", m.s.name, formats[dtype]);
+            prints(RUN(path, "-m", "check", "-j", "2"), "ok\n", what);
+            free(t.p), free(b.p);
+            free_made(&m), free_vocabulary(v);
+        }
+}
+
+// One byte after another changed: refused in the header and directory, found by -m check elsewhere.
+static void test_flips(const Buffer *whole) {
+    Buffer b = {0};
+    put(&b, whole->p, whole->n);
+    size_t directory = 256 + 32 * (size_t)read_u32(b.p + 124);
+    for (size_t i = 0; i < directory; i++) {
+        if (i >= 104 && i < 112) continue;  // the content's hash is the business of -m check
+        b.p[i] ^= (uint8_t)(1 << (i * 5 + i / 8) % 8);
+        char what[60];
+        snprintf(what, sizeof what, "a model with byte %zu changed", i);
+        refused(run_logits(saved("flipped.bin", &b, b.n)), 1, what);
+        b.p[i] = whole->p[i];
+    }
+    const char *tok = in_folder("tiny.tok");
+    for (int i = 0; i < 60; i++) {
+        size_t at = i < 8 ? 104 + (size_t)i : directory + (size_t)(rnd() % (b.n - directory));
+        uint8_t mask = (uint8_t)(1 << below(8));
+        b.p[at] ^= mask;
+        const char *path = saved("flipped.bin", &b, b.n);
+        char what[60];
+        snprintf(what, sizeof what, "a model with byte %zu changed", at);
+        if (i >= 8) survived(run_logits(path), what);
+        refused(RUN(path, "-m", "check", "-q", "-z", tok, "-j", "1"), 1, what);
+        b.p[at] ^= mask;
+    }
+    free(b.p);
+}
+
+static void test_cuts(const Buffer *whole, int version) {
+    size_t cuts[400], n = 0, directory = version == 3 ? 256 + 32 * (size_t)read_u32(whole->p + 124) : 0;
+    for (size_t i = 1; i < 300; i += i < 64 ? 3 : 27) cuts[n++] = i;
+    for (size_t i = 256; i < directory; i += 32) {
+        uint64_t offset, bytes;
+        memcpy(&offset, whole->p + i + 16, 8), memcpy(&bytes, whole->p + i + 24, 8);
+        for (size_t d = 0; d < 3; d++) cuts[n++] = offset + d - 1, cuts[n++] = offset + bytes + d - 1;
+    }
+    for (size_t i = 1; i < 8; i++) cuts[n++] = whole->n / 8 * i + i;
+    cuts[n++] = 7, cuts[n++] = 27, cuts[n++] = 28, cuts[n++] = 255, cuts[n++] = 256, cuts[n++] = 257;
+    cuts[n++] = whole->n - 1, cuts[n++] = whole->n - 4, cuts[n++] = whole->n - 64;
+    char what[60];
+    for (size_t i = 0; i < n; i++) {
+        if (cuts[i] >= whole->n) continue;
+        snprintf(what, sizeof what, "a version %d model cut to %zu bytes", version, cuts[i]);
+        refused(run_logits(saved("cut.bin", whole, cuts[i])), 1, what);
+    }
+    for (size_t pad = 1; pad <= 64; pad *= 4) {
+        Buffer b = {0};
+        put(&b, whole->p, whole->n), put(&b, NULL, pad);
+        snprintf(what, sizeof what, "a version %d model with %zu bytes too many", version, pad);
+        refused(run_logits(saved("padded.bin", &b, b.n)), 1, what);
+        free(b.p);
+    }
+}
+
+// Fields of the header and the directory with senseless values, under a hash that is right.
+static void test_fields(const Buffer *whole) {
+    static const int64_t values[] = {0, -1, INT_MAX, INT_MIN, 65536, 1 << 20, 1 << 24, 3};
+    static const struct { int offset, any; const char *name; } fields[] = {
+        {8, 0, "dim"}, {12, 0, "hidden_dim"}, {16, 0, "n_layers"}, {20, 0, "n_heads"}, {24, 0, "n_kv_heads"},
+        {28, 0, "vocab_size"}, {32, 1, "seq_len"}, {36, 0, "head_dim"}, {48, 2, "activation"},
+        {60, 3, "sliding_window"}, {124, 0, "n_tensors"}, {112, 0, "file_size"}, {44, 4, "flags"},
+        {40, 4, "norm_eps"}, {52, 4, "embed_scale"}, {56, 4, "attn_scale"}};
+    Buffer b = {0};
+    char what[90];
+    for (size_t f = 0; f < sizeof fields / sizeof *fields; f++)
+        for (int i = 0; i < 8; i++) {
+            b.n = 0;
+            put(&b, whole->p, whole->n);
+            set32(b.p + fields[f].offset, values[i]);
+            seal(&b);
+            snprintf(what, sizeof what, "a header with %s = %lld", fields[f].name, (long long)values[i]);
+            bool may = (fields[f].any == 1 && values[i] > 0 && values[i] <= 1 << 24) || fields[f].any == 4 ||
+                       (fields[f].any == 2 && values[i] == 0) || (fields[f].any == 3 && values[i] >= 0);
+            Ran r = run_logits(saved("field.bin", &b, b.n));
+            if (may) survived(r, what);
+            else refused(r, 1, what);
+        }
+    static const int64_t products[][6] = {  // dim, hidden, heads, kv heads, vocab, head_dim
+        {1 << 20, 1 << 20, 1 << 14, 1 << 14, 1 << 24, 1 << 14}, {1 << 20, 1 << 20, 1, 1, 1 << 24, 2},
+        {1 << 16, 1 << 16, 1 << 14, 1, 1 << 16, 64}, {1 << 20, 1, 1 << 14, 1 << 14, 1, 64}, {64, 96, 4, 3, 278, 16},
+        {64, 96, 4, 2, 278, 15}};
+    for (size_t i = 0; i < sizeof products / sizeof *products; i++) {
+        b.n = 0;
+        put(&b, whole->p, whole->n);
+        static const int offsets[] = {8, 12, 20, 24, 28, 36};
+        for (int j = 0; j < 6; j++) set32(b.p + offsets[j], products[i][j]);
+        seal(&b);
+        snprintf(what, sizeof what, "a header with huge products (%zu)", i);
+        refused(run_logits(saved("field.bin", &b, b.n)), 1, what);
+    }
+    static const struct { int offset, size; uint64_t value; const char *name; } entries[] = {
+        {0, 4, 6, "dtype"}, {0, 4, 7, "dtype"}, {0, 4, 0xffffffff, "dtype"}, {4, 4, 0, "rows"},
+        {4, 4, 0x80000000, "rows"}, {8, 4, 0, "cols"}, {8, 4, 0xffffffff, "cols"}, {8, 4, 0x10000, "cols"},
+        {16, 8, 1, "offset"}, {16, 8, (uint64_t)1 << 40, "offset"}, {16, 8, UINT64_MAX - 63, "offset"},
+        {16, 8, (uint64_t)1 << 63, "offset"}, {24, 8, 0, "bytes"}, {24, 8, UINT64_MAX, "bytes"},
+        {24, 8, (uint64_t)1 << 40, "bytes"}};
+    uint32_t n = read_u32(whole->p + 124);
+    for (uint32_t t = 0; t < n; t += t < 3 || t + 6 > n ? 1 : 3)
+        for (size_t i = 0; i < sizeof entries / sizeof *entries; i++) {
+            b.n = 0;
+            put(&b, whole->p, whole->n);
+            memcpy(b.p + 256 + 32 * t + entries[i].offset, &entries[i].value, (size_t)entries[i].size);
+            seal(&b);
+            bool bytes = read_u32(whole->p + 256 + 32 * t) == BYTES;
+            if (bytes && entries[i].offset == 0 && entries[i].value == BYTES) continue;
+            snprintf(what, sizeof what, "tensor %u with %s = %llu", t, entries[i].name, (unsigned long long)entries[i].value);
+            refused(run_logits(saved("field.bin", &b, b.n)), 1, what);
+        }
+    // The last tensor of the file reaches one block beyond its end.
+    b.n = 0;
+    put(&b, whole->p, whole->n);
+    set64(b.p + 256 + 16, b.n), seal(&b);
+    refused(run_logits(saved("field.bin", &b, b.n)), 1, "a tensor that starts at the end");
+    b.n = 0;
+    put(&b, whole->p, whole->n);
+    set32(b.p + 124, (int)n + 1);
+    seal(&b);
+    refused(run_logits(saved("field.bin", &b, b.n)), 1, "a directory with one tensor more");
+    free(b.p);
+}
+
+static void test_tokenizer_files(void) {
+    Buffer whole = slurp(in_folder("tiny.tok")), b = {0};
+    Made made = tiny_model(LLAMA, Q8);  // without a fingerprint: any tokenizer of its size will do
+    Buffer model = version_3(&made);
+    const char *model_path = in_folder("any.bin"), *tok_path = in_folder("damaged.tok");
+    char what[100];
+    saved("any.bin", &model, model.n);
+#define TOKENIZE RUN(model_path, "-z", tok_path, "-m", "tokenize", "-i", "abc <s> 12 d")
+    saved("damaged.tok", &whole, whole.n);
+    Ran r = TOKENIZE;
+    CHECK(r.status == 0 && r.out.n > 4 && lines(&r.out) == 1, "tokenize prints ids on one line: \"%s\" \"%s\"", r.out.p, r.err.p);
+    free_ran(&r);
+    for (size_t i = 0; i < whole.n; i += i < 100 ? 1 + i % 3 : 61) {
+        put(&b, whole.p, whole.n);
+        b.p[i] ^= (uint8_t)(1 << i % 8);
+        saved("damaged.tok", &b, b.n);
+        snprintf(what, sizeof what, "a tokenizer with byte %zu changed", i);
+        refused(TOKENIZE, 1, what);
+        if (i < 16) { b.n = 0; continue; }
+        set64(b.p + 8, hash_of(b.p + 16, b.n - 16));
+        saved("damaged.tok", &b, b.n);
+        snprintf(what, sizeof what, "a tokenizer with byte %zu changed under a right hash", i);
+        survived(TOKENIZE, what);
+        saved("damaged.tok", &whole, i);
+        snprintf(what, sizeof what, "a tokenizer cut to %zu bytes", i);
+        refused(TOKENIZE, 1, what);
+        b.n = 0;
+        put(&b, whole.p, i);
+        if (i >= 80) set64(b.p + 8, hash_of(b.p + 16, b.n - 16));
+        saved("damaged.tok", &b, b.n);
+        refused(TOKENIZE, 1, "one under a right hash");
+        b.n = 0;
+    }
+    static const int64_t values[] = {-1, 0, INT_MAX, INT_MIN, 1 << 20, 1 << 28, 0x1fffffff};
+    for (int offset = 16; offset < 60; offset += 4)
+        for (int i = 0; i < 7; i++) {
+            b.n = 0;
+            put(&b, whole.p, whole.n);
+            set32(b.p + offset, values[i]);
+            set64(b.p + 8, hash_of(b.p + 16, b.n - 16));
+            saved("damaged.tok", &b, b.n);
+            snprintf(what, sizeof what, "a tokenizer with %lld at %d", (long long)values[i], offset);
+            r = TOKENIZE;
+            bool count = offset == 20 || offset >= 44;
+            if (count && !(values[i] == 0 && offset != 20)) refused(r, 1, what);
+            else survived(r, what);
+        }
+    for (size_t pad = 1; pad <= 64; pad *= 8) {
+        b.n = 0;
+        put(&b, whole.p, whole.n), put(&b, NULL, pad);
+        saved("damaged.tok", &b, b.n);
+        refused(TOKENIZE, 1, "a padded tokenizer");
+        set64(b.p + 8, hash_of(b.p + 16, b.n - 16));
+        saved("damaged.tok", &b, b.n);
+        refused(TOKENIZE, 1, "a padded tokenizer under a right hash");
+    }
+    b.n = 0;  // a tokenizer that knows no spaces must not run off the text
+    Vocabulary *v = tiny_vocabulary();
+    v->ranges.n = 0, v->n_ranges = 0;
+    for (v->split = 1; v->split <= 2; v->split++) {
+        Buffer file = tokenizer_file(v);
+        saved("damaged.tok", &file, file.n);
+        prints(RUN(model_path, "-z", tok_path, "-m", "tokenize", "-i", " "), "32\n", "a tokenizer without character classes works");
+        free(file.p);
+    }
+    free_vocabulary(v);
+    v = new_vocabulary(SENTENCEPIECE);
+    all_bytes(v);
+    for (int i = 256; i < 278; i++) token(v, "ab", 2, 0, NORMAL);
+    Buffer other = tokenizer_file(v);
+    saved("damaged.tok", &other, other.n);
+    survived(TOKENIZE, "an unusual tokenizer");
+    refused(RUN(in_folder("tiny.bin"), "-z", tok_path, "-i", "a"), 1, "the tokenizer of another model");
+    saved("damaged.tok", &whole, 0);
+    refused(TOKENIZE, 1, "an empty tokenizer");
+    refused(RUN(model_path, "-z", folder, "-i", "a"), 1, "a directory as tokenizer");
+    refused(RUN(model_path, "-z", in_folder("nothing"), "-i", "a"), 1, "a missing tokenizer");
+    unlink(in_folder("any.tok"));
+    refused(RUN(model_path, "-i", "a"), 1, "a model without a tokenizer beside it");
+    saved("any.tok", &whole, 100);
+    refused(RUN(model_path, "-i", "a"), 1, "a model with a damaged tokenizer beside it");
+    saved("tokenizer.bin", &whole, whole.n);
+    r = RUN(model_path, "-i", "a", "-m", "tokenize");
+    CHECK(r.status == 0 && !strcmp((char *)r.out.p, "97\n"), "the first tokenizer that fits is taken: %s", r.err.p);
+    free_ran(&r);
+    unlink(in_folder("tokenizer.bin"));
+    free_vocabulary(v), free_made(&made);
+    free(whole.p), free(b.p), free(model.p), free(other.p);
+}
+
+static void test_llama2c_files(void) {
+    Shape s = family(LLAMA, ROWS);
+    s.vocab = 266, s.layers = 1, s.seq_len = 64;
+    for (int version = 0; version < 2; version++) {
+        s.flags = version ? TIED_EMBEDDING : 0;
+        Made m = make_weights(&s);
+        Buffer whole = llama2c_file(&m, version), b = {0};
+        Ran r = run_logits(saved("v.bin", &whole, whole.n));
+        CHECK(r.status == 0 && r.out.n == 3 * 266 * 4, "a version %d model gives logits: %s", version, r.err.p);
+        free_ran(&r);
+        test_cuts(&whole, version);
+        static const int64_t values[] = {0, -1, INT_MAX, INT_MIN, 1 << 20, 65535};
+        for (int field = 0; field < 7; field++)
+            for (int i = 0; i < 6; i++) {
+                b.n = 0;
+                put(&b, whole.p, whole.n);
+                set32(b.p + 8 * version + 4 * field, values[i]);
+                char what[80];
+                snprintf(what, sizeof what, "a version %d header with %lld in field %d", version, (long long)values[i], field);
+                Ran ran = run_logits(saved("v.bin", &b, b.n));
+                if (version == 1 && field == 6 && values[i] > 0 && values[i] <= 1 << 24) survived(ran, what);
+                else refused(ran, 1, what);  // version 0 holds tables as long as its context
+            }
+        refused(RUN(saved("v.bin", &whole, whole.n), "-m", "check"), 1, "a check of llama2.c's files");
+        free(whole.p), free(b.p);
+        free_made(&m);
+    }
+}
+
+static void test_files(void) {
+    if (no_program()) return;
+    Buffer tiny = save_tiny();
+    test_whole_files();
+    refused(run_logits(in_folder("missing.bin")), 1, "a missing model");
+    refused(run_logits(folder), 1, "a directory");
+    refused(run_logits(saved("empty.bin", &tiny, 0)), 1, "an empty model");
+    refused(run_logits(save("text.bin", "Once upon a time, there was a text, not a model.", 48)), 1, "a text");
+    const char *locked = saved("locked.bin", &tiny, tiny.n);
+    chmod(locked, 0);
+    if (!access(locked, R_OK)) skip(1, "an unreadable model: this user may read everything");
+    else refused(run_logits(locked), 1, "an unreadable model");
+    for (int version = 2; version < 5; version += 2) {
+        Buffer b = {0};
+        put(&b, tiny.p, tiny.n);
+        set32(b.p + 4, version);
+        Ran r = run_logits(saved("version.bin", &b, b.n));
+        CHECK(version != 2 || strstr((char *)r.err.p, "export.py"), "version 2 is pointed to export.py: %s", r.err.p);
+        refused(r, 1, "an unknown version");
+        free(b.p);
+    }
+    test_cuts(&tiny, 3);
+    test_flips(&tiny);
+    test_fields(&tiny);
+    test_tokenizer_files();
+    test_llama2c_files();
+    Made m = tiny_model(LLAMA, F32);  // a model that computes infinities says so
+    ((float *)(void *)m.final_norm.bytes)[3] = INFINITY;
+    Buffer b = version_3(&m);
+    refused(run_logits(saved("infinite.bin", &b, b.n)), 1, "an infinity in the logits");
+    free(b.p), free(tiny.p), free_made(&m);
+}
+
+// =================================================================================================
+// 8. The command line
+// =================================================================================================
+
+// A model with room for long texts that never end: its tokenizer has no EOS and no stops.
+static void save_endless(void) {
+    Vocabulary *v = tiny_vocabulary();
+    v->n_stops = 0, v->stops.n = 0;
+    Shape s = family(LLAMA, Q8);
+    s.vocab = 278, s.layers = 1, s.seq_len = 1 << 20;
+    Made m = make_weights(&s);
+    Buffer b = version_3(&m), t = tokenizer_file(v);
+    save("endless.bin", b.p, b.n), save("endless.tok", t.p, t.n);
+    free(b.p), free(t.p), free_made(&m), free_vocabulary(v);
+}
+
+static void test_refused_options(const char *model) {
+    static const char *const wrong[][4] = {
+        {"-n"}, {"-i"}, {"-t"}, {"-s"}, {"--steps"}, {"--prompt"}, {"-n", "abc"}, {"-n", "1x"}, {"-n", ""},
+        {"-n", " 5"}, {"-n", "-1"}, {"-n", "1.5"}, {"-n", "99999999999999999999"}, {"-n", "2000000000"}, {"-t", "nan"},
+        {"-t", "-0.1"}, {"-t", "inf"}, {"-t", "1e99"}, {"-t", "1,5"}, {"-t", "x"}, {"-p", "1.01"}, {"-p", "-1"}, {"-p", "nan"},
+        {"-s", "-1"}, {"-s", "99999999999999999999"}, {"-s", "1.0"}, {"-s", "x"}, {"-s", ""}, {"-c", "-5"}, {"-c", "x"},
+        {"-c", "99999999"}, {"-j", "0"}, {"-j", "-2"}, {"-j", "1000"}, {"-j", "two"}, {"--top-k", "-1"}, {"--top-k", "1e3"},
+        {"--min-p", "2"}, {"--repeat-penalty", "0"}, {"--repeat-penalty", "nan"}, {"-x"}, {"--unknown"}, {"--"}, {"-ii"},
+        {"--steps=x"}, {"--steps="}, {"--quiet=1"}, {"--step", "5"}, {"another.bin"}, {"-m", "unknown"}, {"-m", ""}, {"-m", "Generate"},
+        {"-i", "a", "-f", "b"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        const char *arguments[8] = {model};
+        char what[100];
+        int n = 1;
+        for (int j = 0; j < 4 && wrong[i][j]; j++) arguments[n++] = wrong[i][j];
+        snprintf(what, sizeof what, "%s %s", wrong[i][0], wrong[i][1] ? wrong[i][1] : "");
+        refused(run_program((How){0}, arguments), 2, what);
+    }
+    refused(run_program((How){0}, (const char *[]){NULL}), 2, "no model");
+    refused(RUN("-n", "5"), 2, "no model but an option");
+}
+
+static void test_output_file(const char *model) {
+    const char *out = in_folder("out.bin");
+    Ran r = RUN(model, "-m", "logits", "-i", "1 2 3", "-o", out);
+    Buffer b = slurp(out);
+    CHECK(r.status == 0 && r.out.n == 0 && b.n == 3 * 278 * 4, "-o writes to a file instead of stdout: %s", r.err.p);
+    free_ran(&r);
+    r = RUN(model, "-m", "logits", "-i", "1 2 3");
+    CHECK(r.out.n == b.n && !memcmp(r.out.p, b.p, b.n), "and writes there what it writes to stdout");
+    free_ran(&r);
+    Made m = tiny_model(LLAMA, F32);
+    ((float *)(void *)m.final_norm.bytes)[3] = INFINITY;
+    Buffer bad = version_3(&m);
+    const char *path = saved("infinite.bin", &bad, bad.n);
+    int before = files_in_folder();
+    refused(RUN(path, "-m", "logits", "-i", "1 2 3", "-o", out), 1, "a failing model");
+    Buffer after = slurp(out);
+    CHECK(after.n == b.n && !memcmp(after.p, b.p, b.n), "a failure leaves the old output file as it was");
+    unlink(out);
+    refused(RUN(path, "-m", "logits", "-i", "1 2 3", "-o", out), 1, "a failing model");
+    CHECK(access(out, F_OK) && files_in_folder() == before - 1, "and no new one, not even a part of one");
+    refused(RUN(model, "-m", "logits", "-i", "1", "-o", in_folder("no/such/folder")), 1, "an output in a missing folder");
+    mkdir(in_folder("directory"), 0700);
+    before = files_in_folder();
+    refused(RUN(model, "-m", "logits", "-i", "1", "-o", in_folder("directory")), 1, "a directory as output");
+    CHECK(files_in_folder() == before, "and nothing is left of it");
+    const char *null = in_folder("null");
+    if (symlink("/dev/null", null)) return;
+    r = RUN(model, "-m", "logits", "-i", "1", "-o", null);
+    struct stat st;
+    CHECK(r.status == 0 && !stat(null, &st) && S_ISCHR(st.st_mode), "a device as output is written to, not replaced: "
+          "status %d, %s", r.status, r.err.p);
+    free_ran(&r);
+    free(b.p), free(after.p), free(bad.p), free_made(&m);
+}
+
+static void test_input(const char *model) {
+    const char *text = "abc caf\xc3\xa9 <s> 12";
+    Ran r = RUN(model, "-m", "tokenize", "-i", text);
+    CHECK(r.status == 0 && lines(&r.out) == 1, "tokenize takes a prompt: %s", r.err.p);
+    const char *expected = (char *)r.out.p;
+    How how = {.input = text};
+    prints(RUN_AS(how, model, "-m", "tokenize", "-i", "-"), expected, "-i - is stdin");
+    prints(RUN_AS(how, model, "-m", "tokenize", "-f", "-"), expected, "-f - is stdin");
+    prints(RUN(model, "-m", "tokenize", "-f", save("prompt", text, strlen(text))), expected, "-f reads a file");
+    prints(RUN("--mode=tokenize", "--prompt", text, model), expected, "long names and any order do the same");
+    free_ran(&r);
+    prints(RUN(model, "-m", "tokenize"), "\n", "no prompt has no tokens");
+    refused(RUN(model, "-m", "tokenize", "-f", in_folder("nothing")), 1, "a missing prompt file");
+    refused(RUN(model, "-m", "tokenize", "-f", folder), 1, "a directory as prompt");
+    char *more = get(3000, 1);
+    for (int i = 0; i < 2900; i++) more[i] = i % 2 ? '?' : 'e';
+    refused(RUN(model, "-i", more, "-n", "5"), 1, "a prompt longer than the context");
+    refused(RUN(model, "-i", "eeeeeeeeee", "-c", "5"), 1, "a prompt longer than -c");
+    refused(RUN(model, "-i", "e", "-c", "701"), 1, "a context longer than the model's");
+    free(more);
+    static const char *const bad[] = {"1 2 x", "-1", "278", "1 2 99999999999999999999", "1,2", "", "1.5", "0x10"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        refused(RUN(model, "-m", "logits", "-i", bad[i]), 1, "logits of what is not a list of ids");
+    refused(RUN(model, "-m", "eval"), 1, "evaluation of nothing");
+}
+
+static void test_generation(const char *model) {
+    How closed = {.closed_pipe = true};
+    Ran r = RUN_AS(closed, model, "-i", "abc", "-n", "200", "-s", "1");
+    CHECK(r.status == 0 && r.signal == 0, "a closed pipe ends generation quietly: status %d, signal %d, %s", r.status, r.signal, r.err.p);
+    free_ran(&r);
+    r = RUN_AS(closed, model, "-m", "logits", "-i", "1 2 3");
+    CHECK(r.status == 0 && r.signal == 0, "and so with logits: status %d, signal %d", r.status, r.signal);
+    free_ran(&r);
+
+    Ran first = RUN(model, "-i", "abc", "-n", "300", "-s", "5", "-j", "1", "--receipt", "-q");
+    CHECK(first.status == 0 && first.out.n > 20 && !strncmp((char *)first.out.p, "abc", 3) && lines(&first.err) == 1 &&
+          !strncmp((char *)first.err.p, "receipt: ", 9), "generate writes prompt and continuation, -q only the receipt: %s", first.err.p);
+    static const char *const threads[] = {"2", "3", "64"};
+    for (int i = 0; i < 3; i++) {
+        r = RUN(model, "-i", "abc", "-n", "300", "-s", "5", "-j", threads[i], "--receipt", "-q");
+        CHECK(r.out.n == first.out.n && !memcmp(r.out.p, first.out.p, r.out.n), "-j %s writes what -j 1 writes", threads[i]);
+        CHECK(!strcmp((char *)r.err.p, (char *)first.err.p), "and has its receipt: %s", r.err.p);
+        free_ran(&r);
+    }
+    r = RUN(model, "-i", "abc", "-n", "300", "-s", "6", "-q", "--receipt");
+    CHECK(r.out.n != first.out.n || memcmp(r.out.p, first.out.p, r.out.n), "another seed writes another text");
+    CHECK(strcmp((char *)r.err.p, (char *)first.err.p), "and has another receipt");
+    free_ran(&r), free_ran(&first);
+    r = RUN(model, "-i", "abc", "-n", "5");
+    unsigned long long seed = 0;
+    char *at = strstr((char *)r.err.p, "seed: ");
+    CHECK(at && sscanf(at, "seed: %llu", &seed) == 1 && seed, "a seed from the clock is told: %s", r.err.p);
+    char number[30];
+    snprintf(number, sizeof number, "%llu", seed);
+    prints(RUN(model, "-i", "abc", "-n", "5", "-s", number), (char *)r.out.p, "and writes the same text when given");
+    free_ran(&r);
+    prints(RUN(model, "-i", "abc", "-n", "5", "-t", "0", "-q"), (char *)(r = RUN(model, "-i", "abc", "-n", "5", "-t", "0", "-s", "9")).out.p,
+           "temperature 0 needs no seed");
+    free_ran(&r);
+    first = RUN(model, "-i", "abc", "-n", "0", "-s", "3");
+    CHECK(first.status == 0, "-n 0 goes on to the end: %s", first.err.p);
+    free_ran(&first);
+
+    save_endless();
+    const char *endless = in_folder("endless.bin");
+    r = RUN_AS(((How){.interrupt_at = 300}), endless, "-i", "abc", "-n", "0", "-s", "1", "-j", "2");
+    CHECK(r.status == 130 && r.signal == 0 && r.out.n >= 300 && r.out.p[r.out.n - 1] == '\n',
+          "Ctrl-C ends the text, with status 130: %d, signal %d, %zu bytes", r.status, r.signal, r.out.n);
+    free_ran(&r);
+    r = RUN(endless, "-i", "abc", "-n", "10", "-s", "1", "-c", "20", "-q");
+    Ran same = RUN(endless, "-i", "abc", "-n", "10", "-s", "1", "-q");
+    CHECK(r.status == 0 && r.out.n == same.out.n && !memcmp(r.out.p, same.out.p, r.out.n), "-c does not change the text");
+    free_ran(&r), free_ran(&same);
+#if defined __SANITIZE_ADDRESS__
+#define NO_LIMIT 1
+#elif defined __has_feature
+#if __has_feature(address_sanitizer)
+#define NO_LIMIT 1
+#endif
+#endif
+#ifdef NO_LIMIT
+    skip(2, "limited memory: address sanitizers need a lot of it");
+#else
+    refused(RUN_AS(((How){.memory = 60u << 20}), endless, "-i", "abc", "-j", "1"), 1, "a KV cache that does not fit");
+    survived(RUN_AS(((How){.memory = 60u << 20}), model, "-i", "abc", "-j", "64", "-q"), "64 threads in little memory");
+#endif
+}
+
+static void test_command_line(void) {
+    if (no_program()) return;
+    Buffer tiny = save_tiny();
+    const char *model = in_folder("tiny.bin");
+    static const char *const informing[] = {"--help", "-h", "--version", "-V"};
+    for (int i = 0; i < 4; i++) {
+        Ran r = RUN(informing[i]);
+        CHECK(r.status == 0 && r.err.n == 0 && r.out.n > 5, "%s is printed to stdout: status %d", informing[i], r.status);
+        free_ran(&r);
+    }
+    test_refused_options(model);
+    test_output_file(model);
+    test_input(model);
+    test_generation(model);
+    Ran one = RUN(model, "-m", "logits", "-i", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", "-j", "1");
+    for (int i = 2; i < 4; i++) {
+        Ran r = RUN(model, "-m", "logits", "-i", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", "-j", i == 2 ? "2" : "3");
+        CHECK(one.out.n == 20 * 278 * 4 && r.out.n == one.out.n && !memcmp(r.out.p, one.out.p, r.out.n), "-m logits is the same with -j %d", i);
+        free_ran(&r);
+    }
+    free_ran(&one);
+    Ran r = RUN(model, "-m", "eval", "-i", "abc bad cab, a bad abc; 12 cabs", "-q");
+    double bits = 0;
+    CHECK(r.status == 0 && sscanf((char *)r.out.p, "bits_per_byte: %lf", &bits) == 1 && bits > 1 && bits < 20,
+          "-m eval gives bits per byte: %s%s", r.out.p, r.err.p);
+    free_ran(&r);
+    free(tiny.p);
+}
+
+// =================================================================================================
+// 9. Real models, where they are
+// =================================================================================================
+
+static const char sample_text[] =
+    "The sun is a star at the centre of the solar system. It is a hot ball of plasma, and it gives the Earth "
+    "its light and warmth. Without it there would be no plants, no animals and no people.";
+
+static void test_real_model(void) {
+    if (access("model.bin", R_OK)) { skip(8, "the real model: there is no model.bin here; make demo fetches it"); return; }
+    if (no_program()) return;
+    Ran r = RUN("model.bin", "-i", "The capital of France is", "-t", "0", "-n", "8", "-q");
+    CHECK(r.status == 0 && !strncmp((char *)r.out.p, "The capital of France is Paris.", 31), "the capital of France is Paris: %s%s", r.out.p, r.err.p);
+    free_ran(&r);
+    prints(RUN("model.bin", "-m", "check", "-q"), "ok\n", "the model passes its check");
+    uint64_t hashes[3];
+    static const char *const threads[] = {"1", "2", "3"};
+    for (int i = 0; i < 3; i++) {
+        r = RUN("model.bin", "-m", "logits", "-i", "504 3575 282 4649 314 7042 30 198 198 504", "-j", threads[i]);
+        hashes[i] = hash64(r.out.p, r.out.n);
+        CHECK(r.status == 0 && r.out.n == 10 * 49152 * 4 && hashes[i] == hashes[0], "its logits are the same with -j %s", threads[i]);
+        free_ran(&r);
+    }
+    double bits = 0;
+    r = RUN("model.bin", "-m", "eval", "-i", sample_text, "-q");
+    CHECK(r.status == 0 && sscanf((char *)r.out.p, "bits_per_byte: %lf", &bits) == 1 && bits > 0.4 && bits < 1.2,
+          "it predicts an English text in about 0.8 bits per byte: %s%s", r.out.p, r.err.p);
+    free_ran(&r);
+    How how = {.input = "Hello, world! It's 2026; we've 1234567 things."};
+    prints(RUN_AS(how, "model.bin", "-m", "tokenize", "-i", "-"),
+           "19556 28 905 17 657 506 216 34 32 34 38 43 392 3543 216 33 34 35 36 37 38 39 1495 30\n", "tokenize prints its ids");
+    r = RUN("model.bin", "-i", "The capital of France is", "-n", "12", "-s", "1", "--receipt", "-q");
+    Ran same = RUN("model.bin", "-i", "The capital of France is", "-n", "12", "-s", "1", "--receipt", "-q", "-j", "1");
+    CHECK(r.status == 0 && !strcmp((char *)r.out.p, (char *)same.out.p) && !strcmp((char *)r.err.p, (char *)same.err.p),
+          "it writes the same text with the same receipt again");
+    free_ran(&r), free_ran(&same);
+}
+
+static void test_stories(void) {
+    static const char *const at = "../shared/llama2c/";
+    if (access("../shared/llama2c/stories260K.bin", R_OK)) { skip(3, "llama2.c's texts: there is no ../shared/llama2c here"); return; }
+    if (no_program()) return;
+    struct { const char *file, *t, *p, *s, *n, *prompt; } texts[] = {
+        {"greedy-n200.txt", "0", "0.9", "1", "200", ""}, {"t1.0-p0.9-s42-n200.txt", "1.0", "0.9", "42", "200", ""},
+        {"t0.8-p1.0-s7-n120-one-day-tom.txt", "0.8", "1.0", "7", "120", "One day, Tom"}};
+    for (int i = 0; i < 3; i++) {
+        char path[100];
+        snprintf(path, sizeof path, "%s%s", at, texts[i].file);
+        Buffer expected = slurp(path);
+        prints(RUN("../shared/llama2c/stories260K.bin", "-z", "../shared/llama2c/tok512.bin", "-t", texts[i].t, "-p", texts[i].p,
+                   "-s", texts[i].s, "-n", texts[i].n, "-i", texts[i].prompt), (char *)expected.p, texts[i].file);
+        free(expected.p);
+    }
+}
+
+// Reads the numbers behind "name": [ in a JSON file.
+static int numbers_of(const Buffer *json, const char *name, int *out, int most) {
+    char key[40];
+    snprintf(key, sizeof key, "\"%s\": [", name);
+    const char *p = strstr((char *)json->p, key);
+    int n = 0;
+    for (p = p ? p + strlen(key) : ""; n < most && *p && *p != ']'; p += *p == ',') out[n++] = (int)strtol(p, (char **)(uintptr_t)&p, 10);
+    return n;
+}
+
+static void test_tiny_families(void) {
+    static const char *const names[] = {"tiny-llama", "tiny-llama3-rope", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3"};
+    const char *models = getenv("MODELS");
+    for (int i = 0; i < 6; i++) {
+        char path[400], from[200];
+        snprintf(path, sizeof path, "%.300s/%s-f32.bin", models ? models : "", names[i]);
+        snprintf(from, sizeof from, "../shared/reference/%s/expected_logits.npy", names[i]);
+        if (!models || access(path, R_OK) || access(from, R_OK)) {
+            skip(2, "%s: needs MODELS=folder with %s-f32.bin, and ../shared", names[i], names[i]);
+            continue;
+        }
+        Buffer npy = slurp(from);
+        snprintf(from, sizeof from, "../shared/reference/%s/expected.json", names[i]);
+        Buffer json = slurp(from);
+        int ids[96], greedy[32], n = numbers_of(&json, "ids", ids, 48), n_greedy = numbers_of(&json, "greedy", greedy, 32);
+        int wrong = 0, vocab;
+        Model m;
+        load_model(&m, path);
+        vocab = m.c.vocab_size;
+        const uint8_t *expected = npy.p + npy.n - (size_t)(n * vocab) * 4;
+        Cache kv;
+        new_cache(&kv, &m, 96, 0, 0);
+        Slot batch[96];
+        for (int j = 0; j < n; j++) batch[j] = (Slot){ids[j], j, 0, true};
+        const float *logits = forward(&m, &kv, batch, n);
+        double worst = npy.n > (size_t)(n * vocab) * 4 && n == 48 ? 0 : 1e9;
+        for (int j = 0; j < n * vocab && worst < 1e8; j++) {
+            float x;
+            memcpy(&x, expected + 4 * (size_t)j, 4);
+            worst = worse(worst, fabs((double)x - (double)logits[j]));
+        }
+        CHECK(worst < 1e-3, "%s: logits are those of the reference: off by %g", names[i], worst);
+        logits += (n - 1) * vocab;
+        for (int j = 0; j < n_greedy; j++) {
+            int next = argmax(logits, vocab);
+            wrong += next != greedy[j];
+            logits = forward(&m, &kv, &(Slot){next, n + j, 0, true}, 1);
+        }
+        CHECK(!wrong && n_greedy > 3, "%s: so are %d greedy tokens: %d differ", names[i], n_greedy, wrong);
+        free_cache(&kv), free_model(&m), free(npy.p), free(json.p);
+    }
+}
+
+static void test_models(void) {
+    test_real_model();
+    test_stories();
+    test_tiny_families();
+}
+
+// =================================================================================================
+// main
+// =================================================================================================
+
+static void too_long(int signal_number) {
+    static const char text[] = "test_all: FAILED: a group of tests takes too long\n";
+    (void)signal_number;
+    if (write(1, text, sizeof text - 1) < 0) {}
+    remove_folder();
+    _exit(1);
+}
+
+int main(int argc, char **argv) {
+    static const struct { const char *name; void (*test)(void); } groups[] = {
+        {"numbers", test_numbers}, {"quantize", test_quantize}, {"products", test_products},
+        {"attention", test_attention}, {"forward", test_forward}, {"sampler", test_sampler},
+        {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
+        {"models", test_models}};
+    strcpy(folder, "/tmp/test_all.XXXXXX");
+    if (!mkdtemp(folder)) perror(folder), exit(1);
+    signal(SIGALRM, too_long);
+    int ran = 0;
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
+        if (argc > 1 && !strstr(groups[i].name, argv[1])) continue;
+        int passed_before = passed, failed_before = failed, skipped_before = skipped;
+        double start = seconds();
+        group = groups[i].name;
+        random_state = i + 1;
+        alarm(300);
+        groups[i].test();
+        printf("%-13s %5d passed, %d failed, %d skipped  %5.1f s\n", group, passed - passed_before,
+               failed - failed_before, skipped - skipped_before, seconds() - start);
+        fflush(stdout);
+        ran++;
+    }
+    remove_folder();
+    if (!ran) CHECK(false, "there is a group called %s", argv[1]);
+    printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed, failed, skipped);
+    return failed > 0;
+}
