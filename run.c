@@ -457,6 +457,8 @@ static void load_v3(Model *m) {
     TENSOR(ROWS, check_norms, 1, c->n_layers + 1);
     TENSOR(ROWS, check_logits, 1, c->vocab_size);
     TENSOR(BYTES, check_cases, 1, 0);
+    if (next != c->n_tensors)
+        die("%s: damaged: its directory has %u tensors, not %zu", m->path, c->n_tensors, next);
 #undef TENSOR
 }
 
@@ -1598,6 +1600,7 @@ static size_t next_word(const Tokenizer *t, const char *s, size_t len) {
         return n;
     }
     n = run_of(t, s, len, SPACE, unlimited);
+    if (!n) return used;
     for (size_t i = n; i && !gpt2; i--) if (s[i - 1] == '\r' || s[i - 1] == '\n') return i;
     if (n == len) return n;
     size_t last = n - 1;  // all but the last space, which belongs to the next word
@@ -2494,6 +2497,12 @@ static void remove_unfinished(void) { if (unfinished_file) unlink(unfinished_fil
 static Output open_output(const char *path) {
     Output out = {.fd = 1, .path = path && strcmp(path, "-") ? path : NULL};
     if (!out.path) return out;
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode)) {  // a device or a pipe is written to as it is
+        out.fd = open(path, O_WRONLY);
+        if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
+        return out;
+    }
     size_t size = strlen(path) + 8;
     out.temporary = resize(NULL, size, 1);
     snprintf(out.temporary, size, "%s.XXXXXX", path);
@@ -2517,7 +2526,9 @@ static void close_output(Output *out) {
     write_output(out, out->held, out->n_held);
     out->n_held = 0;
     if (!out->path) return;
-    if (fsync(out->fd) | close(out->fd) || rename(out->temporary, out->path))
+    int failed = out->temporary ? fsync(out->fd) : 0;
+    failed |= close(out->fd);
+    if (failed || (out->temporary && rename(out->temporary, out->path)))
         die("cannot write %s: %s", out->path, strerror(errno));
     unfinished_file = NULL;
     free(out->temporary);

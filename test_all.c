@@ -24,7 +24,8 @@ static const char *group = "";
 
 // Counts one check. The sentence says what is true when it passes; values follow when it fails.
 #define CHECK(ok, ...) check_(ok, __LINE__, __VA_ARGS__)
-static __attribute__((format(printf, 3, 4))) bool check_(bool ok, int line, const char *format, ...) {
+static __attribute__((format(printf, 3, 4))) bool check_(bool ok, int line, const char *format,
+                                                         ...) {
     if (ok) return passed++, true;
     va_list args;
     va_start(args, format);
@@ -210,8 +211,9 @@ static void free_tensor(Tensor *t) {
 // A random matrix whose products with numbers of size 1 have about that size.
 static Tensor matrix(int dtype, int rows, int cols) {
     size_t nb = (size_t)(cols + 31) / 32, panels = (size_t)(rows + 15) / 16, wide = (size_t)cols;
-    size_t scales = dtype == Q4A ? nb * 64 : (nb * 32 + 63) / 64 * 64, block = dtype == Q8 ? 512 : 256;
-    size_t panel = dtype == F32 ? wide * 64 : dtype == BF16 ? (wide + 1) / 2 * 64 : scales + nb * block;
+    size_t scales = dtype == Q4A ? nb * 64 : (nb * 32 + 63) / 64 * 64;
+    size_t block = dtype == Q8 ? 512 : 256, panel = scales + nb * block;
+    if (dtype <= BF16) panel = dtype == BF16 ? (wide + 1) / 2 * 64 : wide * 64;
     Tensor t = {dtype, rows, cols, get((size_t)rows * wide, 4), NULL,
                 dtype == ROWS ? (size_t)rows * wide * 4 : panels * panel};
     t.bytes = get(t.n, 1);
@@ -246,7 +248,9 @@ static Tensor matrix(int dtype, int rows, int cols) {
             uint8_t *quants = p + scales + (size_t)b * block;
             if (dtype == Q8) quants[(i / 4 * 16 + R) * 4 + i % 4] = (uint8_t)q;
             else quants[(i % 16 / 4 * 16 + R) * 4 + i % 4] |= (uint8_t)(i < 16 ? q : q << 4);
-            *value = (float)(dtype == Q4 ? scale * (q - 8) : dtype == Q8 ? scale * q : scale * q + minimum);
+            if (dtype == Q8) *value = (float)(scale * q);
+            if (dtype == Q4) *value = (float)(scale * (q - 8));
+            if (dtype == Q4A) *value = (float)(scale * q + minimum);
         }
     return t;
 }
@@ -276,14 +280,16 @@ static Made make_weights(const Shape *s) {
     int qd = s->heads * s->head_dim, kvd = s->kv_heads * s->head_dim, half = s->head_dim / 2;
     for (int t = 0; t < 2; t++) {
         m.rope[t] = vector(half, 0, 0);
-        for (int i = 0; i < half; i++) m.rope[t].values[i] = (float)pow(t ? 100 : 10000, -(double)i / half);
+        for (int i = 0; i < half; i++)
+            m.rope[t].values[i] = (float)pow(t ? 100 : 10000, -(double)i / half);
         memcpy(m.rope[t].bytes, m.rope[t].values, m.rope[t].n);
     }
     m.embedding = matrix(s->embedding, s->vocab, s->dim);
     for (int l = 0; l < s->layers; l++) {
         Tensor *t = m.layer[l];
         int norms[] = {ATTN_NORM, FFN_NORM, POST_ATTN, POST_FFN};
-        for (int i = 0; i < (s->flags & SANDWICH_NORM ? 4 : 2); i++) t[norms[i]] = vector(s->dim, 1, 0.1);
+        for (int i = 0; i < (s->flags & SANDWICH_NORM ? 4 : 2); i++)
+            t[norms[i]] = vector(s->dim, 1, 0.1);
         t[WQ] = matrix(s->dtype, qd, s->dim);
         t[WK] = matrix(s->dtype, kvd, s->dim);
         t[WV] = matrix(s->dtype, kvd, s->dim);
@@ -409,7 +415,8 @@ static void times(double *y, const Tensor *w, const double *input) {
     if (w->dtype >= Q8) round_activations(x, w->cols);
     for (int r = 0; r < w->rows; r++) {
         y[r] = 0;
-        for (int c = 0; c < w->cols; c++) y[r] += (double)w->values[(size_t)r * (size_t)w->cols + (size_t)c] * x[c];
+        for (int c = 0; c < w->cols; c++)
+            y[r] += (double)w->values[(size_t)r * (size_t)w->cols + (size_t)c] * x[c];
     }
     free(x);
 }
@@ -436,13 +443,15 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
     const Shape *s = &m->s;
     int hd = s->head_dim, qd = s->heads * hd, kvd = s->kv_heads * hd, dim = s->dim;
     int width = dim + qd + kvd + s->hidden;
-    double *keys = get((size_t)(s->layers * n * kvd), 8), *values = get((size_t)(s->layers * n * kvd), 8);
+    double *keys = get((size_t)(s->layers * n * kvd), 8),
+           *values = get((size_t)(s->layers * n * kvd), 8);
     double *x = get((size_t)dim, 8), *xb = get((size_t)width, 8), *q = get((size_t)width, 8);
     double *out = get((size_t)width, 8), *up = get((size_t)width, 8), *p = get((size_t)n, 8);
     bool halves = s->embedding != F32 && s->embedding != ROWS;
     for (int pos = 0; pos < n; pos++) {
         for (int i = 0; i < dim; i++)
-            x[i] = (double)m->embedding.values[(size_t)ids[pos] * (size_t)dim + (size_t)i] * (double)s->embed_scale;
+            x[i] = (double)m->embedding.values[(size_t)ids[pos] * (size_t)dim + (size_t)i] *
+                   (double)s->embed_scale;
         for (int l = 0; l <= s->layers; l++) {
             double sum = 0;
             for (int i = 0; i < dim; i++) sum += x[i] * x[i];
@@ -451,7 +460,8 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
             const Tensor *t = m->layer[l];
             bool local = s->window && s->local >> l & 1;
             const Tensor *freqs = &m->rope[local && s->flags & LOCAL_ROPE];
-            double *k = keys + (size_t)((l * n + pos) * kvd), *v = values + (size_t)((l * n + pos) * kvd);
+            double *k = keys + (size_t)((l * n + pos) * kvd),
+                   *v = values + (size_t)((l * n + pos) * kvd);
             norm(xb, x, &t[ATTN_NORM], (double)m->eps);
             times(q, &t[WQ], xb), times(k, &t[WK], xb), times(v, &t[WV], xb);
             plus_bias(q, &t[BQ]), plus_bias(k, &t[BK]), plus_bias(v, &t[BV]);
@@ -469,7 +479,8 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
                 first = first < 0 ? 0 : first;
                 for (int j = first; j <= pos; j++) {
                     double score = 0;
-                    for (int d = 0; d < hd; d++) score += q[h * hd + d] * keys[(l * n + j) * kvd + at + d];
+                    for (int d = 0; d < hd; d++)
+                        score += q[h * hd + d] * keys[(l * n + j) * kvd + at + d];
                     total += p[j] = exp(score * (double)m->attn_scale);
                 }
                 for (int d = 0; d < hd; d++) {
@@ -492,7 +503,8 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
             plus(x, xb, dim);
         }
         norm(xb, x, &m->final_norm, (double)m->eps);
-        times(logits + (size_t)pos * (size_t)s->vocab, m->classifier.bytes ? &m->classifier : &m->embedding, xb);
+        times(logits + (size_t)pos * (size_t)s->vocab,
+              m->classifier.bytes ? &m->classifier : &m->embedding, xb);
     }
     double *all[] = {keys, values, x, xb, q, out, up, p};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
@@ -507,7 +519,8 @@ static void certify(Made *m) {
     free_tensor(&m->check_ids);
     m->check_ids = bytes_tensor(&(Buffer){(uint8_t *)ids, sizeof ids, 0});
     for (int l = 0; l <= m->s.layers; l++) m->check_norms.values[l] = (float)norms[l];
-    for (int i = 0; i < m->s.vocab; i++) m->check_logits.values[i] = (float)logits[(n - 1) * m->s.vocab + i];
+    for (int i = 0; i < m->s.vocab; i++)
+        m->check_logits.values[i] = (float)logits[(n - 1) * m->s.vocab + i];
     memcpy(m->check_norms.bytes, m->check_norms.values, m->check_norms.n);
     memcpy(m->check_logits.bytes, m->check_logits.values, m->check_logits.n);
     free(logits);
@@ -520,7 +533,8 @@ static Shape family(int which, int dtype) {
         {"llama", 0, 0, 0, 64, 96, 2, 4, 2, 16, 77, 700, 0, 0, 0, 1},
         {"qwen2", 0, 0, TIED_EMBEDDING | QKV_BIAS, 37, 51, 2, 3, 1, 12, 77, 700, 0, 0, 0, 1},
         {"qwen3", 0, 0, QK_NORM, 40, 70, 2, 5, 1, 24, 83, 700, 0, 9, 1, 1},
-        {"gemma", 0, 0, TIED_EMBEDDING | QK_NORM | SANDWICH_NORM | LOCAL_ROPE, 36, 50, 3, 4, 4, 12, 77,
+        {"gemma", 0, 0, TIED_EMBEDDING | QK_NORM | SANDWICH_NORM | LOCAL_ROPE, 36, 50, 3, 4, 4, 12,
+         77,
          700, 1, 21, 5, 6},
     };
     Shape s = shapes[which];
@@ -560,7 +574,8 @@ static void test_numbers(void) {
         double expected = half_value(h), x = (double)half_to_float((uint16_t)h);
         bool same = isnan(expected) ? isnan(x) : x == expected && signbit(x) == signbit(expected);
         if (!same && !wrong++) printf("  half %04x is %g, not %g\n", h, x, expected);
-        if ((h & 0x7c00) != 0x7c00 && float_to_half((float)x) != h && !back++) printf("  half %04x\n", h);
+        if ((h & 0x7c00) != 0x7c00 && float_to_half((float)x) != h && !back++)
+            printf("  half %04x\n", h);
     }
     CHECK(!wrong, "every half becomes the float it stands for: %d do not", wrong);
     CHECK(!back, "every finite half survives the way to float and back: %d do not", back);
@@ -577,17 +592,20 @@ static void test_numbers(void) {
         wrong += !isnan(x) && float_to_half(x) != nearest_half((double)x);
     }
     CHECK(!wrong, "floats become the nearest half, of two the even one: %d do not", wrong);
-    CHECK(float_to_half(1e6f) == 0x7bff && float_to_half(-1e6f) == 0xfbff && float_to_half(65520) == 0x7bff &&
-          float_to_half(INFINITY) == 0x7bff && float_to_half(-INFINITY) == 0xfbff,
+    CHECK(float_to_half(1e6f) == 0x7bff && float_to_half(-1e6f) == 0xfbff &&
+              float_to_half(65520) == 0x7bff && float_to_half(INFINITY) == 0x7bff &&
+              float_to_half(-INFINITY) == 0xfbff,
           "halves saturate at 65504");
-    CHECK(float_to_half(0x1p-25f) == 0 && float_to_half(0x1.8p-25f) == 1 && float_to_half(-0.0f) == 0x8000,
+    CHECK(float_to_half(0x1p-25f) == 0 && float_to_half(0x1.8p-25f) == 1 &&
+              float_to_half(-0.0f) == 0x8000,
           "the smallest halves round to even, and zero keeps its sign");
 
     double worst = 0, worst_log = 0, worst_double = 0, worst_angle = 0;
     for (int i = 0; i < 200000; i++) {
         float x = (float)(uniform() * 174 - 87);
         worst = worse(worst, fabs((double)exp_(x) / exp((double)x) - 1));
-        double y = (uniform() * 2 - 1) * (i % 2 ? 700 : 20), z = ldexp(1 + uniform(), below(120) - 60);
+        double y = (uniform() * 2 - 1) * (i % 2 ? 700 : 20),
+               z = ldexp(1 + uniform(), below(120) - 60);
         double off = fabs(exp_double(y) / exp(y) - 1);
         worst_double = worse(worst_double, i % 2 ? off / 1000 : off);
         worst_log = worse(worst_log, fabs(log_(z) - log(z)) / worse(1, fabs(log(z))));
@@ -597,18 +615,21 @@ static void test_numbers(void) {
         worst_angle = worse(worst_angle, fabs((double)sine - sin((double)angle)));
     }
     CHECK(worst < 2e-7, "exp_ is within 2e-7 of e^x: %g", worst);
-    CHECK(worst_double < 1e-12, "exp_double is within 1e-12 of e^x up to 20, 1e-9 up to 700: %g", worst_double);
+    CHECK(worst_double < 1e-12, "exp_double is within 1e-12 of e^x up to 20, 1e-9 up to 700: %g",
+          worst_double);
     CHECK(worst_log < 1e-15, "log_ is within 1e-15 of ln x: %g", worst_log);
     CHECK(worst_angle < 6e-8, "cos_sin is within 6e-8 up to 2^24: %g", worst_angle);
     CHECK(exp_(0) == 1 && exp_(-1e30f) < 2e-38f && exp_(-INFINITY) >= 0 && isfinite(exp_(1e30f)),
           "exp_ has sane values at its ends");
 
     uint8_t all[256] = {0};
-    struct { const char *text; size_t n; uint64_t hash; } hashes[] = {  // computed by another program
+    // computed by another program
+    struct { const char *text; size_t n; uint64_t hash; } hashes[] = {
         {"", 0, 0}, {"a", 1, 0xa5efbf958775a396u}, {"language", 8, 0x68c6e8296a4260ddu},
         {"A language model is two files.", 30, 0x65b07df08b7e5ff1u}};
     for (int i = 0; i < 4; i++)
-        CHECK(hash64(hashes[i].text, hashes[i].n) == hashes[i].hash, "hash64 of \"%s\"", hashes[i].text);
+        CHECK(hash64(hashes[i].text, hashes[i].n) == hashes[i].hash, "hash64 of \"%s\"",
+              hashes[i].text);
     CHECK(hash64(all, 100) == 0xb93881ec5025d697u, "hash64 of 100 zeros");
     for (int i = 0; i < 256; i++) all[i] = (uint8_t)i;
     CHECK(hash64(all, 256) == 0xfb32f48b11c21080u, "hash64 of the bytes 0 to 255");
@@ -624,8 +645,9 @@ static void test_numbers(void) {
         for (int i = 0; i < n; i++) x[i] = (float)(4 * spread()), w[i] = (float)spread();
         for (int i = 0; i < n; i++) squares += (double)x[i] * (double)x[i];
         rmsnorm(y, x, w, n, 1e-5f);
+        double size = sqrt(squares / n + 1e-5);
         for (int i = 0; i < n; i++)
-            worst_norm = worse(worst_norm, fabs((double)y[i] - (double)x[i] * (double)w[i] / sqrt(squares / n + 1e-5)));
+            worst_norm = worse(worst_norm, fabs((double)y[i] - (double)(w[i] * x[i]) / size));
         int first = below(n);
         for (int i = first; i < n; i++) most = worse(most, (double)x[i]);
         for (int i = first; i < n; i++) sum += exp((double)x[i] - most);
@@ -636,8 +658,10 @@ static void test_numbers(void) {
         worst_soft = worse(worst_soft, memcmp(x, y, (size_t)first * 4) ? 1 : 0);
     }
     CHECK(worst_sum < 1e-5, "tree_sum adds up all 16: off by %g", worst_sum);
-    CHECK(worst_norm < 1e-5, "rmsnorm divides by the root of the mean square: off by %g", worst_norm);
-    CHECK(worst_soft < 1e-6, "softmax gives e^x / sum of e^x, and only from first on: off by %g", worst_soft);
+    CHECK(worst_norm < 1e-5, "rmsnorm divides by the root of the mean square: off by %g",
+          worst_norm);
+    CHECK(worst_soft < 1e-6, "softmax gives e^x / sum of e^x, and only from first on: off by %g",
+          worst_soft);
     rmsnorm(x, x, w, 700, 1e-5f);
     CHECK(bits_of(tree_sum((float[16]){1e8f, 1, 0, 0, 0, 0, 0, 0, -1e8f, 1})) == bits_of(2),
           "tree_sum adds element i and i + 8 first");
@@ -650,7 +674,8 @@ static void test_numbers(void) {
 // A cache lends its scratch for quantized activations of up to `tokens` tokens of width cols.
 static Quantized *new_quantized(Cache *kv, int tokens, int cols) {
     static Model m;
-    m = (Model){.c = {.dim = cols, .hidden_dim = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .n_layers = 1}};
+    m = (Model){.c = {.dim = cols, .hidden_dim = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2,
+                      .n_layers = 1}};
     new_cache(kv, &m, 1, 0, 0);
     State *s = get_state(kv, tokens);
     s->xq.n_blocks = (cols + 31) / 32;
@@ -718,11 +743,13 @@ static void test_product(int dtype, int rows, int cols) {
     Matrix w = {dtype, rows, cols, t.bytes};
     int wrong = 0, differ = 0, panels = (rows + 15) / 16, stride = rows + 3, wide = padded(cols);
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c++) wrong += weight(&w, r, c) != t.values[(size_t)r * (size_t)cols + (size_t)c];
+        for (int c = 0; c < cols; c++)
+            wrong += weight(&w, r, c) != t.values[(size_t)r * (size_t)cols + (size_t)c];
     CHECK(!wrong, "weight() reads %s %d x %d: %d are wrong", formats[dtype], rows, cols, wrong);
     Cache kv;
     Quantized *xq = new_quantized(&kv, MOST, cols);
-    float *x = get((size_t)(MOST * wide), 4), *y = get((size_t)(MOST * stride), 4), *fast = get((size_t)(MOST * stride), 4);
+    float *x = get((size_t)(MOST * wide), 4), *y = get((size_t)(MOST * stride), 4),
+          *fast = get((size_t)(MOST * stride), 4);
     double *in = get((size_t)wide, 8), *out = get((size_t)rows, 8), worst = 0;
     for (int i = 0; i < MOST; i++)
         for (int c = 0; c < cols; c++) x[i * wide + c] = (float)(spread() * (i == 4 ? 1e-20 : 1));
@@ -738,14 +765,16 @@ static void test_product(int dtype, int rows, int cols) {
     }
     for (int i = 0; i < MOST; i++) {
         double size = 0;
-        for (int c = 0; c < cols; c++) in[c] = (double)x[i * wide + c], size = worse(size, fabs(in[c]));
+        for (int c = 0; c < cols; c++)
+            in[c] = (double)x[i * wide + c], size = worse(size, fabs(in[c]));
         times(out, &t, in);
-        for (int r = 0; r < rows; r++) worst = worse(worst, fabs((double)y[i * stride + r] - out[r]) / size);
+        for (int r = 0; r < rows; r++)
+            worst = worse(worst, fabs((double)y[i * stride + r] - out[r]) / size);
     }
-    CHECK(worst < (dtype >= Q8 ? 2e-5 : 1e-5), "%s %d x %d times x is right: off by %g", formats[dtype],
-          rows, cols, worst);
-    CHECK(!differ, "%s %d x %d: the fast product has the plain one's bits: %d differ", formats[dtype],
-          rows, cols, differ);
+    CHECK(worst < (dtype >= Q8 ? 2e-5 : 1e-5), "%s %d x %d times x is right: off by %g",
+          formats[dtype], rows, cols, worst);
+    CHECK(!differ, "%s %d x %d: the fast product has the plain one's bits: %d differ",
+          formats[dtype], rows, cols, differ);
     free_cache(&kv);
     free_tensor(&t);
     free(x), free(y), free(fast), free(in), free(out);
@@ -766,14 +795,15 @@ static void test_products(void) {
 typedef struct { int head_dim, group, kv_heads, window; bool wide; int branch_at; } AttentionCase;
 static const char *describe(const AttentionCase *a) {
     static char text[120];
-    snprintf(text, sizeof text, "head size %d, %d queries a head, window %d, %s, branch at %d", a->head_dim,
-             a->group, a->window, a->wide ? "float" : "half", a->branch_at);
+    snprintf(text, sizeof text, "head size %d, %d queries a head, window %d, %s, branch at %d",
+             a->head_dim, a->group, a->window, a->wide ? "float" : "half", a->branch_at);
     return text;
 }
 
 // A number of the key (what = 0) or value (1) at a sequence's position: a function of its place.
 static float stored(bool wide, int seq, int from, int pos, int head, int d, int what) {
-    uint64_t place = (uint64_t)(((seq && pos >= from ? seq : 0) * 1024 + pos) * 8 + head) * 512 + (uint64_t)(d * 2 + what);
+    uint64_t place = (uint64_t)(((seq && pos >= from ? seq : 0) * 1024 + pos) * 8 + head) * 512 +
+                     (uint64_t)(d * 2 + what);
     uint64_t keep = random_state;
     random_state = place * 77;
     double x = spread();
@@ -789,8 +819,9 @@ static void put_number(const Cache *kv, uint8_t *p, size_t at, float x) {
 
 static void test_attention_case(const AttentionCase *a) {
     enum { CONTEXT = 640, EXTRA = 60 };
-    Model m = {.c = {.n_heads = a->group * a->kv_heads, .n_kv_heads = a->kv_heads, .head_dim = a->head_dim,
-                     .n_layers = 1, .sliding_window = a->window, .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1,
+    Model m = {.c = {.n_heads = a->group * a->kv_heads, .n_kv_heads = a->kv_heads,
+                     .head_dim = a->head_dim, .n_layers = 1, .sliding_window = a->window,
+                     .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1,
                      .local_layers = {1}},
                .token_embedding = {.dtype = a->wide ? F32 : BF16}};
     const Config *c = &m.c;
@@ -805,15 +836,18 @@ static void test_attention_case(const AttentionCase *a) {
                     uint8_t *chunk = cache_chunk(&kv, seq, pos, 0, h, &at);
                     size_t k = key_at(&kv, at) + (size_t)d * 16, v = value_at(&kv, at) + (size_t)d;
                     put_number(&kv, chunk, k, stored(a->wide, seq, kv.from[seq], pos, h, d, 0));
-                    put_number(&kv, chunk + kv.k_bytes, v, stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
+                    put_number(&kv, chunk + kv.k_bytes, v,
+                               stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
                 }
     // Runs of positions of all three sequences; those of the branches start where these do.
-    int starts[][3] = {{0, 0, 9}, {0, 14, 4}, {0, 250, 13}, {0, 509, 5}, {0, 623, 1}, {1, kv.from[1], 20},
-                       {1, kv.from[1] + 41, 3}, {2, kv.from[2], 1}, {2, kv.from[2] + 16, 2}};
+    int starts[][3] = {
+        {0, 0, 9}, {0, 14, 4}, {0, 250, 13}, {0, 509, 5}, {0, 623, 1}, {1, kv.from[1], 20},
+        {1, kv.from[1] + 41, 3}, {2, kv.from[2], 1}, {2, kv.from[2] + 16, 2}};
     Slot batch[MAX_BATCH];
     int n = 0, hd = a->head_dim, q_dim = c->n_heads * hd;
     for (int i = 0; i < 9; i++)
-        for (int j = 0; j < starts[i][2]; j++) batch[n++] = (Slot){0, starts[i][1] + j, starts[i][0], true};
+        for (int j = 0; j < starts[i][2]; j++)
+            batch[n++] = (Slot){0, starts[i][1] + j, starts[i][0], true};
     State *s = get_state(&kv, n);
     for (int i = 0; i < n; i++)
         for (int j = 0; j < q_dim; j++) row_of(s->q, i, q_dim)[j] = (float)spread();
@@ -835,12 +869,14 @@ static void test_attention_case(const AttentionCase *a) {
         for (int d = 0; d < hd; d++) {
             double expected = 0;
             for (int t = first; t <= pos; t++)
-                expected += p[t] / total * (double)stored(a->wide, seq, from, t, h / a->group, d, 1);
+                expected +=
+                    p[t] / total * (double)stored(a->wide, seq, from, t, h / a->group, d, 1);
             worst = worse(worst, fabs(expected - (double)out[d]));
         }
     }
     free(p);
-    CHECK(worst < 2e-5, "attention is the average of values by softmax(q k): off by %g (%s)", worst, describe(a));
+    CHECK(worst < 2e-5, "attention is the average of values by softmax(q k): off by %g (%s)", worst,
+          describe(a));
 
     size_t size = (size_t)n * (size_t)padded(q_dim) * sizeof(float);
     float *plain = get(size, 1);
@@ -856,7 +892,8 @@ static void test_attention_case(const AttentionCase *a) {
             kv.plain = false;
             if (pieces == 0) attention(&f);
             int differ = 0;
-            for (int i = 0, some; i < n && pieces; i += some) {  // at the front of the arrays, as forward does
+            // at the front of the arrays, as forward does
+            for (int i = 0, some; i < n && pieces; i += some) {
                 some = pieces == 1 ? 1 : 1 + below(9);
                 some = some < n - i ? some : n - i;
                 State part = *s;
@@ -866,8 +903,10 @@ static void test_attention_case(const AttentionCase *a) {
                 s->scores = part.scores, s->scores_capacity = part.scores_capacity;
             }
             for (int i = 0; i < n; i++)
-                differ += memcmp(row_of(plain, i, q_dim), row_of(s->att_out, i, q_dim), (size_t)q_dim * 4) != 0;
-            CHECK(!differ, "fast attention has the plain one's bits: %d of %d slots differ (%s, %d threads)",
+                differ += memcmp(row_of(plain, i, q_dim), row_of(s->att_out, i, q_dim),
+                                 (size_t)q_dim * 4) != 0;
+            CHECK(!differ,
+                  "fast attention has the plain one's bits: %d of %d slots differ (%s, %d threads)",
                   differ, n, describe(a), threads);
         }
     set_threads(1);
@@ -882,7 +921,8 @@ static void test_attention(void) {
     static const int windows[] = {0, 1, 7, 300, 16, 0, 257, 0, 100};
     for (int i = 0; i < 9; i++)
         for (int wide = 0; wide < 2; wide++) {
-            AttentionCase a = {sizes[i], groups[(i + wide) % 9], 1 + i % 2, windows[(i + 4 * wide) % 9], wide, places[i]};
+            AttentionCase a = {sizes[i], groups[(i + wide) % 9], 1 + i % 2,
+                               windows[(i + 4 * wide) % 9], wide, places[i]};
             test_attention_case(&a);
         }
 }
@@ -909,14 +949,15 @@ static void test_against_reference(const Made *made, const Model *m) {
     const float *logits = forward(m, &kv, batch, N);
     for (int i = 0; i < N * vocab; i++) {
         double error = fabs((double)logits[i] - expected[i]);
-        worst = worse(worst, error), mean += error / (N * vocab), square += expected[i] * expected[i] / (N * vocab);
+        worst = worse(worst, error), mean += error / (N * vocab),
+        square += expected[i] * expected[i] / (N * vocab);
     }
     // A quantized activation may fall to the other side of a rounding step: rare, small, not zero.
     bool quantized = made->s.dtype >= Q8;
     bool exact = made->s.embedding == F32 || made->s.embedding == ROWS;  // and the cache is float32
     double tolerance = quantized ? 0.15 : exact ? 2e-4 : 2e-2;
     CHECK(worst < tolerance && mean < (exact ? 2e-3 : 2e-2) && (quantized || mean < 1e-3),
-          "%s %s computes what the second transformer does: off by %g at most, %g on average (size %g)",
+          "%s %s computes what the second transformer does: off by %g, on average %g (size %g)",
           made->s.name, formats[made->s.dtype], worst, mean, sqrt(square));
     free_cache(&kv);
     free(expected);
@@ -926,7 +967,8 @@ static void test_against_reference(const Made *made, const Model *m) {
 // The logits of every position do not depend on how the work is cut and dealt out.
 static void test_same_bytes(const Made *made, const Model *m) {
     enum { N = 300 };
-    int vocab = m->c.vocab_size, *ids = random_ids(N, vocab), *others = random_ids(2 * N, vocab), wrong = 0;
+    int vocab = m->c.vocab_size, *ids = random_ids(N, vocab), *others = random_ids(2 * N, vocab),
+        wrong = 0;
     size_t row = (size_t)vocab * sizeof(float);
     float *expected = get(N, row);
     Cache kv;
@@ -949,7 +991,8 @@ static void test_same_bytes(const Made *made, const Model *m) {
                 for (; run-- && n < most && at[seq] < N; at[seq]++) {
                     bool want = below(3) > 0;
                     if (want) positions[wanted++] = seq ? -1 : at[0];
-                    batch[n++] = (Slot){seq ? others[(seq - 1) * N + at[seq]] : ids[at[0]], at[seq], seq, want};
+                    batch[n++] = (Slot){seq ? others[(seq - 1) * N + at[seq]] : ids[at[0]], at[seq],
+                                        seq, want};
                 }
             }
             const float *logits = forward(m, &kv, batch, n);
@@ -958,8 +1001,9 @@ static void test_same_bytes(const Made *made, const Model *m) {
                     wrong += memcmp(logits + i * vocab, expected + positions[i] * vocab, row) != 0;
         }
         free_cache(&kv);
-        CHECK(!wrong, "%s %s: the same logits however the batch is cut, %s, %d threads: %d differ", made->s.name,
-              formats[made->s.dtype], kv.plain ? "plain" : "fast", round % 2 ? 3 : 1, wrong);
+        CHECK(!wrong, "%s %s: the same logits however the batch is cut, %s, %d threads: %d differ",
+              made->s.name, formats[made->s.dtype], kv.plain ? "plain" : "fast", round % 2 ? 3 : 1,
+              wrong);
     }
     set_threads(1);
     free(expected), free(ids), free(others);
@@ -968,7 +1012,8 @@ static void test_same_bytes(const Made *made, const Model *m) {
 // A branch of a cache is a sequence of its own that shares the trunk's beginning.
 static void test_branches(const Made *made, const Model *m, int place) {
     enum { EXTRA = 34, MOST = 300 };
-    int vocab = m->c.vocab_size, *trunk = random_ids(MOST, vocab), *own = random_ids(3 * EXTRA, vocab), wrong = 0;
+    int vocab = m->c.vocab_size, *trunk = random_ids(MOST, vocab),
+        *own = random_ids(3 * EXTRA, vocab), wrong = 0;
     size_t row = (size_t)vocab * sizeof(float);
     float *expected[3];
     Slot batch[MOST];
@@ -991,10 +1036,12 @@ static void test_branches(const Made *made, const Model *m, int place) {
         some = 1 + below(12);
         some = some < EXTRA - i ? some : EXTRA - i;
         for (int s = 0; s < 3; s++)
-            for (int j = i; j < i + some; j++) batch[n++] = (Slot){own[s * EXTRA + j], place + j, s, true};
+            for (int j = i; j < i + some; j++)
+                batch[n++] = (Slot){own[s * EXTRA + j], place + j, s, true};
         const float *logits = forward(m, &kv, batch, n);
         for (int s = 0; s < 3; s++)
-            wrong += memcmp(logits + s * some * vocab, expected[s] + i * vocab, (size_t)some * row) != 0;
+            wrong +=
+                memcmp(logits + s * some * vocab, expected[s] + i * vocab, (size_t)some * row) != 0;
     }
     CHECK(!wrong, "%s %s: branches at %d compute what sequences of their own do: %d parts differ",
           made->s.name, formats[made->s.dtype], place, wrong);
@@ -1013,7 +1060,8 @@ static void test_forward(void) {
             Made made = make_weights(&s);
             Model m = open_made(&made, "forward.bin");
             test_against_reference(&made, &m);
-            if (which == LLAMA || which == GEMMA || dtype == F32 + which) test_same_bytes(&made, &m);
+            if (which == LLAMA || which == GEMMA || dtype == F32 + which)
+                test_same_bytes(&made, &m);
             for (int i = 0; i < 9; i++)
                 if ((i + which * 5 + dtype) % 4 == 0 || (which == GEMMA && dtype <= BF16))
                     test_branches(&made, &m, places[i]);
@@ -1047,7 +1095,8 @@ static void test_forward(void) {
 // at which the running sum of probabilities exceeds the coin; with it, the same over the likeliest
 // tokens, the fewest whose sum exceeds top_p, with the coin scaled to that sum. *margin: how near
 // the decision was.
-static int draw(const double *p, int n, double top_p, int top_k, double min_p, double coin, double *margin) {
+static int draw(const double *p, int n, double top_p, int top_k, double min_p, double coin,
+                double *margin) {
     int order[400], used = n;
     bool nucleus = top_p > 0 && top_p < 1, sorted = nucleus || top_k || min_p > 0;
     for (int i = 0; i < n; i++) {
@@ -1077,7 +1126,8 @@ static int draw(const double *p, int n, double top_p, int top_k, double min_p, d
 }
 
 static Sampler sampler_for(int n, double temperature, double top_p, uint64_t seed) {
-    Sampler s = {.temperature = (float)temperature, .top_p = (float)top_p, .repeat_penalty = 1, .rng = seed,
+    Sampler s = {.temperature = (float)temperature, .top_p = (float)top_p, .repeat_penalty = 1,
+                 .rng = seed,
                  .vocab_size = n};
     s.p = get((size_t)n, sizeof *s.p);
     s.candidates = get((size_t)n, sizeof *s.candidates);
@@ -1103,14 +1153,17 @@ static void test_draws(double temperature, double top_p, int top_k, double min_p
             for (int j = 0; j < N; j++) p[j] /= sum;
             state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
             double coin = (double)(uint32_t)(state * 0x2545F4914F6CDD1Du >> 32 >> 8) / 16777216;
-            int expected = draw(p, N, top_p, top_k, min_p, coin, &margin), got = sample(&s, logits, NULL, 0);
+            int expected = draw(p, N, top_p, top_k, min_p, coin, &margin),
+                got = sample(&s, logits, NULL, 0);
             if (margin < 2e-6) close++;
             else wrong += got != expected;
         }
         free_sampler(&s);
     }
-    CHECK(!wrong && close < DRAWS / 4, "draws at temperature %g, top-p %g, top-k %d, min-p %g are llama2.c's: "
-          "%d of %d are not", temperature, top_p, top_k, min_p, wrong, 3 * DRAWS);
+    CHECK(!wrong && close < DRAWS / 4,
+          "draws at temperature %g, top-p %g, top-k %d, min-p %g are llama2.c's: "
+          "%d of %d are not",
+          temperature, top_p, top_k, min_p, wrong, 3 * DRAWS);
 }
 
 static void test_sampler(void) {
@@ -1118,13 +1171,15 @@ static void test_sampler(void) {
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 6; j++) test_draws(temperatures[i], top_ps[j], 0, 0);
     for (int k = 1; k < 40; k += 6) test_draws(1, k % 4 ? 0.95 : 1, k, 0);
-    test_draws(1, 1, 0, 0.05), test_draws(0.7, 0.9, 0, 0.2), test_draws(1.5, 0.9, 20, 0.01), test_draws(1, 0, 0, 1);
+    test_draws(1, 1, 0, 0.05), test_draws(0.7, 0.9, 0, 0.2), test_draws(1.5, 0.9, 20, 0.01),
+        test_draws(1, 0, 0, 1);
 
     float logits[100] = {0};
     Sampler s = sampler_for(100, 0, 0.9, 7);
     uint64_t before = s.rng;
     logits[40] = logits[41] = logits[99] = 2;
-    CHECK(sample(&s, logits, NULL, 0) == 40 && s.rng == before, "temperature 0 takes the likeliest, of ties the lowest");
+    CHECK(sample(&s, logits, NULL, 0) == 40 && s.rng == before,
+          "temperature 0 takes the likeliest, of ties the lowest");
     s.temperature = 1e-10f;
     int others = 0, worst = 0;
     logits[41] = logits[99] = 1.999f;
@@ -1133,7 +1188,8 @@ static void test_sampler(void) {
     s.temperature = 1e10f, s.top_p = 1;
     int counts[100] = {0};
     for (int i = 0; i < 10000; i++) counts[sample(&s, logits, NULL, 0)]++;
-    for (int i = 0; i < 100; i++) worst = abs(counts[i] - 100) > worst ? abs(counts[i] - 100) : worst;
+    for (int i = 0; i < 100; i++)
+        worst = abs(counts[i] - 100) > worst ? abs(counts[i] - 100) : worst;
     CHECK(worst < 50, "temperature 1e10 draws all tokens alike: one is off by %d of 100", worst);
 
     for (int i = 0; i < 100; i++) logits[i] = 0.5f;
@@ -1169,7 +1225,8 @@ static void test_sampler(void) {
         for (int i = 0; i < N; i++) logits[i] = (float)(1.2 * spread());
         for (int i = 0; i < N; i++) sum += p[i] = exp((double)logits[i] / 0.7);
         for (int i = 0; i < DRAWS; i++) count[sample(&s, logits, NULL, 0)]++;
-        for (int i = 0; i < N; i++) chi += pow(count[i] - DRAWS * p[i] / sum, 2) / (DRAWS * p[i] / sum);
+        for (int i = 0; i < N; i++)
+            chi += pow(count[i] - DRAWS * p[i] / sum, 2) / (DRAWS * p[i] / sum);
         CHECK(chi < 50, "draws follow the softmax: chi-square %g with 19 degrees of freedom", chi);
         free_sampler(&s);
     }
@@ -1203,7 +1260,8 @@ static int token(Vocabulary *v, const char *text, size_t len, double score, int 
     return v->n++;
 }
 static void all_bytes(Vocabulary *v) {
-    for (int i = 0; i < 256; i++) token(v, &(char){(char)i}, 1, 0, v->kind == BYTE_LEVEL ? NORMAL : BYTE);
+    for (int i = 0; i < 256; i++)
+        token(v, &(char){(char)i}, 1, 0, v->kind == BYTE_LEVEL ? NORMAL : BYTE);
 }
 static void merge(Vocabulary *v, int a, int b) {
     put32(&v->merges, a), put32(&v->merges, b);
@@ -1211,9 +1269,9 @@ static void merge(Vocabulary *v, int a, int b) {
 }
 static void some_ranges(Vocabulary *v) {
     static const uint32_t ranges[][3] = {
-        {9, 13, 3}, {32, 32, 3}, {48, 57, 2}, {65, 90, 1}, {97, 122, 1}, {0x85, 0x85, 3}, {0xa0, 0xa0, 3},
-        {0xb2, 0xb3, 2}, {0xc0, 0xd6, 1}, {0xd8, 0xf6, 1}, {0xf8, 0x2c1, 1}, {0x400, 0x481, 1},
-        {0x660, 0x669, 2}, {0x3000, 0x3000, 3}, {0x4e00, 0x9fff, 1}};
+        {9, 13, 3}, {32, 32, 3}, {48, 57, 2}, {65, 90, 1}, {97, 122, 1}, {0x85, 0x85, 3},
+        {0xa0, 0xa0, 3}, {0xb2, 0xb3, 2}, {0xc0, 0xd6, 1}, {0xd8, 0xf6, 1}, {0xf8, 0x2c1, 1},
+        {0x400, 0x481, 1}, {0x660, 0x669, 2}, {0x3000, 0x3000, 3}, {0x4e00, 0x9fff, 1}};
     put(&v->ranges, ranges, sizeof ranges);
     v->n_ranges = (int)(sizeof ranges / sizeof *ranges);
 }
@@ -1225,7 +1283,8 @@ static void chat_piece(Vocabulary *v, const char *s) {
 static Buffer tokenizer_file(const Vocabulary *v) {
     Buffer b = {0};
     int head[] = {0x336b6f74, 1, 0, 0, v->kind, v->n, v->bos, v->eos, v->unk, v->flags,
-                  v->split | v->digits << 8 | v->isolate << 16, v->n_merges, v->n_ranges, v->n_stops, v->n_chat};
+                  v->split | v->digits << 8 | v->isolate << 16, v->n_merges, v->n_ranges,
+                  v->n_stops, v->n_chat};
     put(&b, head, sizeof head);
     put(&b, &v->temperature, 4), put(&b, &v->top_p, 4);
     put(&b, NULL, 80 - b.n);
@@ -1237,7 +1296,8 @@ static Buffer tokenizer_file(const Vocabulary *v) {
     return b;
 }
 static void free_vocabulary(Vocabulary *v) {
-    free(v->tokens.p), free(v->merges.p), free(v->ranges.p), free(v->stops.p), free(v->chat.p), free(v);
+    free(v->tokens.p), free(v->merges.p), free(v->ranges.p), free(v->stops.p), free(v->chat.p),
+        free(v);
 }
 static Tokenizer open_tokenizer(const Vocabulary *v, const char *name) {
     Buffer b = tokenizer_file(v);
@@ -1285,21 +1345,30 @@ static bool round_trips(const Tokenizer *t, const char *s, size_t n) {
 // regular expression library. Every expected word is a token, taken whole: a wrong cut shows.
 static void test_words(void) {
     static const char *const cases[3][14] = {
-        {"we|'ve| it|'s| I|'|LL| CAN|'|T| '|tis| o|'|clock", " | two| | spaces|  | and|\t|tab| \n\n|\n|lines|  \n",
-         "1234567| x|1|y| 12|ab", "caf\xc3\xa9| na\xc3\xafve|\xc2\xa0|\xc2\xa0|\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
-         "...!!|\r\n\r\n | end|\r\n", " '|S|''|ve|'re|'re| '|llama", "a|\xe3\x80\x80|b| \xe3\x80\x80| c|\xd9\xa1\xd9\xa2| \xd9\xa1",
-         "--|x|\n\n| --|\n| x", "\n", " ", "x| | 1| | 2| !", "a|\xff\xfe\xc3| b|\x80", "'|quoted|'", "'ll|'d|'|"},
-        {"we|'ve| it|'s| I|'|LL| CAN|'|T| '|tis| o|'|clock", " | two| | spaces|  | and|\t|tab| \n\n|\n|lines|  \n",
-         "1|2|3|4|5|6|7| x|1|y| |1|2|ab", "caf\xc3\xa9| na\xc3\xafve|\xc2\xa0|\xc2\xa0|\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
-         "...!!|\r\n\r\n | end|\r\n", " '|S|''|ve|'re|'re| '|llama", "a|\xe3\x80\x80|b| \xe3\x80\x80| c|\xd9\xa1|\xd9\xa2| |\xd9\xa1",
-         "--|x|\n\n| --|\n| x", "\n", " ", "x|  |1|  |2| !", "a|\xff\xfe\xc3| b|\x80", "'|quoted|'", "'ll|'d|'|"},
-        {"we|'ve| it|'s| I|'LL| CAN|'T| '|tis| o|'clock", " | two| | spaces|  | and|\ttab| \n\n\n|lines|  \n",
-         "123|456|7| x|1|y| |12|ab", "caf\xc3\xa9| na\xc3\xafve|\xc2\xa0|\xc2\xa0\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
-         "...!!\r\n\r\n| | end|\r\n", " '|S|''|ve|'re|'re| '|llama", "a|\xe3\x80\x80" "b| \xe3\x80\x80| c|\xd9\xa1\xd9\xa2| |\xd9\xa1",
-         "--|x|\n\n| --\n| x", "\n", " ", "x| | |1| | |2| !", "a|\xff\xfe\xc3| b|\x80", "'quoted|'", "'ll|'d|'|"}};
+        {"we|'ve| it|'s| I|'|LL| CAN|'|T| '|tis| o|'|clock",
+         " | two| | spaces|  | and|\t|tab| \n\n|\n|lines|  \n", "1234567| x|1|y| 12|ab",
+         "caf\xc3\xa9| n\xc3\xa4|\xc2\xa0|\xc2\xa0|\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
+         "...!!|\r\n\r\n | end|\r\n", " '|S|''|ve|'re|'re| '|llama",
+         "a|\xe3\x80\x80|b| \xe3\x80\x80| c|\xd9\xa1\xd9\xa2| \xd9\xa1", "--|x|\n\n| --|\n| x",
+         "\n", " ", "x| | 1| | 2| !", "a|\xff\xfe\xc3| b|\x80", "'|quoted|'", "'ll|'d|'|"},
+        {"we|'ve| it|'s| I|'|LL| CAN|'|T| '|tis| o|'|clock",
+         " | two| | spaces|  | and|\t|tab| \n\n|\n|lines|  \n", "1|2|3|4|5|6|7| x|1|y| |1|2|ab",
+         "caf\xc3\xa9| n\xc3\xa4|\xc2\xa0|\xc2\xa0|\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
+         "...!!|\r\n\r\n | end|\r\n", " '|S|''|ve|'re|'re| '|llama",
+         "a|\xe3\x80\x80|b| \xe3\x80\x80| c|\xd9\xa1|\xd9\xa2| |\xd9\xa1", "--|x|\n\n| --|\n| x",
+         "\n", " ", "x|  |1|  |2| !", "a|\xff\xfe\xc3| b|\x80", "'|quoted|'", "'ll|'d|'|"},
+        {"we|'ve| it|'s| I|'LL| CAN|'T| '|tis| o|'clock",
+         " | two| | spaces|  | and|\ttab| \n\n\n|lines|  \n", "123|456|7| x|1|y| |12|ab",
+         "caf\xc3\xa9| n\xc3\xa4|\xc2\xa0|\xc2\xa0\xd1\x81\xd0\xbb| \xe4\xb8\xad\xe6\x96\x87|!?",
+         "...!!\r\n\r\n| | end|\r\n", " '|S|''|ve|'re|'re| '|llama",
+         "a|\xe3\x80\x80"
+         "b| \xe3\x80\x80| c|\xd9\xa1\xd9\xa2| |\xd9\xa1",
+         "--|x|\n\n| --\n| x", "\n", " ", "x| | |1| | |2| !", "a|\xff\xfe\xc3| b|\x80", "'quoted|'",
+         "'ll|'d|'|"}};
     for (int rule = 0; rule < 3; rule++) {
         Vocabulary *v = new_vocabulary(BYTE_LEVEL);
-        v->split = rule == 2 ? 2 : 1, v->isolate = rule == 1, v->digits = rule == 2 ? 3 : 0, v->flags = IGNORE_MERGES;
+        v->split = rule == 2 ? 2 : 1, v->isolate = rule == 1, v->digits = rule == 2 ? 3 : 0,
+        v->flags = IGNORE_MERGES;
         all_bytes(v);
         some_ranges(v);
         for (int i = 0; i < 14; i++)
@@ -1321,8 +1390,8 @@ static void test_words(void) {
             }
             size_t bars = strlen(cases[rule][i]);
             if (cases[rule][i][bars - 1] == '|') bars--;
-            CHECK(used == bars && !memcmp(cut, cases[rule][i], bars), "rule %d cuts %s as it should: %.*s",
-                  rule, cases[rule][i], (int)used, cut);
+            CHECK(used == bars && !memcmp(cut, cases[rule][i], bars),
+                  "rule %d cuts %s as it should: %.*s", rule, cases[rule][i], (int)used, cut);
             free(ids.ids);
         }
         free_tokenizer(&t);
@@ -1345,13 +1414,16 @@ static void naive_bpe(const Vocabulary *v, const char *s, int n, Ids *out) {
             if (size > 12) continue;
             memcpy(both, v->texts[a], (size_t)v->lens[a]);
             memcpy(both + v->lens[a], v->texts[b], (size_t)v->lens[b]);
-            while (id < v->n && (v->lens[id] != size || memcmp(v->texts[id], both, (size_t)size))) id++;
+            while (id < v->n && (v->lens[id] != size || memcmp(v->texts[id], both, (size_t)size)))
+                id++;
             if (id == v->n) continue;
             double priority = -1e9;
             float score = 0;
             if (v->kind == BYTE_LEVEL) {
                 for (int k = v->n_merges; k--;)
-                    if ((int)read_u32(v->merges.p + 8 * k) == a && (int)read_u32(v->merges.p + 8 * k + 4) == b) priority = -k;
+                    if ((int)read_u32(v->merges.p + 8 * k) == a &&
+                        (int)read_u32(v->merges.p + 8 * k + 4) == b)
+                        priority = -k;
             } else {
                 const uint8_t *p = v->tokens.p;
                 for (int k = 0; k < id; k++) p += 8 + v->lens[k];
@@ -1368,13 +1440,15 @@ static void naive_bpe(const Vocabulary *v, const char *s, int n, Ids *out) {
 }
 
 static bool in_vocabulary(const Vocabulary *v, const char *s, int n) {
-    for (int i = 0; i < v->n; i++) if (v->lens[i] == n && !memcmp(v->texts[i], s, (size_t)n)) return true;
+    for (int i = 0; i < v->n; i++)
+        if (v->lens[i] == n && !memcmp(v->texts[i], s, (size_t)n)) return true;
     return false;
 }
 // Adds random joinings of what is there.
 static void random_merges(Vocabulary *v, const char *letters, int n) {
     int have[300], count = 0;
-    for (int i = 0; i < v->n; i++) if (v->lens[i] == 1 && strchr(letters, v->texts[i][0]) && v->texts[i][0]) have[count++] = i;
+    for (int i = 0; i < v->n; i++)
+        if (v->lens[i] == 1 && strchr(letters, v->texts[i][0]) && v->texts[i][0]) have[count++] = i;
     while (n) {
         int a = have[below(count)], b = have[below(count)], size = v->lens[a] + v->lens[b];
         char both[24];
@@ -1398,7 +1472,8 @@ static void test_naive(const Vocabulary *v, const Tokenizer *t, const char *lett
         wrong += !equal_ids(&got, expected.ids, expected.n);
         free(got.ids), free(expected.ids);
     }
-    CHECK(!wrong, "%s joins the best neighbours first, then the leftmost: %d of 1500 texts are wrong",
+    CHECK(!wrong,
+          "%s joins the best neighbours first, then the leftmost: %d of 1500 texts are wrong",
           v->kind ? "SentencePiece BPE" : "byte-level BPE", wrong);
 }
 
@@ -1421,7 +1496,8 @@ static void test_byte_level(void) {
             for (int j = 0; j < n; j++) s[j] = i % 2 ? (char)rnd() : "abc \xc3\xa9\n1'"[below(9)];
             wrong += !round_trips(&t, s, (size_t)n);
         }
-        CHECK(!wrong, "any bytes survive encoding and decoding, rule %d: %d texts do not", rule, wrong);
+        CHECK(!wrong, "any bytes survive encoding and decoding, rule %d: %d texts do not", rule,
+              wrong);
         free_tokenizer(&t);
     }
     free_vocabulary(v);
@@ -1432,7 +1508,8 @@ static void test_byte_level(void) {
     some_ranges(v);
     v->bos = token(v, "<s>", 3, 0, CONTROL);
     v->eos = token(v, "<|end|>", 7, 0, CONTROL);
-    token(v, "<|end|>>", 8, 0, CONTROL), token(v, "\n\n", 2, 0, USER_DEFINED), token(v, "\n\n\n", 3, 0, USER_DEFINED);
+    token(v, "<|end|>>", 8, 0, CONTROL), token(v, "\n\n", 2, 0, USER_DEFINED),
+        token(v, "\n\n\n", 3, 0, USER_DEFINED);
     int previous = 'x';  // x, xx, xxxx, ...
     char xs[32];
     memset(xs, 'x', sizeof xs);
@@ -1446,10 +1523,12 @@ static void test_byte_level(void) {
     struct { const char *text, *typed, *ids, *says; bool bos; } cases[] = {
         {"a<|end|>b", NULL, "97 257 98", "special tokens are recognised in a text", false},
         {"<|end|>>", NULL, "258", "the longest special token wins", false},
-        {"<|end|>", "\1\1\1\1\1\1\1", "60 124 101 110 100 124 62", "typed text does not form special tokens", false},
+        {"<|end|>", "\1\1\1\1\1\1\1", "60 124 101 110 100 124 62",
+         "typed text does not form special tokens", false},
         {"<|end|>", "\0\0\0\0\1\1\1", "60 124 101 110 100 124 62", "nor does half of one", false},
         {"<|end|>>", "\0\0\0\0\0\0\0\1", "257 62", "a typed byte behind one does not count", false},
-        {"\n\n\n\n\n", "\1\1\1\1\1", "260 259", "user-defined tokens are matched in any text, longest first", false},
+        {"\n\n\n\n\n", "\1\1\1\1\1", "260 259",
+         "user-defined tokens are matched in any text, longest first", false},
         {"<|en", NULL, "60 124 101 110", "an unfinished special token is text", false},
         {"a", NULL, "256 97", "BOS comes first", true},
         {"<s>a", NULL, "256 97", "BOS is not doubled", true},
@@ -1462,15 +1541,18 @@ static void test_byte_level(void) {
         const char *got = shown(&t, cases[i].text, cases[i].typed, cases[i].bos);
         CHECK(!strcmp(got, cases[i].ids), "%s: %s, not %s", cases[i].says, got, cases[i].ids);
     }
-    CHECK(is_stop(&t, 258) && is_stop(&t, v->eos) && !is_stop(&t, 256) && !is_stop(&t, 5), "stops are EOS and the listed");
-    CHECK(decode(&t, -1, 257).len == 0 && decode(&t, -1, -1).len == 0 && decode(&t, -1, v->n).len == 0 &&
-          decode(&t, -1, 'x').len == 1, "special tokens and ids that are none have no text");
+    CHECK(is_stop(&t, 258) && is_stop(&t, v->eos) && !is_stop(&t, 256) && !is_stop(&t, 5),
+          "stops are EOS and the listed");
+    CHECK(decode(&t, -1, 257).len == 0 && decode(&t, -1, -1).len == 0 &&
+              decode(&t, -1, v->n).len == 0 && decode(&t, -1, 'x').len == 1,
+          "special tokens and ids that are none have no text");
     size_t n = 1 << 20;
     char *many = get(n, 1);
     memset(many, 'x', n);
     double start = seconds();
     Ids ids = ids_of(&t, many, n, NULL, false);
-    CHECK(ids.n == n / 32, "a word of a million equal bytes becomes %zu tokens, not %zu", n / 32, ids.n);
+    CHECK(ids.n == n / 32, "a word of a million equal bytes becomes %zu tokens, not %zu", n / 32,
+          ids.n);
     printf("  a word of 1 MiB is encoded in %.2f s\n", seconds() - start);
     free(ids.ids);
     free(many);
@@ -1485,7 +1567,8 @@ static void test_sentencepiece(void) {
     v->bos = token(v, "<s>", 3, 0, CONTROL);
     v->eos = token(v, "</s>", 4, 0, CONTROL);
     all_bytes(v);  // 3 to 258
-    const char *normal[] = {" ", "a", "b", "c", "ab", "bc", " a", "abc", "\xc3\xa9"};  // from 259 on
+    // from 259 on
+    const char *normal[] = {" ", "a", "b", "c", "ab", "bc", " a", "abc", "\xc3\xa9"};
     double scores[] = {-100, -100, -100, -100, -3, -3, -4, -9, -100};
     for (int i = 0; i < 9; i++) token(v, normal[i], strlen(normal[i]), scores[i], NORMAL);
     token(v, "aa", 2, 0, USER_DEFINED);  // 268
@@ -1493,7 +1576,8 @@ static void test_sentencepiece(void) {
     Tokenizer t = open_tokenizer(v, "sentence.tok");
     struct { const char *text, *ids, *says; } cases[] = {
         {"bc", "1 259 264", "a space goes in front, BOS before it"},
-        {"abc", "1 259 266", "ab joins before bc, of equal scores the leftmost, and before the space and a"},
+        {"abc", "1 259 266",
+         "ab joins before bc, of equal scores the leftmost, and before the space and a"},
         {"a", "1 265", "the space joins what follows"},
         {"", "1", "an empty text has no space"},
         {"\xc3\xa9", "1 259 267", "a character of two bytes is one symbol"},
@@ -1509,7 +1593,8 @@ static void test_sentencepiece(void) {
     }
     CHECK(decode(&t, 1, 265).len == 1 && decode(&t, 5, 265).len == 2 && decode(&t, 1, 259).len == 0,
           "decoding drops the space behind BOS");
-    CHECK(decode(&t, -1, 125).len == 1 && decode(&t, -1, 125).s[0] == 'z', "a byte token is its byte");
+    CHECK(decode(&t, -1, 125).len == 1 && decode(&t, -1, 125).s[0] == 'z',
+          "a byte token is its byte");
     free_tokenizer(&t);
     free_vocabulary(v);
 
@@ -1550,13 +1635,15 @@ static void test_llama2c_tokenizer(void) {
     CHECK(is_stop(&t, 1) && !is_stop(&t, 2), "only BOS ends one of llama2.c's stories");
     CHECK(decode(&t, -1, 13).s[0] == '\n' && decode(&t, 1, 263).len == 1, "and decodes");
     free_tokenizer(&t);
-    struct { int vocab; size_t cut; uint64_t hash; } bad[] = {{265, 0, 0}, {267, 0, 0}, {266, 1, 0}, {266, 100, 0},
-                                                            {266, b.n - 3, 0}, {266, b.n - 8, 0}, {266, 0, 5}};
+    struct { int vocab; size_t cut; uint64_t hash; } bad[] = {
+        {265, 0, 0}, {267, 0, 0}, {266, 1, 0}, {266, 100, 0}, {266, b.n - 3, 0}, {266, b.n - 8, 0},
+        {266, 0, 5}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         m = (Model){.c = {.vocab_size = bad[i].vocab, .tokenizer_hash = bad[i].hash}};
         path = save("llama2c.tok", b.p, b.n - bad[i].cut);
         wrong = load_tokenizer(&t, path, &m);
-        CHECK(wrong, "a tokenizer of 266 tokens less %zu bytes is refused for a model of %d", bad[i].cut, bad[i].vocab);
+        CHECK(wrong, "a tokenizer of 266 tokens less %zu bytes is refused for a model of %d",
+              bad[i].cut, bad[i].vocab);
         free_tokenizer(&t);
     }
     free(b.p);
@@ -1616,23 +1703,32 @@ static void test_real_tokenizer(void) {
         {"1234*4321=5332114",
          17, {33, 34, 35, 36, 26, 36, 35, 34, 33, 45, 37, 35, 35, 34, 33, 33, 36}},
     };
-    static const int chat1[] = {1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018,
-        411, 407, 19712, 8182, 2, 198, 1, 4093, 198, 26843, 665, 2, 198, 1, 520, 9531, 198};
-    static const int chat2[] = {1, 9690, 198, 2683, 359, 253, 30820, 30, 2, 198, 1, 4093, 198, 19556, 2, 198, 1, 520,
-        9531, 198, 40909, 17, 2, 198, 1, 4093, 198, 3087, 85, 2, 198, 1, 520, 9531, 198};
-    static const char rendered1[] = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+    static const int chat1[] = {
+        1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411,
+        407, 19712, 8182, 2, 198, 1, 4093, 198, 26843, 665, 2, 198, 1, 520, 9531, 198};
+    static const int chat2[] = {
+        1, 9690, 198, 2683, 359, 253, 30820, 30, 2, 198, 1, 4093, 198, 19556, 2, 198, 1, 520, 9531,
+        198, 40909, 17, 2, 198, 1, 4093, 198, 3087, 85, 2, 198, 1, 520, 9531, 198};
+    static const char rendered1[] =
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
         "Hugging Face<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n";
-    static const char rendered2[] = "<|im_start|>system\nYou are a pirate.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
-        "<|im_start|>assistant\nArr!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n";
+    static const char rendered2[] =
+        "<|im_start|>system\nYou are a pirate.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nArr!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+        "<|im_start|>assistant\n";
     Tokenizer t;
     Model m = {.c = {.vocab_size = 49152}};
     int n = (int)(sizeof cases / sizeof *cases);
-    if (access("tokenizer.bin", R_OK)) { skip(n + 6, "SmolLM2's tokenizer: there is no tokenizer.bin here"); return; }
+    if (access("tokenizer.bin", R_OK)) {
+        skip(n + 6, "SmolLM2's tokenizer: there is no tokenizer.bin here");
+        return;
+    }
     const char *wrong = load_tokenizer(&t, "tokenizer.bin", &m);
     if (!CHECK(!wrong, "tokenizer.bin opens: it %s", wrong)) return;
     for (int i = 0; i < n; i++)  {
         Ids ids = ids_of(&t, cases[i].text, strlen(cases[i].text), NULL, true);
-        CHECK(equal_ids(&ids, cases[i].ids, cases[i].n), "SmolLM2's tokens of \"%s\"", cases[i].text);
+        CHECK(equal_ids(&ids, cases[i].ids, cases[i].n), "SmolLM2's tokens of \"%s\"",
+              cases[i].text);
         free(ids.ids);
     }
     Ids ids = ids_of(&t, rendered1, strlen(rendered1), NULL, true);
@@ -1643,7 +1739,8 @@ static void test_real_tokenizer(void) {
     Prompt p = {0}, q = {0};
     append_turn(&p, &t, true, (Text){NULL, 0}, (Text){"Hi there", 8});
     ids = ids_of(&t, p.s, p.n, p.typed, true);
-    CHECK(equal_ids(&ids, chat1, 32), "a first turn is written as the chat template writes it: %s", p.s);
+    CHECK(equal_ids(&ids, chat1, 32), "a first turn is written as the chat template writes it: %s",
+          p.s);
     free(ids.ids);
     append_turn(&q, &t, true, (Text){"You are a pirate.", 17}, (Text){"Hello", 5});
     append(&q, (Text){"Arr!", 4}, true);
@@ -1703,8 +1800,9 @@ static Ran run_program(How how, const char *const *arguments) {
     pid_t pid = fork();
     if (pid < 0) abort();
     if (pid == 0) {
-        int fds[] = {open(in, O_RDONLY), pipe_ends[1], open(err, O_WRONLY | O_CREAT | O_TRUNC, 0600)};
-        if (!how.closed_pipe) fds[1] = open(out, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+        int fds[] = {open(in, O_RDONLY), pipe_ends[1], -1}, fresh = O_WRONLY | O_CREAT | O_TRUNC;
+        if (!how.closed_pipe) fds[1] = open(out, fresh, 0600);
+        fds[2] = open(err, fresh, 0600);
         for (int i = 0; i < 3; i++) if (fds[i] < 0 || dup2(fds[i], i) < 0) _exit(99);
         for (int i = 3; i < 16; i++) close(i);
         struct rlimit limit = {how.memory, how.memory}, core = {0, 0};
@@ -1740,28 +1838,31 @@ static int lines(const Buffer *b) {
     return n;
 }
 static bool one_line(const Ran *r) {
-    return !strncmp((char *)r->err.p, "run: ", 5) && lines(&r->err) == 1 && r->err.p[r->err.n - 1] == '\n' && r->err.n > 12;
+    return !strncmp((char *)r->err.p, "run: ", 5) && lines(&r->err) == 1 &&
+           r->err.p[r->err.n - 1] == '\n' && r->err.n > 12;
 }
 // Ended with this status, said why in one line, and wrote nothing to stdout. Frees r.
 #define refused(...) refused_(__LINE__, __VA_ARGS__)
 static void refused_(int line, Ran r, int status, const char *what) {
     bool good = r.signal == 0 && r.status == status && r.out.n == 0 && one_line(&r);
-    check_(good, line, "%s is refused with status %d and one line:%s gives status %d, signal %d, %zu bytes, \"%.300s\"",
-          what, status, r.command, r.status, r.signal, r.out.n, r.err.p);
+    check_(good, line,
+           "%s is refused with %d and one line:%s gives %d, signal %d, %zu bytes, \"%.300s\"",
+           what, status, r.command, r.status, r.signal, r.out.n, r.err.p);
     free_ran(&r);
 }
 // Did what it was asked to, or said in one line why not; never a crash. Frees r.
 #define survived(...) survived_(__LINE__, __VA_ARGS__)
 static void survived_(int line, Ran r, const char *what) {
     check_(r.signal == 0 && (r.status == 0 || (r.status == 1 && one_line(&r))), line,
-          "%s never ends in a crash:%s gives status %d, signal %d, \"%.300s\"", what, r.command, r.status, r.signal, r.err.p);
+           "%s never ends in a crash:%s gives status %d, signal %d, \"%.300s\"", what, r.command,
+           r.status, r.signal, r.err.p);
     free_ran(&r);
 }
 #define prints(...) prints_(__LINE__, __VA_ARGS__)
 static void prints_(int line, Ran r, const char *expected, const char *what) {
     bool good = r.signal == 0 && r.status == 0 && !strcmp((char *)r.out.p, expected);
-    check_(good, line, "%s:%s gives status %d, signal %d, \"%.200s\", not \"%.200s\", \"%.300s\"", what, r.command, r.status,
-          r.signal, r.out.p, expected, r.err.p);
+    check_(good, line, "%s:%s gives status %d, signal %d, \"%.200s\", not \"%.200s\", \"%.300s\"",
+           what, r.command, r.status, r.signal, r.out.p, expected, r.err.p);
     free_ran(&r);
 }
 
@@ -1776,7 +1877,8 @@ static Vocabulary *tiny_vocabulary(void) {
     v->bos = token(v, "<s>", 3, 0, CONTROL);
     token(v, "<|end|>", 7, 0, CONTROL);
     put32(&v->stops, 277), v->n_stops = 1;
-    const char *const chat[] = {"", "<s>system ", "<|end|>", "<s>", "<|end|>", "<s>", "<|end|>", "<s>", "<|end|>", "\n"};
+    const char *const chat[] = {"", "<s>system ", "<|end|>", "<s>", "<|end|>", "<s>", "<|end|>",
+                                "<s>", "<|end|>", "\n"};
     for (int i = 0; i < 10; i++) chat_piece(v, chat[i]);
     return v;
 }
@@ -1839,8 +1941,12 @@ static bool no_program(void) {
 // 7. Files, whole and damaged
 // =================================================================================================
 
-static const char *saved(const char *name, const Buffer *b, size_t n) { return save(name, b->p, n); }
-static Ran run_logits(const char *model) { return RUN(model, "-m", "logits", "-i", "1 2 3", "-j", "1"); }
+static const char *saved(const char *name, const Buffer *b, size_t n) {
+    return save(name, b->p, n);
+}
+static Ran run_logits(const char *model) {
+    return RUN(model, "-m", "logits", "-i", "1 2 3", "-j", "1");
+}
 
 static void test_whole_files(void) {
     for (int which = 0; which < N_FAMILIES; which++)
@@ -1889,15 +1995,18 @@ static void test_flips(const Buffer *whole) {
 }
 
 static void test_cuts(const Buffer *whole, int version) {
-    size_t cuts[400], n = 0, directory = version == 3 ? 256 + 32 * (size_t)read_u32(whole->p + 124) : 0;
+    size_t cuts[400], n = 0, directory = 0;
+    if (version == 3) directory = 256 + 32 * (size_t)read_u32(whole->p + 124);
     for (size_t i = 1; i < 300; i += i < 64 ? 3 : 27) cuts[n++] = i;
     for (size_t i = 256; i < directory; i += 32) {
         uint64_t offset, bytes;
         memcpy(&offset, whole->p + i + 16, 8), memcpy(&bytes, whole->p + i + 24, 8);
-        for (size_t d = 0; d < 3; d++) cuts[n++] = offset + d - 1, cuts[n++] = offset + bytes + d - 1;
+        for (size_t d = 0; d < 3; d++)
+            cuts[n++] = offset + d - 1, cuts[n++] = offset + bytes + d - 1;
     }
     for (size_t i = 1; i < 8; i++) cuts[n++] = whole->n / 8 * i + i;
-    cuts[n++] = 7, cuts[n++] = 27, cuts[n++] = 28, cuts[n++] = 255, cuts[n++] = 256, cuts[n++] = 257;
+    cuts[n++] = 7, cuts[n++] = 27, cuts[n++] = 28, cuts[n++] = 255, cuts[n++] = 256,
+    cuts[n++] = 257;
     cuts[n++] = whole->n - 1, cuts[n++] = whole->n - 4, cuts[n++] = whole->n - 64;
     char what[60];
     for (size_t i = 0; i < n; i++) {
@@ -1918,10 +2027,11 @@ static void test_cuts(const Buffer *whole, int version) {
 static void test_fields(const Buffer *whole) {
     static const int64_t values[] = {0, -1, INT_MAX, INT_MIN, 65536, 1 << 20, 1 << 24, 3};
     static const struct { int offset, any; const char *name; } fields[] = {
-        {8, 0, "dim"}, {12, 0, "hidden_dim"}, {16, 0, "n_layers"}, {20, 0, "n_heads"}, {24, 0, "n_kv_heads"},
-        {28, 0, "vocab_size"}, {32, 1, "seq_len"}, {36, 0, "head_dim"}, {48, 2, "activation"},
-        {60, 3, "sliding_window"}, {124, 0, "n_tensors"}, {112, 0, "file_size"}, {44, 4, "flags"},
-        {40, 4, "norm_eps"}, {52, 4, "embed_scale"}, {56, 4, "attn_scale"}};
+        {8, 0, "dim"}, {12, 0, "hidden_dim"}, {16, 0, "n_layers"}, {20, 0, "n_heads"},
+        {24, 0, "n_kv_heads"}, {28, 0, "vocab_size"}, {32, 1, "seq_len"}, {36, 0, "head_dim"},
+        {48, 2, "activation"}, {60, 3, "sliding_window"}, {124, 0, "n_tensors"},
+        {112, 0, "file_size"}, {44, 4, "flags"}, {40, 4, "norm_eps"}, {52, 4, "embed_scale"},
+        {56, 4, "attn_scale"}};
     Buffer b = {0};
     char what[90];
     for (size_t f = 0; f < sizeof fields / sizeof *fields; f++)
@@ -1930,17 +2040,19 @@ static void test_fields(const Buffer *whole) {
             put(&b, whole->p, whole->n);
             set32(b.p + fields[f].offset, values[i]);
             seal(&b);
-            snprintf(what, sizeof what, "a header with %s = %lld", fields[f].name, (long long)values[i]);
-            bool may = (fields[f].any == 1 && values[i] > 0 && values[i] <= 1 << 24) || fields[f].any == 4 ||
-                       (fields[f].any == 2 && values[i] == 0) || (fields[f].any == 3 && values[i] >= 0);
+            snprintf(what, sizeof what, "a header with %s = %lld", fields[f].name,
+                     (long long)values[i]);
+            bool may = (fields[f].any == 1 && values[i] > 0 && values[i] <= 1 << 24) ||
+                       fields[f].any == 4 || (fields[f].any == 2 && values[i] == 0) ||
+                       (fields[f].any == 3 && values[i] >= 0);
             Ran r = run_logits(saved("field.bin", &b, b.n));
             if (may) survived(r, what);
             else refused(r, 1, what);
         }
     static const int64_t products[][6] = {  // dim, hidden, heads, kv heads, vocab, head_dim
-        {1 << 20, 1 << 20, 1 << 14, 1 << 14, 1 << 24, 1 << 14}, {1 << 20, 1 << 20, 1, 1, 1 << 24, 2},
-        {1 << 16, 1 << 16, 1 << 14, 1, 1 << 16, 64}, {1 << 20, 1, 1 << 14, 1 << 14, 1, 64}, {64, 96, 4, 3, 278, 16},
-        {64, 96, 4, 2, 278, 15}};
+        {1 << 20, 1 << 20, 1 << 14, 1 << 14, 1 << 24, 1 << 14},
+        {1 << 20, 1 << 20, 1, 1, 1 << 24, 2}, {1 << 16, 1 << 16, 1 << 14, 1, 1 << 16, 64},
+        {1 << 20, 1, 1 << 14, 1 << 14, 1, 64}, {64, 96, 4, 3, 278, 16}, {64, 96, 4, 2, 278, 15}};
     for (size_t i = 0; i < sizeof products / sizeof *products; i++) {
         b.n = 0;
         put(&b, whole->p, whole->n);
@@ -1952,20 +2064,22 @@ static void test_fields(const Buffer *whole) {
     }
     static const struct { int offset, size; uint64_t value; const char *name; } entries[] = {
         {0, 4, 6, "dtype"}, {0, 4, 7, "dtype"}, {0, 4, 0xffffffff, "dtype"}, {4, 4, 0, "rows"},
-        {4, 4, 0x80000000, "rows"}, {8, 4, 0, "cols"}, {8, 4, 0xffffffff, "cols"}, {8, 4, 0x10000, "cols"},
-        {16, 8, 1, "offset"}, {16, 8, (uint64_t)1 << 40, "offset"}, {16, 8, UINT64_MAX - 63, "offset"},
-        {16, 8, (uint64_t)1 << 63, "offset"}, {24, 8, 0, "bytes"}, {24, 8, UINT64_MAX, "bytes"},
-        {24, 8, (uint64_t)1 << 40, "bytes"}};
+        {4, 4, 0x80000000, "rows"}, {8, 4, 0, "cols"}, {8, 4, 0xffffffff, "cols"},
+        {8, 4, 0x10000, "cols"}, {16, 8, 1, "offset"}, {16, 8, (uint64_t)1 << 40, "offset"},
+        {16, 8, UINT64_MAX - 63, "offset"}, {16, 8, (uint64_t)1 << 63, "offset"},
+        {24, 8, 0, "bytes"}, {24, 8, UINT64_MAX, "bytes"}, {24, 8, (uint64_t)1 << 40, "bytes"}};
     uint32_t n = read_u32(whole->p + 124);
     for (uint32_t t = 0; t < n; t += t < 3 || t + 6 > n ? 1 : 3)
         for (size_t i = 0; i < sizeof entries / sizeof *entries; i++) {
             b.n = 0;
             put(&b, whole->p, whole->n);
-            memcpy(b.p + 256 + 32 * t + entries[i].offset, &entries[i].value, (size_t)entries[i].size);
+            memcpy(b.p + 256 + 32 * t + entries[i].offset, &entries[i].value,
+                   (size_t)entries[i].size);
             seal(&b);
             bool bytes = read_u32(whole->p + 256 + 32 * t) == BYTES;
             if (bytes && entries[i].offset == 0 && entries[i].value == BYTES) continue;
-            snprintf(what, sizeof what, "tensor %u with %s = %llu", t, entries[i].name, (unsigned long long)entries[i].value);
+            snprintf(what, sizeof what, "tensor %u with %s = %llu", t, entries[i].name,
+                     (unsigned long long)entries[i].value);
             refused(run_logits(saved("field.bin", &b, b.n)), 1, what);
         }
     // The last tensor of the file reaches one block beyond its end.
@@ -1991,7 +2105,8 @@ static void test_tokenizer_files(void) {
 #define TOKENIZE RUN(model_path, "-z", tok_path, "-m", "tokenize", "-i", "abc <s> 12 d")
     saved("damaged.tok", &whole, whole.n);
     Ran r = TOKENIZE;
-    CHECK(r.status == 0 && r.out.n > 4 && lines(&r.out) == 1, "tokenize prints ids on one line: \"%s\" \"%s\"", r.out.p, r.err.p);
+    CHECK(r.status == 0 && r.out.n > 4 && lines(&r.out) == 1,
+          "tokenize prints ids on one line: \"%s\" \"%s\"", r.out.p, r.err.p);
     free_ran(&r);
     for (size_t i = 0; i < whole.n; i += i < 100 ? 1 + i % 3 : 61) {
         put(&b, whole.p, whole.n);
@@ -2022,7 +2137,8 @@ static void test_tokenizer_files(void) {
             set32(b.p + offset, values[i]);
             set64(b.p + 8, hash_of(b.p + 16, b.n - 16));
             saved("damaged.tok", &b, b.n);
-            snprintf(what, sizeof what, "a tokenizer with %lld at %d", (long long)values[i], offset);
+            snprintf(what, sizeof what, "a tokenizer with %lld at %d", (long long)values[i],
+                     offset);
             r = TOKENIZE;
             bool count = offset == 20 || offset >= 44;
             if (count && !(values[i] == 0 && offset != 20)) refused(r, 1, what);
@@ -2043,7 +2159,8 @@ static void test_tokenizer_files(void) {
     for (v->split = 1; v->split <= 2; v->split++) {
         Buffer file = tokenizer_file(v);
         saved("damaged.tok", &file, file.n);
-        prints(RUN(model_path, "-z", tok_path, "-m", "tokenize", "-i", " "), "32\n", "a tokenizer without character classes works");
+        prints(RUN(model_path, "-z", tok_path, "-m", "tokenize", "-i", " "), "32\n",
+               "a tokenizer without character classes works");
         free(file.p);
     }
     free_vocabulary(v);
@@ -2053,7 +2170,8 @@ static void test_tokenizer_files(void) {
     Buffer other = tokenizer_file(v);
     saved("damaged.tok", &other, other.n);
     survived(TOKENIZE, "an unusual tokenizer");
-    refused(RUN(in_folder("tiny.bin"), "-z", tok_path, "-i", "a"), 1, "the tokenizer of another model");
+    refused(RUN(in_folder("tiny.bin"), "-z", tok_path, "-i", "a"), 1,
+            "the tokenizer of another model");
     saved("damaged.tok", &whole, 0);
     refused(TOKENIZE, 1, "an empty tokenizer");
     refused(RUN(model_path, "-z", folder, "-i", "a"), 1, "a directory as tokenizer");
@@ -2064,7 +2182,8 @@ static void test_tokenizer_files(void) {
     refused(RUN(model_path, "-i", "a"), 1, "a model with a damaged tokenizer beside it");
     saved("tokenizer.bin", &whole, whole.n);
     r = RUN(model_path, "-i", "a", "-m", "tokenize");
-    CHECK(r.status == 0 && !strcmp((char *)r.out.p, "97\n"), "the first tokenizer that fits is taken: %s", r.err.p);
+    CHECK(r.status == 0 && !strcmp((char *)r.out.p, "97\n"),
+          "the first tokenizer that fits is taken: %s", r.err.p);
     free_ran(&r);
     unlink(in_folder("tokenizer.bin"));
     free_vocabulary(v), free_made(&made);
@@ -2079,7 +2198,8 @@ static void test_llama2c_files(void) {
         Made m = make_weights(&s);
         Buffer whole = llama2c_file(&m, version), b = {0};
         Ran r = run_logits(saved("v.bin", &whole, whole.n));
-        CHECK(r.status == 0 && r.out.n == 3 * 266 * 4, "a version %d model gives logits: %s", version, r.err.p);
+        CHECK(r.status == 0 && r.out.n == 3 * 266 * 4, "a version %d model gives logits: %s",
+              version, r.err.p);
         free_ran(&r);
         test_cuts(&whole, version);
         static const int64_t values[] = {0, -1, INT_MAX, INT_MIN, 1 << 20, 65535};
@@ -2089,12 +2209,15 @@ static void test_llama2c_files(void) {
                 put(&b, whole.p, whole.n);
                 set32(b.p + 8 * version + 4 * field, values[i]);
                 char what[80];
-                snprintf(what, sizeof what, "a version %d header with %lld in field %d", version, (long long)values[i], field);
+                snprintf(what, sizeof what, "a version %d header with %lld in field %d", version,
+                         (long long)values[i], field);
                 Ran ran = run_logits(saved("v.bin", &b, b.n));
-                if (version == 1 && field == 6 && values[i] > 0 && values[i] <= 1 << 24) survived(ran, what);
+                if (version == 1 && field == 6 && values[i] > 0 && values[i] <= 1 << 24)
+                    survived(ran, what);
                 else refused(ran, 1, what);  // version 0 holds tables as long as its context
             }
-        refused(RUN(saved("v.bin", &whole, whole.n), "-m", "check"), 1, "a check of llama2.c's files");
+        refused(RUN(saved("v.bin", &whole, whole.n), "-m", "check"), 1,
+                "a check of llama2.c's files");
         free(whole.p), free(b.p);
         free_made(&m);
     }
@@ -2107,7 +2230,8 @@ static void test_files(void) {
     refused(run_logits(in_folder("missing.bin")), 1, "a missing model");
     refused(run_logits(folder), 1, "a directory");
     refused(run_logits(saved("empty.bin", &tiny, 0)), 1, "an empty model");
-    refused(run_logits(save("text.bin", "Once upon a time, there was a text, not a model.", 48)), 1, "a text");
+    refused(run_logits(save("text.bin", "Once upon a time, there was a text, not a model.", 48)), 1,
+            "a text");
     const char *locked = saved("locked.bin", &tiny, tiny.n);
     chmod(locked, 0);
     if (!access(locked, R_OK)) skip(1, "an unreadable model: this user may read everything");
@@ -2117,7 +2241,8 @@ static void test_files(void) {
         put(&b, tiny.p, tiny.n);
         set32(b.p + 4, version);
         Ran r = run_logits(saved("version.bin", &b, b.n));
-        CHECK(version != 2 || strstr((char *)r.err.p, "export.py"), "version 2 is pointed to export.py: %s", r.err.p);
+        CHECK(version != 2 || strstr((char *)r.err.p, "export.py"),
+              "version 2 is pointed to export.py: %s", r.err.p);
         refused(r, 1, "an unknown version");
         free(b.p);
     }
@@ -2151,14 +2276,16 @@ static void save_endless(void) {
 
 static void test_refused_options(const char *model) {
     static const char *const wrong[][4] = {
-        {"-n"}, {"-i"}, {"-t"}, {"-s"}, {"--steps"}, {"--prompt"}, {"-n", "abc"}, {"-n", "1x"}, {"-n", ""},
-        {"-n", " 5"}, {"-n", "-1"}, {"-n", "1.5"}, {"-n", "99999999999999999999"}, {"-n", "2000000000"}, {"-t", "nan"},
-        {"-t", "-0.1"}, {"-t", "inf"}, {"-t", "1e99"}, {"-t", "1,5"}, {"-t", "x"}, {"-p", "1.01"}, {"-p", "-1"}, {"-p", "nan"},
-        {"-s", "-1"}, {"-s", "99999999999999999999"}, {"-s", "1.0"}, {"-s", "x"}, {"-s", ""}, {"-c", "-5"}, {"-c", "x"},
-        {"-c", "99999999"}, {"-j", "0"}, {"-j", "-2"}, {"-j", "1000"}, {"-j", "two"}, {"--top-k", "-1"}, {"--top-k", "1e3"},
-        {"--min-p", "2"}, {"--repeat-penalty", "0"}, {"--repeat-penalty", "nan"}, {"-x"}, {"--unknown"}, {"--"}, {"-ii"},
-        {"--steps=x"}, {"--steps="}, {"--quiet=1"}, {"--step", "5"}, {"another.bin"}, {"-m", "unknown"}, {"-m", ""}, {"-m", "Generate"},
-        {"-i", "a", "-f", "b"},
+        {"-n"}, {"-i"}, {"-t"}, {"-s"}, {"--steps"}, {"--prompt"}, {"-n", "abc"}, {"-n", "1x"},
+        {"-n", ""}, {"-n", " 5"}, {"-n", "-1"}, {"-n", "1.5"}, {"-n", "99999999999999999999"},
+        {"-n", "2000000000"}, {"-t", "nan"}, {"-t", "-0.1"}, {"-t", "inf"}, {"-t", "1e99"},
+        {"-t", "1,5"}, {"-t", "x"}, {"-p", "1.01"}, {"-p", "-1"}, {"-p", "nan"}, {"-s", "-1"},
+        {"-s", "99999999999999999999"}, {"-s", "1.0"}, {"-s", "x"}, {"-s", ""}, {"-c", "-5"},
+        {"-c", "x"}, {"-c", "99999999"}, {"-j", "0"}, {"-j", "-2"}, {"-j", "1000"}, {"-j", "two"},
+        {"--top-k", "-1"}, {"--top-k", "1e3"}, {"--min-p", "2"}, {"--repeat-penalty", "0"},
+        {"--repeat-penalty", "nan"}, {"-x"}, {"--unknown"}, {"--"}, {"-ii"}, {"--steps=x"},
+        {"--steps="}, {"--quiet=1"}, {"--step", "5"}, {"another.bin"}, {"-m", "unknown"},
+        {"-m", ""}, {"-m", "Generate"}, {"-i", "a", "-f", "b"},
     };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         const char *arguments[8] = {model};
@@ -2176,10 +2303,12 @@ static void test_output_file(const char *model) {
     const char *out = in_folder("out.bin");
     Ran r = RUN(model, "-m", "logits", "-i", "1 2 3", "-o", out);
     Buffer b = slurp(out);
-    CHECK(r.status == 0 && r.out.n == 0 && b.n == 3 * 278 * 4, "-o writes to a file instead of stdout: %s", r.err.p);
+    CHECK(r.status == 0 && r.out.n == 0 && b.n == 3 * 278 * 4,
+          "-o writes to a file instead of stdout: %s", r.err.p);
     free_ran(&r);
     r = RUN(model, "-m", "logits", "-i", "1 2 3");
-    CHECK(r.out.n == b.n && !memcmp(r.out.p, b.p, b.n), "and writes there what it writes to stdout");
+    CHECK(r.out.n == b.n && !memcmp(r.out.p, b.p, b.n),
+          "and writes there what it writes to stdout");
     free_ran(&r);
     Made m = tiny_model(LLAMA, F32);
     ((float *)(void *)m.final_norm.bytes)[3] = INFINITY;
@@ -2188,21 +2317,27 @@ static void test_output_file(const char *model) {
     int before = files_in_folder();
     refused(RUN(path, "-m", "logits", "-i", "1 2 3", "-o", out), 1, "a failing model");
     Buffer after = slurp(out);
-    CHECK(after.n == b.n && !memcmp(after.p, b.p, b.n), "a failure leaves the old output file as it was");
+    CHECK(after.n == b.n && !memcmp(after.p, b.p, b.n),
+          "a failure leaves the old output file as it was");
     unlink(out);
     refused(RUN(path, "-m", "logits", "-i", "1 2 3", "-o", out), 1, "a failing model");
-    CHECK(access(out, F_OK) && files_in_folder() == before - 1, "and no new one, not even a part of one");
-    refused(RUN(model, "-m", "logits", "-i", "1", "-o", in_folder("no/such/folder")), 1, "an output in a missing folder");
+    CHECK(access(out, F_OK) && files_in_folder() == before - 1,
+          "and no new one, not even a part of one");
+    refused(RUN(model, "-m", "logits", "-i", "1", "-o", in_folder("no/such/folder")), 1,
+            "an output in a missing folder");
     mkdir(in_folder("directory"), 0700);
     before = files_in_folder();
-    refused(RUN(model, "-m", "logits", "-i", "1", "-o", in_folder("directory")), 1, "a directory as output");
+    refused(RUN(model, "-m", "logits", "-i", "1", "-o", in_folder("directory")), 1,
+            "a directory as output");
     CHECK(files_in_folder() == before, "and nothing is left of it");
     const char *null = in_folder("null");
     if (symlink("/dev/null", null)) return;
     r = RUN(model, "-m", "logits", "-i", "1", "-o", null);
     struct stat st;
-    CHECK(r.status == 0 && !stat(null, &st) && S_ISCHR(st.st_mode), "a device as output is written to, not replaced: "
-          "status %d, %s", r.status, r.err.p);
+    CHECK(r.status == 0 && !stat(null, &st) && S_ISCHR(st.st_mode),
+          "a device as output is written to, not replaced: "
+          "status %d, %s",
+          r.status, r.err.p);
     free_ran(&r);
     free(b.p), free(after.p), free(bad.p), free_made(&m);
 }
@@ -2215,8 +2350,10 @@ static void test_input(const char *model) {
     How how = {.input = text};
     prints(RUN_AS(how, model, "-m", "tokenize", "-i", "-"), expected, "-i - is stdin");
     prints(RUN_AS(how, model, "-m", "tokenize", "-f", "-"), expected, "-f - is stdin");
-    prints(RUN(model, "-m", "tokenize", "-f", save("prompt", text, strlen(text))), expected, "-f reads a file");
-    prints(RUN("--mode=tokenize", "--prompt", text, model), expected, "long names and any order do the same");
+    prints(RUN(model, "-m", "tokenize", "-f", save("prompt", text, strlen(text))), expected,
+           "-f reads a file");
+    prints(RUN("--mode=tokenize", "--prompt", text, model), expected,
+           "long names and any order do the same");
     free_ran(&r);
     prints(RUN(model, "-m", "tokenize"), "\n", "no prompt has no tokens");
     refused(RUN(model, "-m", "tokenize", "-f", in_folder("nothing")), 1, "a missing prompt file");
@@ -2227,7 +2364,8 @@ static void test_input(const char *model) {
     refused(RUN(model, "-i", "eeeeeeeeee", "-c", "5"), 1, "a prompt longer than -c");
     refused(RUN(model, "-i", "e", "-c", "701"), 1, "a context longer than the model's");
     free(more);
-    static const char *const bad[] = {"1 2 x", "-1", "278", "1 2 99999999999999999999", "1,2", "", "1.5", "0x10"};
+    static const char *const bad[] = {"1 2 x", "-1", "278", "1 2 99999999999999999999", "1,2", "",
+                                      "1.5", "0x10"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         refused(RUN(model, "-m", "logits", "-i", bad[i]), 1, "logits of what is not a list of ids");
     refused(RUN(model, "-m", "eval"), 1, "evaluation of nothing");
@@ -2236,35 +2374,44 @@ static void test_input(const char *model) {
 static void test_generation(const char *model) {
     How closed = {.closed_pipe = true};
     Ran r = RUN_AS(closed, model, "-i", "abc", "-n", "200", "-s", "1");
-    CHECK(r.status == 0 && r.signal == 0, "a closed pipe ends generation quietly: status %d, signal %d, %s", r.status, r.signal, r.err.p);
+    CHECK(r.status == 0 && r.signal == 0,
+          "a closed pipe ends generation quietly: status %d, signal %d, %s", r.status, r.signal,
+          r.err.p);
     free_ran(&r);
     r = RUN_AS(closed, model, "-m", "logits", "-i", "1 2 3");
-    CHECK(r.status == 0 && r.signal == 0, "and so with logits: status %d, signal %d", r.status, r.signal);
+    CHECK(r.status == 0 && r.signal == 0, "and so with logits: status %d, signal %d", r.status,
+          r.signal);
     free_ran(&r);
 
     Ran first = RUN(model, "-i", "abc", "-n", "300", "-s", "5", "-j", "1", "--receipt", "-q");
-    CHECK(first.status == 0 && first.out.n > 20 && !strncmp((char *)first.out.p, "abc", 3) && lines(&first.err) == 1 &&
-          !strncmp((char *)first.err.p, "receipt: ", 9), "generate writes prompt and continuation, -q only the receipt: %s", first.err.p);
+    CHECK(first.status == 0 && first.out.n > 20 && !strncmp((char *)first.out.p, "abc", 3) &&
+              lines(&first.err) == 1 && !strncmp((char *)first.err.p, "receipt: ", 9),
+          "generate writes prompt and continuation, -q only the receipt: %s", first.err.p);
     static const char *const threads[] = {"2", "3", "64"};
     for (int i = 0; i < 3; i++) {
         r = RUN(model, "-i", "abc", "-n", "300", "-s", "5", "-j", threads[i], "--receipt", "-q");
-        CHECK(r.out.n == first.out.n && !memcmp(r.out.p, first.out.p, r.out.n), "-j %s writes what -j 1 writes", threads[i]);
+        CHECK(r.out.n == first.out.n && !memcmp(r.out.p, first.out.p, r.out.n),
+              "-j %s writes what -j 1 writes", threads[i]);
         CHECK(!strcmp((char *)r.err.p, (char *)first.err.p), "and has its receipt: %s", r.err.p);
         free_ran(&r);
     }
     r = RUN(model, "-i", "abc", "-n", "300", "-s", "6", "-q", "--receipt");
-    CHECK(r.out.n != first.out.n || memcmp(r.out.p, first.out.p, r.out.n), "another seed writes another text");
+    CHECK(r.out.n != first.out.n || memcmp(r.out.p, first.out.p, r.out.n),
+          "another seed writes another text");
     CHECK(strcmp((char *)r.err.p, (char *)first.err.p), "and has another receipt");
     free_ran(&r), free_ran(&first);
     r = RUN(model, "-i", "abc", "-n", "5");
     unsigned long long seed = 0;
     char *at = strstr((char *)r.err.p, "seed: ");
-    CHECK(at && sscanf(at, "seed: %llu", &seed) == 1 && seed, "a seed from the clock is told: %s", r.err.p);
+    CHECK(at && sscanf(at, "seed: %llu", &seed) == 1 && seed, "a seed from the clock is told: %s",
+          r.err.p);
     char number[30];
     snprintf(number, sizeof number, "%llu", seed);
-    prints(RUN(model, "-i", "abc", "-n", "5", "-s", number), (char *)r.out.p, "and writes the same text when given");
+    prints(RUN(model, "-i", "abc", "-n", "5", "-s", number), (char *)r.out.p,
+           "and writes the same text when given");
     free_ran(&r);
-    prints(RUN(model, "-i", "abc", "-n", "5", "-t", "0", "-q"), (char *)(r = RUN(model, "-i", "abc", "-n", "5", "-t", "0", "-s", "9")).out.p,
+    prints(RUN(model, "-i", "abc", "-n", "5", "-t", "0", "-q"),
+           (char *)(r = RUN(model, "-i", "abc", "-n", "5", "-t", "0", "-s", "9")).out.p,
            "temperature 0 needs no seed");
     free_ran(&r);
     first = RUN(model, "-i", "abc", "-n", "0", "-s", "3");
@@ -2275,11 +2422,13 @@ static void test_generation(const char *model) {
     const char *endless = in_folder("endless.bin");
     r = RUN_AS(((How){.interrupt_at = 300}), endless, "-i", "abc", "-n", "0", "-s", "1", "-j", "2");
     CHECK(r.status == 130 && r.signal == 0 && r.out.n >= 300 && r.out.p[r.out.n - 1] == '\n',
-          "Ctrl-C ends the text, with status 130: %d, signal %d, %zu bytes", r.status, r.signal, r.out.n);
+          "Ctrl-C ends the text, with status 130: %d, signal %d, %zu bytes", r.status, r.signal,
+          r.out.n);
     free_ran(&r);
     r = RUN(endless, "-i", "abc", "-n", "10", "-s", "1", "-c", "20", "-q");
     Ran same = RUN(endless, "-i", "abc", "-n", "10", "-s", "1", "-q");
-    CHECK(r.status == 0 && r.out.n == same.out.n && !memcmp(r.out.p, same.out.p, r.out.n), "-c does not change the text");
+    CHECK(r.status == 0 && r.out.n == same.out.n && !memcmp(r.out.p, same.out.p, r.out.n),
+          "-c does not change the text");
     free_ran(&r), free_ran(&same);
 #if defined __SANITIZE_ADDRESS__
 #define NO_LIMIT 1
@@ -2291,8 +2440,10 @@ static void test_generation(const char *model) {
 #ifdef NO_LIMIT
     skip(2, "limited memory: address sanitizers need a lot of it");
 #else
-    refused(RUN_AS(((How){.memory = 60u << 20}), endless, "-i", "abc", "-j", "1"), 1, "a KV cache that does not fit");
-    survived(RUN_AS(((How){.memory = 60u << 20}), model, "-i", "abc", "-j", "64", "-q"), "64 threads in little memory");
+    refused(RUN_AS(((How){.memory = 60u << 20}), endless, "-i", "abc", "-j", "1"), 1,
+            "a KV cache that does not fit");
+    survived(RUN_AS(((How){.memory = 60u << 20}), model, "-i", "abc", "-j", "64", "-q"),
+             "64 threads in little memory");
 #endif
 }
 
@@ -2303,23 +2454,29 @@ static void test_command_line(void) {
     static const char *const informing[] = {"--help", "-h", "--version", "-V"};
     for (int i = 0; i < 4; i++) {
         Ran r = RUN(informing[i]);
-        CHECK(r.status == 0 && r.err.n == 0 && r.out.n > 5, "%s is printed to stdout: status %d", informing[i], r.status);
+        CHECK(r.status == 0 && r.err.n == 0 && r.out.n > 5, "%s is printed to stdout: status %d",
+              informing[i], r.status);
         free_ran(&r);
     }
     test_refused_options(model);
     test_output_file(model);
     test_input(model);
     test_generation(model);
-    Ran one = RUN(model, "-m", "logits", "-i", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", "-j", "1");
+    Ran one = RUN(model, "-m", "logits", "-i", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20",
+                  "-j", "1");
     for (int i = 2; i < 4; i++) {
-        Ran r = RUN(model, "-m", "logits", "-i", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", "-j", i == 2 ? "2" : "3");
-        CHECK(one.out.n == 20 * 278 * 4 && r.out.n == one.out.n && !memcmp(r.out.p, one.out.p, r.out.n), "-m logits is the same with -j %d", i);
+        Ran r = RUN(model, "-m", "logits", "-i",
+                    "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", "-j", i == 2 ? "2" : "3");
+        CHECK(one.out.n == 20 * 278 * 4 && r.out.n == one.out.n &&
+                  !memcmp(r.out.p, one.out.p, r.out.n),
+              "-m logits is the same with -j %d", i);
         free_ran(&r);
     }
     free_ran(&one);
     Ran r = RUN(model, "-m", "eval", "-i", "abc bad cab, a bad abc; 12 cabs", "-q");
     double bits = 0;
-    CHECK(r.status == 0 && sscanf((char *)r.out.p, "bits_per_byte: %lf", &bits) == 1 && bits > 1 && bits < 20,
+    CHECK(r.status == 0 && sscanf((char *)r.out.p, "bits_per_byte: %lf", &bits) == 1 && bits > 1 &&
+              bits < 20,
           "-m eval gives bits per byte: %s%s", r.out.p, r.err.p);
     free_ran(&r);
     free(tiny.p);
@@ -2330,52 +2487,70 @@ static void test_command_line(void) {
 // =================================================================================================
 
 static const char sample_text[] =
-    "The sun is a star at the centre of the solar system. It is a hot ball of plasma, and it gives the Earth "
-    "its light and warmth. Without it there would be no plants, no animals and no people.";
+    "The sun is a star at the centre of the solar system. It is a hot ball of plasma, and it gives "
+    "the Earth its light and warmth. Without it there would be no plants, no animals and no "
+    "people.";
 
 static void test_real_model(void) {
-    if (access("model.bin", R_OK)) { skip(8, "the real model: there is no model.bin here; make demo fetches it"); return; }
+    if (access("model.bin", R_OK)) {
+        skip(8, "the real model: there is no model.bin here; make demo fetches it");
+        return;
+    }
     if (no_program()) return;
     Ran r = RUN("model.bin", "-i", "The capital of France is", "-t", "0", "-n", "8", "-q");
-    CHECK(r.status == 0 && !strncmp((char *)r.out.p, "The capital of France is Paris.", 31), "the capital of France is Paris: %s%s", r.out.p, r.err.p);
+    CHECK(r.status == 0 && !strncmp((char *)r.out.p, "The capital of France is Paris.", 31),
+          "the capital of France is Paris: %s%s", r.out.p, r.err.p);
     free_ran(&r);
     prints(RUN("model.bin", "-m", "check", "-q"), "ok\n", "the model passes its check");
     uint64_t hashes[3];
     static const char *const threads[] = {"1", "2", "3"};
     for (int i = 0; i < 3; i++) {
-        r = RUN("model.bin", "-m", "logits", "-i", "504 3575 282 4649 314 7042 30 198 198 504", "-j", threads[i]);
+        r = RUN("model.bin", "-m", "logits", "-i", "504 3575 282 4649 314 7042 30 198 198 504",
+                "-j", threads[i]);
         hashes[i] = hash64(r.out.p, r.out.n);
-        CHECK(r.status == 0 && r.out.n == 10 * 49152 * 4 && hashes[i] == hashes[0], "its logits are the same with -j %s", threads[i]);
+        CHECK(r.status == 0 && r.out.n == 10 * 49152 * 4 && hashes[i] == hashes[0],
+              "its logits are the same with -j %s", threads[i]);
         free_ran(&r);
     }
     double bits = 0;
     r = RUN("model.bin", "-m", "eval", "-i", sample_text, "-q");
-    CHECK(r.status == 0 && sscanf((char *)r.out.p, "bits_per_byte: %lf", &bits) == 1 && bits > 0.4 && bits < 1.2,
+    CHECK(r.status == 0 && sscanf((char *)r.out.p, "bits_per_byte: %lf", &bits) == 1 &&
+              bits > 0.4 && bits < 1.2,
           "it predicts an English text in about 0.8 bits per byte: %s%s", r.out.p, r.err.p);
     free_ran(&r);
     How how = {.input = "Hello, world! It's 2026; we've 1234567 things."};
     prints(RUN_AS(how, "model.bin", "-m", "tokenize", "-i", "-"),
-           "19556 28 905 17 657 506 216 34 32 34 38 43 392 3543 216 33 34 35 36 37 38 39 1495 30\n", "tokenize prints its ids");
-    r = RUN("model.bin", "-i", "The capital of France is", "-n", "12", "-s", "1", "--receipt", "-q");
-    Ran same = RUN("model.bin", "-i", "The capital of France is", "-n", "12", "-s", "1", "--receipt", "-q", "-j", "1");
-    CHECK(r.status == 0 && !strcmp((char *)r.out.p, (char *)same.out.p) && !strcmp((char *)r.err.p, (char *)same.err.p),
+           "19556 28 905 17 657 506 216 34 32 34 38 43 392 3543 216 33 34 35 36 37 38 39 1495 30\n",
+           "tokenize prints its ids");
+    r = RUN("model.bin", "-i", "The capital of France is", "-n", "12", "-s", "1", "--receipt",
+            "-q");
+    Ran same = RUN("model.bin", "-i", "The capital of France is", "-n", "12", "-s", "1",
+                   "--receipt", "-q", "-j", "1");
+    CHECK(r.status == 0 && !strcmp((char *)r.out.p, (char *)same.out.p) &&
+              !strcmp((char *)r.err.p, (char *)same.err.p),
           "it writes the same text with the same receipt again");
     free_ran(&r), free_ran(&same);
 }
 
 static void test_stories(void) {
     static const char *const at = "../shared/llama2c/";
-    if (access("../shared/llama2c/stories260K.bin", R_OK)) { skip(3, "llama2.c's texts: there is no ../shared/llama2c here"); return; }
+    if (access("../shared/llama2c/stories260K.bin", R_OK)) {
+        skip(3, "llama2.c's texts: there is no ../shared/llama2c here");
+        return;
+    }
     if (no_program()) return;
     struct { const char *file, *t, *p, *s, *n, *prompt; } texts[] = {
-        {"greedy-n200.txt", "0", "0.9", "1", "200", ""}, {"t1.0-p0.9-s42-n200.txt", "1.0", "0.9", "42", "200", ""},
+        {"greedy-n200.txt", "0", "0.9", "1", "200", ""},
+        {"t1.0-p0.9-s42-n200.txt", "1.0", "0.9", "42", "200", ""},
         {"t0.8-p1.0-s7-n120-one-day-tom.txt", "0.8", "1.0", "7", "120", "One day, Tom"}};
     for (int i = 0; i < 3; i++) {
         char path[100];
         snprintf(path, sizeof path, "%s%s", at, texts[i].file);
         Buffer expected = slurp(path);
-        prints(RUN("../shared/llama2c/stories260K.bin", "-z", "../shared/llama2c/tok512.bin", "-t", texts[i].t, "-p", texts[i].p,
-                   "-s", texts[i].s, "-n", texts[i].n, "-i", texts[i].prompt), (char *)expected.p, texts[i].file);
+        prints(RUN("../shared/llama2c/stories260K.bin", "-z", "../shared/llama2c/tok512.bin", "-t",
+                   texts[i].t, "-p", texts[i].p, "-s", texts[i].s, "-n", texts[i].n, "-i",
+                   texts[i].prompt),
+               (char *)expected.p, texts[i].file);
         free(expected.p);
     }
 }
@@ -2386,12 +2561,14 @@ static int numbers_of(const Buffer *json, const char *name, int *out, int most) 
     snprintf(key, sizeof key, "\"%s\": [", name);
     const char *p = strstr((char *)json->p, key);
     int n = 0;
-    for (p = p ? p + strlen(key) : ""; n < most && *p && *p != ']'; p += *p == ',') out[n++] = (int)strtol(p, (char **)(uintptr_t)&p, 10);
+    for (p = p ? p + strlen(key) : ""; n < most && *p && *p != ']'; p += *p == ',')
+        out[n++] = (int)strtol(p, (char **)(uintptr_t)&p, 10);
     return n;
 }
 
 static void test_tiny_families(void) {
-    static const char *const names[] = {"tiny-llama", "tiny-llama3-rope", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3"};
+    static const char *const names[] = {"tiny-llama", "tiny-llama3-rope", "tiny-mistral",
+                                        "tiny-qwen2", "tiny-qwen3", "tiny-gemma3"};
     const char *models = getenv("MODELS");
     for (int i = 0; i < 6; i++) {
         char path[400], from[200];
@@ -2404,7 +2581,8 @@ static void test_tiny_families(void) {
         Buffer npy = slurp(from);
         snprintf(from, sizeof from, "../shared/reference/%s/expected.json", names[i]);
         Buffer json = slurp(from);
-        int ids[96], greedy[32], n = numbers_of(&json, "ids", ids, 48), n_greedy = numbers_of(&json, "greedy", greedy, 32);
+        int ids[96], greedy[32], n = numbers_of(&json, "ids", ids, 48);
+        int n_greedy = numbers_of(&json, "greedy", greedy, 32);
         int wrong = 0, vocab;
         Model m;
         load_model(&m, path);
@@ -2428,7 +2606,8 @@ static void test_tiny_families(void) {
             wrong += next != greedy[j];
             logits = forward(&m, &kv, &(Slot){next, n + j, 0, true}, 1);
         }
-        CHECK(!wrong && n_greedy > 3, "%s: so are %d greedy tokens: %d differ", names[i], n_greedy, wrong);
+        CHECK(!wrong && n_greedy > 3, "%s: so are %d greedy tokens: %d differ", names[i], n_greedy,
+              wrong);
         free_cache(&kv), free_model(&m), free(npy.p), free(json.p);
     }
 }
@@ -2476,6 +2655,7 @@ int main(int argc, char **argv) {
     }
     remove_folder();
     if (!ran) CHECK(false, "there is a group called %s", argv[1]);
-    printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed, failed, skipped);
+    printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed,
+           failed, skipped);
     return failed > 0;
 }
