@@ -1087,6 +1087,41 @@ static void test_forward(void) {
         }
 }
 
+// The bytes are not only equal within a build: these are the hashes that every build must give.
+static void test_one_hash(void) {
+    static const uint64_t expected[N_FAMILIES][5] = {
+        {0xd7dce9e698662dc9, 0x60d78e36ad3c0363, 0x730c1ff7e34fb417,
+         0xced36eb2ff7b8ad6, 0xac0d7502e0f3f27d},
+        {0xaa8ee0c72973702c, 0x516eaea9518442b9, 0x0ecc2eed881a0a1b,
+         0x54629833243679c4, 0x6dd46af142d8adf2},
+        {0x6e4b79e0431f69c7, 0x9e5acd97766e5407, 0x830ddc2f12fc57f8,
+         0x7cc0bb8f562cf19c, 0x94957638d81c88b0},
+        {0x429edc7fb999a388, 0xc8ebde280607b6c3, 0x64b8e175975b1e8b,
+         0x4f78c2685111f8b2, 0xe863208aadc3ba75},
+    };
+    for (int which = 0; which < N_FAMILIES; which++)
+        for (int dtype = F32; dtype <= Q4A; dtype++) {
+            enum { N = 70 };
+            random_state = (uint64_t)(1000 + which * 10 + dtype);
+            Shape s = family(which, dtype);
+            Made made = make_weights(&s);
+            Model m = open_made(&made, "hash.bin");
+            int *ids = random_ids(N, m.c.vocab_size);
+            Slot batch[N];
+            for (int i = 0; i < N; i++) batch[i] = (Slot){ids[i], i, 0, true};
+            Cache kv;
+            new_cache(&kv, &m, N, 0, 0);
+            size_t bytes = (size_t)(N * m.c.vocab_size) * sizeof(float);
+            unsigned long long hash = hash64(forward(&m, &kv, batch, N), bytes);
+            CHECK(hash == expected[which][dtype - F32], "%s %s: logits of hash 0x%016llx in %s",
+                  s.name, formats[dtype], hash, isa);
+            free_cache(&kv);
+            free_model(&m);
+            free_made(&made);
+            free(ids);
+        }
+}
+
 // =================================================================================================
 // 5. The sampler
 // =================================================================================================
@@ -2633,7 +2668,8 @@ static void too_long(int signal_number) {
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*test)(void); } groups[] = {
         {"numbers", test_numbers}, {"quantize", test_quantize}, {"products", test_products},
-        {"attention", test_attention}, {"forward", test_forward}, {"sampler", test_sampler},
+        {"attention", test_attention}, {"forward", test_forward},
+        {"same-bytes", test_one_hash}, {"sampler", test_sampler},
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
         {"models", test_models}};
     strcpy(folder, "/tmp/test_all.XXXXXX");
