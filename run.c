@@ -25,6 +25,9 @@
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -77,6 +80,12 @@ static void *reserve(size_t bytes, const char *what) {
     void *p = mmap(NULL, bytes + !bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED) die("out of memory: %zu MiB for %s", bytes >> 20, what);
     return p;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 // ---- Numbers. Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere.
@@ -1717,10 +1726,10 @@ static struct {
     _Atomic(void *) context;
     _Atomic uint64_t ranges[MAX_THREADS];
     int n_threads;
-    int alone, penalty;  // jobs that the first thread will do alone; ... after the next stall
+    double alone_until, penalty;  // until when the first thread works alone; for how long next time
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-} pool = {.n_threads = 1, .penalty = 512, .mutex = PTHREAD_MUTEX_INITIALIZER,
+} pool = {.n_threads = 1, .penalty = 4e-3, .mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER};
 #define RELAXED(load_or_store, ...) atomic_##load_or_store##_explicit(__VA_ARGS__, memory_order_relaxed)
 
@@ -1781,10 +1790,10 @@ static void *worker(void *argument) {
 }
 
 // When a thread that has items is not running, as another program has its core, the first one must wait.
-// It then does the next jobs alone for a while, and longer each time it happens again.
+// It then works alone for a few milliseconds, and longer if that happens again.
 static void parallel(Task *task, void *context, int n_items) {
-    if (n_items == 1 || pool.n_threads == 1 || pool.alone > 0) {
-        pool.alone -= n_items > 1;
+    double began = n_items > 1 && pool.n_threads > 1 ? seconds() : 0;
+    if (began <= pool.alone_until) {
         for (int i = 0; i < n_items; i++) task(context, i, 0);
         return;
     }
@@ -1805,28 +1814,49 @@ static void parallel(Task *task, void *context, int n_items) {
         pthread_mutex_unlock(&pool.mutex);
     }
     work(0);
+    double waiting = 0;
     for (int spins = 0; atomic_load(&pool.done) != n_items; spins++) {
+        if (spins == SPINS) waiting = seconds();
         if (spins < SPINS) pause_cpu();
         else usleep(20);
-        if (spins == SPINS + 8) {  // half a millisecond or more
-            pool.alone = pool.penalty;
-            pool.penalty = pool.penalty < 32768 ? pool.penalty * 2 : 32768;
-        }
     }
-    if (job % 8192 == 0 && pool.penalty > 512) pool.penalty /= 2;
+    double end = waiting > 0 ? seconds() : began;
+    if (waiting > 0 && end - waiting > 5e-4 && end - waiting > 0.5 * (end - began)) {
+        pool.alone_until = end + pool.penalty;
+        pool.penalty = pool.penalty < 0.1 ? pool.penalty * 2 : 0.1;
+    } else if (end > pool.alone_until + 10 * pool.penalty) pool.penalty = 4e-3;
+}
+
+// Where there is a thread for every core, each stays on its own: a scheduler may else wake one on a core
+// that another one is using.
+static void pin(pthread_t thread, int number) {
+#ifdef __linux__
+    cpu_set_t allowed, one;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) != pool.n_threads) return;
+    int cpu = 0;
+    for (; cpu < CPU_SETSIZE && (!CPU_ISSET(cpu, &allowed) || number-- > 0); cpu++) {}
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    pthread_setaffinity_np(thread, sizeof one, &one);
+#else
+    (void)thread, (void)number;
+#endif
 }
 
 // Starts n - 1 threads beside the calling one. Where one cannot be had, the others do its work.
 static void start_threads(int n) {
+    static pthread_t threads[MAX_THREADS];
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the main thread's business
+    threads[0] = pthread_self();
     for (; pool.n_threads < n; pool.n_threads++) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.n_threads)) break;
-        pthread_detach(thread);
+        int i = pool.n_threads;
+        if (pthread_create(&threads[i], NULL, worker, (void *)(intptr_t)i)) break;
+        pthread_detach(threads[i]);
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+    for (int i = pool.n_threads - 1; i >= 0 && n > 1; i--) pin(threads[i], i);
 }
 
 // ---- Large pages. A model in the page cache is mapped in pages of 4 KiB, and looking these up can cost half
@@ -2272,6 +2302,7 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
     for (int t = 0; t < n; t++)
         UNROLL for (int i = 0; i < V; i++) {
             int at = t * width + i * W;
+            if (Q < 4) __builtin_prefetch(values + (size_t)at * (wide ? 4 : 2) + 8192, 0, 2);
             vf v = wide ? load((const float *)(const void *)values + at)
                         : load_half((const uint16_t *)(const void *)values + at);
             UNROLL for (int j = 0; j < Q; j++) acc[j][i] += v * weights[(size_t)j * row + (size_t)t];
@@ -2311,10 +2342,9 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         for (int side = 0; side <= split; side++) {
             const uint8_t *chunk = cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
-            if (n < 8) {  // the values will be needed soon, and more keys at once
+            if (n < 8) prefetch(keys + 4 * block_bytes, block_bytes);
+            if (n < 8 && tile->last < 512)  // the values will be needed soon
                 prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, block_bytes);
-                prefetch(keys + 4 * block_bytes, block_bytes);
-            }
             for (int j = 0, some; j < n; j += some) {
                 some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
@@ -2473,12 +2503,6 @@ typedef struct {
 } Options;
 
 static volatile sig_atomic_t interrupted;
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 // ---- Input and output
 
