@@ -290,9 +290,9 @@ class Tensor:
         return round_up(self.cols, BLOCK) // BLOCK
 
     @property
-    def params_bytes(self):
-        """Bytes of one panel's scales (and minima), padded to 64."""
-        return round_up(self.nb * N_PARAMS[self.dtype] * PANEL * 2, ALIGN)
+    def block_bytes(self):
+        """Bytes of one block of 16 rows and 32 columns: its scales (and minima), then its quants."""
+        return 2 * N_PARAMS[self.dtype] * PANEL + N_QUANTS[self.dtype] * PANEL
 
     @property
     def panel_bytes(self):
@@ -300,7 +300,7 @@ class Tensor:
             return 4 * self.cols * PANEL
         if self.dtype == BF16:
             return 2 * round_up(self.cols, 2) * PANEL
-        return self.params_bytes + self.nb * N_QUANTS[self.dtype] * PANEL
+        return self.nb * self.block_bytes
 
     @property
     def n_bytes(self):
@@ -364,11 +364,11 @@ def pack_panels(t, a):
         return a.reshape(len(a) // PANEL, PANEL, -1, 2).transpose(0, 2, 1, 3).tobytes()
     rows = round_up(len(a.params), PANEL)
     params = pad_axis(a.params, 0, rows).reshape(-1, PANEL, t.nb, N_PARAMS[t.dtype])
-    params = np.ascontiguousarray(params.transpose(0, 2, 3, 1), "<f2").reshape(len(params), -1)
-    params = pad_axis(params.view(np.uint8), 1, t.params_bytes)
+    params = np.ascontiguousarray(params.transpose(0, 2, 3, 1), "<f2")
+    params = params.reshape(*params.shape[:2], -1).view(np.uint8)
     quants = pad_axis(a.quants, 0, rows).reshape(-1, PANEL, t.nb, N_QUANTS[t.dtype] // 4, 4)
-    quants = quants.transpose(0, 2, 3, 1, 4).reshape(len(params), -1)
-    return np.concatenate([params, quants], axis=1).tobytes()
+    quants = quants.transpose(0, 2, 3, 1, 4).reshape(*params.shape[:2], -1)
+    return np.concatenate([params, quants], axis=2).tobytes()
 
 
 def unpack_panels(t, data):
@@ -379,9 +379,11 @@ def unpack_panels(t, data):
         a = from_bf16(data.view("<u2")).reshape(len(data), -1, PANEL, 2).transpose(0, 2, 1, 3)
     else:
         n_params, n_quants = N_PARAMS[t.dtype], N_QUANTS[t.dtype]
-        params = data[:, :t.nb * n_params * PANEL * 2].copy().view("<f2")
+        data = data.reshape(len(data), t.nb, t.block_bytes)
+        n_bytes = 2 * n_params * PANEL
+        params = np.ascontiguousarray(data[:, :, :n_bytes]).view("<f2")
         params = params.reshape(-1, t.nb, n_params, PANEL).transpose(0, 3, 1, 2)
-        quants = data[:, t.params_bytes:].reshape(-1, t.nb, n_quants // 4, PANEL, 4)
+        quants = data[:, :, n_bytes:].reshape(-1, t.nb, n_quants // 4, PANEL, 4)
         quants = np.ascontiguousarray(quants.transpose(0, 3, 1, 2, 4))
         a = dequantize(t.dtype, Blocks(params.reshape(-1, t.nb, n_params),
                                        quants.reshape(-1, t.nb, n_quants)))

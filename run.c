@@ -184,7 +184,10 @@ static uint64_t hash64(const void *data, size_t bytes) {
 
 // How a matrix is stored. ROWS is plain float32, row by row (vectors, and llama2.c's files). All
 // others come in panels of 16 rows, so that 16 rows can be summed side by side, each in column order.
-// The quantized ones are cut into blocks of 32 columns that share a half-precision scale:
+// The quantized ones are cut into blocks of 32 columns. In a block each row has a half-precision scale
+// (and for Q4A a minimum): first the scales of the 16 rows, [16], then minima, then quants, 4 columns
+// of a row side by side: Q8 int8 [8][16][4]; Q4, Q4A [4][16][4], low halves columns 0 to 15, high
+// halves columns 16 to 31.
 enum {
     ROWS,   // float32 [rows][cols]
     F32,    // float32 [panel][cols][16]
@@ -272,11 +275,13 @@ static bool is_local(const Config *c, int layer) {
     return c->sliding_window && c->local_layers[layer / 8] >> layer % 8 & 1;
 }
 
-// Bytes of one panel of 16 rows, for F32 to Q4A.
+// Bytes of a block's scales and minima; of a block; of a panel of 16 rows.
+static int scale_bytes(int dtype) { return dtype == Q4A ? 64 : 32; }
+static int block_bytes(int dtype) { return scale_bytes(dtype) + (dtype == Q8 ? 512 : 256); }
 static size_t panel_bytes(int dtype, int cols) {
-    size_t n = (size_t)cols, blocks = (n + 31) / 32, scales = (blocks * 32 + 63) / 64 * 64;
-    return dtype == F32 ? n * 64 : dtype == BF16 ? (n + 1) / 2 * 64
-         : dtype == Q8 ? scales + blocks * 512 : dtype == Q4 ? scales + blocks * 256 : blocks * 320;
+    size_t n = (size_t)cols;
+    if (dtype == ROWS || dtype == F32) return n * 64;
+    return dtype == BF16 ? (n + 1) / 2 * 64 : (n + 31) / 32 * (size_t)block_bytes(dtype);
 }
 static size_t matrix_bytes(int dtype, int rows, int cols) {
     if (dtype == BYTES) return (size_t)cols;
@@ -747,22 +752,20 @@ static void quantize(Quantized *out, int token, const float *x, int n) {
 
 // The parameter w[r][c]; shows how each dtype is laid out.
 static float weight(const Matrix *w, int r, int c) {
-    size_t cols = (size_t)w->cols, blocks = (cols + 31) / 32, column = (size_t)c;
-    size_t lane = (size_t)r % 16, b = column / 32, i = column % 32;
+    size_t cols = (size_t)w->cols, column = (size_t)c, lane = (size_t)r % 16, i = column % 32;
     if (w->dtype == ROWS) return vec(w)[(size_t)r * cols + column];
     const uint8_t *panel = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
     const uint16_t *halves = (const uint16_t *)(const void *)panel;
     if (w->dtype == F32) return ((const float *)(const void *)panel)[column * 16 + lane];
     if (w->dtype == BF16) return float_of((uint32_t)halves[(column / 2 * 16 + lane) * 2 + column % 2] << 16);
-    const uint8_t *quants = panel + (w->dtype == Q4A ? blocks * 64 : (blocks * 32 + 63) / 64 * 64);
-    if (w->dtype == Q8) {
-        int8_t q = (int8_t)quants[b * 512 + (i / 4 * 16 + lane) * 4 + i % 4];
-        return half_to_float(halves[b * 16 + lane]) * (float)q;
-    }
-    uint8_t pair = quants[b * 256 + (i % 16 / 4 * 16 + lane) * 4 + i % 4];
+    const uint8_t *block = panel + column / 32 * (size_t)block_bytes(w->dtype);
+    const uint8_t *quants = block + scale_bytes(w->dtype);
+    halves = (const uint16_t *)(const void *)block;
+    float scale = half_to_float(halves[lane]);
+    if (w->dtype == Q8) return scale * (float)(int8_t)quants[(i / 4 * 16 + lane) * 4 + i % 4];
+    uint8_t pair = quants[(i % 16 / 4 * 16 + lane) * 4 + i % 4];
     int q = i < 16 ? pair & 15 : pair >> 4;
-    if (w->dtype == Q4) return half_to_float(halves[b * 16 + lane]) * (float)(q - 8);
-    return half_to_float(halves[b * 32 + lane]) * (float)q + half_to_float(halves[b * 32 + 16 + lane]);
+    return w->dtype == Q4 ? scale * (float)(q - 8) : scale * (float)q + half_to_float(halves[16 + lane]);
 }
 
 // One panel of a matrix times n activations: y[t * stride + r] = sum over c of w[r][c] * x[t][c] for the
@@ -772,11 +775,9 @@ static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride
                         const Quantized *xq, int n, float *y, int stride) {
     int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16, cols = w->cols;
     size_t blocks = ((size_t)cols + 31) / 32;
-    const uint8_t *p = w->data + (size_t)panel *
-        (w->dtype == ROWS ? (size_t)cols * 64 : panel_bytes(w->dtype, cols));
+    const uint8_t *p = w->data + (size_t)panel * panel_bytes(w->dtype, cols);
     const float *f = (const float *)(const void *)p;
     const uint16_t *h = (const uint16_t *)(const void *)p;
-    const uint8_t *quants = p + (w->dtype == Q4A ? blocks * 64 : (blocks * 32 + 63) / 64 * 64);
     for (int t = 0; t < n; t++, x += x_stride) {
         float acc[16] = {0};
         if (w->dtype == ROWS) {
@@ -790,19 +791,21 @@ static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride
                 for (int r = 0; r < 16; r++)
                     acc[r] += float_of((uint32_t)h[(c / 2 * 16 + r) * 2 + c % 2] << 16) * x[c];
         } else for (size_t b = 0; b < blocks; b++) {
+            const uint8_t *block = p + b * (size_t)block_bytes(w->dtype);
             size_t at = block_at(xq, t, (int)b);
-            int sum[16] = {0};
+            int sum[16] = {0}, half = w->dtype == Q8 ? 32 : 16;
             for (int i = 0; i < 32; i++) {
-                int half = w->dtype == Q8 ? 32 : 16, xi = xq->q[at * 32 + (size_t)i];
-                const uint8_t *q = quants + b * (size_t)half * 16 + i % half / 4 * 64 + i % 4;
+                const uint8_t *q = block + scale_bytes(w->dtype) + i % half / 4 * 64 + i % 4;
+                int xi = xq->q[at * 32 + (size_t)i];
                 for (int r = 0; r < 16; r++)
-                    sum[r] += xi * (w->dtype == Q8 ? (int8_t)q[r * 4] : i < 16 ? q[r * 4] & 15 : q[r * 4] >> 4);
+                    sum[r] += xi * (w->dtype == Q8 ? (int8_t)q[r * 4]
+                                    : i < 16 ? q[r * 4] & 15 : q[r * 4] >> 4);
             }
+            h = (const uint16_t *)(const void *)block;
             for (int r = 0; r < 16; r++) {
-                size_t scale = w->dtype == Q4A ? b * 32 + (size_t)r : b * 16 + (size_t)r;
                 int s = w->dtype == Q4 ? sum[r] + xq->minus8[at] : sum[r];
-                acc[r] += (float)s * half_to_float(h[scale]) * xq->d[at];
-                if (w->dtype == Q4A) acc[r] += half_to_float(h[scale + 16]) * xq->dsum[at];
+                acc[r] += (float)s * half_to_float(h[r]) * xq->d[at];
+                if (w->dtype == Q4A) acc[r] += half_to_float(h[16 + r]) * xq->dsum[at];
             }
         }
         memcpy(y + (size_t)t * (size_t)stride, acc, (size_t)rows * sizeof(float));
@@ -1959,7 +1962,7 @@ INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 // Into the second-level cache, which can wait for more of the memory at once than the first.
-enum { PREFETCH = 8192, NEXT = 16384 };  // bytes ahead in a stream of weights; of the next one
+enum { PREFETCH = 2048, NEXT = 16384 };  // bytes ahead in a stream of weights; of the next one
 INLINE void prefetch(const uint8_t *p, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
@@ -2050,55 +2053,58 @@ typedef struct {
     float scales[64][16], minima[64][16];
 } Unpacked;                             // up to 64 blocks of a panel
 
-INLINE void quant_kernel(const int T, const int dtype, const bool packed, const uint8_t *quants,
-                         const uint16_t *halves, const Unpacked *u, int lane, const Quantized *xq,
-                         int t0, int b0, int n_blocks, float *out) {
+INLINE void quant_kernel(const int T, const int dtype, const bool packed, const uint8_t *blocks,
+                         const Unpacked *u, int lane, const Quantized *xq, int t0, int b0,
+                         int n_blocks, float *out) {
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
+    const int size = block_bytes(dtype);
     vf acc[TILE];
     for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
     size_t at = block_at(xq, t0, b0);
-    const int block_bytes = dtype == Q8 ? 544 : dtype == Q4 ? 288 : 320;
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
-        if (packed) prefetch((const uint8_t *)halves + b * block_bytes + PREFETCH, block_bytes);
+        const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
+        const uint8_t *quants = packed ? block + scale_bytes(dtype) : block;
+        const uint16_t *halves = (const uint16_t *)(const void *)block;
+        if (packed) prefetch(block + PREFETCH, size);
         vi sum[TILE];
-        for (int t = 0; t < T; t++) sum[t] = splat_i(bias8 ? xq->minus8[at + (size_t)t] : 0) * (bias8 + !bias8);
+        for (int t = 0; t < T; t++)
+            sum[t] = splat_i(bias8 ? xq->minus8[at + (size_t)t] : 0) * (bias8 + !bias8);
         if (packed && dtype != Q8) {
             for (int g = 0; g < 4; g++) {
-                vu w = load_u(quants + b * 256 + g * 64 + lane * 4);
+                vu w = load_u(quants + g * 64 + lane * 4);
                 vu low = w & 0x0f0f0f0f, high = w >> 4 & 0x0f0f0f0f;
                 for (int t = 0; t < T; t++) sum[t] = dot(sum[t], low, x + t * 32 + g * 4);
                 for (int t = 0; t < T; t++) sum[t] = dot(sum[t], high, x + t * 32 + 16 + g * 4);
             }
         } else {
             for (int g = 0; g < 8; g++) {
-                vu w = load_u(quants + b * 512 + g * 64 + lane * 4);
+                vu w = load_u(quants + g * 64 + lane * 4);
                 if (packed && BIAS8 != 0) w ^= 0x80808080;
                 for (int t = 0; t < T; t++) sum[t] = dot(sum[t], w, x + t * 32 + g * 4);
             }
         }
-        vf scale = packed ? load_half(halves + b * (dtype == Q4A ? 32 : 16) + lane)
-                          : load(u->scales[b] + lane);
+        vf scale = packed ? load_half(halves + lane) : load(u->scales[b] + lane);
         for (int t = 0; t < T; t++)
             acc[t] += __builtin_convertvector(sum[t], vf) * scale * xq->d[at + (size_t)t];
         if (dtype == Q4A) {
-            vf minimum = packed ? load_half(halves + b * 32 + 16 + lane) : load(u->minima[b] + lane);
+            vf minimum = packed ? load_half(halves + 16 + lane) : load(u->minima[b] + lane);
             for (int t = 0; t < T; t++) acc[t] += minimum * xq->dsum[at + (size_t)t];
         }
     }
     for (int t = 0; t < T; t++) store(out + t * 16 + lane, acc[t]);
 }
 
-static void unpack_panel(Unpacked *u, int dtype, const uint8_t *quants, const uint16_t *halves,
-                         int n_blocks) {
-    for (int b = 0; b < n_blocks; b++) {
+static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blocks) {
+    for (int b = 0; b < n_blocks; b++, block += block_bytes(dtype)) {
         uint8_t *to = u->quants + b * 512;
-        const uint8_t *from = quants + b * (dtype == Q8 ? 512 : 256);
+        const uint8_t *from = block + scale_bytes(dtype);
+        const uint16_t *halves = (const uint16_t *)(const void *)block;
         for (int i = 0; i < 512 && dtype == Q8; i++) to[i] = from[i] ^ BIAS8;
         for (int i = 0; i < 256 && dtype != Q8; i++) to[i] = from[i] & 15, to[i + 256] = from[i] >> 4;
         for (int i = 0; i < 16; i += W) {
-            store(u->scales[b] + i, load_half(halves + b * (dtype == Q4A ? 32 : 16) + i));
-            if (dtype == Q4A) store(u->minima[b] + i, load_half(halves + b * 32 + 16 + i));
+            store(u->scales[b] + i, load_half(halves + i));
+            if (dtype == Q4A) store(u->minima[b] + i, load_half(halves + 16 + i));
         }
     }
 }
@@ -2113,7 +2119,7 @@ static int tile_of(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 
 
 static void quant_tile(int dtype, const Unpacked *u, int lane, const Quantized *xq, int t, int left,
                        int b0, int n_blocks, float *out) {
-#define KERNEL(type) quant_kernel(T, type, false, u->quants, NULL, u, lane, xq, t, b0, n_blocks, out)
+#define KERNEL(type) quant_kernel(T, type, false, NULL, u, lane, xq, t, b0, n_blocks, out)
     if (dtype == Q8) FOR_TILE(left, KERNEL(Q8))
     else if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
     else FOR_TILE(left, KERNEL(Q4A))
@@ -2121,13 +2127,10 @@ static void quant_tile(int dtype, const Unpacked *u, int lane, const Quantized *
 }
 
 static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *xq, int n, float *out) {
-    int blocks = (w->cols + 31) / 32, per_block = w->dtype == Q8 ? 512 : 256, halves_of = 16;
-    const uint16_t *halves = (const uint16_t *)(const void *)panel;
-    const uint8_t *quants = panel + ((size_t)blocks * 32 + 63) / 64 * 64;
-    if (w->dtype == Q4A) quants = panel + (size_t)blocks * 64, halves_of = 32;
+    int blocks = (w->cols + 31) / 32;
     if (n == 1) {
         for (int lane = 0; lane < 16; lane += W) {
-#define KERNEL(type) quant_kernel(1, type, true, quants, halves, NULL, lane, xq, 0, 0, blocks, out)
+#define KERNEL(type) quant_kernel(1, type, true, panel, NULL, lane, xq, 0, 0, blocks, out)
             if (w->dtype == Q8) KERNEL(Q8);
             else if (w->dtype == Q4) KERNEL(Q4);
             else KERNEL(Q4A);
@@ -2135,11 +2138,12 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *
         }
         return;
     }
+    size_t bytes = panel_bytes(w->dtype, w->cols);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(panel + bytes + i, 0, 2);  // the next one
     for (int b = 0; b < blocks; b += 64) {
         Unpacked u;
         int some = blocks - b < 64 ? blocks - b : 64;
-        unpack_panel(&u, w->dtype, quants + (size_t)b * (size_t)per_block,
-                     halves + (size_t)b * (size_t)halves_of, some);
+        unpack_panel(&u, w->dtype, panel + (size_t)b * (size_t)block_bytes(w->dtype), some);
         for (int lane = 0; lane < 16; lane += W)
             for (int t = 0; t < n; t += tile_of(n - t))
                 quant_tile(w->dtype, &u, lane, xq, t, n - t, b, some, out + t * 16);
@@ -2222,8 +2226,7 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
                        const Quantized *xq, int n, float *y, int stride) {
     float out[MAX_BATCH * 16];
     int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16;
-    const uint8_t *p = w->data + (size_t)panel *
-        (w->dtype == ROWS ? (size_t)w->cols * 64 : panel_bytes(w->dtype, w->cols));
+    const uint8_t *p = w->data + (size_t)panel * panel_bytes(w->dtype, w->cols);
     if (w->dtype >= Q8) {
         memset(out, 0, (size_t)n * 16 * sizeof(float));
         quant_panel(w, p, xq, n, out);
@@ -2255,8 +2258,7 @@ static void prefetch_next(const MatMul *mm, int panel, int thread) {
     for (int i = 0; i < n; i++) panels += (next[i].rows + 15) / 16;
     int start = range_start(panels, thread);
     for (; start >= (next->rows + 15) / 16; next++) start -= (next->rows + 15) / 16;
-    size_t bytes = next->dtype == ROWS ? (size_t)next->cols * 64 : panel_bytes(next->dtype, next->cols);
-    prefetch(next->data + (size_t)start * bytes, NEXT);
+    prefetch(next->data + (size_t)start * panel_bytes(next->dtype, next->cols), NEXT);
 }
 
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
@@ -2328,7 +2330,7 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     const Config *c = &f->m->c;
     int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
     size_t element = f->kv->wide ? 4 : 2;
-    int block_bytes = 16 * hd * (int)element;
+    int key_bytes = 16 * hd * (int)element;  // of a block
     float *queries = resize(NULL, (size_t)(hd * n), sizeof(float));  // (head_dim, n)
     for (int i = 0; i < n; i++) {
         const float *q = row_of(f->s->q, tile->slot + i / a->group, c->n_heads * hd) +
@@ -2342,9 +2344,9 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         for (int side = 0; side <= split; side++) {
             const uint8_t *chunk = cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
-            if (n < 8) prefetch(keys + 4 * block_bytes, block_bytes);
+            if (n < 8) prefetch(keys + 4 * key_bytes, key_bytes);
             if (n < 8 && tile->last < 512)  // the values will be needed soon
-                prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, block_bytes);
+                prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, key_bytes);
             for (int j = 0, some; j < n; j += some) {
                 some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;

@@ -211,8 +211,8 @@ static void free_tensor(Tensor *t) {
 // A random matrix whose products with numbers of size 1 have about that size.
 static Tensor matrix(int dtype, int rows, int cols) {
     size_t nb = (size_t)(cols + 31) / 32, panels = (size_t)(rows + 15) / 16, wide = (size_t)cols;
-    size_t scales = dtype == Q4A ? nb * 64 : (nb * 32 + 63) / 64 * 64;
-    size_t block = dtype == Q8 ? 512 : 256, panel = scales + nb * block;
+    size_t scales = dtype == Q4A ? 64 : 32;  // bytes of a block's scales, in front of its quants
+    size_t block = scales + (dtype == Q8 ? 512 : 256), panel = nb * block;
     if (dtype <= BF16) panel = dtype == BF16 ? (wide + 1) / 2 * 64 : wide * 64;
     Tensor t = {dtype, rows, cols, get((size_t)rows * wide, 4), NULL,
                 dtype == ROWS ? (size_t)rows * wide * 4 : panels * panel};
@@ -240,12 +240,11 @@ static Tensor matrix(int dtype, int rows, int cols) {
                 uint16_t h = (uint16_t)nearest_half(scale);
                 uint16_t m = (uint16_t)nearest_half(-7.5 * scale * (0.8 + 0.4 * uniform()));
                 scale = half_value(h), minimum = half_value(m);
-                if (dtype == Q4A) memcpy(p + 2 * (b * 32 + R), &h, 2);
-                if (dtype == Q4A) memcpy(p + 2 * (b * 32 + 16 + R), &m, 2);
-                else memcpy(p + 2 * (b * 16 + R), &h, 2);
+                memcpy(p + (size_t)b * block + 2 * R, &h, 2);
+                if (dtype == Q4A) memcpy(p + (size_t)b * block + 32 + 2 * R, &m, 2);
             }
             int q = dtype == Q8 ? below(255) - 127 : below(16);
-            uint8_t *quants = p + scales + (size_t)b * block;
+            uint8_t *quants = p + (size_t)b * block + scales;
             if (dtype == Q8) quants[(i / 4 * 16 + R) * 4 + i % 4] = (uint8_t)q;
             else quants[(i % 16 / 4 * 16 + R) * 4 + i % 4] |= (uint8_t)(i < 16 ? q : q << 4);
             if (dtype == Q8) *value = (float)(scale * q);
