@@ -584,7 +584,7 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
 }
 
 // ---- Activations. A batch of n positions is computed together; every array is (n, width), with the
-// width rounded up to 32 and the rest zero.
+// width rounded up and the rest zero.
 
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
 
@@ -615,7 +615,8 @@ typedef struct State {
     size_t scores_capacity;
 } State;
 
-static int padded(int width) { return round_up(width, 32); }
+// (An odd number of cache lines, so that a column does not fall into a few sets of the cache.)
+static int padded(int width) { return round_up(width, 32) + 16; }
 static size_t block_at(const Quantized *x, int token, int block) {
     return ((size_t)(token / TILE) * (size_t)x->n_blocks + (size_t)block) * TILE +
            (size_t)(token % TILE);
@@ -640,7 +641,7 @@ static State *get_state(Cache *kv, int n) {
     size_t rows = (size_t)round_up(n, TILE), dim = (size_t)padded(c->dim);
     size_t hidden = (size_t)padded(c->hidden_dim), q_dim = (size_t)padded(c->n_heads * c->head_dim);
     size_t kv_dim = (size_t)padded(c->n_kv_heads * c->head_dim);
-    size_t widest = dim > hidden ? dim : hidden, blocks = (widest > q_dim ? widest : q_dim) / 32;
+    size_t widest = dim > hidden ? dim : hidden, blocks = (widest > q_dim ? widest : q_dim) / 32 + 1;
     s->x = zeros(s->x, rows * dim, 4);
     s->xb = zeros(s->xb, rows * dim, 4);
     s->q = zeros(s->q, rows * q_dim, 4);
@@ -866,16 +867,10 @@ typedef struct { const Matrix *w; float *y; int stride; } Product;
 typedef struct {
     const Pass *f;
     const Product *products;
-    int n_products, n_panels, n;
+    int n_products, n;
     const float *x;
     int x_stride;
 } MatMul;
-
-#ifdef PLAIN
-static void prefetch_next(const MatMul *mm, int panel, int thread) { (void)mm, (void)panel, (void)thread; }
-#else
-static void prefetch_next(const MatMul *mm, int panel, int thread);
-#endif
 
 static void quantize_task(void *context, int token, int thread) {
     const MatMul *mm = context;
@@ -886,7 +881,7 @@ static void quantize_task(void *context, int token, int thread) {
 static void panel_task(void *context, int panel, int thread) {
     const MatMul *mm = context;
     const Product *p = mm->products;
-    if (FAST) prefetch_next(mm, panel, thread);
+    (void)thread;
     for (; panel >= (p->w->rows + 15) / 16; p++) panel -= (p->w->rows + 15) / 16;
     (mm->f->kv->plain ? panel_plain : panel_fast)(p->w, panel, mm->x, mm->x_stride, &mm->f->s->xq,
                                                   mm->n, p->y + panel * 16, p->stride);
@@ -898,7 +893,7 @@ static void matmul(const Pass *f, int n, const float *x, const Product *products
         panels += (products[i].w->rows + 15) / 16;
         quantized |= products[i].w->dtype >= Q8;
     }
-    MatMul mm = {f, products, n_products, panels, n, x, padded(cols)};
+    MatMul mm = {f, products, n_products, n, x, padded(cols)};
     f->s->xq.n_blocks = (cols + 31) / 32;
     if (quantized) parallel(quantize_task, &mm, n);
     parallel(panel_task, &mm, panels);
@@ -1962,9 +1957,8 @@ INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 // Into the second-level cache, which can wait for more of the memory at once than the first.
-enum { PREFETCH = 2048, NEXT = 16384 };  // bytes ahead in a stream of weights; of the next one
-INLINE void prefetch(const uint8_t *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+INLINE void prefetch(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 INLINE int32_t read_4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
 
@@ -2066,7 +2060,6 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = packed ? block + scale_bytes(dtype) : block;
         const uint16_t *halves = (const uint16_t *)(const void *)block;
-        if (packed) prefetch(block + PREFETCH, size);
         vi sum[TILE];
         for (int t = 0; t < T; t++)
             sum[t] = splat_i(bias8 ? xq->minus8[at + (size_t)t] : 0) * (bias8 + !bias8);
@@ -2100,8 +2093,11 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
         uint8_t *to = u->quants + b * 512;
         const uint8_t *from = block + scale_bytes(dtype);
         const uint16_t *halves = (const uint16_t *)(const void *)block;
-        for (int i = 0; i < 512 && dtype == Q8; i++) to[i] = from[i] ^ BIAS8;
-        for (int i = 0; i < 256 && dtype != Q8; i++) to[i] = from[i] & 15, to[i + 256] = from[i] >> 4;
+        for (int i = 0; i < (dtype == Q8 ? 512 : 256); i += 4 * W) {
+            vu w = load_u(from + i);
+            if (dtype == Q8) store(to + i, (vf)(BIAS8 != 0 ? w ^ 0x80808080 : w));
+            else store(to + i, (vf)(w & 0x0f0f0f0f)), store(to + i + 256, (vf)(w >> 4 & 0x0f0f0f0f));
+        }
         for (int i = 0; i < 16; i += W) {
             store(u->scales[b] + i, load_half(halves + i));
             if (dtype == Q4A) store(u->minima[b] + i, load_half(halves + 16 + i));
@@ -2138,8 +2134,6 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *
         }
         return;
     }
-    size_t bytes = panel_bytes(w->dtype, w->cols);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(panel + bytes + i, 0, 2);  // the next one
     for (int b = 0; b < blocks; b += 64) {
         Unpacked u;
         int some = blocks - b < 64 ? blocks - b : 64;
@@ -2178,48 +2172,57 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
         }
 }
 
-INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int cols, int n_rows, int lane,
-                         const float *x, int x_stride, float *out) {
-    vf acc[TILE];
+// Adds the products of the columns from c to end to out.
+INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int cols, int n_rows,
+                         int lane, int c, int end, const float *x, int x_stride, float *out) {
+    vf acc[16];
     const float *f = (const float *)(const void *)panel;
-    for (int t = 0; t < T; t++) acc[t] = (vf){0};
-    int c = 0;
+    UNROLL for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
     if (dtype == F32) {
-        for (; c < cols; c++) {
+        for (; c < end; c++) {
             vf w = load(f + c * 16 + lane);
-            for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
+            UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
         }
     } else if (dtype == BF16) {
-        for (; c < cols; c += 2) {  // an odd last column is followed by a zero weight and a zero
+        for (; c < end; c += 2) {  // an odd last column is followed by a zero weight and a zero
             vu pair = load_u(panel + (size_t)c * 32 + (size_t)lane * 4);
             vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000);
-            for (int t = 0; t < T; t++) acc[t] += even * x[t * x_stride + c];
-            for (int t = 0; t < T; t++) acc[t] += odd * x[t * x_stride + c + 1];
+            UNROLL for (int t = 0; t < T; t++) acc[t] += even * x[t * x_stride + c];
+            UNROLL for (int t = 0; t < T; t++) acc[t] += odd * x[t * x_stride + c + 1];
         }
     } else {
         const float *rows = f + (size_t)lane * (size_t)cols;
-        for (; c + W <= cols; c += W) {
+        for (; c + W <= end; c += W) {
             vf w[W];
             load_columns(w, rows + c, (size_t)cols, n_rows - lane);
-            for (int i = 0; i < W; i++)
-                for (int t = 0; t < T; t++) acc[t] += w[i] * x[t * x_stride + c + i];
+            UNROLL for (int i = 0; i < W; i++)
+                UNROLL for (int t = 0; t < T; t++) acc[t] += w[i] * x[t * x_stride + c + i];
         }
-        for (; c < cols; c++) {
+        for (; c < end; c++) {
             vf w = {0};
-            for (int r = 0; r < W && lane + r < n_rows; r++) w[r] = rows[(size_t)r * (size_t)cols + (size_t)c];
-            for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
+            for (int r = 0; r < W && lane + r < n_rows; r++)
+                w[r] = rows[(size_t)r * (size_t)cols + (size_t)c];
+            UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
         }
     }
-    for (int t = 0; t < T; t++) store(out + t * 16 + lane, acc[t]);
+    UNROLL for (int t = 0; t < T; t++) store(out + t * 16 + lane, acc[t]);
 }
 
-static void float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int lane, const float *x,
-                       int x_stride, int left, float *out) {
-#define KERNEL(type) float_kernel(T, type, panel, w->cols, n_rows, lane, x, x_stride, out)
+// Does as many tokens as the registers allow, and returns how many.
+static int float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int lane, int c, int end,
+                      const float *x, int x_stride, int left, float *out) {
+#define KERNEL(type) float_kernel(T, type, panel, w->cols, n_rows, lane, c, end, x, x_stride, out)
+    if (W == 16 && left >= 16 && w->dtype != ROWS) {
+        enum { T = 16 };
+        if (w->dtype == F32) KERNEL(F32);
+        else KERNEL(BF16);
+        return 16;
+    }
     if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
     else if (w->dtype == BF16) FOR_TILE(left, KERNEL(BF16))
     else FOR_TILE(left, KERNEL(ROWS))
 #undef KERNEL
+    return tile_of(left);
 }
 
 static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
@@ -2227,38 +2230,20 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
     float out[MAX_BATCH * 16];
     int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16;
     const uint8_t *p = w->data + (size_t)panel * panel_bytes(w->dtype, w->cols);
-    if (w->dtype >= Q8) {
-        memset(out, 0, (size_t)n * 16 * sizeof(float));
-        quant_panel(w, p, xq, n, out);
-    } else {
-        for (int t = 0; t < n; t += tile_of(n - t))
-            for (int lane = 0; lane < 16; lane += W)
-                if (lane < rows)
-                    float_tile(w, p, rows, lane, x + (size_t)t * (size_t)x_stride, x_stride, n - t,
-                               out + t * 16);
+    memset(out, 0, (size_t)n * 16 * sizeof(float));
+    if (w->dtype >= Q8) quant_panel(w, p, xq, n, out);
+    else {
+        int step = n < 32 ? w->cols : 128;  // columns at a time, which stay in the first-level cache
+        for (int c = 0; c < w->cols; c += step)
+            for (int lane = 0; lane < 16 && lane < rows; lane += W)
+                for (int t = 0; t < n;)
+                    t += float_tile(w, p, rows, lane, c, w->cols - c < step ? w->cols : c + step,
+                                    x + (size_t)t * (size_t)x_stride, x_stride, n - t, out + t * 16);
     }
     for (int t = 0; t < n; t++, y += stride) {
         if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
         else memcpy(y, out + t * 16, (size_t)rows * sizeof(float));
     }
-}
-
-// When a thread has done its range of a product with one activation, it reads ahead in the weights that it
-// needs next, so that the memory is not idle while the little work between two products is done.
-static void prefetch_next(const MatMul *mm, int panel, int thread) {
-    if (mm->n > 1 || panel + 1 != range_start(mm->n_panels, thread + 1)) return;
-    const Pass *f = mm->f;
-    const Layer *l = f->l;
-    const Matrix *w = mm->products[0].w, *next = &f->m->classifier;
-    int n = 1, panels = 0;
-    if (w == &l->wq) next = &l->wo;
-    else if (w == &l->wo) next = &l->w_gate, n = 2;
-    else if (w == &l->w_gate) next = &l->w_down;
-    else if (w == &l->w_down && f->layer + 1 < f->m->c.n_layers) next = &l[1].wq, n = 3;
-    for (int i = 0; i < n; i++) panels += (next[i].rows + 15) / 16;
-    int start = range_start(panels, thread);
-    for (; start >= (next->rows + 15) / 16; next++) start -= (next->rows + 15) / 16;
-    prefetch(next->data + (size_t)start * panel_bytes(next->dtype, next->cols), NEXT);
 }
 
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
@@ -2330,7 +2315,7 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     const Config *c = &f->m->c;
     int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
     size_t element = f->kv->wide ? 4 : 2;
-    int key_bytes = 16 * hd * (int)element;  // of a block
+    size_t key_bytes = 16 * (size_t)hd * element;  // of a block
     float *queries = resize(NULL, (size_t)(hd * n), sizeof(float));  // (head_dim, n)
     for (int i = 0; i < n; i++) {
         const float *q = row_of(f->s->q, tile->slot + i / a->group, c->n_heads * hd) +
