@@ -2249,7 +2249,7 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
 // of a tile that share a key/value head pass over its keys and values together.
 
-enum { MAX_QUERIES = 32 };
+enum { MAX_QUERIES = 32, AHEAD = 8192 };  // AHEAD: bytes that few queries prefetch, as they wait for memory
 typedef struct { int slot, n, first, last; } AttendTile;  // slots; positions any of them sees
 typedef struct {
     const Pass *f;
@@ -2264,6 +2264,7 @@ INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, int 
     vf acc[24];
     UNROLL for (int j = 0; j < Q; j++) acc[j] = (vf){0};
     for (int d = 0; d < head_dim; d++) {
+        if (Q < 4) __builtin_prefetch(keys + d * (wide ? 64 : 32) + AHEAD, 0, 2);
         vf k = wide ? load((const float *)(const void *)keys + d * 16 + lane)
                     : load_half((const uint16_t *)(const void *)keys + d * 16 + lane);
         UNROLL for (int j = 0; j < Q; j++) acc[j] += k * queries[d * n_queries + j];
@@ -2289,7 +2290,7 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
     for (int t = 0; t < n; t++)
         UNROLL for (int i = 0; i < V; i++) {
             int at = t * width + i * W;
-            if (Q < 4) __builtin_prefetch(values + (size_t)at * (wide ? 4 : 2) + 8192, 0, 2);
+            if (Q < 4) __builtin_prefetch(values + (size_t)at * (wide ? 4 : 2) + AHEAD, 0, 2);
             vf v = wide ? load((const float *)(const void *)values + at)
                         : load_half((const uint16_t *)(const void *)values + at);
             UNROLL for (int j = 0; j < Q; j++) acc[j][i] += v * weights[(size_t)j * row + (size_t)t];
@@ -2303,7 +2304,7 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
 static int mix_block(int left, int vectors, bool wide, const uint8_t *values, int width, int n,
                      const float *weights, size_t row, float *out) {
     int most = W == 16 ? 6 : 2, q = left < most ? left : most;
-#define CASE(q) case q: if (vectors == 4) MIX(q, 4); else MIX(q, 1); break
+#define CASE(q) case q: if (vectors == 4) MIX(q, 4); else if (vectors == 2) MIX(q, 2); else MIX(q, 1); break
     switch (q) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
 #undef CASE
     return q;
@@ -2329,7 +2330,6 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         for (int side = 0; side <= split; side++) {
             const uint8_t *chunk = cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
-            if (n < 8) prefetch(keys + 4 * key_bytes, key_bytes);
             if (n < 8 && tile->last < 512)  // the values will be needed soon
                 prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, key_bytes);
             for (int j = 0, some; j < n; j += some) {
@@ -2381,7 +2381,7 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
             values = (const uint8_t *)widened;
         }
         for (int ch = c0, v; ch < c1; ch += v * W) {
-            v = c1 - ch >= 4 * W ? 4 : 1;
+            v = c1 - ch >= 4 * W ? 4 : c1 - ch >= 2 * W ? 2 : 1;
             for (int j = 0; j < n;)
                 j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element), width,
                                run, scores + (size_t)j * a->row + (size_t)t, a->row, out + j * width + ch);
@@ -2428,22 +2428,24 @@ static void softmax_part(void *context, int item, int thread) {
 }
 static void mix_part(void *context, int item, int thread) {
     const Attend *a = context;
-    int pair = item / a->parts, n_kv = a->f->m->c.n_kv_heads, c0 = item % a->parts * 16;
+    int pair = item / a->parts, n_kv = a->f->m->c.n_kv_heads, c0 = item % a->parts * 32;
+    int width = round_up(a->f->m->c.head_dim, 16);  // 32 channels are a cache line of values
     (void)thread;
-    attend_mix(a, &a->tiles[pair / n_kv], pair % n_kv, a->f->s->scores + (size_t)pair * a->area, c0, c0 + 16);
+    attend_mix(a, &a->tiles[pair / n_kv], pair % n_kv, a->f->s->scores + (size_t)pair * a->area, c0,
+               c0 + 32 < width ? c0 + 32 : width);
 }
 
 static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
     AttendTile tiles[MAX_BATCH];
     Attend a = {.f = f, .tiles = tiles, .group = c->n_heads / c->n_kv_heads};
-    int most = a.group <= 4 ? 8 : MAX_QUERIES / a.group + !(MAX_QUERIES / a.group), longest = 0;
+    int most = a.group <= 4 ? 8 : MAX_QUERIES / a.group + !(MAX_QUERIES / a.group), longest = 0, widest = 1;
     for (int i = 0; i < f->n; i++) {
         const Slot *slot = &f->batch[i];
         AttendTile *tile = &tiles[a.n_tiles - (a.n_tiles > 0)];
         if (a.n_tiles && tile->n < most && slot[-1].seq == slot->seq && slot[-1].pos + 1 == slot->pos) {
-            tile->n++;
             tile->last = slot->pos;
+            if (++tile->n > widest) widest = tile->n;
         } else {
             int window = is_local(c, f->layer) && slot->pos >= c->sliding_window ? c->sliding_window : slot->pos + 1;
             tiles[a.n_tiles++] = (AttendTile){i, 1, slot->pos + 1 - window, slot->pos};
@@ -2465,9 +2467,9 @@ static void attention_fast(const Pass *f) {
     }
     a.parts = (longest + 16 * PART - 1) / (16 * PART) + 1;
     parallel(scores_part, &a, pairs * a.parts);
-    a.parts = a.group * most;
+    a.parts = a.group * widest;
     parallel(softmax_part, &a, pairs * a.parts);
-    a.parts = round_up(c->head_dim, 16) / 16;
+    a.parts = round_up(c->head_dim, 32) / 32;
     parallel(mix_part, &a, pairs * a.parts);
 }
 
