@@ -1211,7 +1211,7 @@ _Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 byt
 typedef struct {
     TokenizerHeader h;
     bool llama2c;             // read from llama2.c's layout
-    const char *path;
+    char *path;
     const uint8_t *file;
     size_t file_size;
     Token *tokens;            // (vocab_size)
@@ -1419,13 +1419,15 @@ static void free_tokenizer(Tokenizer *t) {
     free(t->tokens);
     free(t->index);
     free(t->merge_index);
+    free(t->path);
     *t = (Tokenizer){0};
 }
 
 // Opens a tokenizer for a model. Returns NULL, or what is wrong with it; the model's fingerprint, when
 // it has one, must be the tokenizer's.
 static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
-    *t = (Tokenizer){.path = path};
+    *t = (Tokenizer){.path = resize(NULL, strlen(path) + 1, 1)};
+    strcpy(t->path, path);
     t->file = map_file(path, &t->file_size);
     t->tokens = resize(NULL, (size_t)m->c.vocab_size, sizeof *t->tokens);
     memset(t->tokens, 0, (size_t)m->c.vocab_size * sizeof *t->tokens);
@@ -1457,7 +1459,7 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
         const char *wrong = load_tokenizer(t, path, m);
         if (!wrong) {
             free(seen);
-            if (named) free(paths);  // else t->path points into it, for as long as the program runs
+            free(paths);
             return;
         }
         if (named) die("%s %s", path, wrong);
