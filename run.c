@@ -2041,8 +2041,9 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 #endif
 
 // ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is inlined.
-// A single token reads the weights as they lie in the file. For more, unpack_panel first makes plain
-// bytes and float scales of them.
+// A single token reads the weights as they lie in the file: `blocks`. For more, unpack_panel first makes
+// plain bytes and float scales of them; `blocks` are then those of the next panel, which are
+// fetched from memory meanwhile, or NULL.
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
@@ -2062,6 +2063,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = packed ? block + scale_bytes(dtype) : block;
         const uint16_t *halves = (const uint16_t *)(const void *)block;
+        if (!packed && blocks) prefetch(blocks + b * size, (size_t)size);
         vi sum[TILE];
         for (int t = 0; t < T; t++)
             sum[t] = splat_i(bias8 ? xq->minus8[at + (size_t)t] : 0) * (bias8 + !bias8);
@@ -2115,9 +2117,9 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
     else { enum { T = 1 }; BODY; }
 static int tile_of(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-static void quant_tile(int dtype, const Unpacked *u, int lane, const Quantized *xq, int t, int left,
-                       int b0, int n_blocks, float *out) {
-#define KERNEL(type) quant_kernel(T, type, false, NULL, u, lane, xq, t, b0, n_blocks, out)
+static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int lane,
+                       const Quantized *xq, int t, int left, int b0, int n_blocks, float *out) {
+#define KERNEL(type) quant_kernel(T, type, false, next, u, lane, xq, t, b0, n_blocks, out)
     if (dtype == Q8) FOR_TILE(left, KERNEL(Q8))
     else if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
     else FOR_TILE(left, KERNEL(Q4A))
@@ -2139,10 +2141,12 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *
     for (int b = 0; b < blocks; b += 64) {
         Unpacked u;
         int some = blocks - b < 64 ? blocks - b : 64;
-        unpack_panel(&u, w->dtype, panel + (size_t)b * (size_t)block_bytes(w->dtype), some);
+        const uint8_t *block = panel + (size_t)b * (size_t)block_bytes(w->dtype);
+        const uint8_t *next = block + panel_bytes(w->dtype, w->cols);
+        unpack_panel(&u, w->dtype, block, some);
         for (int lane = 0; lane < 16; lane += W)
-            for (int t = 0; t < n; t += tile_of(n - t))
-                quant_tile(w->dtype, &u, lane, xq, t, n - t, b, some, out + t * 16);
+            for (int t = 0; t < n; t += tile_of(n - t), next = NULL)
+                quant_tile(w->dtype, next, &u, lane, xq, t, n - t, b, some, out + t * 16);
     }
 }
 
