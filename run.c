@@ -1,8 +1,8 @@
 /* run.c - a language model in one C file.
  *
- * A language model is two files: this program and its parameters. Given the tokens of a text so far,
- * the model gives every token of its vocabulary a score (a logit) for being the next one. We turn
- * the scores into probabilities, draw a token, append it, and ask again. That is all it does.
+ * A language model is two files: this program and its parameters. Given the tokens of a text so
+ * far, the model gives every token of its vocabulary a score (a logit) for being the next one. We
+ * turn the scores into probabilities, draw a token, append it, and ask again. That is all it does.
  *
  *     Part 1  The model         checkpoint, mathematics, KV cache, forward, sampler
  *     Part 2  The tokenizer     text <-> tokens
@@ -12,9 +12,10 @@
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
  * whatever the thread count, the cutting into batches, the instruction set, the compiler. Every sum
- * has a fixed order, multiplications and additions are never fused (SSE2 has no fused operation, and
- * Zen 4 does one multiply and one add per cycle in the time of one fused operation), and functions
- * such as exp are written here from basic operations, since C libraries differ in their last bits.
+ * has a fixed order, multiplications and additions are never fused (SSE2 has no fused operation,
+ * and Zen 4 does one multiply and one add per cycle in the time of one fused operation), and
+ * functions such as exp are written here from basic operations, since C libraries differ in their
+ * last bits.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // MAP_ANONYMOUS, MAP_NORESERVE, madvise
@@ -160,8 +161,8 @@ static void cos_sin(double x, float *cosine, float *sine) {
     *sine = (float)(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c);
 }
 
-// 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first` is
-// the place of the first word: a hash over pieces is the sum of the pieces' sums.
+// 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first`
+// is the place of the first word: a hash over pieces is the sum of the pieces' sums.
 static uint64_t mix64(uint64_t z) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
@@ -183,11 +184,11 @@ static uint64_t hash64(const void *data, size_t bytes) {
 // ---- The checkpoint: the parameters as they lie in the file, which is mapped into memory.
 
 // How a matrix is stored. ROWS is plain float32, row by row (vectors, and llama2.c's files). All
-// others come in panels of 16 rows, so that 16 rows can be summed side by side, each in column order.
-// The quantized ones are cut into blocks of 32 columns. In a block each row has a half-precision scale
-// (and for Q4A a minimum): first the scales of the 16 rows, [16], then minima, then quants, 4 columns
-// of a row side by side: Q8 int8 [8][16][4]; Q4, Q4A [4][16][4], low halves columns 0 to 15, high
-// halves columns 16 to 31.
+// others come in panels of 16 rows, so that 16 rows can be summed side by side, each in column
+// order. The quantized ones are cut into blocks of 32 columns. In a block each row has a
+// half-precision scale (and for Q4A a minimum): first the scales of the 16 rows, [16], then minima,
+// then quants, 4 columns of a row side by side: Q8 int8 [8][16][4]; Q4, Q4A [4][16][4], low halves
+// columns 0 to 15, high halves columns 16 to 31.
 enum {
     ROWS,   // float32 [rows][cols]
     F32,    // float32 [panel][cols][16]
@@ -362,7 +363,7 @@ static void load_llama2c(Model *m, bool v1) {
     uint64_t floats = (uint64_t)dim * (uint64_t)c->vocab_size * (tied ? 1 : 2) + (uint64_t)dim +
         (uint64_t)n * (uint64_t)dim * (2 + 2 * (uint64_t)dim + 2 * (uint64_t)kv_dim +
                                        3 * (uint64_t)hidden);
-    if (!v1) floats += (uint64_t)c->seq_len * (uint64_t)c->head_dim;  // once RoPE tables, now unused
+    if (!v1) floats += (uint64_t)c->seq_len * (uint64_t)c->head_dim; // once RoPE tables, now unused
     if (m->file_size != start + 4 * floats)
         die("%s is %s: its header asks for %llu bytes, it has %zu", m->path,
             m->file_size < start + 4 * floats ? "truncated, or not a checkpoint" : "too long",
@@ -400,17 +401,17 @@ static void load_llama2c(Model *m, bool v1) {
         (Matrix){ROWS, 1, half, (const uint8_t *)(const void *)m->own_freqs};
 }
 
-// The next tensor of the directory, which must have the shape that the header implies. `kind` is ROWS
-// for a vector, BYTES for bytes (of any number), F32 for a matrix of any matrix dtype.
+// The next tensor of the directory, which must have the shape that the header implies. `kind` is
+// ROWS for a vector, BYTES for bytes (of any number), F32 for a matrix of any matrix dtype.
 static Matrix next_tensor(const Model *m, size_t *next, const char *name, int kind, int rows,
                           int cols) {
     Entry e;
     memcpy(&e, m->file + sizeof(Config) + *next * sizeof e, sizeof e);
     bool right = kind == F32 ? e.dtype >= F32 && e.dtype <= Q4A : e.dtype == (uint32_t)kind;
     if (kind == BYTES && e.cols <= INT_MAX) cols = (int)e.cols;
-    if (++*next > m->c.n_tensors || !right || e.rows != (uint32_t)rows || e.cols != (uint32_t)cols ||
-        e.bytes != matrix_bytes((int)e.dtype, rows, cols) || e.offset % 64 ||
-        e.offset > m->file_size || e.bytes > m->file_size - e.offset)
+    if (++*next > m->c.n_tensors || !right || e.rows != (uint32_t)rows ||
+        e.cols != (uint32_t)cols || e.bytes != matrix_bytes((int)e.dtype, rows, cols) ||
+        e.offset % 64 || e.offset > m->file_size || e.bytes > m->file_size - e.offset)
         die("%s: damaged: tensor %zu of its directory is not a %s of %d x %d", m->path, *next - 1,
             name, rows, cols);
     return (Matrix){(int)e.dtype, rows, cols, m->file + e.offset};
@@ -502,8 +503,8 @@ static void free_model(Model *m) {
 
 enum { CHUNK = 256 };  // positions that lie together; keys are transposed in blocks of 16 positions
 
-// One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which reads
-// the positions before from[s] from the trunk, and stores only its own.
+// One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which
+// reads the positions before from[s] from the trunk, and stores only its own.
 typedef struct {
     const Model *m;
     int n_seqs, ctx;      // ctx: positions of the trunk
@@ -517,7 +518,7 @@ typedef struct {
     uint8_t *data;
     size_t bytes;
     struct State *state;  // activations of forward
-    bool plain;           // compute with the plain functions of part 1 even where part 3 has faster ones
+    bool plain; // compute with the plain functions of part 1 even where part 3 has faster ones
     void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
     void *observer;       // called by forward, when set, with the values of each stage
 } Cache;
@@ -536,7 +537,8 @@ static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int he
     return base + (size_t)(pos / CHUNK) * kv->chunk_bytes +
            ((size_t)layer * (size_t)kv->m->c.n_kv_heads + (size_t)head) * kv->head_bytes;
 }
-// Element numbers, within the chunk, of a position's key (its dimension d is 16 * d further) and value.
+// Element numbers, within the chunk, of a position's key (its dimension d is 16 * d further) and
+// value.
 static size_t key_at(const Cache *kv, int in_chunk) {
     return (size_t)(in_chunk / 16 * kv->m->c.head_dim * 16 + in_chunk % 16);
 }
@@ -583,8 +585,8 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
 #endif
 }
 
-// ---- Activations. A batch of n positions is computed together; every array is (n, width), with the
-// width rounded up and the rest zero.
+// ---- Activations. A batch of n positions is computed together; every array is (n, width), with
+// the width rounded up and the rest zero.
 
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
 
@@ -641,7 +643,8 @@ static State *get_state(Cache *kv, int n) {
     size_t rows = (size_t)round_up(n, TILE), dim = (size_t)padded(c->dim);
     size_t hidden = (size_t)padded(c->hidden_dim), q_dim = (size_t)padded(c->n_heads * c->head_dim);
     size_t kv_dim = (size_t)padded(c->n_kv_heads * c->head_dim);
-    size_t widest = dim > hidden ? dim : hidden, blocks = (widest > q_dim ? widest : q_dim) / 32 + 1;
+    size_t widest = dim > hidden ? dim : hidden,
+           blocks = (widest > q_dim ? widest : q_dim) / 32 + 1;
     s->x = zeros(s->x, rows * dim, 4);
     s->xb = zeros(s->xb, rows * dim, 4);
     s->q = zeros(s->q, rows * q_dim, 4);
@@ -662,8 +665,9 @@ static State *get_state(Cache *kv, int n) {
 static void free_cache(Cache *kv) {
     State *s = kv->state;
     if (s) {
-        void *all[] = {s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope[0],
-                       s->rope[1], s->xq.q, s->xq.d, s->xq.dsum, s->xq.minus8, s->logits, s->scores};
+        void *all[] = {s->x,       s->xb,        s->q,       s->k,       s->v,    s->att_out,
+                       s->gate,    s->up,        s->rope[0], s->rope[1], s->xq.q, s->xq.d,
+                       s->xq.dsum, s->xq.minus8, s->logits,  s->scores};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
         free(s);
     }
@@ -672,7 +676,8 @@ static void free_cache(Cache *kv) {
     *kv = (Cache){0};
 }
 
-// ---- The mathematics. Part 3 has faster versions of panel_plain and attend_plain, with equal results.
+// ---- The mathematics. Part 3 has faster versions of panel_plain and attend_plain, with equal
+// results.
 
 typedef void Task(void *context, int item, int thread);
 #ifdef PLAIN
@@ -691,8 +696,8 @@ static float tree_sum(float *p) {
     return p[0];
 }
 
-// RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It keeps the size of the
-// numbers in check. Element i of the squares goes to the partial sum i mod 16. out may be x.
+// RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It keeps the size of
+// the numbers in check. Element i of the squares goes to the partial sum i mod 16. out may be x.
 static void rmsnorm(float *out, const float *x, const float *w, int n, float eps) {
     float sums[16] = {0};
     int i = 0;
@@ -704,8 +709,8 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
 }
 
 // Softmax of x[first..n): turns scores into positive weights that add up to 1,
-// x[i] = e^x[i] / sum over j of e^x[j]. The maximum is subtracted first, which changes nothing in the
-// quotient and keeps e^x from overflowing. Element i goes to the partial sum i mod 16.
+// x[i] = e^x[i] / sum over j of e^x[j]. The maximum is subtracted first, which changes nothing in
+// the quotient and keeps e^x from overflowing. Element i goes to the partial sum i mod 16.
 static void softmax(float *x, int first, int n) {
     float max = x[first], maxima[16], sums[16] = {0};
     int i = first;
@@ -758,7 +763,8 @@ static float weight(const Matrix *w, int r, int c) {
     const uint8_t *panel = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
     const uint16_t *halves = (const uint16_t *)(const void *)panel;
     if (w->dtype == F32) return ((const float *)(const void *)panel)[column * 16 + lane];
-    if (w->dtype == BF16) return float_of((uint32_t)halves[(column / 2 * 16 + lane) * 2 + column % 2] << 16);
+    if (w->dtype == BF16)
+        return float_of((uint32_t)halves[(column / 2 * 16 + lane) * 2 + column % 2] << 16);
     const uint8_t *block = panel + column / 32 * (size_t)block_bytes(w->dtype);
     const uint8_t *quants = block + scale_bytes(w->dtype);
     halves = (const uint16_t *)(const void *)block;
@@ -766,12 +772,14 @@ static float weight(const Matrix *w, int r, int c) {
     if (w->dtype == Q8) return scale * (float)(int8_t)quants[(i / 4 * 16 + lane) * 4 + i % 4];
     uint8_t pair = quants[(i % 16 / 4 * 16 + lane) * 4 + i % 4];
     int q = i < 16 ? pair & 15 : pair >> 4;
-    return w->dtype == Q4 ? scale * (float)(q - 8) : scale * (float)q + half_to_float(halves[16 + lane]);
+    return w->dtype == Q4 ? scale * (float)(q - 8)
+                          : scale * (float)q + half_to_float(halves[16 + lane]);
 }
 
-// One panel of a matrix times n activations: y[t * stride + r] = sum over c of w[r][c] * x[t][c] for the
-// panel's 16 rows r. Floats are summed column by column. Quantized weights are summed block by
-// block: within a block in integers, then times the weight's scale, times the activation's scale.
+// One panel of a matrix times n activations: y[t * stride + r] = sum over c of w[r][c] * x[t][c]
+// for the panel's 16 rows r. Floats are summed column by column. Quantized weights are summed block
+// by block: within a block in integers, then times the weight's scale, times the activation's
+// scale.
 static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride,
                         const Quantized *xq, int n, float *y, int stride) {
     int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16, cols = w->cols;
@@ -783,7 +791,8 @@ static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride
         float acc[16] = {0};
         if (w->dtype == ROWS) {
             for (int r = 0; r < rows; r++)
-                for (int c = 0; c < cols; c++) acc[r] += f[(size_t)r * (size_t)cols + (size_t)c] * x[c];
+                for (int c = 0; c < cols; c++)
+                    acc[r] += f[(size_t)r * (size_t)cols + (size_t)c] * x[c];
         } else if (w->dtype == F32) {
             for (int c = 0; c < cols; c++)
                 for (int r = 0; r < 16; r++) acc[r] += f[c * 16 + r] * x[c];
@@ -861,8 +870,8 @@ static void attention_fast(const Pass *f);
 enum { FAST = 1 };
 #endif
 
-// A matrix product of the whole batch, y (n, rows) = x (n, cols) W^T. Up to three matrices that share
-// the input x are done together: the panels of all of them are dealt out to the threads.
+// A matrix product of the whole batch, y (n, rows) = x (n, cols) W^T. Up to three matrices that
+// share the input x are done together: the panels of all of them are dealt out to the threads.
 typedef struct { const Matrix *w; float *y; int stride; } Product;
 typedef struct {
     const Pass *f;
@@ -902,8 +911,8 @@ static void matmul(const Pass *f, int n, const float *x, const Product *products
 static float *row_of(float *x, int i, int width) { return x + (size_t)i * (size_t)padded(width); }
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
 
-// A token becomes a vector: its row of the embedding matrix. The angles of its position are computed
-// here too, for use in every layer.
+// A token becomes a vector: its row of the embedding matrix. The angles of its position are
+// computed here too, for use in every layer.
 static void embed_token(void *context, int i, int thread) {
     const Pass *f = context;
     const Config *c = &f->m->c;
@@ -914,7 +923,8 @@ static void embed_token(void *context, int i, int thread) {
     for (int t = 0; t < 2; t++)
         for (int j = 0; j < c->head_dim / 2; j++) {
             float *cosine = f->s->rope[t] + (size_t)(2 * i * c->head_dim + 2 * j);
-            float *sine = cosine + c->head_dim, angle = (float)f->batch[i].pos * vec(&f->m->rope_freqs[t])[j];
+            float *sine = cosine + c->head_dim,
+                  angle = (float)f->batch[i].pos * vec(&f->m->rope_freqs[t])[j];
             cos_sin(angle, cosine, sine + 1);
             cosine[1] = cosine[0];
             sine[0] = -sine[1];
@@ -929,10 +939,10 @@ static void attention_norm(void *context, int i, int thread) {
             c->norm_eps);
 }
 
-// RoPE (arXiv:2104.09864): attention itself does not see the order of its inputs. So each pair (a, b) of
-// numbers of a query or key is turned by an angle that grows with its position, to
-// (a cos - b sin, b cos + a sin); the product of a query and a key then depends on how far apart
-// their positions are. The table holds cos, cos, ... and -sin, sin, ... for the head's numbers. (Written
+// RoPE (arXiv:2104.09864): attention itself does not see the order of its inputs. So each pair (a,
+// b) of numbers of a query or key is turned by an angle that grows with its position, to (a cos - b
+// sin, b cos + a sin); the product of a query and a key then depends on how far apart their
+// positions are. The table holds cos, cos, ... and -sin, sin, ... for the head's numbers. (Written
 // with a minus, GCC 12 fuses it to fmaddsub even under -ffp-contract=off.)
 static void rope(float *head, const float *table, int head_dim) {
     const float *cosine = table, *sine = table + head_dim;
@@ -959,7 +969,8 @@ static void rope_and_cache(void *context, int i, int thread) {
         add(v, vec(&f->l->bv), kv_dim);
     }
     for (int h = 0; h < c->n_heads; h++) {
-        if (c->flags & QK_NORM) rmsnorm(q + h * hd, q + h * hd, vec(&f->l->q_norm), hd, c->norm_eps);
+        if (c->flags & QK_NORM)
+            rmsnorm(q + h * hd, q + h * hd, vec(&f->l->q_norm), hd, c->norm_eps);
         rope(q + h * hd, table, hd);
     }
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
@@ -987,7 +998,8 @@ static void attention(Pass *f) {
     else parallel(attend_task, f, f->n * f->m->c.n_heads);
 }
 
-// What attention found is added to the residual stream; then the norm before the feed-forward layer.
+// What attention found is added to the residual stream; then the norm before the feed-forward
+// layer.
 static void add_attention(void *context, int i, int thread) {
     const Pass *f = context;
     const Config *c = &f->m->c;
@@ -1041,8 +1053,11 @@ static void forward_batch(Pass *f, float *logits) {
         const Layer *l = f->l = &f->m->layers[f->layer];
         // Attention: the tokens exchange information.
         parallel(attention_norm, f, n);
-        matmul(f, n, s->xb, (Product[]){{&l->wq, s->q, padded(q_dim)}, {&l->wk, s->k, padded(kv_dim)},
-                                        {&l->wv, s->v, padded(kv_dim)}}, 3);
+        matmul(f, n, s->xb,
+               (Product[]){{&l->wq, s->q, padded(q_dim)},
+                           {&l->wk, s->k, padded(kv_dim)},
+                           {&l->wv, s->v, padded(kv_dim)}},
+               3);
         parallel(rope_and_cache, f, n);
         attention(f);
         matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, padded(dim)}}, 1);
@@ -1082,7 +1097,11 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
     }
     float *logits = s->logits;
     for (int i = 0; i < n; i += MAX_BATCH) {
-        Pass f = {.m = m, .kv = kv, .s = s, .batch = batch + i, .n = n - i < MAX_BATCH ? n - i : MAX_BATCH};
+        Pass f = {.m = m,
+                  .kv = kv,
+                  .s = s,
+                  .batch = batch + i,
+                  .n = n - i < MAX_BATCH ? n - i : MAX_BATCH};
         forward_batch(&f, logits);
         for (int j = 0; j < f.n; j++) logits += batch[i + j].want_logits ? vocab : 0;
     }
@@ -1104,7 +1123,8 @@ typedef struct {
     int vocab_size;
 } Sampler;
 
-// xorshift* (https://en.wikipedia.org/wiki/Xorshift#xorshift*): 32 random bits, and a float in [0, 1).
+// xorshift* (https://en.wikipedia.org/wiki/Xorshift#xorshift*): 32 random bits, and a float in [0,
+// 1).
 static uint32_t random_u32(uint64_t *state) {
     *state ^= *state >> 12;
     *state ^= *state << 25;
@@ -1168,7 +1188,8 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, 0, s->vocab_size);
     float coin = random_f32(&s->rng), cdf = 0;
-    if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0) return sample_candidates(s, coin);
+    if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0)
+        return sample_candidates(s, coin);
     for (int i = 0; i < s->vocab_size; i++) {
         cdf += s->p[i];
         if (coin < cdf) return i;
@@ -1180,10 +1201,10 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
 // Part 2. The tokenizer: text <-> tokens
 // =================================================================================================
 //
-// Tokens are the pieces of text that a model reads and writes. Byte pair encoding starts with single
-// bytes or characters and joins neighbours into longer pieces, the best pair first, until no pair is
-// left. Two kinds: byte-level BPE (GPT-2, Llama 3, SmolLM2, Qwen) cuts the text into words first and
-// joins pairs by rank; SentencePiece BPE (Llama 2, Gemma) joins the whole text by score.
+// Tokens are the pieces of text that a model reads and writes. Byte pair encoding starts with
+// single bytes or characters and joins neighbours into longer pieces, the best pair first, until no
+// pair is left. Two kinds: byte-level BPE (GPT-2, Llama 3, SmolLM2, Qwen) cuts the text into words
+// first and joins pairs by rank; SentencePiece BPE (Llama 2, Gemma) joins the whole text by score.
 
 enum { BYTE_LEVEL, SENTENCEPIECE };
 enum { NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED };  // types of a token
@@ -1275,7 +1296,12 @@ static uint32_t *new_index(size_t n, size_t *mask) {
 // Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
 static uint32_t next_char(const char *s, size_t len, size_t *used) {
     const uint8_t *p = (const uint8_t *)s;
-    int more = p[0] < 0x80 ? 0 : p[0] < 0xc2 ? -1 : p[0] < 0xe0 ? 1 : p[0] < 0xf0 ? 2 : p[0] < 0xf5 ? 3 : -1;
+    int more = p[0] < 0x80   ? 0
+               : p[0] < 0xc2 ? -1
+               : p[0] < 0xe0 ? 1
+               : p[0] < 0xf0 ? 2
+               : p[0] < 0xf5 ? 3
+                             : -1;
     static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
     *used = 1;
     if (more < 0 || (size_t)more >= len) return 0xfffd;
@@ -1333,8 +1359,8 @@ static void index_tokens(Tokenizer *t) {
     for (uint32_t c = 0; c < 128; c++) t->ascii[c] = (uint8_t)search_class(t, c);
 }
 
-// llama2.c's layout: the longest token's length, then for each token score, length and text. It holds
-// neither its own size nor any types: the model says how many tokens there are.
+// llama2.c's layout: the longest token's length, then for each token score, length and text. It
+// holds neither its own size nor any types: the model says how many tokens there are.
 static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
     size_t at = 4;
     t->h = (TokenizerHeader){.kind = SENTENCEPIECE, .vocab_size = vocab_size, .bos = 1, .eos = 2,
@@ -1390,8 +1416,10 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
         p += k->text.len;
     }
     p += -(p - t->file) & 3;
-    if (p > end || (uint64_t)h->n_merges * 8 + (uint64_t)h->n_ranges * 12 + (uint64_t)h->n_stops * 4 >
-        (uint64_t)(end - p)) return "is truncated";
+    if (p > end ||
+        (uint64_t)h->n_merges * 8 + (uint64_t)h->n_ranges * 12 + (uint64_t)h->n_stops * 4 >
+            (uint64_t)(end - p))
+        return "is truncated";
     t->merges = p;
     t->ranges = t->merges + (size_t)h->n_merges * 8;
     t->stops = t->ranges + (size_t)h->n_ranges * 12;
@@ -1404,7 +1432,8 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
     if (p != end) return "is damaged: its end is not where it should be";
     t->merge_index = new_index(h->n_merges, &t->merge_mask);
     for (uint32_t rank = 0; rank < h->n_merges; rank++) {
-        uint32_t a = read_u32(t->merges + (size_t)rank * 8), b = read_u32(t->merges + (size_t)rank * 8 + 4);
+        uint32_t a = read_u32(t->merges + (size_t)rank * 8),
+                 b = read_u32(t->merges + (size_t)rank * 8 + 4);
         if (a >= (uint32_t)h->vocab_size || b >= (uint32_t)h->vocab_size) return "is damaged";
         uint64_t i = mix64((uint64_t)a << 32 | b);
         if (find_merge(t, a, b) >= 0) continue;
@@ -1423,8 +1452,8 @@ static void free_tokenizer(Tokenizer *t) {
     *t = (Tokenizer){0};
 }
 
-// Opens a tokenizer for a model. Returns NULL, or what is wrong with it; the model's fingerprint, when
-// it has one, must be the tokenizer's.
+// Opens a tokenizer for a model. Returns NULL, or what is wrong with it; the model's fingerprint,
+// when it has one, must be the tokenizer's.
 static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
     *t = (Tokenizer){.path = resize(NULL, strlen(path) + 1, 1)};
     strcpy(t->path, path);
@@ -1472,8 +1501,8 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
 
 // ---- Encoding
 
-// Joining neighbours works on a list of symbols that cover the text, and a heap of the pairs that can
-// be joined, the best on top: the highest priority, then the leftmost.
+// Joining neighbours works on a list of symbols that cover the text, and a heap of the pairs that
+// can be joined, the best on top: the highest priority, then the leftmost.
 typedef struct { size_t start, len; int id, prev, next; } Symbol;
 typedef struct { float priority; int left, id; size_t len; } Pair;
 typedef struct {
@@ -1503,7 +1532,8 @@ static void push_pair(Merger *m, int left) {
     if (p.id < 0 || (t->h.kind == SENTENCEPIECE && t->tokens[p.id].type != NORMAL)) return;
     if (t->h.kind == SENTENCEPIECE) p.priority = t->tokens[p.id].score;
     size_t i = m->n_heap++;
-    for (; i && better(&p, &m->heap[(i - 1) / 2]); i = (i - 1) / 2) m->heap[i] = m->heap[(i - 1) / 2];
+    for (; i && better(&p, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
+        m->heap[i] = m->heap[(i - 1) / 2];
     m->heap[i] = p;
 }
 static Pair pop_pair(Merger *m) {
@@ -1574,23 +1604,26 @@ static size_t contraction(const char *s, size_t len, bool any_case) {
     for (size_t i = 0; i < 7 && len && s[0] == '\''; i++) {
         size_t n = strlen(ends[i]), same = 0;
         while (same < n && 1 + same < len &&
-               (s[1 + same] == ends[i][same] || (any_case && (s[1 + same] | 32) == ends[i][same]))) same++;
+               (s[1 + same] == ends[i][same] || (any_case && (s[1 + same] | 32) == ends[i][same])))
+            same++;
         if (same == n) return n + 1;
     }
     return 0;
 }
 
-// Length of the run of characters of one class (0: none of letter, number, space) at s, at most `most`.
+// Length of the run of characters of one class (0: none of letter, number, space) at s, at most
+// `most`.
 static size_t run_of(const Tokenizer *t, const char *s, size_t len, uint32_t class, size_t most) {
     size_t n = 0, used;
     while (most-- && n < len && class_of(t, s + n, len - n, &used) == class) n += used;
     return n;
 }
 
-// Length of the first word of a text, as the regular expressions of GPT-2 (split 1) and of cl100k (split 2:
-// Llama 3, Qwen) cut it:
+// Length of the first word of a text, as the regular expressions of GPT-2 (split 1) and of cl100k
+// (split 2: Llama 3, Qwen) cut it:
 //   1: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*
+//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
+//   ?[^\s\p{L}\p{N}]+[\r\n]*
 //      |\s*[\r\n]+|\s+(?!\S)|\s+
 static size_t next_word(const Tokenizer *t, const char *s, size_t len) {
     bool gpt2 = t->h.split == 1;
@@ -1654,8 +1687,8 @@ static int special_at(const Tokenizer *t, const char *s, size_t len, const char 
     return -1;
 }
 
-// Appends the tokens of a text, with BOS in front if `bos` and the tokenizer adds it. Special tokens in
-// the text are recognised, except over bytes that are marked as typed by a user.
+// Appends the tokens of a text, with BOS in front if `bos` and the tokenizer adds it. Special
+// tokens in the text are recognised, except over bytes that are marked as typed by a user.
 static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, Ids *out) {
     Merger m = {.t = t};
     size_t start = 0, first = out->n;
@@ -1665,7 +1698,8 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, I
         int special = may ? special_at(t, text.s + i, text.len - i, typed ? typed + i : NULL) : -1;
         if (i < text.len && special < 0) continue;
         Text part = {text.s + start, i - start};
-        if (part.len && t->h.flags & ADD_SPACE_PREFIX && !(start && t->h.flags & PREFIX_START_ONLY)) {
+        if (part.len && t->h.flags & ADD_SPACE_PREFIX &&
+            !(start && t->h.flags & PREFIX_START_ONLY)) {
             prefixed = resize(prefixed, part.len + 1, 1);
             prefixed[0] = ' ';
             memcpy(prefixed + 1, part.s, part.len);
@@ -1681,7 +1715,8 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, I
     free(m.symbols);
     free(m.heap);
     free(prefixed);
-    if (bos && t->h.flags & ADD_BOS && t->h.bos >= 0 && (out->n == first || out->ids[first] != t->h.bos)) {
+    if (bos && t->h.flags & ADD_BOS && t->h.bos >= 0 &&
+        (out->n == first || out->ids[first] != t->h.bos)) {
         push(out, 0);
         memmove(out->ids + first + 1, out->ids + first, (out->n - first - 1) * sizeof(int));
         out->ids[first] = t->h.bos;
@@ -1713,10 +1748,10 @@ static bool is_stop(const Tokenizer *t, int id) {
 // Nothing here changes a bit of a result, so a reader may skip it; with -DPLAIN it is left out.
 #ifndef PLAIN
 
-// ---- Threads. A job is a number of items, dealt out in equal ranges, one for each thread. A thread takes
-// from its own range, most of what is left at a time, and then helps with the others: a thread that is
-// not running holds nobody up. A range is one number, the job's above the count of items left, so
-// that one compare-and-swap takes items of this job and of no other.
+// ---- Threads. A job is a number of items, dealt out in equal ranges, one for each thread. A
+// thread takes from its own range, most of what is left at a time, and then helps with the others:
+// a thread that is not running holds nobody up. A range is one number, the job's above the count of
+// items left, so that one compare-and-swap takes items of this job and of no other.
 
 enum { MAX_THREADS = 256 };
 static struct {
@@ -1731,7 +1766,8 @@ static struct {
     pthread_cond_t wake;
 } pool = {.n_threads = 1, .penalty = 4e-3, .mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER};
-#define RELAXED(load_or_store, ...) atomic_##load_or_store##_explicit(__VA_ARGS__, memory_order_relaxed)
+#define RELAXED(load_or_store, ...)                                                                \
+    atomic_##load_or_store##_explicit(__VA_ARGS__, memory_order_relaxed)
 
 static inline void pause_cpu(void) {
 #if defined __x86_64__ || defined __i386__
@@ -1754,7 +1790,8 @@ static void work(int thread) {
         uint64_t was = atomic_load(&pool.ranges[range]);
         while ((uint32_t)was) {
             int left = (int)(uint32_t)was, take = left - left / 4;
-            if (!atomic_compare_exchange_weak(&pool.ranges[range], &was, was - (uint64_t)take)) continue;
+            if (!atomic_compare_exchange_weak(&pool.ranges[range], &was, was - (uint64_t)take))
+                continue;
             Task *task = RELAXED(load, &pool.task);
             void *context = RELAXED(load, &pool.context);
             int first = range_start(RELAXED(load, &pool.n_items), range + 1) - left;
@@ -1789,8 +1826,8 @@ static void *worker(void *argument) {
     return NULL;
 }
 
-// When a thread that has items is not running, as another program has its core, the first one must wait.
-// It then works alone for a few milliseconds, and longer if that happens again.
+// When a thread that has items is not running, as another program has its core, the first one must
+// wait. It then works alone for a few milliseconds, and longer if that happens again.
 static void parallel(Task *task, void *context, int n_items) {
     double began = n_items > 1 && pool.n_threads > 1 ? seconds() : 0;
     if (began <= pool.alone_until) {
@@ -1827,12 +1864,13 @@ static void parallel(Task *task, void *context, int n_items) {
     } else if (end > pool.alone_until + 10 * pool.penalty) pool.penalty = 4e-3;
 }
 
-// Where there is a thread for every core, each stays on its own: a scheduler may else wake one on a core
-// that another one is using.
+// Where there is a thread for every core, each stays on its own: a scheduler may else wake one on a
+// core that another one is using.
 static void pin(pthread_t thread, int number) {
 #ifdef __linux__
     cpu_set_t allowed, one;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) != pool.n_threads) return;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) != pool.n_threads)
+        return;
     int cpu = 0;
     for (; cpu < CPU_SETSIZE && (!CPU_ISSET(cpu, &allowed) || number-- > 0); cpu++) {}
     CPU_ZERO(&one);
@@ -1859,10 +1897,12 @@ static void start_threads(int n) {
     for (int i = pool.n_threads - 1; i >= 0 && n > 1; i--) pin(threads[i], i);
 }
 
-// ---- Large pages. A model in the page cache is mapped in pages of 4 KiB, and looking these up can cost half
-// of the memory's speed. So where there is plenty of memory the file is read into pages of 2 MiB.
+// ---- Large pages. A model in the page cache is mapped in pages of 4 KiB, and looking these up can
+// cost half of the memory's speed. So where there is plenty of memory the file is read into pages
+// of 2 MiB.
 
-// Bytes of memory that this process may well use: what is free, and within its control groups' limits.
+// Bytes of memory that this process may well use: what is free, and within its control groups'
+// limits.
 static uint64_t free_memory(void) {
     uint64_t least = UINT64_MAX;
 #ifdef _SC_AVPHYS_PAGES
@@ -1876,8 +1916,8 @@ static uint64_t free_memory(void) {
         bool v2 = name[1] == ':';
         group[strcspn(group, "\n")] = 0;
         for (int inside = 0; inside < 2; inside++) {  // in a container the group may be the root
-            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s", v2 ? "" : "/memory", inside ? "" : group + 1,
-                     v2 ? "memory.max" : "memory.limit_in_bytes");
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s", v2 ? "" : "/memory",
+                     inside ? "" : group + 1, v2 ? "memory.max" : "memory.limit_in_bytes");
             FILE *limit = fopen(path, "r");
             unsigned long long bytes;
             if (limit && fscanf(limit, "%llu", &bytes) == 1 && bytes < least) least = bytes;
@@ -1892,12 +1932,14 @@ enum { LARGE_PAGE = 1 << 21 };
 typedef struct { const char *path; int fd; uint8_t *data; size_t size; } Reading;
 static void read_task(void *context, int item, int thread) {
     const Reading *r = context;
-    size_t at = (size_t)item * LARGE_PAGE, end = r->size - at > LARGE_PAGE ? at + LARGE_PAGE : r->size;
+    size_t at = (size_t)item * LARGE_PAGE,
+           end = r->size - at > LARGE_PAGE ? at + LARGE_PAGE : r->size;
     (void)thread;
     while (at < end) {
         ssize_t got = pread(r->fd, r->data + at, end - at, (off_t)at);
         if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) die("cannot read %s: %s", r->path, got ? strerror(errno) : "it has become shorter");
+        if (got <= 0)
+            die("cannot read %s: %s", r->path, got ? strerror(errno) : "it has become shorter");
         at += (size_t)got;
     }
 }
@@ -1921,8 +1963,9 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
     return map_file(path, size);
 }
 
-// ---- SIMD. A vector has W lanes; a lane is a row of a weight panel, a position or a channel. GCC's and
-// clang's vector types do the arithmetic; what they lack is below, once for each instruction set:
+// ---- SIMD. A vector has W lanes; a lane is a row of a weight panel, a position or a channel.
+// GCC's and clang's vector types do the arithmetic; what they lack is below, once for each
+// instruction set:
 //     dot        acc[lane] += the four bytes of w[lane] times the four bytes at x
 //     load_half  W half-precision numbers to float
 // BIAS8 is what is added to int8 weights before dot, where dot takes unsigned weights.
@@ -1951,7 +1994,8 @@ typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
-#define UNROLL _Pragma("GCC unroll 32")  // for loops over accumulators, so that these stay in registers
+#define UNROLL                                                                                     \
+    _Pragma("GCC unroll 32") // for loops over accumulators, so that these stay in registers
 #endif
 
 INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
@@ -1990,7 +2034,8 @@ static const char isa[] = "AVX-512 VNNI";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(read_4(x)));
 }
-#elif defined __AVX2__ && (defined __AVXVNNI__ || (defined __AVX512VNNI__ && defined __AVX512VL__)) && \
+#elif defined __AVX2__ &&                                                                          \
+    (defined __AVXVNNI__ || (defined __AVX512VNNI__ && defined __AVX512VL__)) &&                   \
     !defined __AVX512BW__
 enum { BIAS8 = 128 };
 static const char isa[] = "AVX2 VNNI";
@@ -2020,7 +2065,8 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 enum { BIAS8 = 0 };
 static const char isa[] = "NEON dotprod";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(read_4(x))));
+    return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w,
+                         vreinterpretq_s8_s32(vdupq_n_s32(read_4(x))));
 }
 #elif defined __aarch64__
 enum { BIAS8 = 0 };
@@ -2040,10 +2086,10 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 }
 #endif
 
-// ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is inlined.
-// A single token reads the weights as they lie in the file: `blocks`. For more, unpack_panel first makes
-// plain bytes and float scales of them; `blocks` are then those of the next panel, which are
-// fetched from memory meanwhile, or NULL.
+// ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is
+// inlined. A single token reads the weights as they lie in the file: `blocks`. For more,
+// unpack_panel first makes plain bytes and float scales of them; `blocks` are then those of the
+// next panel, which are fetched from memory meanwhile, or NULL.
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
@@ -2100,7 +2146,8 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
         for (int i = 0; i < (dtype == Q8 ? 512 : 256); i += 4 * W) {
             vu w = load_u(from + i);
             if (dtype == Q8) store(to + i, (vf)(BIAS8 != 0 ? w ^ 0x80808080 : w));
-            else store(to + i, (vf)(w & 0x0f0f0f0f)), store(to + i + 256, (vf)(w >> 4 & 0x0f0f0f0f));
+            else
+                store(to + i, (vf)(w & 0x0f0f0f0f)), store(to + i + 256, (vf)(w >> 4 & 0x0f0f0f0f));
         }
         for (int i = 0; i < 16; i += W) {
             store(u->scales[b] + i, load_half(halves + i));
@@ -2126,7 +2173,8 @@ static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int la
 #undef KERNEL
 }
 
-static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *xq, int n, float *out) {
+static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *xq, int n,
+                        float *out) {
     int blocks = (w->cols + 31) / 32;
     if (n == 1) {
         for (int lane = 0; lane < 16; lane += W) {
@@ -2159,7 +2207,8 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
     if (W == 16) {  // transposed by exchanging blocks of 1, 2, 4 and 8
         for (int s = 1; s < W; s *= 2) {
             vi low, high;
-            for (int l = 0; l < W; l++) low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
+            for (int l = 0; l < W; l++)
+                low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
             for (int i = 0; i < W; i++) {
                 if (i & s) continue;
                 vf a = w[i], b = w[i | s];
@@ -2239,12 +2288,13 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
     memset(out, 0, (size_t)n * 16 * sizeof(float));
     if (w->dtype >= Q8) quant_panel(w, p, xq, n, out);
     else {
-        int step = n < 32 ? w->cols : 128;  // columns at a time, which stay in the first-level cache
+        int step = n < 32 ? w->cols : 128; // columns at a time, which stay in the first-level cache
         for (int c = 0; c < w->cols; c += step)
             for (int lane = 0; lane < 16 && lane < rows; lane += W)
                 for (int t = 0; t < n;)
-                    t += float_tile(w, p, rows, lane, c, w->cols - c < step ? w->cols : c + step,
-                                    x + (size_t)t * (size_t)x_stride, x_stride, n - t, out + t * 16);
+                    t +=
+                        float_tile(w, p, rows, lane, c, w->cols - c < step ? w->cols : c + step,
+                                   x + (size_t)t * (size_t)x_stride, x_stride, n - t, out + t * 16);
     }
     for (int t = 0; t < n; t++, y += stride) {
         if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
@@ -2255,7 +2305,10 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
 // of a tile that share a key/value head pass over its keys and values together.
 
-enum { MAX_QUERIES = 32, AHEAD = 8192 };  // AHEAD: bytes that few queries prefetch, as they wait for memory
+enum {
+    MAX_QUERIES = 32,
+    AHEAD = 8192
+}; // AHEAD: bytes that few queries prefetch, as they wait for memory
 typedef struct { int slot, n, first, last; } AttendTile;  // slots; positions any of them sees
 typedef struct {
     const Pass *f;
@@ -2283,11 +2336,20 @@ static void score_block(int n, bool wide, const uint8_t *keys, int head_dim, con
                         int n_queries, float scale, float *out, size_t row) {
     for (int lane = 0; lane < 16; lane += W)
         switch (n) {
-            SCORE(1); SCORE(2); SCORE(3); SCORE(4); SCORE(5); SCORE(6); SCORE(7); SCORE(8); SCORE(24);
+            SCORE(1);
+            SCORE(2);
+            SCORE(3);
+            SCORE(4);
+            SCORE(5);
+            SCORE(6);
+            SCORE(7);
+            SCORE(8);
+            SCORE(24);
         }
 }
 
-// out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of channels.
+// out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of
+// channels.
 INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t *values, int width,
                        int n, const float *weights, size_t row, float *out) {
     vf acc[6][4];
@@ -2299,25 +2361,35 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
             if (Q < 4) __builtin_prefetch(values + (size_t)at * (wide ? 4 : 2) + AHEAD, 0, 2);
             vf v = wide ? load((const float *)(const void *)values + at)
                         : load_half((const uint16_t *)(const void *)values + at);
-            UNROLL for (int j = 0; j < Q; j++) acc[j][i] += v * weights[(size_t)j * row + (size_t)t];
+            UNROLL for (int j = 0; j < Q; j++) acc[j][i] +=
+                v * weights[(size_t)j * row + (size_t)t];
         }
     UNROLL for (int j = 0; j < Q; j++)
         UNROLL for (int i = 0; i < V; i++) store(out + j * width + i * W, acc[j][i]);
 }
-#define MIX(q, v) do { if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out); \
-                       else mix_kernel(q, v, false, values, width, n, weights, row, out); } while (0)
+#define MIX(q, v)                                                                                  \
+    do {                                                                                           \
+        if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out);                     \
+        else mix_kernel(q, v, false, values, width, n, weights, row, out);                         \
+    } while (0)
 // Does as many queries at once as the registers allow, and returns how many.
 static int mix_block(int left, int vectors, bool wide, const uint8_t *values, int width, int n,
                      const float *weights, size_t row, float *out) {
     int most = W == 16 ? 6 : 2, q = left < most ? left : most;
-#define CASE(q) case q: if (vectors == 4) MIX(q, 4); else if (vectors == 2) MIX(q, 2); else MIX(q, 1); break
+#define CASE(q)                                                                                    \
+    case q:                                                                                        \
+        if (vectors == 4) MIX(q, 4);                                                               \
+        else if (vectors == 2) MIX(q, 2);                                                          \
+        else MIX(q, 1);                                                                            \
+        break
     switch (q) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
 #undef CASE
     return q;
 }
 
 // Scores of the blocks of 16 positions from b0 to b1.
-static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, float *scores, int b0, int b1) {
+static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, float *scores,
+                          int b0, int b1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
     int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
@@ -2334,18 +2406,23 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         int from = seq > 0 ? f->kv->from[seq] : 0, pos = b * 16;
         bool split = from > pos && from < pos + 16 && tile->last >= from;
         for (int side = 0; side <= split; side++) {
-            const uint8_t *chunk = cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
+            const uint8_t *chunk =
+                cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
             if (n < 8 && tile->last < 512)  // the values will be needed soon
                 prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, key_bytes);
             for (int j = 0, some; j < n; j += some) {
                 some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
-                if (!side) score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, out, a->row);
+                if (!side)
+                    score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, out,
+                                a->row);
                 else {
-                    score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, own, 16);
+                    score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, own,
+                                16);
                     for (int i = 0; i < some; i++)
-                        for (int l = from - pos; l < 16; l++) out[(size_t)i * a->row + (size_t)l] = own[i * 16 + l];
+                        for (int l = from - pos; l < 16; l++)
+                            out[(size_t)i * a->row + (size_t)l] = own[i * 16 + l];
                 }
             }
         }
@@ -2366,18 +2443,20 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, float *score
 
 enum { WIDEN = 64 };  // positions
 // The weighted average of the values, for the channels from c0 to c1, multiples of 16.
-static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, const float *scores, int c0, int c1) {
+static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, const float *scores,
+                       int c0, int c1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
     int hd = c->head_dim, width = round_up(hd, 16), n = tile->n * a->group, at;
     int seq = f->batch[tile->slot].seq, from = seq > 0 ? f->kv->from[seq] : 0;
     size_t element = f->kv->wide ? 4 : 2;
     bool wide = f->kv->wide, widen = !wide && n > 6;  // for many queries, made float only once
-    float *out = resize(NULL, (size_t)((n + WIDEN) * width), sizeof(float)), *widened = out + n * width;
+    float *out = resize(NULL, (size_t)((n + WIDEN) * width), sizeof(float)),
+          *widened = out + n * width;
     memset(out, 0, (size_t)(n * width) * sizeof(float));
     for (int t = tile->first, run; t <= tile->last; t += run) {  // positions that lie together
-        const uint8_t *values = cache_chunk(f->kv, seq, t, f->layer, kv_head, &at) + f->kv->k_bytes +
-                                value_at(f->kv, at) * element;
+        const uint8_t *values = cache_chunk(f->kv, seq, t, f->layer, kv_head, &at) +
+                                f->kv->k_bytes + value_at(f->kv, at) * element;
         run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
         if (t < from && t + run > from) run = from - t;
         if (widen) {
@@ -2389,8 +2468,9 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
         for (int ch = c0, v; ch < c1; ch += v * W) {
             v = c1 - ch >= 4 * W ? 4 : c1 - ch >= 2 * W ? 2 : 1;
             for (int j = 0; j < n;)
-                j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element), width,
-                               run, scores + (size_t)j * a->row + (size_t)t, a->row, out + j * width + ch);
+                j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element),
+                               width, run, scores + (size_t)j * a->row + (size_t)t, a->row,
+                               out + j * width + ch);
         }
     }
     for (int j = 0; j < n; j++) {
@@ -2412,8 +2492,8 @@ static void attend_all(void *context, int item, int thread) {
     attend_mix(a, tile, item % n_kv, scores, 0, round_up(a->f->m->c.head_dim, 16));
 }
 
-// The same in three phases, each cut into parts, for when there are few tiles: by positions, by queries
-// and by channels.
+// The same in three phases, each cut into parts, for when there are few tiles: by positions, by
+// queries and by channels.
 enum { PART = 16 };  // blocks of positions
 static void scores_part(void *context, int item, int thread) {
     const Attend *a = context;
@@ -2445,15 +2525,18 @@ static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
     AttendTile tiles[MAX_BATCH];
     Attend a = {.f = f, .tiles = tiles, .group = c->n_heads / c->n_kv_heads};
-    int most = a.group <= 4 ? 8 : MAX_QUERIES / a.group + !(MAX_QUERIES / a.group), longest = 0, widest = 1;
+    int most = a.group <= 4 ? 8 : MAX_QUERIES / a.group + !(MAX_QUERIES / a.group), longest = 0,
+        widest = 1;
     for (int i = 0; i < f->n; i++) {
         const Slot *slot = &f->batch[i];
         AttendTile *tile = &tiles[a.n_tiles - (a.n_tiles > 0)];
-        if (a.n_tiles && tile->n < most && slot[-1].seq == slot->seq && slot[-1].pos + 1 == slot->pos) {
+        if (a.n_tiles && tile->n < most && slot[-1].seq == slot->seq &&
+            slot[-1].pos + 1 == slot->pos) {
             tile->last = slot->pos;
             if (++tile->n > widest) widest = tile->n;
         } else {
-            int window = is_local(c, f->layer) && slot->pos >= c->sliding_window ? c->sliding_window : slot->pos + 1;
+            int window = is_local(c, f->layer) && slot->pos >= c->sliding_window ? c->sliding_window
+                                                                                 : slot->pos + 1;
             tiles[a.n_tiles++] = (AttendTile){i, 1, slot->pos + 1 - window, slot->pos};
         }
         if (slot->pos >= longest) longest = slot->pos + 1;
@@ -2536,7 +2619,8 @@ static void write_output(Output *out, const void *data, size_t n) {
         ssize_t wrote = write(out->fd, p, n);
         if (wrote < 0 && errno == EINTR) continue;
         if (wrote < 0 && errno == EPIPE) exit(0);  // the reader has seen enough
-        if (wrote < 0) die("cannot write %s: %s", out->path ? out->path : "stdout", strerror(errno));
+        if (wrote < 0)
+            die("cannot write %s: %s", out->path ? out->path : "stdout", strerror(errno));
         p += wrote;
         n -= (size_t)wrote;
     }
@@ -2602,7 +2686,8 @@ static Text input_text(const Options *o) {
 
 static int context_of(const Options *o, const Model *m) {
     if (o->context > m->c.seq_len)
-        die("-c %lld is more than the %d positions that %s was made for", o->context, m->c.seq_len, m->path);
+        die("-c %lld is more than the %d positions that %s was made for", o->context, m->c.seq_len,
+            m->path);
     return o->context ? (int)o->context : m->c.seq_len;
 }
 
@@ -2634,14 +2719,16 @@ static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t)
         clock_gettime(CLOCK_REALTIME, &now);
         s.rng = mix64((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
         s.rng += !s.rng;
-        if (!o->quiet && s.temperature > 0) fprintf(stderr, "seed: %llu\n", (unsigned long long)s.rng);
+        if (!o->quiet && s.temperature > 0)
+            fprintf(stderr, "seed: %llu\n", (unsigned long long)s.rng);
     }
     s.p = resize(NULL, (size_t)s.vocab_size, sizeof *s.p);
     s.candidates = resize(NULL, (size_t)s.vocab_size, sizeof *s.candidates);
     return s;
 }
 
-// Writes a token's text. Of llama2.c's tokens that are a single byte, it prints only printable ones.
+// Writes a token's text. Of llama2.c's tokens that are a single byte, it prints only printable
+// ones.
 static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
     Text text = decode(t, previous, id);
     uint8_t c = text.len == 1 ? (uint8_t)text.s[0] : ' ';
@@ -2669,7 +2756,8 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t) {
     new_cache(&kv, m, ctx, 0, 0);
     Sampler s = new_sampler(o, m, t);
     Output out = open_output(o->output);
-    if (t->llama2c) for (int i = 1; i < n_prompt; i++) write_token(&out, t, ids.ids[i - 1], ids.ids[i]);
+    if (t->llama2c)
+        for (int i = 1; i < n_prompt; i++) write_token(&out, t, ids.ids[i - 1], ids.ids[i]);
     else write_text(&out, prompt);
     if (n_prompt <= end) {
         float *logits = prefill(m, &kv, 0, ids.ids, 0, n_prompt);
@@ -2691,10 +2779,12 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t) {
         double done = seconds();
         if (!o->quiet) {
             if (full && pos > end) fprintf(stderr, "\nthe context of %d positions is full", ctx);
-            fprintf(stderr, "\nprompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
-                    n_prompt / (prefilled - start), n, n > 1 ? (n - 1) / (done - prefilled) : 0.0);
+            fprintf(stderr, "\nprompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n",
+                    n_prompt, n_prompt / (prefilled - start), n,
+                    n > 1 ? (n - 1) / (done - prefilled) : 0.0);
         }
-        if (o->receipt) fprintf(stderr, "receipt: %016llx\n", (unsigned long long)mix64(receipt + words));
+        if (o->receipt)
+            fprintf(stderr, "receipt: %016llx\n", (unsigned long long)mix64(receipt + words));
     }
     write_text(&out, (Text){"\n", 1});
     close_output(&out);
@@ -2778,11 +2868,13 @@ typedef struct { const float *logits; int vocab_size; const int *targets; double
 static void surprise_task(void *context, int i, int thread) {
     const Score *s = context;
     (void)thread;
-    s->nll[i] = surprise(s->logits + (size_t)i * (size_t)s->vocab_size, s->vocab_size, s->targets[i]);
+    s->nll[i] =
+        surprise(s->logits + (size_t)i * (size_t)s->vocab_size, s->vocab_size, s->targets[i]);
 }
 
-// Strided windows: a window of W tokens starts every W/2 tokens; each token is predicted once, in the first
-// window that holds it, so all but the first window's tokens see at least W/2 tokens before them.
+// Strided windows: a window of W tokens starts every W/2 tokens; each token is predicted once, in
+// the first window that holds it, so all but the first window's tokens see at least W/2 tokens
+// before them.
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     Text text = input_text(o);
     if (!text.len) die("no text to evaluate: give one with -f or -i");
@@ -2851,7 +2943,8 @@ static void append(Prompt *p, Text text, bool typed) {
     p->s[p->n] = 0;
 }
 
-// Appends a user's turn, and before the first one the system's (system.s NULL: the model's default).
+// Appends a user's turn, and before the first one the system's (system.s NULL: the model's
+// default).
 static void append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
     const Text *c = t->chat;
     int before = !first ? LATER_BEFORE : system.s ? USER_BEFORE_SYSTEM : USER_BEFORE;
@@ -2877,7 +2970,8 @@ static int check_tokenizer(const Model *m, const Tokenizer *t) {
         uint32_t kind = read_u32(p), len = read_u32(p + 4), n = read_u32(p + 8);
         p += 12;
         uint64_t size = ((uint64_t)len + 3) / 4 * 4 + 4 * (uint64_t)n;
-        if (kind > 1 || size > (uint64_t)(end - p)) die("check failed: the stored texts are damaged");
+        if (kind > 1 || size > (uint64_t)(end - p))
+            die("check failed: the stored texts are damaged");
         Text text = {(const char *)p, len};
         const uint8_t *expected = p + ((size_t)len + 3) / 4 * 4;
         Ids ids = {0};
@@ -2890,16 +2984,24 @@ static int check_tokenizer(const Model *m, const Tokenizer *t) {
             free(prompt.typed);
         }
         bool equal = ids.n == n;
-        for (uint32_t j = 0; j < n && equal; j++) equal = ids.ids[j] == (int)read_u32(expected + 4 * j);
-        if (!equal) die("check failed: tokenizer: text %d of the stored ones gives other tokens", i + 1);
+        for (uint32_t j = 0; j < n && equal; j++)
+            equal = ids.ids[j] == (int)read_u32(expected + 4 * j);
+        if (!equal)
+            die("check failed: tokenizer: text %d of the stored ones gives other tokens", i + 1);
         free(ids.ids);
         p += size;
     }
     return n_cases;
 }
 
-typedef struct { const Model *m; float tolerance; int bad_layer; double norm, expected, worst; } NormCheck;
-static void observe_norm(void *observer, const char *name, int layer, const float *x, int n, int width) {
+typedef struct {
+    const Model *m;
+    float tolerance;
+    int bad_layer;
+    double norm, expected, worst;
+} NormCheck;
+static void observe_norm(void *observer, const char *name, int layer, const float *x, int n,
+                         int width) {
     NormCheck *check = observer;
     double sum = 0, expected = (double)vec(&check->m->check_norms)[layer + 1];
     const float *last = x + (size_t)(n - 1) * (size_t)padded(width);
@@ -2924,9 +3026,12 @@ static void check_model(const Options *o, const Model *m) {
     sum += hash_words(&blank, sizeof blank, 0) +
            hash_words(m->file + sizeof blank, m->file_size - sizeof blank, sizeof blank / 8);
     if (sum != m->c.content_hash)
-        die("check failed: content: %s has hash %016llx, its header says %016llx: the file is damaged",
+        die("check failed: content: %s has hash %016llx, its header says %016llx: the file is "
+            "damaged",
             m->path, (unsigned long long)sum, (unsigned long long)m->c.content_hash);
-    if (!o->quiet) fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size, (unsigned long long)sum);
+    if (!o->quiet)
+        fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size,
+                (unsigned long long)sum);
 
     Tokenizer t = {0};
     if (m->c.tokenizer_hash) {
@@ -2940,7 +3045,8 @@ static void check_model(const Options *o, const Model *m) {
         Slot batch[MAX_BATCH];
         for (int i = 0; i < n; i++) {
             batch[i] = (Slot){(int)read_u32(m->check_ids.data + 4 * i), i, 0, i == n - 1};
-            if (batch[i].token < 0 || batch[i].token >= vocab) die("check failed: stored token %d", i);
+            if (batch[i].token < 0 || batch[i].token >= vocab)
+                die("check failed: stored token %d", i);
         }
         Cache kv;
         new_cache(&kv, m, n, 0, 0);
@@ -2950,8 +3056,8 @@ static void check_model(const Options *o, const Model *m) {
         kv.observer = &norms;
         const float *logits = forward(m, &kv, batch, n), *expected = vec(&m->check_logits);
         if (norms.bad_layer >= -1)
-            die("check failed: layer %d: the residual has norm %g, the reference %g", norms.bad_layer,
-                norms.norm, norms.expected);
+            die("check failed: layer %d: the residual has norm %g, the reference %g",
+                norms.bad_layer, norms.norm, norms.expected);
         double worst = 0, squares = 0, mean = 0, spread = 0;
         for (int i = 0; i < vocab; i++) mean += (double)expected[i] / vocab;
         for (int i = 0; i < vocab; i++) {
@@ -2964,15 +3070,18 @@ static void check_model(const Options *o, const Model *m) {
         if (!(rms <= (quantized ? 0.3 : 2e-3)))
             die("check failed: logits: they differ from the reference by %.2g%% (%g at most)",
                 rms * 100, worst);
-        if (!o->quiet) fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the reference\n",
-                               norms.worst, rms);
+        if (!o->quiet)
+            fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the reference\n",
+                    norms.worst, rms);
         // The plain functions of part 1 must give the very same bits as the fast ones of part 3.
         float *fast = resize(NULL, (size_t)vocab, sizeof(float));
         memcpy(fast, logits, (size_t)vocab * sizeof(float));
         kv.plain = true;
         kv.observe = NULL;
         if (memcmp(fast, forward(m, &kv, batch, n), (size_t)vocab * sizeof(float)))
-            die("check failed: this binary's %s code differs from plain C: the compiler may be at fault", isa);
+            die("check failed: this binary's %s code differs from plain C: the compiler may be at "
+                "fault",
+                isa);
         if (!o->quiet) fprintf(stderr, "%s: the same bits as plain C\n", isa);
         free(fast);
         free_cache(&kv);
@@ -2983,13 +3092,14 @@ static void check_model(const Options *o, const Model *m) {
 
 // ---- bench: how fast this machine runs the model, beside how fast it could
 
-// What the memory gives: all threads read a buffer that is larger than any cache, each its own share.
-// Several shapes are tried: one stream or four per thread, with and without prefetching.
+// What the memory gives: all threads read a buffer that is larger than any cache, each its own
+// share. Several shapes are tried: one stream or four per thread, with and without prefetching.
 typedef struct { const uint8_t *data; size_t bytes; int n_threads, streams; bool ahead; } Stream;
 static _Atomic uint64_t stream_sum;
 static void stream_task(void *context, int item, int thread) {
     const Stream *s = context;
-    size_t share = s->bytes / (size_t)s->n_threads / 64 * 64, part = share / (size_t)s->streams / 256 * 256;
+    size_t share = s->bytes / (size_t)s->n_threads / 64 * 64,
+           part = share / (size_t)s->streams / 256 * 256;
     const uint8_t *p = s->data + (size_t)item * share;
     uint64_t sums[32] = {0};
     (void)thread;
@@ -3018,14 +3128,16 @@ static double median(double *x) {
 static double bench_decode(const Model *m, Cache *kv, int pos, int n) {
     double start = seconds();
     for (int i = 0; i < n; i++)
-        forward(m, kv, &(Slot){(int)(i * 104729LL % 30000 + 5) % m->c.vocab_size, pos + i, 0, true}, 1);
+        forward(m, kv, &(Slot){(int)(i * 104729LL % 30000 + 5) % m->c.vocab_size, pos + i, 0, true},
+                1);
     return n / (seconds() - start);
 }
 
 static void bench(const Options *o, const Model *m, double started) {
     int ctx = context_of(o, m), vocab = m->c.vocab_size, threads = (int)o->threads;
     int n_short = ctx < 640 ? ctx * 3 / 4 : 512, n_decode = ctx < 512 ? ctx / 4 : 128;
-    int depth = ctx < 4096 + 64 ? ctx - ctx / 16 : 4096, n_deep = ctx - depth < 32 ? ctx - depth : 32;
+    int depth = ctx < 4096 + 64 ? ctx - ctx / 16 : 4096,
+        n_deep = ctx - depth < 32 ? ctx - depth : 32;
     size_t read = matrix_bytes(m->classifier.dtype, vocab, m->c.dim);
     for (int l = 0; l < m->c.n_layers; l++)
         for (const Matrix *w = &m->layers[l].attn_norm; w <= &m->layers[l].post_ffn_norm; w++)
@@ -3034,7 +3146,8 @@ static void bench(const Options *o, const Model *m, double started) {
     for (int i = 0; i < depth; i++) ids[i] = (int)(i * 7919LL % 30000 + 5) % vocab;
 
     Cache kv;
-    int n_branches = 15, n_batch = ctx < 160 + 32 ? ctx / 8 : 32, shared = ctx < 160 ? ctx / 2 : 128;
+    int n_branches = 15, n_batch = ctx < 160 + 32 ? ctx / 8 : 32,
+        shared = ctx < 160 ? ctx / 2 : 128;
     new_cache(&kv, m, ctx, n_branches, n_batch);
     prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
     double startup = seconds() - started;
@@ -3077,8 +3190,10 @@ static void bench(const Options *o, const Model *m, double started) {
     printf("model: %s\ndtype: %s\nisa: %s\nthreads: %d\nweights_mb: %.1f\nstream_gb_s: %.1f\n",
            m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa, threads,
            (double)read / 1e6, gb_s);
-    printf("prefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\ndecode_tok_s: %.1f\ndecode_limit_tok_s: %.1f\n"
-           "decode_of_limit: %.2f\ndecode_depth4096_tok_s: %.1f\nbatch16_tok_s: %.1f\nstartup_ms: %.1f\n",
+    printf("prefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\ndecode_tok_s: %.1f\ndecode_limit_tok_s: "
+           "%.1f\n"
+           "decode_of_limit: %.2f\ndecode_depth4096_tok_s: %.1f\nbatch16_tok_s: %.1f\nstartup_ms: "
+           "%.1f\n",
            median(rate[2]), rate[4][0], decode, limit, decode / limit, rate[5][0], median(rate[3]),
            startup * 1000);
     if (depth != 4096 && !o->quiet)
@@ -3087,17 +3202,23 @@ static void bench(const Options *o, const Model *m, double started) {
 #ifndef __OPTIMIZE__
         fprintf(stderr, "verdict: far from the limit: built without optimisation (-O3)\n");
 #elif defined PLAIN
-        fprintf(stderr, "verdict: far from the limit: built with -DPLAIN, without SIMD and threads\n");
+        fprintf(stderr,
+                "verdict: far from the limit: built with -DPLAIN, without SIMD and threads\n");
 #else
         double load[1] = {0};
         long cores = sysconf(_SC_NPROCESSORS_ONLN);
         if (threads > cores)
-            fprintf(stderr, "verdict: far from the limit: %d threads on %ld cores\n", threads, cores);
+            fprintf(stderr, "verdict: far from the limit: %d threads on %ld cores\n", threads,
+                    cores);
         else if (getloadavg(load, 1) == 1 && load[0] > (double)cores - threads + 1.3 * threads)
-            fprintf(stderr, "verdict: far from the limit: other programs use the cores (load %.1f)\n", load[0]);
+            fprintf(stderr,
+                    "verdict: far from the limit: other programs use the cores (load %.1f)\n",
+                    load[0]);
         else
-            fprintf(stderr, "verdict: %.0f%% of the limit: the model is small beside its fixed costs, or "
-                    "the kernels for %s are slower than the memory\n", 100 * decode / limit, isa);
+            fprintf(stderr,
+                    "verdict: %.0f%% of the limit: the model is small beside its fixed costs, or "
+                    "the kernels for %s are slower than the memory\n",
+                    100 * decode / limit, isa);
 #endif
     } else if (decode > limit && !o->quiet)
         fprintf(stderr, "verdict: above the memory's limit: the model lies in the caches\n");
@@ -3134,7 +3255,8 @@ static void parse_value(const Option *option, const char *name, const char *s) {
     double number = 0;
     errno = 0;
     if (option->kind == STRING) *(const char **)option->value = s;
-    if (option->kind == INTEGER) number = (double)(*(long long *)option->value = strtoll(s, &end, 10));
+    if (option->kind == INTEGER)
+        number = (double)(*(long long *)option->value = strtoll(s, &end, 10));
     if (option->kind == NUMBER_OPTION) number = *(double *)option->value = strtod(s, &end);
     if (option->kind == SEED) *(unsigned long long *)option->value = strtoull(s, &end, 10);
     if (option->kind == STRING) return;
@@ -3160,7 +3282,8 @@ static void parse(Option *options, int argc, char **argv, Options *o) {
         size_t n = strcspn(a, "=");
         for (; option->name; option++) {
             if (a[1] == option->letter && !a[2] && a[1]) break;
-            if (a[1] == '-' && strlen(option->name) == n - 2 && !strncmp(a + 2, option->name, n - 2)) {
+            if (a[1] == '-' && strlen(option->name) == n - 2 &&
+                !strncmp(a + 2, option->name, n - 2)) {
                 if (a[n]) value = a + n + 1;
                 break;
             }
@@ -3179,11 +3302,13 @@ static void parse(Option *options, int argc, char **argv, Options *o) {
 }
 
 static void help(const Option *options) {
-    puts("usage: ./run MODEL [options]\n\nRuns a language model: continues a text, or what --mode says.\n");
+    puts("usage: ./run MODEL [options]\n\nRuns a language model: continues a text, or what --mode "
+         "says.\n");
     for (; options->name; options++) {
         char left[64];
-        if (options->letter) snprintf(left, sizeof left, "-%c, --%s %s", options->letter, options->name,
-                                      options->argument);
+        if (options->letter)
+            snprintf(left, sizeof left, "-%c, --%s %s", options->letter, options->name,
+                     options->argument);
         else snprintf(left, sizeof left, "    --%s %s", options->name, options->argument);
         printf("  %-26s %s\n", left, options->help);
     }
@@ -3206,15 +3331,16 @@ static void on_interrupt(int signal_number) {
     interrupted = 1;
 }
 static void on_bus_error(int signal_number) {
-    static const char line[] = "run: a mapped file has become shorter, or cannot be read any more\n";
+    static const char line[] =
+        "run: a mapped file has become shorter, or cannot be read any more\n";
     (void)signal_number;
     if (write(2, line, sizeof line - 1) < 0) {}
     remove_unfinished();
     _exit(1);
 }
 
-// A binary built for another machine's instructions says so instead of dying of an illegal one. It runs
-// before anything else, and is itself compiled for the oldest machine.
+// A binary built for another machine's instructions says so instead of dying of an illegal one. It
+// runs before anything else, and is itself compiled for the oldest machine.
 #if defined __x86_64__ && !defined PLAIN
 __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) {
     const char *missing = NULL;
@@ -3249,8 +3375,10 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 #endif
 #undef NEED
     if (!missing) return;
-    fprintf(stderr, "run: this binary needs %s, which this processor does not have: build it here with "
-                    "`make`, or with `make ARCH=x86-64`\n", missing);
+    fprintf(stderr,
+            "run: this binary needs %s, which this processor does not have: build it here with "
+            "`make`, or with `make ARCH=x86-64`\n",
+            missing);
     _exit(1);
 }
 #endif
@@ -3263,26 +3391,36 @@ static void check_arithmetic(void) {
 }
 
 int main(int argc, char **argv) {
-    Options o = {.mode = "generate", .steps = 256, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1};
+    Options o = {
+        .mode = "generate", .steps = 256, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1};
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     o.threads = cores < 1 ? 1 : cores > 256 ? 256 : cores;
     Option options[] = {
         {'i', "prompt", "TEXT", STRING, &o.prompt, 0, 0, "the prompt; - reads it from stdin"},
-        {'f', "file", "PATH", STRING, &o.prompt_file, 0, 0, "read the prompt from a file; - is stdin"},
+        {'f', "file", "PATH", STRING, &o.prompt_file, 0, 0,
+         "read the prompt from a file; - is stdin"},
         {'o', "output", "PATH", STRING, &o.output, 0, 0, "write there instead of to stdout"},
         {'n', "steps", "N", INTEGER, &o.steps, 0, 1e9, "new tokens (256); 0: to the context's end"},
         {'m', "mode", "MODE", STRING, &o.mode, 0, 0, "what to do, see below"},
-        {'t', "temperature", "T", NUMBER_OPTION, &o.temperature, 0, 1e30, "0: the likeliest token; 1 (default): as the model says"},
-        {'p', "top-p", "P", NUMBER_OPTION, &o.top_p, 0, 1, "draw from the likeliest tokens with this sum (0.9)"},
-        {'s', "seed", "N", SEED, &o.seed, 0, 0, "of the random generator; 0 (default): from the clock"},
-        {'z', "tokenizer", "PATH", STRING, &o.tokenizer, 0, 0, "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
-        {'c', "context", "N", INTEGER, &o.context, 0, 1 << 24, "positions to make room for (the model's own)"},
+        {'t', "temperature", "T", NUMBER_OPTION, &o.temperature, 0, 1e30,
+         "0: the likeliest token; 1 (default): as the model says"},
+        {'p', "top-p", "P", NUMBER_OPTION, &o.top_p, 0, 1,
+         "draw from the likeliest tokens with this sum (0.9)"},
+        {'s', "seed", "N", SEED, &o.seed, 0, 0,
+         "of the random generator; 0 (default): from the clock"},
+        {'z', "tokenizer", "PATH", STRING, &o.tokenizer, 0, 0,
+         "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
+        {'c', "context", "N", INTEGER, &o.context, 0, 1 << 24,
+         "positions to make room for (the model's own)"},
         {'j', "threads", "N", INTEGER, &o.threads, 1, 256, "threads (the number of cores)"},
         {'q', "quiet", "", FLAG, &o.quiet, 0, 0, "no statistics and no progress on stderr"},
         {0, "top-k", "K", INTEGER, &o.top_k, 0, 1 << 24, "draw from the K likeliest tokens"},
-        {0, "min-p", "P", NUMBER_OPTION, &o.min_p, 0, 1, "from those at least P times as likely as the likeliest"},
-        {0, "repeat-penalty", "R", NUMBER_OPTION, &o.repeat_penalty, 1e-3, 1e3, "makes tokens of the text less likely; 1 is off"},
-        {0, "receipt", "", FLAG, &o.receipt, 0, 0, "print a hash of all logits that were sampled from"},
+        {0, "min-p", "P", NUMBER_OPTION, &o.min_p, 0, 1,
+         "from those at least P times as likely as the likeliest"},
+        {0, "repeat-penalty", "R", NUMBER_OPTION, &o.repeat_penalty, 1e-3, 1e3,
+         "makes tokens of the text less likely; 1 is off"},
+        {0, "receipt", "", FLAG, &o.receipt, 0, 0,
+         "print a hash of all logits that were sampled from"},
         {'h', "help", "", FLAG, &o.help, 0, 0, "this text"},
         {'V', "version", "", FLAG, &o.version, 0, 0, "version and instruction set"},
         {0, NULL, NULL, 0, NULL, 0, 0, NULL},
