@@ -1760,7 +1760,7 @@ static struct {
     _Atomic(Task *) task;
     _Atomic(void *) context;
     _Atomic uint64_t ranges[MAX_THREADS];
-    int n_threads;
+    _Atomic int n_threads;
     double alone_until, penalty;  // until when the first thread works alone; for how long next time
     pthread_mutex_t mutex;
     pthread_cond_t wake;
