@@ -405,11 +405,13 @@ static void load_llama2c(Model *m, bool v1) {
 // ROWS for a vector, BYTES for bytes (of any number), F32 for a matrix of any matrix dtype.
 static Matrix next_tensor(const Model *m, size_t *next, const char *name, int kind, int rows,
                           int cols) {
-    Entry e;
-    memcpy(&e, m->file + sizeof(Config) + *next * sizeof e, sizeof e);
+    Entry e = {.dtype = N_DTYPES};
+    if (*next < m->c.n_tensors)
+        memcpy(&e, m->file + sizeof(Config) + *next * sizeof e, sizeof e);
     bool right = kind == F32 ? e.dtype >= F32 && e.dtype <= Q4A : e.dtype == (uint32_t)kind;
     if (kind == BYTES && e.cols <= INT_MAX) cols = (int)e.cols;
-    if (++*next > m->c.n_tensors || !right || e.rows != (uint32_t)rows ||
+    ++*next;
+    if (!right || e.rows != (uint32_t)rows ||
         e.cols != (uint32_t)cols || e.bytes != matrix_bytes((int)e.dtype, rows, cols) ||
         e.offset % 64 || e.offset > m->file_size || e.bytes > m->file_size - e.offset)
         die("%s: damaged: tensor %zu of its directory is not a %s of %d x %d", m->path, *next - 1,
@@ -2637,22 +2639,26 @@ static void close_output(Output *out) {
     free(out->temporary);
 }
 
-// Writes text as it comes, but holds an unfinished character back until the rest of it is there.
+// Writes text as it comes, but holds an unfinished character at its end back until the rest is there.
 static void write_text(Output *out, Text text) {
-    for (size_t i = 0; i < text.len; i++) {
-        uint8_t c = (uint8_t)text.s[i];
-        if (c < 0x80 || c >= 0xc0) {  // a character starts: what was held is whatever it is
-            write_output(out, out->held, out->n_held);
-            out->n_held = 0;
-        }
-        out->held[out->n_held++] = (char)c;
-        uint8_t first = (uint8_t)out->held[0];
-        size_t length = first < 0xc0 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
-        if (out->n_held >= length) {
-            write_output(out, out->held, out->n_held);
-            out->n_held = 0;
-        }
+    for (; text.len && out->n_held; text.s++, text.len--) {  // finish what is held
+        uint8_t first = (uint8_t)out->held[0], c = (uint8_t)text.s[0];
+        size_t length = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+        if ((c & 0xc0) == 0x80) out->held[out->n_held++] = (char)c;
+        if ((c & 0xc0) == 0x80 && out->n_held < length) continue;
+        write_output(out, out->held, out->n_held);
+        out->n_held = 0;
+        if ((c & 0xc0) != 0x80) break;
     }
+    size_t back = 0;  // bytes at the end that begin a character and do not finish it
+    for (size_t i = 1; i <= 3 && i <= text.len && !back; i++) {
+        uint8_t c = (uint8_t)text.s[text.len - i];
+        if (c >= 0xc0 && i < (c < 0xe0 ? 2u : c < 0xf0 ? 3u : 4u)) back = i;
+        if ((c & 0xc0) != 0x80) break;
+    }
+    write_output(out, text.s, text.len - back);
+    memcpy(out->held + out->n_held, text.s + text.len - back, back);
+    out->n_held += back;
 }
 
 // Reads all of a file, or of stdin for "-". The text is followed by a zero byte.
@@ -2666,6 +2672,7 @@ static Text read_all(const char *path) {
         if (capacity - n < 2) s = resize(s, capacity = capacity * 2 + 65536, 1);
         ssize_t got = read(fd, s + n, capacity - n - 1);
         if (got < 0 && errno == EINTR && !interrupted) continue;
+        if (interrupted) exit(130);
         if (got < 0) die("cannot read %s: %s", is_stdin ? "stdin" : path, strerror(errno));
         if (got == 0) break;
         n += (size_t)got;
@@ -2937,7 +2944,7 @@ typedef struct { char *s, *typed; size_t n; } Prompt;
 static void append(Prompt *p, Text text, bool typed) {
     p->s = resize(p->s, p->n + text.len + 1, 1);
     p->typed = resize(p->typed, p->n + text.len + 1, 1);
-    memcpy(p->s + p->n, text.s, text.len);
+    if (text.len) memcpy(p->s + p->n, text.s, text.len);
     memset(p->typed + p->n, typed, text.len);
     p->n += text.len;
     p->s[p->n] = 0;
@@ -3087,7 +3094,9 @@ static void check_model(const Options *o, const Model *m) {
         free_cache(&kv);
     }
     if (m->c.tokenizer_hash) free_tokenizer(&t);
-    puts("ok");
+    Output out = open_output(o->output);
+    write_output(&out, "ok\n", 3);
+    close_output(&out);
 }
 
 // ---- bench: how fast this machine runs the model, beside how fast it could
@@ -3439,9 +3448,10 @@ int main(int argc, char **argv) {
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
 
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
     signal(SIGBUS, on_bus_error);
+    struct sigaction action = {.sa_handler = on_interrupt};  // without SA_RESTART: a read ends
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
     atexit(remove_unfinished);
     Model m;
     Tokenizer t = {0};
