@@ -1369,6 +1369,7 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
                              .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
                              .temperature = -1, .top_p = -1};
     t->llama2c = true;
+    if (vocab_size < 3) return "is one of llama2.c, but the model has fewer than 3 tokens";
     for (int id = 0; id < vocab_size; id++) {
         Token *k = &t->tokens[id];
         if (t->file_size - at < 8) return "has fewer tokens than the model, or is truncated";
@@ -2639,7 +2640,8 @@ static void close_output(Output *out) {
     free(out->temporary);
 }
 
-// Writes text as it comes, but holds an unfinished character at its end back until the rest is there.
+// Writes text as it comes, but holds an unfinished character at its end back until the rest is
+// there.
 static void write_text(Output *out, Text text) {
     for (; text.len && out->n_held; text.s++, text.len--) {  // finish what is held
         uint8_t first = (uint8_t)out->held[0], c = (uint8_t)text.s[0];
