@@ -1361,6 +1361,14 @@ static void index_tokens(Tokenizer *t) {
     for (uint32_t c = 0; c < 128; c++) t->ascii[c] = (uint8_t)search_class(t, c);
 }
 
+// The byte that a piece of the form <0xHH> stands for, or -1.
+static int byte_piece(const char *s) {
+    static const char digits[] = "0123456789ABCDEF";
+    const char *high = memchr(digits, s[3], 16), *low = memchr(digits, s[4], 16);
+    if (memcmp(s, "<0x", 3) || s[5] != '>' || !high || !low) return -1;
+    return (int)(high - digits) * 16 + (int)(low - digits);
+}
+
 // llama2.c's layout: the longest token's length, then for each token score, length and text. It
 // holds neither its own size nor any types: the model says how many tokens there are.
 static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
@@ -1379,17 +1387,13 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
         if (k->text.len > t->file_size - at) return "is truncated or damaged";
         k->text.s = (const char *)t->file + at;
         at += k->text.len;
-        unsigned byte;
-        char hex[7] = {0};
         if (id < 3) k->type = CONTROL;
-        else if (k->text.len == 6) {
-            memcpy(hex, k->text.s, 6);
-            if (hex[5] == '>' && sscanf(hex, "<0x%2X", &byte) == 1) {
-                static char bytes[256];
-                bytes[byte] = (char)byte;
-                k->type = BYTE;
-                k->text = (Text){&bytes[byte], 1};
-            }
+        int byte = k->text.len == 6 ? byte_piece(k->text.s) : -1;  // <0x00> to <0xFF>
+        if (id >= 3 && byte >= 0) {
+            static char bytes[256];
+            bytes[byte] = (char)byte;
+            k->type = BYTE;
+            k->text = (Text){&bytes[byte], 1};
         }
     }
     return at == t->file_size ? NULL : "has more tokens than the model";

@@ -1683,6 +1683,28 @@ static void test_llama2c_tokenizer(void) {
         free_tokenizer(&t);
     }
     free(b.p);
+
+    static const char *const pieces[] = {"<unk>", "<s>", "</s>", "<0x-1>", "<0x+1>", "<0xag>", "<0x41>"};
+    Buffer odd = {0};
+    uint32_t longest = 6;
+    put(&odd, &longest, 4);
+    for (int i = 0; i < 7; i++) {
+        float score = 0;
+        uint32_t length = (uint32_t)strlen(pieces[i]);
+        put(&odd, &score, 4), put(&odd, &length, 4), put(&odd, pieces[i], length);
+    }
+    m = (Model){.c = {.vocab_size = 7}};
+    wrong = load_tokenizer(&t, save("odd.tok", odd.p, odd.n), &m);
+    if (!CHECK(!wrong, "pieces that look like bytes are no errors: it %s", wrong)) return;
+    for (int i = 3; i < 6; i++)
+        CHECK(t.tokens[i].type == NORMAL, "%s is not a byte", pieces[i]);
+    CHECK(t.tokens[6].type == BYTE && t.tokens[6].text.s[0] == 'A', "<0x41> is the byte A");
+    free_tokenizer(&t);
+    m.c.vocab_size = 1;
+    wrong = load_tokenizer(&t, save("odd.tok", odd.p, 4 + 8 + 5), &m);
+    CHECK(wrong, "a llama2.c tokenizer without BOS and EOS is refused");
+    free_tokenizer(&t);
+    free(odd.p);
 }
 
 static void test_real_tokenizer(void) {
