@@ -1684,7 +1684,8 @@ static void test_llama2c_tokenizer(void) {
     }
     free(b.p);
 
-    static const char *const pieces[] = {"<unk>", "<s>", "</s>", "<0x-1>", "<0x+1>", "<0xag>", "<0x41>"};
+    static const char *const pieces[] = {"<unk>",  "<s>",    "</s>",  "<0x-1>",
+                                         "<0x+1>", "<0xag>", "<0x41>"};
     Buffer odd = {0};
     uint32_t longest = 6;
     put(&odd, &longest, 4);
