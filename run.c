@@ -2246,10 +2246,11 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
             UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
         }
     } else if (dtype == BF16) {
-        for (; c < end; c += 2) {  // an odd last column is followed by a zero weight and a zero
+        for (; c < end; c += 2) {
             vu pair = load_u(panel + (size_t)c * 32 + (size_t)lane * 4);
             vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000);
             UNROLL for (int t = 0; t < T; t++) acc[t] += even * x[t * x_stride + c];
+            if (c + 1 == end) break;  // an odd last column has padding beside it
             UNROLL for (int t = 0; t < T; t++) acc[t] += odd * x[t * x_stride + c + 1];
         }
     } else {
