@@ -12,7 +12,11 @@ EXACT = -std=gnu11 -ffp-contract=off -pthread
 PREFIX ?= /usr/local
 PYTHON ?= python3
 
-run: run.c
+# What was built with other flags is built again.
+BUILT_WITH := $(CC) $(CFLAGS)
+$(shell echo '$(BUILT_WITH)' | cmp -s - .built-with || echo '$(BUILT_WITH)' >.built-with)
+
+run: run.c .built-with
 	$(CC) $(CFLAGS) $(EXACT) -o $@ run.c -lm
 
 demo: run model.bin
@@ -30,7 +34,7 @@ model.bin: export.py | .venv/ready
 test: run test_all
 	./test_all
 
-test_all: test_all.c run.c
+test_all: test_all.c run.c .built-with
 	$(CC) $(CFLAGS) $(EXACT) -o $@ test_all.c -lm
 
 # The tests in other builds: every one must give the same bytes. ONLY names the groups that need no ./run.

@@ -3172,7 +3172,7 @@ static void bench(const Options *o, const Model *m, double started) {
     madvise((void *)(uintptr_t)stream.data, bytes, MADV_HUGEPAGE);
     memset((void *)(uintptr_t)stream.data, 1, bytes + 8192);
     double rate[6][ROUNDS], t;
-    for (int r = 0; r < ROUNDS; r++) {
+    for (int r = 0; r < ROUNDS && !interrupted; r++) {
         rate[0][r] = 0;
         for (int k = 0; k < 4; k++) {
             stream.streams = k & 1 ? 4 : 1;
@@ -3202,6 +3202,7 @@ static void bench(const Options *o, const Model *m, double started) {
         rate[4][r] = depth / (seconds() - t);
         rate[5][r] = bench_decode(m, &kv, depth, n_deep);
     }
+    if (interrupted) exit(130);
     double gb_s = median(rate[0]), decode = median(rate[1]), limit = gb_s * 1e9 / (double)read;
     printf("model: %s\ndtype: %s\nisa: %s\nthreads: %d\nweights_mb: %.1f\nstream_gb_s: %.1f\n",
            m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa, threads,
@@ -3315,6 +3316,14 @@ static void parse(Option *options, int argc, char **argv, Options *o) {
         if (option->letter == 't') o->temperature_given = true;
         if (option->letter == 'p') o->top_p_given = true;
     }
+}
+
+// An output that is also an input would be lost: it is refused.
+static void refuse_overwriting(const char *output, const char *input) {
+    struct stat out, in;
+    if (!output || !input || stat(output, &out) || stat(input, &in)) return;
+    if (S_ISREG(out.st_mode) && out.st_dev == in.st_dev && out.st_ino == in.st_ino)
+        usage_error("-o %s would overwrite %s, which is read", output, input);
 }
 
 static void help(const Option *options) {
@@ -3453,6 +3462,9 @@ int main(int argc, char **argv) {
     size_t mode = 0, n_modes = sizeof modes / sizeof *modes;
     while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
+    refuse_overwriting(o.output, o.model);
+    refuse_overwriting(o.output, o.tokenizer);
+    refuse_overwriting(o.output, o.prompt_file);
 
     signal(SIGPIPE, SIG_IGN);
     signal(SIGBUS, on_bus_error);
@@ -3465,6 +3477,7 @@ int main(int argc, char **argv) {
     start_threads((int)o.threads);
     load_model(&m, o.model);
     if (mode == 0 || mode == 1 || mode == 3) find_tokenizer(&t, o.tokenizer, &m);
+    refuse_overwriting(o.output, t.path);
     if (mode == 0) generate(&o, &m, &t);
     if (mode == 1) tokenize(&o, &t);
     if (mode == 2) write_logits(&o, &m);

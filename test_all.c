@@ -2386,6 +2386,11 @@ static void test_output_file(const char *model) {
     CHECK(r.out.n == b.n && !memcmp(r.out.p, b.p, b.n),
           "and writes there what it writes to stdout");
     free_ran(&r);
+    Buffer whole = slurp(model);
+    refused(RUN(model, "-m", "logits", "-i", "1 2 3", "-o", model), 2, "an output that is the model");
+    Buffer still = slurp(model);
+    CHECK(still.n == whole.n && !memcmp(still.p, whole.p, whole.n), "and the model is untouched");
+    free(whole.p), free(still.p);
     Made m = tiny_model(LLAMA, F32);
     ((float *)(void *)m.final_norm.bytes)[3] = INFINITY;
     Buffer bad = version_3(&m);
