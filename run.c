@@ -25,20 +25,24 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #ifdef __linux__
 #include <sched.h>
 #endif
+#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -57,6 +61,8 @@
 
 // ---- Errors and memory: one line on stderr says what, where and what to do; the exit status is 1.
 
+static _Thread_local jmp_buf *recovery;  // where to go on after an error, where that is possible
+
 static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -64,6 +70,7 @@ static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *form
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+    if (recovery) longjmp(*recovery, 1);
     exit(1);
 }
 
@@ -515,10 +522,10 @@ typedef struct {
     size_t k_bytes;       // keys of a chunk of one head: [CHUNK / 16][head_dim][16]
     size_t head_bytes;    // ... and its values: [CHUNK][head_dim rounded up to 16]
     size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
-    size_t branch;        // offset of the first branch
-    size_t branch_bytes;
-    uint8_t *data;
-    size_t bytes;
+    size_t branch_bytes;  // of one branch
+    uint8_t *data;        // the trunk
+    uint8_t *branches;
+    size_t bytes;         // of the trunk
     struct State *state;  // activations of forward
     bool plain; // compute with the plain functions of part 1 even where part 3 has faster ones
     void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
@@ -532,7 +539,7 @@ static int round_up(int n, int to) { return (n + to - 1) / to * to; }
 static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *in_chunk) {
     uint8_t *base = kv->data;
     if (seq > 0 && pos >= kv->from[seq]) {
-        base += kv->branch + (size_t)(seq - 1) * kv->branch_bytes;
+        base = kv->branches + (size_t)(seq - 1) * kv->branch_bytes;
         pos -= kv->from[seq] & ~15;
     }
     *in_chunk = pos % CHUNK;
@@ -563,28 +570,39 @@ static void cache_put(const Cache *kv, uint8_t *p, size_t i, size_t step, const 
     }
 }
 
+// Makes n branches with room for `extra` positions each, in the place of those that there are.
+static void add_branches(Cache *kv, int n, int extra) {
+    size_t chunks = ((size_t)extra + 15 + CHUNK - 1) / CHUNK;
+    if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
+    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes / (size_t)n)
+        die("out of memory: %d sequences of %d positions need more than there can be", n, extra);
+    kv->branch_bytes = chunks * kv->chunk_bytes;
+    kv->branches = reserve((size_t)n * kv->branch_bytes, "the KV cache of several sequences");
+    kv->from = resize(kv->from, (size_t)n + 1, sizeof(int));
+    memset(kv->from, 0, ((size_t)n + 1) * sizeof(int));
+    kv->n_seqs = n + 1;
+}
+
 // Room for ctx positions in the trunk and `extra` more in each of n_branches branches.
 static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int extra) {
     const Config *c = &m->c;
-    *kv = (Cache){.m = m, .n_seqs = 1 + n_branches, .ctx = ctx};
+    *kv = (Cache){.m = m, .n_seqs = 1, .ctx = ctx};
     kv->wide = m->token_embedding.dtype == ROWS || m->token_embedding.dtype == F32;
-    kv->from = resize(NULL, (size_t)kv->n_seqs, sizeof(int));
-    memset(kv->from, 0, (size_t)kv->n_seqs * sizeof(int));
+    kv->from = resize(NULL, 1, sizeof(int));
+    kv->from[0] = 0;
     size_t size = kv->wide ? 4 : 2, width = (size_t)round_up(c->head_dim, 16);
     kv->k_bytes = CHUNK * (size_t)c->head_dim * size;
     kv->head_bytes = kv->k_bytes + CHUNK * width * size;
     kv->chunk_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
     size_t chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
-    size_t branch_chunks = n_branches ? ((size_t)extra + 15 + CHUNK - 1) / CHUNK : 0;
-    if (chunks + (size_t)n_branches * branch_chunks > SIZE_MAX / 2 / kv->chunk_bytes)
+    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes)
         die("out of memory: a context of %d positions needs more than there can be; use -c", ctx);
-    kv->branch = chunks * kv->chunk_bytes;
-    kv->branch_bytes = branch_chunks * kv->chunk_bytes;
-    kv->bytes = kv->branch + (size_t)n_branches * kv->branch_bytes;
+    kv->bytes = chunks * kv->chunk_bytes;
     kv->data = reserve(kv->bytes, "the KV cache (-c N makes the context shorter)");
 #ifdef MADV_HUGEPAGE
-    if (kv->chunk_bytes < 8 << 20) madvise(kv->data, kv->branch, MADV_HUGEPAGE);
+    if (kv->chunk_bytes < 8 << 20) madvise(kv->data, kv->bytes, MADV_HUGEPAGE);
 #endif
+    if (n_branches) add_branches(kv, n_branches, extra);
 }
 
 // ---- Activations. A batch of n positions is computed together; every array is (n, width), with
@@ -674,6 +692,7 @@ static void free_cache(Cache *kv) {
         free(s);
     }
     if (kv->data) munmap(kv->data, kv->bytes);
+    if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
     free(kv->from);
     *kv = (Cache){0};
 }
@@ -1694,9 +1713,10 @@ static int special_at(const Tokenizer *t, const char *s, size_t len, const char 
     return -1;
 }
 
-// Appends the tokens of a text, with BOS in front if `bos` and the tokenizer adds it. Special
-// tokens in the text are recognised, except over bytes that are marked as typed by a user.
-static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, Ids *out) {
+// Appends the tokens of a text. One that starts a text (else it continues one) gets BOS and a space
+// in front if the tokenizer adds them. Special tokens in the text are recognised, except over bytes
+// that are marked as typed by a user.
+static void encode(const Tokenizer *t, Text text, const char *typed, bool text_start, Ids *out) {
     Merger m = {.t = t};
     size_t start = 0, first = out->n;
     char *prefixed = NULL;
@@ -1705,8 +1725,8 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, I
         int special = may ? special_at(t, text.s + i, text.len - i, typed ? typed + i : NULL) : -1;
         if (i < text.len && special < 0) continue;
         Text part = {text.s + start, i - start};
-        if (part.len && t->h.flags & ADD_SPACE_PREFIX &&
-            !(start && t->h.flags & PREFIX_START_ONLY)) {
+        bool prefix = start ? !(t->h.flags & PREFIX_START_ONLY) : text_start;
+        if (part.len && prefix && t->h.flags & ADD_SPACE_PREFIX) {
             prefixed = resize(prefixed, part.len + 1, 1);
             prefixed[0] = ' ';
             memcpy(prefixed + 1, part.s, part.len);
@@ -1722,7 +1742,7 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool bos, I
     free(m.symbols);
     free(m.heap);
     free(prefixed);
-    if (bos && t->h.flags & ADD_BOS && t->h.bos >= 0 &&
+    if (text_start && t->h.flags & ADD_BOS && t->h.bos >= 0 &&
         (out->n == first || out->ids[first] != t->h.bos)) {
         push(out, 0);
         memmove(out->ids + first + 1, out->ids + first, (out->n - first - 1) * sizeof(int));
@@ -2579,12 +2599,15 @@ static void start_threads(int n) { (void)n; }
 // Part 4. What to do with it
 // =================================================================================================
 
+enum { MAX_OTHERS = 15 };
 typedef struct {
-    const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode;
-    long long steps, context, threads, top_k;
+    const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
+    const char *tool, *others[MAX_OTHERS];
+    int n_others;
+    long long steps, context, threads, top_k, samples;
     double temperature, top_p, min_p, repeat_penalty;
     unsigned long long seed;
-    bool quiet, receipt, help, version;
+    bool quiet, receipt, best, think, help, version;
     bool temperature_given, top_p_given;
 } Options;
 
@@ -2599,13 +2622,25 @@ typedef struct {
     char *temporary;
     char held[4];       // the first bytes of an unfinished UTF-8 character
     size_t n_held;
+    char *memory;       // with fd -1 results go here
+    size_t n, capacity, start;  // start: where the model's own text begins
+    bool terminal;      // control characters are shown instead of sent
+    char last;          // byte before, for that
+    bool filter, thinking, keep_thoughts;  // <think> ... </think> is looked for; is open; is kept
+    size_t matched;     // characters of the next such tag that have come
 } Output;
 static char *unfinished_file;  // removed at exit
+static bool dimmed;            // the terminal writes dimmed text: set back at exit
 
-static void remove_unfinished(void) { if (unfinished_file) unlink(unfinished_file); }
+static void remove_unfinished(void) {
+    if (unfinished_file) unlink(unfinished_file);
+    if (dimmed && write(1, "\033[0m", 4) < 0) {}
+    unfinished_file = NULL;
+}
 
 static Output open_output(const char *path) {
     Output out = {.fd = 1, .path = path && strcmp(path, "-") ? path : NULL};
+    out.terminal = !out.path && isatty(1);
     if (!out.path) return out;
     struct stat st;
     if (!stat(path, &st) && !S_ISREG(st.st_mode)) {  // a device or a pipe is written to as it is
@@ -2623,6 +2658,13 @@ static Output open_output(const char *path) {
     return out;
 }
 static void write_output(Output *out, const void *data, size_t n) {
+    if (out->fd < 0 && n) {
+        if (out->capacity - out->n < n)
+            out->memory = resize(out->memory, out->capacity = 2 * (out->n + n), 1);
+        memcpy(out->memory + out->n, data, n);
+        out->n += n;
+        return;
+    }
     for (const char *p = data; n;) {
         ssize_t wrote = write(out->fd, p, n);
         if (wrote < 0 && errno == EINTR) continue;
@@ -2647,7 +2689,7 @@ static void close_output(Output *out) {
 
 // Writes text as it comes, but holds an unfinished character at its end back until the rest is
 // there.
-static void write_text(Output *out, Text text) {
+static void write_characters(Output *out, Text text) {
     for (; text.len && out->n_held; text.s++, text.len--) {  // finish what is held
         uint8_t first = (uint8_t)out->held[0], c = (uint8_t)text.s[0];
         size_t length = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
@@ -2666,6 +2708,75 @@ static void write_text(Output *out, Text text) {
     write_output(out, text.s, text.len - back);
     memcpy(out->held + out->n_held, text.s + text.len - back, back);
     out->n_held += back;
+}
+
+// On a terminal, control characters in the text have no effect: they are written as ^C (and those
+// of U+0080 to U+009F as spaces).
+static void write_text(Output *out, Text text) {
+    if (!out->terminal) write_characters(out, text);
+    for (char safe[128]; out->terminal && text.len;) {
+        size_t n = 0;
+        for (; n < 64 && text.len; text.s++, text.len--) {
+            uint8_t c = (uint8_t)text.s[0], last = (uint8_t)out->last;
+            bool control = (c < 32 && c != '\n' && c != '\t') || c == 127;
+            if (control) safe[n++] = '^';
+            out->last = safe[n++] = (char)(control ? c ^ 64 : last == 0xc2 && c < 0xa0 ? 0xa0 : c);
+        }
+        write_characters(out, (Text){safe, n});
+    }
+}
+
+static void set_thinking(Output *out, bool thinking) {
+    out->thinking = thinking;
+    if (!out->terminal) return;
+    if (out->fd >= 0) dimmed = thinking;
+    write_output(out, thinking ? "\033[2m" : "\033[0m", 4);
+}
+
+// Writes text of the model. What reasoning models write between <think> and </think> is dimmed on a
+// terminal, and left out elsewhere unless it is asked for.
+static void show(Output *out, Text text) {
+    for (; text.len && out->filter; text.s++, text.len--) {
+        const char *tag = out->thinking ? "</think>" : "<think>";
+        bool visible = out->terminal || out->keep_thoughts, was_thinking = out->thinking;
+        if (text.s[0] == tag[out->matched]) {
+            if (tag[++out->matched]) continue;
+            if (!was_thinking) set_thinking(out, true);
+            if (visible) write_text(out, (Text){tag, out->matched});
+            if (was_thinking) set_thinking(out, false);
+            out->matched = 0;
+            continue;
+        }
+        if (visible || !was_thinking) write_text(out, (Text){tag, out->matched});
+        out->matched = text.s[0] == '<';
+        if (!out->matched && (visible || !was_thinking)) write_text(out, (Text){text.s, 1});
+    }
+    write_text(out, text);
+}
+
+// Begins the model's text behind a prompt, which may have opened a thought.
+static void start_thoughts(Output *out, const Options *o, bool filter, Text prompt) {
+    out->filter = filter;
+    out->keep_thoughts = o->think;
+    out->start = out->n;
+    out->matched = 0;
+    bool thinking = false;
+    for (size_t i = 0; filter && i + 7 <= prompt.len; i++) {
+        if (!memcmp(prompt.s + i, "<think>", 7)) thinking = true;
+        if (!memcmp(prompt.s + i, "</think", 7)) thinking = false;
+    }
+    if (thinking) set_thinking(out, true);
+}
+
+// Ends it: with what is held back, and a newline.
+static void end_text(Output *out) {
+    if (out->matched && (!out->thinking || out->terminal || out->keep_thoughts))
+        write_text(out, (Text){out->thinking ? "</think>" : "<think>", out->matched});
+    if (out->thinking) set_thinking(out, false);
+    out->matched = 0;
+    write_output(out, out->held, out->n_held);
+    out->n_held = 0;
+    write_output(out, "\n", 1);
 }
 
 // Reads all of a file, or of stdin for "-". The text is followed by a zero byte.
@@ -2719,7 +2830,33 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
     return logits;
 }
 
-// ---- generate: continue a text
+// ---- chat format: how a conversation is written down for the model
+
+// Appends a text to a growing prompt; `typed` marks what a user typed (no special tokens there).
+typedef struct { char *s, *typed; size_t n; } Prompt;
+static void append(Prompt *p, Text text, bool typed) {
+    p->s = resize(p->s, p->n + text.len + 1, 1);
+    p->typed = resize(p->typed, p->n + text.len + 1, 1);
+    if (text.len) memcpy(p->s + p->n, text.s, text.len);
+    memset(p->typed + p->n, typed, text.len);
+    p->n += text.len;
+    p->s[p->n] = 0;
+}
+
+// Appends a user's turn, and before the first one the system's (system.s NULL: the model's
+// default).
+static void append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
+    const Text *c = t->chat;
+    int before = !first ? LATER_BEFORE : system.s ? USER_BEFORE_SYSTEM : USER_BEFORE;
+    if (first && system.s) {
+        append(p, c[SYSTEM_BEFORE], false);
+        append(p, system, true);
+        append(p, c[SYSTEM_AFTER], false);
+    } else if (first) append(p, c[DEFAULT_SYSTEM], false);
+    append(p, c[before], false);
+    append(p, user, true);
+    append(p, c[before + 1], false);
+}
 
 static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t) {
     Sampler s = {.temperature = (float)o->temperature, .top_p = (float)o->top_p,
@@ -2747,124 +2884,10 @@ static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
     Text text = decode(t, previous, id);
     uint8_t c = text.len == 1 ? (uint8_t)text.s[0] : ' ';
     if (t->llama2c && (c < 9 || (c > 13 && c < 32) || c > 126)) return;
-    write_text(out, text);
+    show(out, text);
 }
 
-static void generate(const Options *o, const Model *m, const Tokenizer *t) {
-    double start = seconds();
-    Text prompt = input_text(o);
-    Ids ids = {0};
-    encode(t, prompt, NULL, true, &ids);
-    if (!ids.n && (t->h.bos >= 0 || t->h.eos >= 0)) push(&ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
-    if (!ids.n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
-    int ctx = context_of(o, m), n_prompt = (int)ids.n;
-    if (ids.n > (size_t)ctx) die("the prompt has %zu tokens, the context only %d", ids.n, ctx);
-    // llama2.c counts positions, the prompt's included; this program counts new tokens.
-    long long end = o->steps == 0 || o->steps > ctx ? ctx : o->steps;
-    if (!t->llama2c) end = o->steps == 0 ? ctx : (long long)n_prompt - 1 + o->steps;
-    bool full = end > ctx;
-    if (full) end = ctx;
-    if (n_prompt > end + 1) n_prompt = (int)end + 1;
-
-    Cache kv;
-    new_cache(&kv, m, ctx, 0, 0);
-    Sampler s = new_sampler(o, m, t);
-    Output out = open_output(o->output);
-    if (t->llama2c)
-        for (int i = 1; i < n_prompt; i++) write_token(&out, t, ids.ids[i - 1], ids.ids[i]);
-    else write_text(&out, prompt);
-    if (n_prompt <= end) {
-        float *logits = prefill(m, &kv, 0, ids.ids, 0, n_prompt);
-        double prefilled = seconds();
-        uint64_t receipt = 0, words = 0;
-        int pos = n_prompt;
-        for (; pos <= end && !interrupted; pos++) {
-            size_t bytes = (size_t)m->c.vocab_size * sizeof(float);
-            if (o->receipt) receipt += hash_words(logits, bytes, words), words += (bytes + 7) / 8;
-            int next = sample(&s, logits, ids.ids, pos);
-            if (is_stop(t, next)) break;
-            ids.n = (size_t)pos;
-            push(&ids, next);
-            write_token(&out, t, ids.ids[pos - 1], next);
-            if (pos < end)
-                logits = forward(m, &kv, &(Slot){next, pos, 0, true}, 1);
-        }
-        int n = pos - n_prompt;
-        double done = seconds();
-        if (!o->quiet) {
-            if (full && pos > end) fprintf(stderr, "\nthe context of %d positions is full", ctx);
-            fprintf(stderr, "\nprompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n",
-                    n_prompt, n_prompt / (prefilled - start), n,
-                    n > 1 ? (n - 1) / (done - prefilled) : 0.0);
-        }
-        if (o->receipt)
-            fprintf(stderr, "receipt: %016llx\n", (unsigned long long)mix64(receipt + words));
-    }
-    write_text(&out, (Text){"\n", 1});
-    close_output(&out);
-    free(s.p);
-    free(s.candidates);
-    free(ids.ids);
-    free((char *)(uintptr_t)prompt.s);
-    free_cache(&kv);
-}
-
-// ---- tokenize and logits: for scripts
-
-static void tokenize(const Options *o, const Tokenizer *t) {
-    Text text = input_text(o);
-    Ids ids = {0};
-    encode(t, text, NULL, true, &ids);
-    Output out = open_output(o->output);
-    char number[16];
-    for (size_t i = 0; i < ids.n; i++) {
-        int n = snprintf(number, sizeof number, "%s%d", i ? " " : "", ids.ids[i]);
-        write_output(&out, number, (size_t)n);
-    }
-    write_output(&out, "\n", 1);
-    close_output(&out);
-    free(ids.ids);
-    free((char *)(uintptr_t)text.s);
-}
-
-// How many slots may want logits at once, so that these stay near 16 MiB.
-static int logits_batch(const Model *m) {
-    int n = (1 << 22) / m->c.vocab_size;
-    return n < 1 ? 1 : n > MAX_BATCH ? MAX_BATCH : n;
-}
-
-static void write_logits(const Options *o, const Model *m) {
-    Text text = input_text(o);
-    Ids ids = {0};
-    for (char *p = (char *)(uintptr_t)text.s, *end;; p = end) {
-        while (*p == ' ' || (*p >= '\t' && *p <= '\r')) p++;
-        if (!*p && p == text.s + text.len) break;
-        errno = 0;
-        long id = strtol(p, &end, 10);
-        if (end == p || errno || id < 0 || id >= m->c.vocab_size)
-            die("token id \"%.20s\" is not a number from 0 to %d", p, m->c.vocab_size - 1);
-        push(&ids, (int)id);
-    }
-    int ctx = context_of(o, m), most = logits_batch(m);
-    if (!ids.n) die("no token ids: give them with -i or -f");
-    if (ids.n > (size_t)ctx) die("%zu tokens are more than the context of %d", ids.n, ctx);
-    Cache kv;
-    new_cache(&kv, m, ctx, 0, 0);
-    Output out = open_output(o->output);
-    Slot batch[MAX_BATCH];
-    for (int from = 0, n; from < (int)ids.n && !interrupted; from += n) {
-        for (n = 0; n < most && from + n < (int)ids.n; n++)
-            batch[n] = (Slot){ids.ids[from + n], from + n, 0, true};
-        const float *logits = forward(m, &kv, batch, n);
-        write_output(&out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
-    }
-    if (!interrupted) close_output(&out);
-    free(ids.ids);
-    free((char *)(uintptr_t)text.s);
-    free_cache(&kv);
-}
-
-// ---- eval: how well the model predicts a text
+// ---- How likely a text is
 
 // -ln p(target) from logits (n): ln(sum of e^(x - max)) - (x[target] - max).
 static double surprise(const float *logits, int n, int target) {
@@ -2886,6 +2909,1110 @@ static void surprise_task(void *context, int i, int thread) {
         surprise(s->logits + (size_t)i * (size_t)s->vocab_size, s->vocab_size, s->targets[i]);
 }
 
+// How many slots may want logits at once, so that these stay near 16 MiB.
+static int logits_batch(const Model *m) {
+    int n = (1 << 22) / m->c.vocab_size;
+    return n < 1 ? 1 : n > MAX_BATCH ? MAX_BATCH : n;
+}
+
+// The sum of the surprises of ids[i + 1] for `scored` <= i < end, where ids[from..i] come before.
+static double score_window(const Model *m, Cache *kv, const int *ids, int from, int end,
+                           int scored) {
+    Slot batch[MAX_BATCH];
+    double nll[MAX_BATCH], sum = 0;
+    for (int i = from, n; i < end && !interrupted; i += n) {
+        bool want = i >= scored;
+        int limit = !want && scored < end ? scored : end, cap = want ? logits_batch(m) : MAX_BATCH;
+        for (n = 0; n < cap && i + n < limit; n++)
+            batch[n] = (Slot){ids[i + n], i + n - from, 0, want};
+        Score s = {forward(m, kv, batch, n), m->c.vocab_size, ids + i + 1, nll};
+        if (want) parallel(surprise_task, &s, n);
+        for (int j = 0; j < n && want; j++) sum += nll[j];
+    }
+    return sum;
+}
+
+// ---- Sessions: a text whose cache lives in a file
+
+// The file is this header (a page), two areas for tokens, and the trunk of the cache, all used in
+// place through a shared mapping. What counts is one of two states, written in turn: the one with a
+// right hash and the higher number. A state is written after the tokens, keys and values that it
+// counts, and before any that an older one counts are overwritten: a program killed at any moment
+// leaves a whole session.
+typedef struct {
+    uint64_t number;        // of the state
+    int32_t n_ids, n_done;  // tokens; how many of them the cache holds
+    int32_t keep, area;     // tokens that stay when the context is full; which area holds the tokens
+    uint64_t rng;           // state of the random generator
+    uint64_t hash;          // of the above
+} SessionState;
+typedef struct {
+    char magic[8];
+    uint64_t model;         // the model's hash
+    uint64_t chunk_bytes;
+    int32_t ctx, wide;
+    uint64_t hash;          // of the above
+    SessionState states[2];
+} SessionHeader;
+static const char session_magic[8] = "session1";
+enum { PAGE = 4096 };
+
+typedef struct {
+    int fd;              // -1: there is none
+    const char *path;
+    uint8_t *map;
+    size_t size, reserved;  // of the file; of its bytes, those that the disk has set aside
+    SessionState now;
+    int written;         // tokens of the area that are the text's
+} Session;
+
+static size_t session_cache_at(int ctx) {
+    return (2 * ((size_t)ctx + 1) * sizeof(int) + 2 * PAGE - 1) / PAGE * PAGE;
+}
+static size_t session_size(const Cache *kv, int n) {  // with n positions
+    return session_cache_at(kv->ctx) + ((size_t)n + CHUNK - 1) / CHUNK * kv->chunk_bytes;
+}
+static int *session_ids(uint8_t *file, int ctx, int area) {
+    return (int *)(void *)(file + PAGE) + (size_t)area * ((size_t)ctx + 1);
+}
+static SessionHeader session_header(const Cache *kv) {
+    SessionHeader h = {.chunk_bytes = kv->chunk_bytes, .ctx = kv->ctx, .wide = kv->wide};
+    memcpy(h.magic, session_magic, sizeof h.magic);
+    h.model = kv->m->c.version == 3 ? kv->m->c.content_hash : hash64(kv->m->file, kv->m->file_size);
+    h.hash = hash64(&h, offsetof(SessionHeader, hash));
+    return h;
+}
+static void seal_state(SessionState *s) { s->hash = hash64(s, offsetof(SessionState, hash)); }
+
+// What is wrong with a session file for this cache, or NULL; *state becomes the state that counts.
+// With ctx_too, its context must be the cache's.
+static const char *check_session(const uint8_t *file, size_t size, const Cache *kv, bool ctx_too,
+                                 SessionHeader *h, SessionState *state) {
+    SessionHeader mine = session_header(kv);
+    if (size < sizeof *h || memcmp(file, session_magic, 7)) return "is not a session";
+    memcpy(h, file, sizeof *h);
+    if (memcmp(h->magic, session_magic, 8)) return "is a session of another version";
+    if (h->hash != hash64(h, offsetof(SessionHeader, hash))) return "is damaged: its header";
+    if (h->model != mine.model) return "is a session of another model";
+    if (h->chunk_bytes != mine.chunk_bytes || h->wide != mine.wide || h->ctx < 1)
+        return "is a session of another version";
+    if (ctx_too && h->ctx != kv->ctx) return "was made with another -c: leave that out";
+    *state = (SessionState){0};
+    for (int i = 0; i < 2; i++) {
+        const SessionState *s = &h->states[i];
+        bool right = s->number && s->hash == hash64(s, offsetof(SessionState, hash));
+        if (right && s->number > state->number) *state = *s;
+    }
+    if (!state->number || state->n_done < 0 || state->n_ids < state->n_done ||
+        state->n_ids > h->ctx + 1 || state->area < 0 || state->area > 1 || state->keep < 0)
+        return "is damaged: neither of its states is whole";
+    Cache theirs = *kv;
+    theirs.ctx = h->ctx;
+    if (size < session_size(&theirs, state->n_done)) return "is truncated";
+    const int *ids = session_ids((uint8_t *)(uintptr_t)file, h->ctx, state->area);
+    for (int i = 0; i < state->n_ids; i++)
+        if (ids[i] < 0 || ids[i] >= kv->m->c.vocab_size) return "is damaged: its tokens";
+    return NULL;
+}
+
+// The context of an existing session, 0 where there is none yet.
+static int session_context(const char *path) {
+    SessionHeader h;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    bool whole = fd >= 0 && read(fd, &h, sizeof h) == (ssize_t)sizeof h;
+    if (fd >= 0) close(fd);
+    return whole && !memcmp(h.magic, session_magic, 8) && h.ctx > 0 && h.ctx <= 1 << 24 ? h.ctx : 0;
+}
+
+// Sets disk space aside for n positions, so that a full disk is an error and not a signal.
+static void reserve_session(Session *s, const Cache *kv, int n) {
+    size_t need = session_size(kv, n < kv->ctx ? n : kv->ctx);
+    if (s->fd < 0 || need <= s->reserved) return;
+#ifdef __APPLE__
+    fstore_t store = {F_ALLOCATEALL, F_PEOFPOSMODE, 0, (off_t)(need - s->reserved), 0};
+    int error = fcntl(s->fd, F_PREALLOCATE, &store) ? errno : 0;
+#else
+    int error;
+    do error = posix_fallocate(s->fd, (off_t)s->reserved, (off_t)(need - s->reserved));
+    while (error == EINTR);
+#endif
+    if (error) die("no room for the session %s: %s", s->path, strerror(error));
+    s->reserved = need;
+}
+
+// Opens or makes the session and puts its file in the place of the cache's trunk.
+static void open_session(Session *s, const char *path, Cache *kv) {
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    struct stat st;
+    SessionHeader h = session_header(kv);
+    s->path = path;
+    s->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (s->fd < 0 || fstat(s->fd, &st)) die("cannot open the session %s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("the session %s is not a file", path);
+    if (fcntl(s->fd, F_SETLK, &lock)) {
+        if (errno == EACCES || errno == EAGAIN) die("the session %s is in use", path);
+        die("cannot lock the session %s: %s", path, strerror(errno));
+    }
+    s->size = session_size(kv, kv->ctx);
+    const char *wrong = NULL;
+    if (st.st_size == 0) {  // a new one: its first page makes it a session
+        static union { SessionHeader h; char page[PAGE]; } first;
+        first.h = h;
+        first.h.states[1].number = 1;
+        seal_state(&first.h.states[1]);
+        if (pwrite(s->fd, &first, sizeof first, 0) != (ssize_t)sizeof first)
+            die("cannot write the session %s: %s", path, strerror(errno));
+        reserve_session(s, kv, 0);
+    } else {
+        void *file = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, s->fd, 0);
+        if (file == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
+        wrong = check_session(file, (size_t)st.st_size, kv, true, &h, &s->now);
+        munmap(file, (size_t)st.st_size);
+        if (wrong) die("%s %s", path, wrong);
+    }
+    if ((size_t)st.st_size < s->size && ftruncate(s->fd, (off_t)s->size))
+        die("cannot make the session %s %zu MiB long: %s", path, s->size >> 20, strerror(errno));
+    s->map = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
+    if (s->map == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
+    if (st.st_size == 0) s->now = ((SessionHeader *)(void *)s->map)->states[1];
+    s->written = s->now.n_ids;
+    s->reserved = session_size(kv, s->now.n_done);
+    munmap(kv->data, kv->bytes);
+    kv->data = s->map + session_cache_at(kv->ctx);
+}
+
+// Makes the first n_ids tokens, of which the cache holds n_done, the session's state.
+static void save_session(Session *s, const Cache *kv, const int *ids, int n_ids, int n_done,
+                         int keep, uint64_t rng) {
+    if (s->fd < 0) return;
+    int *area = session_ids(s->map, kv->ctx, s->now.area);
+    for (int i = s->written; i < n_ids; i++) area[i] = ids[i];
+    s->written = n_ids;
+    s->now = (SessionState){s->now.number + 1, n_ids, n_done, keep, s->now.area, rng, 0};
+    seal_state(&s->now);
+    atomic_thread_fence(memory_order_seq_cst);
+    ((SessionHeader *)(void *)s->map)->states[s->now.number & 1] = s->now;
+    atomic_thread_fence(memory_order_seq_cst);
+}
+
+static void close_session(Session *s, Cache *kv) {
+    if (s->fd < 0) return;
+    if (msync(s->map, s->size, MS_SYNC))
+        die("cannot write the session %s: %s", s->path, strerror(errno));
+    munmap(s->map, s->size);
+    close(s->fd);
+    kv->data = NULL;
+}
+
+// ---- Tools: text that the model writes can be a question to a program
+
+// Runs CMD with the question as its input; returns its answer, at most 4000 bytes, without white
+// space at the end, or an empty one, after a word on stderr, when it fails, or takes over 2 seconds.
+static Text ask_tool(const char *command, Text question) {
+    static char answer[4001];
+    int to[2], from[2], status = 0;
+    size_t n = 0;
+    if (pipe(to)) die("cannot make a pipe: %s", strerror(errno));
+    if (pipe(from)) die("cannot make a pipe: %s", strerror(errno));
+    pid_t child = fork();
+    if (child < 0) die("cannot start the tool %s: %s", command, strerror(errno));
+    if (child == 0) {
+        setpgid(0, 0);
+        signal(SIGPIPE, SIG_DFL);
+        if (dup2(to[0], 0) < 0 || dup2(from[1], 1) < 0) _exit(127);
+        close(to[0]), close(to[1]), close(from[0]), close(from[1]);
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    setpgid(child, child);
+    close(to[0]), close(from[1]);
+    fcntl(to[1], F_SETFL, O_NONBLOCK);
+    double deadline = seconds() + 2, left;
+    const char *why = NULL;
+    struct pollfd fds[2] = {{from[0], POLLIN, 0}, {to[1], POLLOUT, 0}};
+    for (;;) {
+        if (fds[1].fd >= 0 && !question.len) close(to[1]), fds[1].fd = -1;
+        left = deadline - seconds();
+        if (left <= 0 || interrupted) { why = interrupted ? "is stopped" : "takes too long"; break; }
+        if (poll(fds, 2, (int)(left * 1000) + 1) <= 0) continue;
+        if (fds[1].fd >= 0 && fds[1].revents) {
+            ssize_t wrote = write(to[1], question.s, question.len);
+            if (wrote < 0 && errno != EAGAIN && errno != EINTR) wrote = (ssize_t)question.len;
+            if (wrote > 0) question.s += wrote, question.len -= (size_t)wrote;
+        }
+        if (!fds[0].revents) continue;
+        ssize_t got = read(from[0], answer + n, sizeof answer - 1 - n);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) break;
+        if ((n += (size_t)got) == sizeof answer - 1) { why = "says too much"; break; }
+    }
+    if (fds[1].fd >= 0) close(to[1]);
+    close(from[0]);
+    pid_t done = 0;
+    while (!why && (done = waitpid(child, &status, WNOHANG)) == 0) {
+        if (seconds() > deadline || interrupted) why = "takes too long";
+        else poll(NULL, 0, 1);
+    }
+    kill(-child, SIGKILL);
+    if (!done) while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
+    while (n && (uint8_t)answer[n - 1] <= ' ') n--;
+    if (!why && status) why = "fails";
+    if (!why && !n) why = "prints nothing";
+    if (why) fprintf(stderr, "run: the tool %s %s: the model goes on alone\n", command, why);
+    return (Text){answer, why ? 0 : n};
+}
+
+// Reads an arithmetic expression (numbers, + - * / % ^, parentheses) and returns its end, or NULL.
+static const char *read_expression(const char *s, int *n_operators) {
+    for (;; s++) {
+        while (*s == ' ' || *s == '-') s++;
+        if (*s == '(') {
+            s = read_expression(s + 1, n_operators);
+            if (!s || *s++ != ')') return NULL;
+        } else {
+            const char *digits = s;
+            while (*s >= '0' && *s <= '9') s++;
+            if (s == digits) return NULL;
+            if (*s == '.' && s[1] >= '0' && s[1] <= '9')
+                for (s++; *s >= '0' && *s <= '9';) s++;
+        }
+        while (*s == ' ') s++;
+        if (!*s || !strchr("+-*/%^", *s)) return s;
+        ++*n_operators;
+    }
+}
+
+// The question that a text ends in, and what comes before and after the answer to it. In the text's
+// last line an arithmetic expression and "="; or a <tool_call> with JSON. An empty one: none.
+static Text find_question(Text text, const char **before, const char **after) {
+    static const char call[] = "<tool_call>", end[] = "</tool_call>";
+    size_t n = text.len, n_end = sizeof end - 1;
+    *before = *after = "";
+    if (n >= n_end && !memcmp(text.s + n - n_end, end, n_end)) {
+        size_t last = n -= n_end;
+        while (n && memcmp(text.s + n, call, sizeof call - 1)) n--;
+        if (memcmp(text.s + n, call, sizeof call - 1)) return (Text){"", 0};
+        *before = "\n<tool_response>\n", *after = "\n</tool_response>\n";
+        n += sizeof call - 1;
+        return (Text){text.s + n, last - n};
+    }
+    while (n && text.s[n - 1] == ' ') n--;
+    if (!n || text.s[n - 1] != '=') return (Text){"", 0};
+    size_t equals = n - 1, first = equals;
+    if (n == text.len && equals && text.s[equals - 1] == ' ') *before = " ";
+    while (first && equals - first < 200 && strchr("0123456789.+-*/%^() ", text.s[first - 1])) first--;
+    for (; first < equals; first++) {
+        int n_operators = 0;
+        char c = first ? text.s[first - 1] : ' ';
+        if (text.s[first] == ' ' || (c >= '0' && c <= '9') || c == '.') continue;
+        const char *stop = read_expression(text.s + first, &n_operators);
+        if (stop == text.s + equals && n_operators)
+            return (Text){text.s + first, equals - first};
+    }
+    return (Text){"", 0};
+}
+
+// ---- Decoders: texts that grow, token by token
+
+enum { MAX_DRAFT = 16, MAX_SAMPLES = 256 };
+
+// A text in progress: its tokens, its place in the cache, its sampler.
+typedef struct {
+    Ids ids;                // tokens of its context
+    int done;               // the cache holds the keys and values of so many
+    int seq;                // as this sequence
+    int keep;               // tokens at the beginning that stay when the context is full
+    Sampler s;
+    float *logits;          // of the last token and of the drafted ones; NULL: not computed
+    long long budget;       // tokens that it may still draw
+    bool stopped;           // it drew a token that ends the text
+    int draft[MAX_DRAFT], n_draft;  // guesses at the next tokens
+    int drawn;              // the last token that was drawn, -1 none
+    bool drawing;
+    int n_new;              // tokens that were drawn
+    double logprob;         // the sum of their log-probabilities (with -k)
+    uint64_t receipt, words;
+    Output *out;            // where the text goes
+    Prompt text;            // the text that is searched for questions to tools
+} Decoder;
+
+// Speculation: what guesses, and how it pays.
+typedef struct {
+    bool on;
+    const Model *m;         // a small model; NULL: the text so far is looked up
+    Cache kv;
+    int done;               // tokens that its cache holds
+    double hit;             // moving average: how often a guess is right
+    double plain, more;     // seconds of a step without guesses; of each guess on top of that
+    int wait, waited;       // steps without a guess until the next trial
+    long long proposed, accepted, steps;
+} Draft;
+
+typedef struct {
+    const Options *o;
+    const Model *m;
+    const Tokenizer *t;
+    int ctx;
+    Cache kv;
+    Session session;
+    Draft draft;
+    float *p;               // (threads, vocab_size) scratch of the samplers
+    Candidate *candidates;  // (threads, vocab_size)
+    Slot *batch;
+    size_t batch_capacity;
+    Decoder *all;
+    int step;               // of the drafted tokens, the one that is drawn
+    int shifts;             // how often the context was full
+    bool chatting;
+    double first_logits;    // when the prompt was computed
+} Machine;
+
+static void save_decoder(Machine *w, const Decoder *d, int n_ids) {
+    if (d->seq == 0)
+        save_session(&w->session, &w->kv, d->ids.ids, n_ids, d->done, d->keep, d->s.rng);
+}
+
+// Cuts a text to its first n tokens.
+static void cut(Machine *w, Decoder *d, size_t n) {
+    if (n >= d->ids.n) return;
+    d->ids.n = n;
+    if (d->done > (int)n) d->done = (int)n;
+    if (w->draft.done > (int)n) w->draft.done = (int)n;
+    d->logits = NULL;
+    if (w->session.written > (int)n) w->session.written = (int)n;
+    save_decoder(w, d, (int)n);
+}
+
+// A full context: the beginning and the newest half stay, what is between them is dropped. The kept
+// tokens have new positions and new neighbours: all but the beginning are computed again.
+static void make_room(Machine *w, Decoder *d) {
+    int half = w->ctx / 2, keep = w->ctx - half - 1;
+    if ((int)d->ids.n <= w->ctx) return;
+    if (keep > d->keep) keep = d->keep;
+    memmove(d->ids.ids + keep, d->ids.ids + d->ids.n - (size_t)half, (size_t)half * sizeof(int));
+    d->ids.n = (size_t)(keep + half);
+    if (d->done > keep) d->done = keep;
+    if (w->draft.done > keep) w->draft.done = keep;
+    if (w->kv.from[d->seq] > keep) w->kv.from[d->seq] = keep;
+    if (d->seq == 0) w->session.now.area ^= 1, w->session.written = 0;
+    save_decoder(w, d, (int)d->ids.n);
+    if (!w->shifts++ && !w->o->quiet)
+        fprintf(stderr, "\n(the context of %d tokens is full: from here on the beginning and the "
+                        "newest half stay)\n", w->ctx);
+}
+
+// Computes tokens `done` to `to` of a text without logits, and returns the new `done`.
+static int fill(Machine *w, const Model *m, Cache *kv, Decoder *d, int done, int to) {
+    Slot batch[MAX_BATCH];
+    while (done < to && !interrupted) {
+        int n = to - done < MAX_BATCH ? to - done : MAX_BATCH;
+        for (int i = 0; i < n; i++) batch[i] = (Slot){d->ids.ids[done + i], done + i, d->seq, false};
+        if (kv == &w->kv && d->seq == 0) reserve_session(&w->session, kv, done + n);
+        forward(m, kv, batch, n);
+        done += n;
+        if (kv != &w->kv) continue;
+        d->done = done;
+        save_decoder(w, d, done);
+    }
+    return done;
+}
+
+// Lookup decoding: where the last tokens have occurred before, what followed then is the guess.
+static int look_up(const Decoder *d, int *guess, int most) {
+    const int *ids = d->ids.ids;
+    int n = (int)d->ids.n, best = 0, at = 0;
+    for (int end = n - 1; end >= 2 && best < 8; end--) {
+        int same = 0;
+        while (same < 8 && same < end && ids[end - 1 - same] == ids[n - 1 - same]) same++;
+        if (same > best) best = same, at = end;
+    }
+    if (best < 2) return 0;
+    for (int i = 0; i < most; i++) guess[i] = at + i < n ? ids[at + i] : guess[at + i - n];
+    return most;
+}
+
+// Guesses up to `most` tokens with the small model: it draws with the random numbers that the large
+// one will draw with, so that they part only where the models do.
+static int small_model_guesses(Machine *w, Decoder *d, int most) {
+    Draft *f = &w->draft;
+    Sampler s = d->s;
+    size_t n = d->ids.n;
+    int made = 0;
+    if ((int)n + most > f->kv.ctx) return 0;
+    f->done = fill(w, f->m, &f->kv, d, f->done, (int)n - 1);
+    while (made < most && !interrupted) {
+        int at = f->done++;
+        float *logits = forward(f->m, &f->kv, &(Slot){d->ids.ids[at], at, 0, true}, 1);
+        int next = sample(&s, logits, d->ids.ids, (int)d->ids.n);
+        d->draft[made++] = next;
+        push(&d->ids, next);
+        if (is_stop(w->t, next)) break;
+    }
+    d->ids.n = n;
+    return made;
+}
+
+// Speculative decoding (arXiv:2211.17192): a batch checks several guessed tokens at nearly the cost
+// of one. How many to guess: with the probability h that one is right, n guesses give
+// 1 + h + ... + h^n tokens in the time plain + n * more; the best n may be 0.
+static void propose(Machine *w, Decoder *d) {
+    Draft *f = &w->draft;
+    int most = 0, room = w->ctx - (int)d->ids.n;
+    double tokens = 1, power = 1, best = 1 / f->plain;
+    d->n_draft = 0;
+    if (!f->on || f->plain == 0) return;  // the first step measures the time without guesses
+    for (int n = 1; n <= MAX_DRAFT; n++) {
+        tokens += power *= f->hit;
+        if (tokens / (f->plain + n * f->more) > best) {
+            best = tokens / (f->plain + n * f->more);
+            most = n;
+        }
+    }
+    if (most) f->wait = 8, f->waited = 0;
+    else if (++f->waited > f->wait) {  // it does not pay: try again, ever more rarely
+        most = 2, f->waited = 0;
+        if (f->wait < 64) f->wait *= 2;
+    }
+    if (room > d->budget - 1) room = (int)d->budget - 1;
+    if (most > room) most = room;
+    if (most > 0) d->n_draft = f->m ? small_model_guesses(w, d, most) : look_up(d, d->draft, most);
+    f->proposed += d->n_draft;
+}
+
+// Learns from a step that took so many seconds, in which `accepted` guesses were right.
+static void learn(Draft *f, int proposed, int accepted, double time) {
+    f->steps++;
+    f->accepted += accepted;
+    if (proposed == 0) {
+        f->plain += f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
+        if (f->more == 0) f->more = 0.3 * time;
+        return;
+    }
+    double more = (time - f->plain) / proposed, least = 0.02 * f->plain;
+    more = more < least ? least : more > 2 * f->plain ? 2 * f->plain : more;
+    f->more += 0.2 * (more - f->more);
+    for (int i = 0; i < accepted; i++) f->hit += 0.1 * (1 - f->hit);
+    if (accepted < proposed) f->hit -= 0.1 * f->hit;
+}
+
+static void print_receipt(const Decoder *d) {
+    fprintf(stderr, "receipt: %016llx\n", (unsigned long long)mix64(d->receipt + d->words));
+}
+
+static bool is_live(const Decoder *d) { return !d->stopped && d->budget > 0; }
+
+// Computes the logits of all decoders that still draw, in one batch.
+static void compute(Machine *w, Decoder *d, int n) {
+    size_t n_slots = 0, vocab = (size_t)w->m->c.vocab_size;
+    for (int i = 0; i < n && !interrupted; i++) {
+        if (!is_live(&d[i])) continue;
+        make_room(w, &d[i]);
+        int n_ids = (int)d[i].ids.n;
+        if (d[i].done == n_ids && d[i].logits) continue;
+        if (d[i].done == n_ids) d[i].done--;
+        fill(w, w->m, &w->kv, &d[i], d[i].done, n_ids - 1);
+        if (interrupted) return;
+        if (n == 1) propose(w, &d[i]);
+        if (d[i].seq == 0) reserve_session(&w->session, &w->kv, n_ids + d[i].n_draft);
+        if (n_slots + 1 + MAX_DRAFT > w->batch_capacity)
+            w->batch = resize(w->batch, w->batch_capacity = 2 * n_slots + 64, sizeof(Slot));
+        w->batch[n_slots++] = (Slot){d[i].ids.ids[n_ids - 1], n_ids - 1, d[i].seq, true};
+        for (int j = 0; j < d[i].n_draft; j++)
+            w->batch[n_slots++] = (Slot){d[i].draft[j], n_ids + j, d[i].seq, true};
+        d[i].done = n_ids;
+        d[i].logits = NULL;
+    }
+    if (interrupted || !n_slots) return;
+    float *logits = forward(w->m, &w->kv, w->batch, (int)n_slots);
+    for (int i = 0; i < n; i++) {
+        if (!is_live(&d[i])) continue;
+        d[i].logits = logits;
+        logits += vocab * (size_t)(1 + d[i].n_draft);
+    }
+    if (!w->first_logits) w->first_logits = seconds();
+    save_decoder(w, d, d->done);
+}
+
+// Draws the next token of a decoder.
+static void draw(void *context, int i, int thread) {
+    Machine *w = context;
+    Decoder *d = &w->all[i];
+    if (!d->drawing) return;
+    size_t vocab = (size_t)w->m->c.vocab_size;
+    const float *logits = d->logits + (size_t)w->step * vocab;
+    d->s.p = w->p + (size_t)thread * vocab;
+    d->s.candidates = w->candidates + (size_t)thread * vocab;
+    d->drawn = sample(&d->s, logits, d->ids.ids, (int)d->ids.n);
+    if (w->o->samples) d->logprob -= surprise(logits, (int)vocab, d->drawn);
+    if (w->o->receipt) {
+        d->receipt += hash_words(logits, vocab * sizeof(float), d->words);
+        d->words += (vocab + 1) / 2;
+    }
+}
+
+// If the text ends in a question to the tool, asks it and appends its answer. What it answers is
+// text: special tokens are not recognised in it.
+static bool use_tool(Machine *w, Decoder *d) {
+    const char *before, *after;
+    Text question = find_question((Text){d->text.s, d->text.n}, &before, &after);
+    if (!w->o->tool || !question.len) return false;
+    char *line = resize(NULL, question.len + 1, 1);
+    memcpy(line, question.s, question.len);
+    line[question.len] = '\n';
+    Text answer = ask_tool(w->o->tool, (Text){line, question.len + 1});
+    free(line);
+    if (!answer.len) return false;
+    bool turn = *after && w->chatting;
+    Prompt p = {0};
+    size_t from = d->ids.n;
+    if (turn) append(&p, w->t->chat[ASSISTANT_AFTER], false);
+    if (turn) append(&p, w->t->chat[LATER_BEFORE], false);
+    append(&p, (Text){before, strlen(before)}, false);
+    append(&p, answer, true);
+    append(&p, (Text){after, strlen(after)}, false);
+    if (turn) append(&p, w->t->chat[LATER_AFTER], false);
+    encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->ids);
+    free(p.s);
+    free(p.typed);
+    Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
+    for (int i = 0; i < 3; i++) {
+        show(d->out, said[i]);
+        append(&d->text, said[i], true);
+    }
+    return d->ids.n > from;
+}
+
+// Appends the token that was drawn. True if it is the drafted one, so that the logits behind it are
+// there already.
+static bool accept(Machine *w, Decoder *d) {
+    int next = d->drawn, last = d->ids.ids[d->ids.n - 1];
+    d->n_new++;
+    d->stopped = is_stop(w->t, next);
+    if (d->stopped) return false;
+    bool agreed = w->step < d->n_draft && next == d->draft[w->step];
+    push(&d->ids, next);
+    d->done += agreed;
+    d->budget--;
+    write_token(d->out, w->t, last, next);
+    if (!w->o->tool) return agreed;
+    append(&d->text, decode(w->t, last, next), true);
+    return !use_tool(w, d) && agreed;
+}
+
+// Runs n decoders, the first of which may be sequence 0, until all have ended: a step computes the
+// logits of all in one batch, and each draws one token, or as many as were guessed right.
+static void run_decoders(Machine *w, Decoder *d, int n) {
+    w->all = d;
+    for (bool live = true; live && !interrupted;) {
+        double start = seconds();
+        int before = d->done;
+        compute(w, d, n);
+        if (interrupted) break;
+        for (int i = 0; i < n; i++) d[i].drawing = is_live(&d[i]);
+        bool plain = d->done - before <= 1;
+        int guessed_from = d->done;
+        w->step = 0;
+        for (bool drawing = true; drawing; w->step++) {
+            parallel(draw, w, n);
+            drawing = false;
+            for (int i = 0; i < n; i++) {
+                if (d[i].drawing) d[i].drawing = accept(w, &d[i]) && is_live(&d[i]);
+                drawing |= d[i].drawing;
+            }
+        }
+        live = false;
+        for (int i = 0; i < n; i++) d[i].logits = NULL, live |= is_live(&d[i]);
+        if (w->draft.on && n == 1 && plain)
+            learn(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start);
+        if (w->draft.done > d->done) w->draft.done = d->done;
+    }
+}
+
+// Sets up a machine and its first decoder, sequence 0: the session's text, or none yet.
+static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *m,
+                         const Tokenizer *t, Output *out) {
+    *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m)};
+    *d = (Decoder){.s = new_sampler(o, m, t), .out = out, .drawn = -1};
+    w->session.fd = -1;
+    int theirs = o->session && !o->context ? session_context(o->session) : 0;
+    if (theirs) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
+    new_cache(&w->kv, m, w->ctx, 0, 0);
+    size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
+    w->p = reserve(vocab * sizeof *w->p, "the sampler");
+    w->candidates = reserve(vocab * sizeof *w->candidates, "the sampler");
+    if (o->session) {
+        open_session(&w->session, o->session, &w->kv);
+        const SessionState *s = &w->session.now;
+        const int *ids = session_ids(w->session.map, w->ctx, s->area);
+        for (int i = 0; i < s->n_ids; i++) push(&d->ids, ids[i]);
+        d->done = s->n_done;
+        d->keep = s->keep;
+        if (!o->seed && s->rng) d->s.rng = s->rng;
+    }
+    if (!o->draft) return;
+    static Model small;
+    w->draft = (Draft){.on = true, .hit = 0.6};
+    if (!strcmp(o->draft, "lookup")) return;
+    load_model(&small, o->draft);
+    if (small.c.vocab_size != m->c.vocab_size || small.c.tokenizer_hash != m->c.tokenizer_hash)
+        die("%s cannot draft for %s: it has another tokenizer", o->draft, m->path);
+    w->draft.m = &small;
+    new_cache(&w->draft.kv, &small, w->ctx < small.c.seq_len ? w->ctx : small.c.seq_len, 0, 0);
+}
+
+static void free_decoder(Decoder *d) {
+    free(d->ids.ids);
+    free(d->text.s);
+    free(d->text.typed);
+}
+
+static void close_machine(Machine *w, Decoder *d) {
+    // A token that was drawn last is part of the session; a prompt that was interrupted is not.
+    save_decoder(w, d, (int)d->ids.n > d->done + 1 ? d->done : (int)d->ids.n);
+    close_session(&w->session, &w->kv);
+    size_t vocab = (size_t)w->m->c.vocab_size * (size_t)w->o->threads;
+    munmap(w->p, vocab * sizeof *w->p);
+    munmap(w->candidates, vocab * sizeof *w->candidates);
+    free(w->batch);
+    free_cache(&w->kv);
+    if (w->draft.m) free_cache(&w->draft.kv), free_model((Model *)(uintptr_t)w->draft.m);
+    free_decoder(d);
+}
+
+// Marks the text so far for the tool, and asks it if it ends in a question.
+static void watch(Machine *w, Decoder *d, Text text) {
+    if (!w->o->tool) return;
+    d->text.n = 0;
+    append(&d->text, text, true);
+    if (text.len) use_tool(w, d);
+}
+
+// Continues a text k times at once: k branches of its cache, which holds the common beginning once;
+// sample i has the seed + i * 0x9E3779B97F4A7C15. Returns the decoders, which write into memory
+// what trunk->out, in memory too, has so far, and their own text. *best is the likeliest one by the
+// mean log-probability of its tokens: likelihood stands in for a reward model that ranks answers.
+static Decoder *run_samples(Machine *w, Decoder *trunk, int k, int *best) {
+    Decoder *d = resize(NULL, (size_t)k, sizeof *d);
+    const Output *so_far = trunk->out;
+    compute(w, trunk, 1);
+    int n = (int)trunk->ids.n;
+    add_branches(&w->kv, k, n + trunk->budget <= w->ctx ? (int)trunk->budget : w->ctx);
+    for (int i = 0; i < k; i++) {
+        d[i] = *trunk;
+        d[i].ids = (Ids){0};
+        d[i].text = (Prompt){0};
+        for (int j = 0; j < n; j++) push(&d[i].ids, trunk->ids.ids[j]);
+        append(&d[i].text, (Text){trunk->text.s, trunk->text.n}, true);
+        d[i].seq = i + 1;
+        d[i].s.rng += (uint64_t)i * 0x9E3779B97F4A7C15u;
+        w->kv.from[i + 1] = n;
+        d[i].out = resize(NULL, 1, sizeof(Output));
+        *d[i].out = *so_far;
+        d[i].out->memory = NULL;
+        d[i].out->n = d[i].out->capacity = 0;
+        write_output(d[i].out, so_far->memory, so_far->n);
+    }
+    trunk->logits = NULL;
+    run_decoders(w, d, k);
+    *best = 0;
+    for (int i = 1; i < k; i++)
+        if (d[i].logprob * d[*best].n_new > d[*best].logprob * d[i].n_new) *best = i;
+    return d;
+}
+
+// Prints all samples, or with -b the best one, whose tokens become the trunk's, and frees them.
+static void print_samples(Machine *w, Decoder *trunk, Decoder *d, int best, Output *out) {
+    uint64_t seed = trunk->s.rng;
+    int k = (int)w->o->samples;
+    for (int i = 0; i < k; i++) {
+        if (!w->o->quiet)
+            fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
+                    i + 1, k, (unsigned long long)(seed + (uint64_t)i * 0x9E3779B97F4A7C15u),
+                    d[i].n_new, d[i].logprob / (d[i].n_new + !d[i].n_new),
+                    i == best ? ", the best" : "");
+        if (w->o->receipt) print_receipt(&d[i]);
+        if (!w->o->best || i == best) {
+            end_text(d[i].out);
+            write_output(out, d[i].out->memory, d[i].out->n);
+        }
+    }
+    if (w->o->best && w->kv.from[best + 1] == (int)trunk->ids.n)
+        for (size_t i = trunk->ids.n; i < d[best].ids.n; i++) push(&trunk->ids, d[best].ids.ids[i]);
+    if (w->o->best) trunk->s.rng = d[best].s.rng;
+    for (int i = 0; i < k; i++) {
+        free_decoder(&d[i]);
+        free(d[i].out->memory);
+        free(d[i].out);
+    }
+    free(d);
+}
+
+static void print_statistics(const Machine *w, const Decoder *d, int n_prompt, double start) {
+    double done = seconds(), prefilled = w->first_logits ? w->first_logits : done;
+    const Draft *f = &w->draft;
+    if (w->o->quiet) return;
+    fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
+            n_prompt / (prefilled - start), d->n_new,
+            d->n_new > 1 ? (d->n_new - 1) / (done - prefilled) : 0.0);
+    if (f->on)
+        fprintf(stderr,
+                "speculation: %lld tokens proposed, %lld accepted, %.2f tokens per forward\n",
+                f->proposed, f->accepted,
+                f->steps ? (double)(f->accepted + f->steps) / (double)f->steps : 1.0);
+}
+
+// ---- generate: continue a text
+
+static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+    double start = seconds();
+    Text prompt = input_text(o);
+    Output samples = {.fd = -1, .terminal = out->terminal};
+    Machine w;
+    Decoder d;
+    open_machine(&w, &d, o, m, t, o->samples > 1 ? &samples : out);
+    size_t before = d.ids.n;
+    encode(t, prompt, NULL, before == 0, &d.ids);
+    if (!d.ids.n && (t->h.bos >= 0 || t->h.eos >= 0))
+        push(&d.ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
+    if (!d.ids.n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
+    if (d.ids.n - before > (size_t)w.ctx)
+        die("the prompt has %zu tokens, the context only %d", d.ids.n - before, w.ctx);
+    if (before == 0) d.keep = d.ids.n < 4 ? (int)d.ids.n : 4;
+    d.budget = o->steps ? o->steps : w.ctx - (long long)d.ids.n + 1;
+    if (t->llama2c) {  // it counts positions, the prompt's included, and stays within the context
+        size_t end = o->steps == 0 || o->steps > w.ctx ? (size_t)w.ctx : (size_t)o->steps;
+        if (d.ids.n > end + 1) d.ids.n = end + 1;
+        d.budget = (long long)(end + 1 - d.ids.n);
+        for (size_t i = 1; i < d.ids.n; i++) write_token(d.out, t, d.ids.ids[i - 1], d.ids.ids[i]);
+    } else write_text(d.out, prompt);
+    int n_prompt = (int)(d.ids.n - before), best;
+    start_thoughts(d.out, o, !t->llama2c, prompt);
+    watch(&w, &d, prompt);
+    if (o->samples > 1) {
+        Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
+        for (int i = 0; i < (int)o->samples; i++) d.n_new += all[i].n_new;
+        print_samples(&w, &d, all, best, out);
+        free(samples.memory);
+    } else {
+        run_decoders(&w, &d, 1);
+        end_text(out);
+        if (o->receipt) print_receipt(&d);
+    }
+    print_statistics(&w, &d, n_prompt, start);
+    free((char *)(uintptr_t)prompt.s);
+    close_machine(&w, &d);
+}
+
+// ---- ensembles: several models answer, and judge each other's answers
+
+// Bits per byte of an answer to a prompt.
+static double answer_bits(const Model *m, const Tokenizer *t, Text prompt, Text answer) {
+    Ids ids = {0};
+    encode(t, prompt, NULL, true, &ids);
+    if (!ids.n) push(&ids, t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0);
+    int n_prompt = (int)ids.n;
+    encode(t, answer, NULL, false, &ids);
+    double sum = 0;
+    if (ids.n <= (size_t)m->c.seq_len + 1 && answer.len) {
+        Cache kv;
+        new_cache(&kv, m, (int)ids.n, 0, 0);
+        sum = score_window(m, &kv, ids.ids, 0, (int)ids.n - 1, n_prompt - 1);
+        free_cache(&kv);
+    } else sum = INFINITY;
+    free(ids.ids);
+    return sum / 0.69314718055994531 / (double)answer.len;
+}
+
+// All models answer the prompt; each scores each answer in bits per byte, a measure that does not
+// depend on the tokenizer; the answer with the lowest average is printed.
+static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+    static Model models[1 + MAX_OTHERS];
+    static Tokenizer tokenizers[1 + MAX_OTHERS];
+    static Output answers[1 + MAX_OTHERS];
+    static volatile int n;
+    Text prompt = input_text(o);
+    models[0] = *m, tokenizers[0] = *t, n = 1;
+    for (volatile int i = 0; i < o->n_others; i++) {
+        jmp_buf failed;
+        if (!setjmp(failed)) {
+            recovery = &failed;
+            load_model(&models[n], o->others[i]);
+            find_tokenizer(&tokenizers[n], NULL, &models[n]);
+            n++;
+        } else fprintf(stderr, "run: %s does not take part\n", o->others[i]);
+        recovery = NULL;
+    }
+    for (int i = 0; i < n && !interrupted; i++) {
+        if (!o->quiet) fprintf(stderr, "%s%s answers\n", i ? "\n" : "", models[i].path);
+        answers[i] = (Output){.fd = -1, .terminal = out->terminal};
+        generate(o, &models[i], &tokenizers[i], &answers[i]);
+    }
+    int best = 0;
+    double lowest = INFINITY;
+    for (int i = 0; i < n && !interrupted; i++) {
+        const Output *a = &answers[i];
+        double sum = 0, bits;
+        if (!o->quiet) fprintf(stderr, "%s%s's answer:", i ? "" : "\n", models[i].path);
+        for (int j = 0; j < n; j++) {
+            sum += bits = answer_bits(&models[j], &tokenizers[j], prompt,
+                                      (Text){a->memory + a->start, a->n - a->start - 1});
+            if (!o->quiet) fprintf(stderr, " %.4f", bits);
+        }
+        if (!o->quiet) fprintf(stderr, " bits per byte, mean %.4f\n", sum / n);
+        if (sum < lowest) lowest = sum, best = i;
+    }
+    if (!interrupted) {
+        if (!o->quiet) fprintf(stderr, "the best answer is %s's\n", models[best].path);
+        write_output(out, answers[best].memory, answers[best].n);
+    }
+    for (int i = 0; i < n; i++) {
+        free(answers[i].memory);
+        if (i) free_tokenizer(&tokenizers[i]), free_model(&models[i]);
+    }
+    free((char *)(uintptr_t)prompt.s);
+}
+
+// ---- chat: a conversation, whose keys and values stay in the cache from turn to turn
+
+// Writes the conversation into a file that -S and /load open.
+static void save_conversation(Machine *w, const Decoder *d, const char *path) {
+    SessionHeader h = session_header(&w->kv);
+    size_t cache_at = session_cache_at(w->ctx), kv_bytes = session_size(&w->kv, d->done) - cache_at;
+    uint8_t *head = resize(NULL, cache_at, 1);
+    memset(head, 0, cache_at);
+    h.states[1] = (SessionState){1, (int)d->ids.n, d->done, d->keep, 0, d->s.rng, 0};
+    seal_state(&h.states[1]);
+    memcpy(head, &h, sizeof h);
+    memcpy(session_ids(head, w->ctx, 0), d->ids.ids, d->ids.n * sizeof(int));
+    Output file = open_output(path);
+    write_output(&file, head, cache_at);
+    write_output(&file, w->kv.data, kv_bytes);
+    close_output(&file);
+    free(head);
+}
+
+// Takes the conversation of a file in the place of this one.
+static void load_conversation(Machine *w, Decoder *d, const char *path) {
+    size_t size;
+    SessionHeader h;
+    SessionState s;
+    const uint8_t *file = map_file(path, &size);
+    const char *wrong = check_session(file, size, &w->kv, false, &h, &s);
+    if (!wrong && s.n_ids > w->ctx + 1) wrong = "is longer than this chat's context";
+    if (!wrong) {
+        reserve_session(&w->session, &w->kv, s.n_done);
+        cut(w, d, 0);
+        size_t from = session_cache_at(h.ctx), chunks = ((size_t)s.n_done + CHUNK - 1) / CHUNK;
+        memcpy(w->kv.data, file + from, chunks * h.chunk_bytes);
+        const int *ids = session_ids((uint8_t *)(uintptr_t)file, h.ctx, s.area);
+        for (int i = 0; i < s.n_ids; i++) push(&d->ids, ids[i]);
+        d->done = s.n_done;
+        d->keep = s.keep;
+        save_decoder(w, d, s.n_ids);
+    }
+    munmap((void *)(uintptr_t)file, size);
+    if (wrong) die("%s %s", path, wrong);
+}
+
+// Runs a command that was typed in a chat. turns: where the turns start that can be taken back.
+static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double rate) {
+    char *name = strtok(line, " \t"), *path = strtok(NULL, "");
+    jmp_buf failed;
+    bool save = !strcmp(name, "/save"), load = !strcmp(name, "/load");
+    if ((save || load) && !path) fprintf(stderr, "%s needs a file\n", name);
+    else if (save || load) {
+        if (setjmp(failed)) {
+            recovery = NULL;
+            remove_unfinished();
+            return;
+        }
+        recovery = &failed;
+        if (save) save_conversation(w, d, path);
+        else load_conversation(w, d, path), turns->n = 0;
+        recovery = NULL;
+        fprintf(stderr, "%s: %zu tokens\n", path, d->ids.n);
+    } else if (!strcmp(name, "/clear")) cut(w, d, 0), turns->n = 0;
+    else if (!strcmp(name, "/undo")) {
+        if (!turns->n) fprintf(stderr, "there is no turn to take back\n");
+        else cut(w, d, (size_t)turns->ids[--turns->n]);
+    } else if (!strcmp(name, "/stats")) {
+        fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
+                d->ids.n, w->ctx,
+                (double)(session_size(&w->kv, d->done) - session_cache_at(w->ctx)) / 1e6, rate);
+    } else
+        fprintf(stderr, "/clear       forget the conversation\n/undo        take the last turn back\n"
+                        "/save FILE   keep the conversation in a file\n"
+                        "/load FILE   go on with one from a file\n/stats       its size and speed\n"
+                        "Ctrl-C ends an answer, Ctrl-D the chat\n");
+}
+
+// The next line of stdin without its end; one with s NULL at the end of stdin.
+static Text read_line(bool prompt) {
+    char *s = NULL;
+    size_t capacity = 0;
+    for (;;) {
+        if (prompt) fputs("> ", stderr);
+        errno = 0;
+        ssize_t n = getline(&s, &capacity, stdin);
+        if (n >= 0) {
+            interrupted = 0;
+            while (n && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
+            s[n] = 0;
+            return (Text){s, (size_t)n};
+        }
+        if (errno != EINTR || interrupted == SIGTERM) break;
+        clearerr(stdin);  // Ctrl-C drops the line; a second one ends the program
+        if (prompt) fputs("\n(Ctrl-D ends the chat)\n", stderr);
+    }
+    free(s);
+    return (Text){NULL, 0};
+}
+
+// Appends a user's turn to the conversation. False, after a word on stderr, if there is no room.
+static bool add_turn(Machine *w, Decoder *d, Text user, Prompt *p) {
+    const Tokenizer *t = w->t;
+    size_t start = d->ids.n;
+    Text system = {w->o->system, w->o->system ? strlen(w->o->system) : 0};
+    p->n = 0;
+    if (start) append(p, t->chat[ASSISTANT_AFTER], false);
+    append_turn(p, t, start == 0, system, user);
+    encode(t, (Text){p->s, p->n}, p->typed, start == 0, &d->ids);
+    size_t n = d->ids.n - start;
+    if (d->ids.n > (size_t)w->ctx && n > (size_t)w->ctx / 2) {
+        fprintf(stderr, "run: this turn has %zu tokens, too many for the context of %d, of which "
+                        "%zu are in use: it is left out\n", n, w->ctx, start);
+        d->ids.n = start;
+        return false;
+    }
+    if (start) return true;
+    Ids head = {0};  // the system turn stays when the context is full
+    Prompt before = {0};
+    append_turn(&before, t, true, system, (Text){"", 0});
+    size_t user_part = t->chat[system.s ? USER_BEFORE_SYSTEM : USER_BEFORE].len +
+                       t->chat[system.s ? USER_AFTER_SYSTEM : USER_AFTER].len;
+    encode(t, (Text){before.s, before.n - user_part}, before.typed, true, &head);
+    d->keep = head.n > 4 ? (int)head.n : 4;
+    if (d->keep > (int)n) d->keep = (int)n;
+    free(head.ids);
+    free(before.s);
+    free(before.typed);
+    return true;
+}
+
+static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+    if (!t->chat[USER_BEFORE].len && !t->chat[USER_AFTER].len)
+        die("%s has no chat format: its model continues texts (-m generate)", t->path);
+    if (o->system && !t->chat[SYSTEM_BEFORE].len && !t->chat[USER_BEFORE_SYSTEM].len)
+        die("the chat format of %s has no place for a system turn (-y)", t->path);
+    Machine w;
+    Decoder d;
+    Ids turns = {0};
+    Prompt p = {0};
+    double rate = 0;
+    bool terminal = isatty(0) && !o->quiet;
+    open_machine(&w, &d, o, m, t, out);
+    w.chatting = true;
+    if (d.ids.n && o->system && !o->quiet)
+        fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
+    bool given = o->prompt || o->prompt_file;
+    for (Text user = given ? input_text(o) : read_line(terminal); user.s && interrupted != SIGTERM;
+         free((char *)(uintptr_t)user.s), user = read_line(terminal)) {
+        if (user.len && user.s[0] == '/' && !given) {
+            chat_command(&w, &d, (char *)(uintptr_t)user.s, &turns, rate);
+            continue;
+        }
+        given = false;
+        size_t start = d.ids.n;
+        if (!user.len || !add_turn(&w, &d, user, &p)) continue;
+        Output samples = {.fd = -1, .terminal = out->terminal};
+        int shifts = w.shifts, best;
+        double began = seconds();
+        d.budget = o->steps > 0 ? o->steps : w.ctx;
+        d.stopped = false;
+        d.n_new = 0;
+        d.out = o->samples > 1 ? &samples : out;
+        start_thoughts(d.out, o, !t->llama2c, (Text){p.s, p.n});
+        watch(&w, &d, (Text){"", 0});
+        if (o->samples > 1) {
+            Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
+            d.n_new = all[best].n_new;
+            print_samples(&w, &d, all, best, out);
+            free(samples.memory);
+        } else {
+            run_decoders(&w, &d, 1);
+            end_text(out);
+        }
+        rate = d.n_new / (seconds() - began);
+        if (interrupted == SIGINT) interrupted = 0;
+        push(&turns, (int)start);
+        if (w.shifts != shifts) turns.n = 0;
+    }
+    if (o->receipt) print_receipt(&d);
+    free(turns.ids);
+    free(p.s);
+    free(p.typed);
+    close_machine(&w, &d);
+}
+
+// ---- tokenize and logits: for scripts
+
+static void tokenize(const Options *o, const Tokenizer *t) {
+    Text text = input_text(o);
+    Ids ids = {0};
+    encode(t, text, NULL, true, &ids);
+    Output out = open_output(o->output);
+    char number[16];
+    for (size_t i = 0; i < ids.n; i++) {
+        int n = snprintf(number, sizeof number, "%s%d", i ? " " : "", ids.ids[i]);
+        write_output(&out, number, (size_t)n);
+    }
+    write_output(&out, "\n", 1);
+    close_output(&out);
+    free(ids.ids);
+    free((char *)(uintptr_t)text.s);
+}
+
+static void write_logits(const Options *o, const Model *m) {
+    Text text = input_text(o);
+    Ids ids = {0};
+    for (char *p = (char *)(uintptr_t)text.s, *end;; p = end) {
+        while (*p == ' ' || (*p >= '\t' && *p <= '\r')) p++;
+        if (!*p && p == text.s + text.len) break;
+        errno = 0;
+        long id = strtol(p, &end, 10);
+        if (end == p || errno || id < 0 || id >= m->c.vocab_size)
+            die("token id \"%.20s\" is not a number from 0 to %d", p, m->c.vocab_size - 1);
+        push(&ids, (int)id);
+    }
+    Tokenizer none = {0};
+    Machine w;
+    Decoder d;
+    Output out = open_output(o->output);
+    open_machine(&w, &d, o, m, &none, &out);
+    int from = (int)d.ids.n, most = logits_batch(m);
+    if (!ids.n) die("no token ids: give them with -i or -f");
+    if (d.done < from) fill(&w, m, &w.kv, &d, d.done, from);
+    if (ids.n + (size_t)from > (size_t)w.ctx)
+        die("%zu tokens are more than the context of %d", ids.n + (size_t)from, w.ctx);
+    for (size_t i = 0; i < ids.n; i++) push(&d.ids, ids.ids[i]);
+    Slot batch[MAX_BATCH];
+    for (int n; from < (int)d.ids.n && !interrupted; from += n) {
+        for (n = 0; n < most && from + n < (int)d.ids.n; n++)
+            batch[n] = (Slot){d.ids.ids[from + n], from + n, 0, true};
+        reserve_session(&w.session, &w.kv, from + n);
+        const float *logits = forward(m, &w.kv, batch, n);
+        write_output(&out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
+        d.done = from + n;
+        save_decoder(&w, &d, d.done);
+    }
+    if (!interrupted) close_output(&out);
+    free(ids.ids);
+    free((char *)(uintptr_t)text.s);
+    close_machine(&w, &d);
+}
+
+// ---- eval: how well the model predicts a text
+
 // Strided windows: a window of W tokens starts every W/2 tokens; each token is predicted once, in
 // the first window that holds it, so all but the first window's tokens see at least W/2 tokens
 // before them.
@@ -2899,32 +4026,19 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     Ids all = {0};
     if (!ids.n || ids.ids[0] != start) push(&all, start);
     for (size_t i = 0; i < ids.n; i++) push(&all, ids.ids[i]);
-    int n_all = (int)all.n, ctx = context_of(o, m), most = logits_batch(m);
+    int n_all = (int)all.n, ctx = context_of(o, m);
     int window = o->context ? ctx : ctx < 2048 ? ctx : 2048, scored = 0;
     if (window < 2) die("-c %d is too short to evaluate with", window);
     Cache kv;
     new_cache(&kv, m, window, 0, 0);
-    Slot batch[MAX_BATCH];
-    double nll[MAX_BATCH], sum = 0, began = seconds(), shown = began;
+    double sum = 0, began = seconds();
     bool show = !o->quiet && isatty(2);
     for (int from = 0; scored < n_all - 1 && !interrupted; from += window / 2) {
         int end = from + window < n_all - 1 ? from + window : n_all - 1;
-        for (int i = from, n; i < end && !interrupted; i += n) {
-            bool want = i >= scored;
-            int limit = !want && scored < end ? scored : end, cap = want ? most : MAX_BATCH;
-            for (n = 0; n < cap && i + n < limit; n++)
-                batch[n] = (Slot){all.ids[i + n], i + n - from, 0, want};
-            Score s = {forward(m, &kv, batch, n), m->c.vocab_size, all.ids + i + 1, nll};
-            if (!want) continue;
-            parallel(surprise_task, &s, n);
-            for (int j = 0; j < n; j++) sum += nll[j];
-            scored = i + n;
-            if (show && seconds() - shown > 0.2) {
-                shown = seconds();
-                fprintf(stderr, "\r%3d%%  %.0f tok/s ", (int)(100LL * scored / (n_all - 1)),
-                        scored / (shown - began));
-            }
-        }
+        sum += score_window(m, &kv, all.ids, from, end, scored);
+        scored = end;
+        if (show) fprintf(stderr, "\r%3d%%  %.0f tok/s ", (int)(100LL * scored / (n_all - 1)),
+                          scored / (seconds() - began));
     }
     if (show) fprintf(stderr, "\r%40s\r", "");
     if (!interrupted) {
@@ -2942,34 +4056,6 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     free(all.ids);
     free((char *)(uintptr_t)text.s);
     free_cache(&kv);
-}
-
-// ---- chat format: how a conversation is written down for the model
-
-// Appends a text to a growing prompt; `typed` marks what a user typed (no special tokens there).
-typedef struct { char *s, *typed; size_t n; } Prompt;
-static void append(Prompt *p, Text text, bool typed) {
-    p->s = resize(p->s, p->n + text.len + 1, 1);
-    p->typed = resize(p->typed, p->n + text.len + 1, 1);
-    if (text.len) memcpy(p->s + p->n, text.s, text.len);
-    memset(p->typed + p->n, typed, text.len);
-    p->n += text.len;
-    p->s[p->n] = 0;
-}
-
-// Appends a user's turn, and before the first one the system's (system.s NULL: the model's
-// default).
-static void append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
-    const Text *c = t->chat;
-    int before = !first ? LATER_BEFORE : system.s ? USER_BEFORE_SYSTEM : USER_BEFORE;
-    if (first && system.s) {
-        append(p, c[SYSTEM_BEFORE], false);
-        append(p, system, true);
-        append(p, c[SYSTEM_AFTER], false);
-    } else if (first) append(p, c[DEFAULT_SYSTEM], false);
-    append(p, c[before], false);
-    append(p, user, true);
-    append(p, c[before + 1], false);
 }
 
 // ---- check: a checkpoint certifies itself
@@ -3250,7 +4336,7 @@ static void bench(const Options *o, const Model *m, double started) {
 #ifndef TESTING
 
 // One table parses, checks and explains the options.
-enum { FLAG, STRING, INTEGER, NUMBER_OPTION, SEED };
+enum { FLAG, STRING, LIST, INTEGER, NUMBER_OPTION, SEED };
 typedef struct {
     char letter;
     const char *name, *argument;
@@ -3312,6 +4398,11 @@ static void parse(Option *options, int argc, char **argv, Options *o) {
             continue;
         }
         if (!value && i + 1 >= argc) usage_error("%s needs a value%s", a, "");
+        if (option->kind == LIST) {
+            if (o->n_others == MAX_OTHERS) usage_error("%s is given too often%s", a, "");
+            ((const char **)option->value)[o->n_others++] = value ? value : argv[++i];
+            continue;
+        }
         parse_value(option, a, value ? value : argv[++i]);
         if (option->letter == 't') o->temperature_given = true;
         if (option->letter == 'p') o->top_p_given = true;
@@ -3324,6 +4415,28 @@ static void refuse_overwriting(const char *output, const char *input) {
     if (!output || !input || stat(output, &out) || stat(input, &in)) return;
     if (S_ISREG(out.st_mode) && out.st_dev == in.st_dev && out.st_ino == in.st_ino)
         usage_error("-o %s would overwrite %s, which is read", output, input);
+}
+
+// Options that have no meaning together, or in a mode, are refused.
+static void check_combinations(const Options *o, int mode, const char *mode_name) {
+    enum { GENERATE = 1, LOGITS = 4, CHAT = 64 };
+    bool k = o->samples > 1, e = o->n_others, d = o->draft, s = o->session;
+    struct { bool given; const char *name; int modes; } uses[] = {
+        {o->samples, "-k", GENERATE | CHAT}, {o->best, "-b", GENERATE | CHAT},
+        {e, "-e", GENERATE}, {d, "-d", GENERATE | CHAT}, {s, "-S", GENERATE | CHAT | LOGITS},
+        {o->tool, "-T", GENERATE | CHAT}, {o->system, "-y", CHAT},
+        {o->think, "--think", GENERATE | CHAT}, {o->receipt, "--receipt", GENERATE | CHAT}};
+    for (size_t i = 0; i < sizeof uses / sizeof *uses; i++)
+        if (uses[i].given && !(uses[i].modes >> mode & 1))
+            usage_error("%s means nothing in mode %s", uses[i].name, mode_name);
+    struct { bool both; const char *a, *b; } clashes[] = {
+        {k && e, "-k", "-e"}, {k && d, "-k", "-d"}, {e && d, "-e", "-d"}, {e && s, "-e", "-S"},
+        {e && o->receipt, "-e", "--receipt"}};
+    for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
+        if (clashes[i].both) usage_error("%s and %s cannot be used together", clashes[i].a,
+                                         clashes[i].b);
+    if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k N%s%s", "", "");
+    if (k && mode == 6 && !o->best) usage_error("-k in a chat needs -b: one answer goes on%s%s", "", "");
 }
 
 static void help(const Option *options) {
@@ -3339,6 +4452,7 @@ static void help(const Option *options) {
     }
     puts("\nmodes:\n"
          "  generate   continue the prompt (the default)\n"
+         "  chat       a conversation: -i or -f is the first turn, then lines of stdin\n"
          "  tokenize   print the prompt's token ids\n"
          "  logits     read token ids, write their logits as raw float32 [n, vocab_size]\n"
          "  eval       bits per byte of a text, by windows of -c tokens (2048) that start every\n"
@@ -3353,7 +4467,7 @@ static void on_interrupt(int signal_number) {
         remove_unfinished();
         _exit(128 + signal_number);
     }
-    interrupted = 1;
+    interrupted = signal_number;
 }
 static void on_bus_error(int signal_number) {
     static const char line[] =
@@ -3417,7 +4531,7 @@ static void check_arithmetic(void) {
 
 int main(int argc, char **argv) {
     Options o = {
-        .mode = "generate", .steps = 256, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1};
+        .mode = "generate", .steps = -1, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1};
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     o.threads = cores < 1 ? 1 : cores > 256 ? 256 : cores;
     Option options[] = {
@@ -3438,6 +4552,18 @@ int main(int argc, char **argv) {
         {'c', "context", "N", INTEGER, &o.context, 0, 1 << 24,
          "positions to make room for (the model's own)"},
         {'j', "threads", "N", INTEGER, &o.threads, 1, 256, "threads (the number of cores)"},
+        {'y', "system", "TEXT", STRING, &o.system, 0, 0, "the system turn of a chat"},
+        {'k', "samples", "N", INTEGER, &o.samples, 1, MAX_SAMPLES,
+         "N continuations at once, seeds N * 0x9E3779B97F4A7C15 apart"},
+        {'b', "best", "", FLAG, &o.best, 0, 0, "of these only the likeliest"},
+        {'e', "ensemble", "MODEL", LIST, o.others, 0, 0,
+         "this model answers too, the best answer wins; repeatable"},
+        {'d', "draft", "MODEL", STRING, &o.draft, 0, 0,
+         "speculate with a small model, or \"lookup\": in the text so far"},
+        {'S', "session", "FILE", STRING, &o.session, 0, 0, "the text goes on from, and stays in, FILE"},
+        {'T', "tool", "CMD", STRING, &o.tool, 0, 0,
+         "answers arithmetic (12*34=) and tool calls on its stdin"},
+        {0, "think", "", FLAG, &o.think, 0, 0, "keep <think> ... </think> where stdout is no terminal"},
         {'q', "quiet", "", FLAG, &o.quiet, 0, 0, "no statistics and no progress on stderr"},
         {0, "top-k", "K", INTEGER, &o.top_k, 0, 1 << 24, "draw from the K likeliest tokens"},
         {0, "min-p", "P", NUMBER_OPTION, &o.min_p, 0, 1,
@@ -3458,13 +4584,19 @@ int main(int argc, char **argv) {
     if (!o.model) usage_error("there is no model%s%s", "", "");
     if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
 
-    static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check", "bench"};
-    size_t mode = 0, n_modes = sizeof modes / sizeof *modes;
+    static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check", "bench",
+                                        "chat"};
+    int mode = 0, n_modes = sizeof modes / sizeof *modes;
     while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
+    check_combinations(&o, mode, modes[mode]);
+    if (o.steps < 0) o.steps = mode == 6 ? 0 : 256;
     refuse_overwriting(o.output, o.model);
     refuse_overwriting(o.output, o.tokenizer);
     refuse_overwriting(o.output, o.prompt_file);
+    refuse_overwriting(o.output, o.session);
+    refuse_overwriting(o.output, strcmp(o.draft ? o.draft : "lookup", "lookup") ? o.draft : NULL);
+    for (int i = 0; i < o.n_others; i++) refuse_overwriting(o.output, o.others[i]);
 
     signal(SIGPIPE, SIG_IGN);
     signal(SIGBUS, on_bus_error);
@@ -3476,9 +4608,13 @@ int main(int argc, char **argv) {
     Tokenizer t = {0};
     start_threads((int)o.threads);
     load_model(&m, o.model);
-    if (mode == 0 || mode == 1 || mode == 3) find_tokenizer(&t, o.tokenizer, &m);
+    if (mode == 0 || mode == 1 || mode == 3 || mode == 6) find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
-    if (mode == 0) generate(&o, &m, &t);
+    if (mode == 0 || mode == 6) {
+        Output out = open_output(o.output);
+        (mode == 6 ? chat : o.n_others ? ensemble : generate)(&o, &m, &t, &out);
+        close_output(&out);
+    }
     if (mode == 1) tokenize(&o, &t);
     if (mode == 2) write_logits(&o, &m);
     if (mode == 3) evaluate(&o, &m, &t);
