@@ -2183,13 +2183,19 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
     }
 }
 
-// Writes BODY with T = 8, 4, 2 or 1, the largest that `left` tokens allow, as a constant.
-#define FOR_TILE(left, BODY)                                                                     \
-    if ((left) >= 8) { enum { T = 8 }; BODY; }                                                   \
-    else if ((left) >= 4) { enum { T = 4 }; BODY; }                                              \
-    else if ((left) >= 2) { enum { T = 2 }; BODY; }                                              \
-    else { enum { T = 1 }; BODY; }
-static int tile_of(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+// Writes BODY with T = the tokens that are left, at most 8, as a constant.
+#define FOR_TILE(left, BODY)                                                                       \
+    switch (left) {                                                                                \
+        case 1: { enum { T = 1 }; BODY; } break;                                                   \
+        case 2: { enum { T = 2 }; BODY; } break;                                                   \
+        case 3: { enum { T = 3 }; BODY; } break;                                                   \
+        case 4: { enum { T = 4 }; BODY; } break;                                                   \
+        case 5: { enum { T = 5 }; BODY; } break;                                                   \
+        case 6: { enum { T = 6 }; BODY; } break;                                                   \
+        case 7: { enum { T = 7 }; BODY; } break;                                                   \
+        default: { enum { T = 8 }; BODY; }                                                         \
+    }
+static int tile_of(int left) { return left < TILE ? left : TILE; }
 
 static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int lane,
                        const Quantized *xq, int t, int left, int b0, int n_blocks, float *out) {
@@ -2254,19 +2260,23 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
         }
 }
 
-// Adds the products of the columns from c to end to out.
+// Adds the products of the columns from c to end to out. With `ahead`, fetches the same columns of
+// the next panel, so many bytes further, meanwhile.
 INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int cols, int n_rows,
-                         int lane, int c, int end, const float *x, int x_stride, float *out) {
+                         int lane, int c, int end, const float *x, int x_stride, size_t ahead,
+                         float *out) {
     vf acc[16];
     const float *f = (const float *)(const void *)panel;
     UNROLL for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
     if (dtype == F32) {
         for (; c < end; c++) {
+            if (ahead) prefetch(panel + ahead + (size_t)c * 64, 64);
             vf w = load(f + c * 16 + lane);
             UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
         }
     } else if (dtype == BF16) {
         for (; c < end; c += 2) {
+            if (ahead) prefetch(panel + ahead + (size_t)c * 32, 64);
             vu pair = load_u(panel + (size_t)c * 32 + (size_t)lane * 4);
             vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000);
             UNROLL for (int t = 0; t < T; t++) acc[t] += even * x[t * x_stride + c];
@@ -2293,8 +2303,9 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
 
 // Does as many tokens as the registers allow, and returns how many.
 static int float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int lane, int c, int end,
-                      const float *x, int x_stride, int left, float *out) {
-#define KERNEL(type) float_kernel(T, type, panel, w->cols, n_rows, lane, c, end, x, x_stride, out)
+                      const float *x, int x_stride, int left, size_t ahead, float *out) {
+#define KERNEL(type)                                                                               \
+    float_kernel(T, type, panel, w->cols, n_rows, lane, c, end, x, x_stride, ahead, out)
     if (W == 16 && left >= 16 && w->dtype != ROWS) {
         enum { T = 16 };
         if (w->dtype == F32) KERNEL(F32);
@@ -2316,13 +2327,14 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
     memset(out, 0, (size_t)n * 16 * sizeof(float));
     if (w->dtype >= Q8) quant_panel(w, p, xq, n, out);
     else {
-        int step = n < 32 ? w->cols : 128; // columns at a time, which stay in the first-level cache
+        int step = n < 32 ? w->cols : 128;  // columns at a time, that stay in the L1 cache
         for (int c = 0; c < w->cols; c += step)
             for (int lane = 0; lane < 16 && lane < rows; lane += W)
                 for (int t = 0; t < n;)
-                    t +=
-                        float_tile(w, p, rows, lane, c, w->cols - c < step ? w->cols : c + step,
-                                   x + (size_t)t * (size_t)x_stride, x_stride, n - t, out + t * 16);
+                    t += float_tile(w, p, rows, lane, c, w->cols - c < step ? w->cols : c + step,
+                                    x + (size_t)t * (size_t)x_stride, x_stride, n - t,
+                                    n == 1 || t || lane ? 0 : panel_bytes(w->dtype, w->cols),
+                                    out + t * 16);
     }
     for (int t = 0; t < n; t++, y += stride) {
         if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
@@ -3390,7 +3402,7 @@ static void learn(Draft *f, int proposed, int accepted, double time) {
     }
     double more = (time - f->plain) / proposed, least = 0.02 * f->plain;
     more = more < least ? least : more > 2 * f->plain ? 2 * f->plain : more;
-    f->more += 0.2 * (more - f->more);
+    f->more += (more < f->more ? 0.5 : 0.1) * (more - f->more);  // slow steps are often chance
     for (int i = 0; i < accepted; i++) f->hit += 0.1 * (1 - f->hit);
     if (accepted < proposed) f->hit -= 0.1 * f->hit;
 }
@@ -3505,11 +3517,11 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
     w->all = d;
     for (bool live = true; live && !interrupted;) {
         double start = seconds();
-        int before = d->done;
+        int before = d->done, theirs = w->draft.done;
         compute(w, d, n);
         if (interrupted) break;
         for (int i = 0; i < n; i++) d[i].drawing = is_live(&d[i]);
-        bool plain = d->done - before <= 1;
+        bool usual = d->done - before <= 1 && (!w->draft.m || !d->n_draft || theirs >= before - 1);
         int guessed_from = d->done;
         w->step = 0;
         for (bool drawing = true; drawing; w->step++) {
@@ -3522,7 +3534,7 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
         }
         live = false;
         for (int i = 0; i < n; i++) d[i].logits = NULL, live |= is_live(&d[i]);
-        if (w->draft.on && n == 1 && plain)
+        if (w->draft.on && n == 1 && usual)
             learn(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start);
         if (w->draft.done > d->done) w->draft.done = d->done;
     }
