@@ -90,6 +90,15 @@ static void *reserve(size_t bytes, const char *what) {
     return p;
 }
 
+// Asks for pages of 2 MiB where the system has them.
+static void large_pages(const void *p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    madvise((void *)(uintptr_t)p, bytes, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -242,7 +251,8 @@ typedef struct {             // the first 256 bytes of a version 3 checkpoint
     uint64_t header_hash;    // of header and directory, with both hashes taken as zero
 } Config;
 _Static_assert(sizeof(Config) == 256, "the checkpoint's header has 256 bytes");
-enum { TIED_EMBEDDING = 1, QKV_BIAS = 2, QK_NORM = 4, SANDWICH_NORM = 8, LOCAL_ROPE = 16 };
+enum { TIED_EMBEDDING = 1, QKV_BIAS = 2, QK_NORM = 4, SANDWICH_NORM = 8, LOCAL_ROPE = 16,
+       ALL_FLAGS = 31 };
 enum { MAX_LAYERS = 256 };
 
 typedef struct {
@@ -443,6 +453,8 @@ static void load_v3(Model *m) {
         hash_words(m->file + sizeof blank, directory, sizeof blank / 8) != c->header_hash)
         die("%s: damaged: its header does not have the hash that it states", m->path);
     check_config(c, m->path);
+    if (c->flags & ~(uint32_t)ALL_FLAGS)
+        die("%s needs a newer version of this program: its header has flags %x", m->path, c->flags);
     c->name[sizeof c->name - 1] = 0;
 
     size_t next = 0;
@@ -452,6 +464,10 @@ static void load_v3(Model *m) {
     TENSOR(ROWS, rope_freqs[0], 1, head / 2);
     m->rope_freqs[1] = m->rope_freqs[0];
     if (c->flags & LOCAL_ROPE) TENSOR(ROWS, rope_freqs[1], 1, head / 2);
+    for (int i = 0; i < head / 2; i++)
+        for (int t = 0; t < 2; t++)
+            if (!(vec(&m->rope_freqs[t])[i] >= 0 && vec(&m->rope_freqs[t])[i] <= 1))
+                die("%s: damaged: an inverse frequency is not from 0 to 1", m->path);
     TENSOR(F32, token_embedding, c->vocab_size, dim);
     m->layers = resize(NULL, (size_t)c->n_layers, sizeof *m->layers);
     memset(m->layers, 0, (size_t)c->n_layers * sizeof *m->layers);
@@ -599,9 +615,7 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
         die("out of memory: a context of %d positions needs more than there can be; use -c", ctx);
     kv->bytes = chunks * kv->chunk_bytes;
     kv->data = reserve(kv->bytes, "the KV cache (-c N makes the context shorter)");
-#ifdef MADV_HUGEPAGE
-    if (kv->chunk_bytes < 8 << 20) madvise(kv->data, kv->bytes, MADV_HUGEPAGE);
-#endif
+    if (kv->chunk_bytes < 8 << 20) large_pages(kv->data, kv->bytes);
     if (n_branches) add_branches(kv, n_branches, extra);
 }
 
@@ -1172,8 +1186,19 @@ static int sample_candidates(Sampler *s, float coin) {
     Candidate *c = s->candidates;
     int n = 0;
     bool nucleus = s->top_p > 0 && s->top_p < 1;
+    // Tokens below a cutoff cannot be drawn: they need not be sorted. Of the k likeliest, it is what
+    // a count of the probabilities' exponents leaves.
     float cutoff = nucleus ? (1.0f - s->top_p) / (float)(s->vocab_size - 1) : 0;
-    for (int i = 0; i < s->vocab_size; i++)  // a token below the cutoff cannot be among the top_p
+    float min = s->min_p * s->p[argmax(s->p, s->vocab_size)];
+    if (s->top_k) {
+        int counts[256] = {0}, exponent = 255;
+        for (int i = 0; i < s->vocab_size; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
+        for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
+        float least = float_of((uint32_t)exponent << 23);
+        cutoff = least > cutoff ? least : cutoff;
+    }
+    cutoff = min > cutoff ? min : cutoff;
+    for (int i = 0; i < s->vocab_size; i++)
         if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
     if (n == 0) return argmax(s->p, s->vocab_size);
     qsort(c, (size_t)n, sizeof *c, by_probability);
@@ -1283,20 +1308,23 @@ static void push(Ids *ids, int id) {
 
 static uint32_t read_u32(const uint8_t *p) { uint32_t u; memcpy(&u, p, 4); return u; }
 
-static size_t text_hash(Text t) {
-    uint64_t h = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < t.len; i++) h = (h ^ (uint8_t)t.s[i]) * 0x100000001b3u;
-    return (size_t)(h ^ h >> 32);
+static const uint64_t HASH_START = 0xcbf29ce484222325u;  // FNV-1a
+static uint64_t hash_byte(uint64_t h, char c) { return (h ^ (uint8_t)c) * 0x100000001b3u; }
+static uint64_t text_hash(Text t) {
+    uint64_t h = HASH_START;
+    for (size_t i = 0; i < t.len; i++) h = hash_byte(h, t.s[i]);
+    return h;
 }
-// The token with this text, or -1. Byte and unused tokens are not found by their text.
-static int find_token(const Tokenizer *t, Text text) {
-    for (size_t i = text_hash(text);; i++) {
+// The token with this text and hash, or -1. Byte and unused tokens are not found by their text.
+static int find_hashed(const Tokenizer *t, Text text, uint64_t h) {
+    for (size_t i = (size_t)(h ^ h >> 32);; i++) {
         uint32_t entry = t->index[i & t->index_mask];
         if (!entry) return -1;
         const Text *found = &t->tokens[entry - 1].text;
         if (found->len == text.len && !memcmp(found->s, text.s, text.len)) return (int)entry - 1;
     }
 }
+static int find_token(const Tokenizer *t, Text text) { return find_hashed(t, text, text_hash(text)); }
 // The rank of joining tokens a and b, or -1.
 static int find_merge(const Tokenizer *t, uint32_t a, uint32_t b) {
     for (uint64_t i = mix64((uint64_t)a << 32 | b);; i++) {
@@ -1357,8 +1385,9 @@ static uint32_t class_of(const Tokenizer *t, const char *s, size_t len, size_t *
 
 static void add_to_index(Tokenizer *t, int id) {
     Text text = t->tokens[id].text;
-    size_t i = text_hash(text);
-    if (find_token(t, text) >= 0) return;  // of two equal texts the first counts
+    uint64_t h = text_hash(text);
+    size_t i = (size_t)(h ^ h >> 32);
+    if (find_hashed(t, text, h) >= 0) return;  // of two equal texts the first counts
     while (t->index[i & t->index_mask]) i++;
     t->index[i & t->index_mask] = (uint32_t)id + 1;
 }
@@ -1510,8 +1539,10 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
     seen[0] = 0;
     for (size_t i = 0; i < (named ? 1 : folder ? 3 : 2); i++) {
         const char *path = named ? named : paths + i * size;
-        if (!named && access(path, F_OK)) continue;
-        const char *wrong = load_tokenizer(t, path, m);
+        struct stat st;
+        if (!named && stat(path, &st)) continue;
+        bool usable = named || (S_ISREG(st.st_mode) && st.st_size > 0 && !access(path, R_OK));
+        const char *wrong = usable ? load_tokenizer(t, path, m) : "cannot be read or is empty";
         if (!wrong) {
             free(seen);
             free(paths);
@@ -1704,13 +1735,16 @@ static void encode_plain(Merger *m, Text text, Ids *out) {
 // count only where `typed` (one flag for each byte, NULL: none) is zero throughout.
 static int special_at(const Tokenizer *t, const char *s, size_t len, const char *typed) {
     size_t longest = t->special[(uint8_t)s[0]];
-    for (size_t n = longest < len ? longest : len; n; n--) {
-        int id = find_token(t, (Text){s, n});
+    uint64_t h = HASH_START;
+    int found = -1;
+    for (size_t n = 1; n <= longest && n <= len; n++) {
+        h = hash_byte(h, s[n - 1]);
+        int id = find_hashed(t, (Text){s, n}, h);
         if (id < 0) continue;
-        if (t->tokens[id].type == USER_DEFINED) return id;
-        if (t->tokens[id].type == CONTROL && !(typed && memchr(typed, 1, n))) return id;
+        if (t->tokens[id].type == USER_DEFINED) found = id;
+        if (t->tokens[id].type == CONTROL && !(typed && memchr(typed, 1, n))) found = id;
     }
-    return -1;
+    return found;
 }
 
 // Appends the tokens of a text. One that starts a text (else it continues one) gets BOS and a space
@@ -1928,8 +1962,11 @@ static void start_threads(int n) {
 // cost half of the memory's speed. So where there is plenty of memory the file is read into pages
 // of 2 MiB.
 
-// Bytes of memory that this process may well use: what is free, and within its control groups'
-// limits.
+#ifndef MADV_HUGEPAGE
+static const uint8_t *map_weights(const char *path, size_t *size) { return map_file(path, size); }
+#else
+// Bytes of memory that this process may well use: what is free, and within its control group's
+// limit.
 static uint64_t free_memory(void) {
     uint64_t least = UINT64_MAX;
 #ifdef _SC_AVPHYS_PAGES
@@ -1971,7 +2008,6 @@ static void read_task(void *context, int item, int thread) {
     }
 }
 static const uint8_t *map_weights(const char *path, size_t *size) {
-#ifdef MADV_HUGEPAGE
     Reading r = {.path = path, .fd = open_file(path, size)};
     r.size = *size;
     if (*size >= 4 * LARGE_PAGE && *size < free_memory() / 2) {
@@ -1979,16 +2015,16 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
         size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
         r.data = space + before;
         if (before) munmap(space, before);
-        madvise(r.data, *size, MADV_HUGEPAGE);
+        large_pages(r.data, *size);
         parallel(read_task, &r, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
         mprotect(r.data, *size, PROT_READ);
         close(r.fd);
         return r.data;
     }
     close(r.fd);
-#endif
     return map_file(path, size);
 }
+#endif
 
 // ---- SIMD. A vector has W lanes; a lane is a row of a weight panel, a position or a channel.
 // GCC's and clang's vector types do the arithmetic; what they lack is below, once for each
@@ -2236,7 +2272,7 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *
 // w[i] becomes column i of W rows of float32 that lie one after the other, `cols` apart.
 INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
     for (int r = 0; r < W; r++) w[r] = load(rows + (size_t)(r < n_rows ? r : n_rows - 1) * cols);
-#if defined __AVX512F__
+#if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
     if (W == 16) {  // transposed by exchanging blocks of 1, 2, 4 and 8
         for (int s = 1; s < W; s *= 2) {
             vi low, high;
@@ -2582,7 +2618,7 @@ static void attention_fast(const Pass *f) {
         if (slot->pos >= longest) longest = slot->pos + 1;
     }
     int pairs = a.n_tiles * c->n_kv_heads, threads = pool.n_threads;
-    bool phases = pairs < 4 * threads && threads > 1 && longest > 256;
+    bool phases = pairs < 4 * threads && threads > 1 && (longest > 256 || longest * widest > 1024);
     a.row = (size_t)round_up(longest, 16) + 16;
     a.area = a.row * (size_t)(a.group * most);
     size_t need = a.area * (size_t)(phases ? pairs : threads);
@@ -2631,7 +2667,7 @@ static volatile sig_atomic_t interrupted;
 typedef struct {
     int fd;
     const char *path;
-    char *temporary;
+    char *real, *temporary;
     char held[4];       // the first bytes of an unfinished UTF-8 character
     size_t n_held;
     char *memory;       // with fd -1 results go here
@@ -2655,17 +2691,22 @@ static Output open_output(const char *path) {
     out.terminal = !out.path && isatty(1);
     if (!out.path) return out;
     struct stat st;
-    if (!stat(path, &st) && !S_ISREG(st.st_mode)) {  // a device or a pipe is written to as it is
+    bool exists = !stat(path, &st);
+    if (exists && !S_ISREG(st.st_mode)) {  // a device or a pipe is written to as it is
         out.fd = open(path, O_WRONLY);
         if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
         return out;
     }
-    size_t size = strlen(path) + 8;
+    mode_t mask = umask(0);
+    umask(mask);
+    out.real = exists ? realpath(path, NULL) : strdup(path);  // where a link leads to
+    if (!out.real) die("cannot write %s: %s", path, strerror(errno));
+    size_t size = strlen(out.real) + 8;
     out.temporary = resize(NULL, size, 1);
-    snprintf(out.temporary, size, "%s.XXXXXX", path);
+    snprintf(out.temporary, size, "%s.XXXXXX", out.real);
     out.fd = mkstemp(out.temporary);
     if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
-    fchmod(out.fd, 0644);
+    fchmod(out.fd, exists ? st.st_mode & 0777 : 0666 & ~mask);
     unfinished_file = out.temporary;
     return out;
 }
@@ -2693,10 +2734,11 @@ static void close_output(Output *out) {
     if (!out->path) return;
     int failed = out->temporary ? fsync(out->fd) : 0;
     failed |= close(out->fd);
-    if (failed || (out->temporary && rename(out->temporary, out->path)))
+    if (failed || (out->temporary && rename(out->temporary, out->real)))
         die("cannot write %s: %s", out->path, strerror(errno));
     unfinished_file = NULL;
     free(out->temporary);
+    free(out->real);
 }
 
 // Writes text as it comes, but holds an unfinished character at its end back until the rest is
@@ -2882,8 +2924,6 @@ static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t)
         clock_gettime(CLOCK_REALTIME, &now);
         s.rng = mix64((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
         s.rng += !s.rng;
-        if (!o->quiet && s.temperature > 0)
-            fprintf(stderr, "seed: %llu\n", (unsigned long long)s.rng);
     }
     s.p = resize(NULL, (size_t)s.vocab_size, sizeof *s.p);
     s.candidates = resize(NULL, (size_t)s.vocab_size, sizeof *s.candidates);
@@ -3226,7 +3266,7 @@ static Text find_question(Text text, const char **before, const char **after) {
 
 // ---- Decoders: texts that grow, token by token
 
-enum { MAX_DRAFT = 16, MAX_SAMPLES = 256 };
+enum { MAX_DRAFT = 15, MAX_SAMPLES = 256 };
 
 // A text in progress: its tokens, its place in the cache, its sampler.
 typedef struct {
@@ -3369,11 +3409,11 @@ static int small_model_guesses(Machine *w, Decoder *d, int most) {
 // 1 + h + ... + h^n tokens in the time plain + n * more; the best n may be 0.
 static void propose(Machine *w, Decoder *d) {
     Draft *f = &w->draft;
-    int most = 0, room = w->ctx - (int)d->ids.n;
+    int most = 0, room = w->ctx - (int)d->ids.n, limit = f->m ? TILE - 1 : MAX_DRAFT;
     double tokens = 1, power = 1, best = 1 / f->plain;
     d->n_draft = 0;
     if (!f->on || f->plain == 0) return;  // the first step measures the time without guesses
-    for (int n = 1; n <= MAX_DRAFT; n++) {
+    for (int n = 1; n <= limit; n++) {
         tokens += power *= f->hit;
         if (tokens / (f->plain + n * f->more) > best) {
             best = tokens / (f->plain + n * f->more);
@@ -3446,7 +3486,7 @@ static void compute(Machine *w, Decoder *d, int n) {
 }
 
 // Draws the next token of a decoder.
-static void draw(void *context, int i, int thread) {
+static void draw_task(void *context, int i, int thread) {
     Machine *w = context;
     Decoder *d = &w->all[i];
     if (!d->drawing) return;
@@ -3525,7 +3565,7 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
         int guessed_from = d->done;
         w->step = 0;
         for (bool drawing = true; drawing; w->step++) {
-            parallel(draw, w, n);
+            parallel(draw_task, w, n);
             drawing = false;
             for (int i = 0; i < n; i++) {
                 if (d[i].drawing) d[i].drawing = accept(w, &d[i]) && is_live(&d[i]);
@@ -3563,7 +3603,7 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
     }
     if (!o->draft) return;
     static Model small;
-    w->draft = (Draft){.on = true, .hit = 0.6};
+    w->draft = (Draft){.on = true, .hit = 0.8};
     if (!strcmp(o->draft, "lookup")) return;
     load_model(&small, o->draft);
     if (small.c.vocab_size != m->c.vocab_size || small.c.tokenizer_hash != m->c.tokenizer_hash)
@@ -3589,6 +3629,11 @@ static void close_machine(Machine *w, Decoder *d) {
     free_cache(&w->kv);
     if (w->draft.m) free_cache(&w->draft.kv), free_model((Model *)(uintptr_t)w->draft.m);
     free_decoder(d);
+}
+
+static void tell_seed(const Machine *w, const Decoder *d) {
+    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0)
+        fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
 }
 
 // Marks the text so far for the tool, and asks it if it ends in a question.
@@ -3706,6 +3751,7 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
         print_samples(&w, &d, all, best, out);
         free(samples.memory);
     } else {
+        tell_seed(&w, &d);
         run_decoders(&w, &d, 1);
         end_text(out);
         if (o->receipt) print_receipt(&d);
@@ -3924,6 +3970,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     bool terminal = isatty(0) && !o->quiet;
     open_machine(&w, &d, o, m, t, out);
     w.chatting = true;
+    tell_seed(&w, &d);
     if (d.ids.n && o->system && !o->quiet)
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     bool given = o->prompt || o->prompt_file;
@@ -3972,14 +4019,16 @@ static void tokenize(const Options *o, const Tokenizer *t) {
     Text text = input_text(o);
     Ids ids = {0};
     encode(t, text, NULL, true, &ids);
-    Output out = open_output(o->output);
+    Output out = open_output(o->output), line = {.fd = -1};
     char number[16];
     for (size_t i = 0; i < ids.n; i++) {
         int n = snprintf(number, sizeof number, "%s%d", i ? " " : "", ids.ids[i]);
-        write_output(&out, number, (size_t)n);
+        write_output(&line, number, (size_t)n);
     }
-    write_output(&out, "\n", 1);
+    write_output(&line, "\n", 1);
+    write_output(&out, line.memory, line.n);
     close_output(&out);
+    free(line.memory);
     free(ids.ids);
     free((char *)(uintptr_t)text.s);
 }
@@ -4039,6 +4088,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     if (!ids.n || ids.ids[0] != start) push(&all, start);
     for (size_t i = 0; i < ids.n; i++) push(&all, ids.ids[i]);
     int n_all = (int)all.n, ctx = context_of(o, m);
+    if (n_all < 2) die("no text to evaluate: it is only the token that starts a text");
     int window = o->context ? ctx : ctx < 2048 ? ctx : 2048, scored = 0;
     if (window < 2) die("-c %d is too short to evaluate with", window);
     Cache kv;
@@ -4075,7 +4125,8 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 // Compares the ids of the stored texts. Returns the number of texts.
 static int check_tokenizer(const Model *m, const Tokenizer *t) {
     const uint8_t *p = m->check_cases.data, *end = p + m->check_cases.cols;
-    int n_cases = end - p < 4 ? 0 : (int)read_u32(p);
+    if (m->check_cases.cols < 4) return 0;
+    int n_cases = (int)read_u32(p);
     p += 4;
     for (int i = 0; i < n_cases; i++) {
         if (end - p < 12) die("check failed: the stored texts are damaged");
@@ -4128,7 +4179,7 @@ static void observe_norm(void *observer, const char *name, int layer, const floa
     }
 }
 
-static void check_model(const Options *o, const Model *m) {
+static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
     if (m->c.version != 3) die("%s is a file of llama2.c, which has no reference values to check; "
                                "export.py makes a version 3 of it that has", m->path);
     uint64_t sum = mix64(m->file_size);
@@ -4145,11 +4196,9 @@ static void check_model(const Options *o, const Model *m) {
         fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size,
                 (unsigned long long)sum);
 
-    Tokenizer t = {0};
-    if (m->c.tokenizer_hash) {
-        find_tokenizer(&t, o->tokenizer, m);
-        int n = check_tokenizer(m, &t);
-        if (!o->quiet) fprintf(stderr, "tokenizer: %s, %d texts\n", t.path, n);
+    if (t->file) {
+        int n = check_tokenizer(m, t);
+        if (!o->quiet) fprintf(stderr, "tokenizer: %s, %d texts\n", t->path, n);
     }
     int n = m->check_ids.cols / 4, vocab = m->c.vocab_size;
     if (n > MAX_BATCH || n > m->c.seq_len) die("check failed: %d stored tokens", n);
@@ -4198,7 +4247,6 @@ static void check_model(const Options *o, const Model *m) {
         free(fast);
         free_cache(&kv);
     }
-    if (m->c.tokenizer_hash) free_tokenizer(&t);
     Output out = open_output(o->output);
     write_output(&out, "ok\n", 3);
     close_output(&out);
@@ -4267,7 +4315,7 @@ static void bench(const Options *o, const Model *m, double started) {
     double startup = seconds() - started;
     size_t bytes = (size_t)256 << 20;
     Stream stream = {reserve(bytes + 8192, "measuring the memory"), bytes, threads, 1, false};
-    madvise((void *)(uintptr_t)stream.data, bytes, MADV_HUGEPAGE);
+    large_pages(stream.data, bytes);
     memset((void *)(uintptr_t)stream.data, 1, bytes + 8192);
     double rate[6][ROUNDS], t;
     for (int r = 0; r < ROUNDS && !interrupted; r++) {
@@ -4302,15 +4350,19 @@ static void bench(const Options *o, const Model *m, double started) {
     }
     if (interrupted) exit(130);
     double gb_s = median(rate[0]), decode = median(rate[1]), limit = gb_s * 1e9 / (double)read;
-    printf("model: %s\ndtype: %s\nisa: %s\nthreads: %d\nweights_mb: %.1f\nstream_gb_s: %.1f\n",
+    char report[1000];
+    int n = snprintf(report, sizeof report, "model: %s\ndtype: %s\nisa: %s\nthreads: %d\nweights_mb: %.1f\nstream_gb_s: %.1f\n",
            m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa, threads,
            (double)read / 1e6, gb_s);
-    printf("prefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\ndecode_tok_s: %.1f\ndecode_limit_tok_s: "
+    n += snprintf(report + n, sizeof report - (size_t)n, "prefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\ndecode_tok_s: %.1f\ndecode_limit_tok_s: "
            "%.1f\n"
            "decode_of_limit: %.2f\ndecode_depth4096_tok_s: %.1f\nbatch16_tok_s: %.1f\nstartup_ms: "
            "%.1f\n",
            median(rate[2]), rate[4][0], decode, limit, decode / limit, rate[5][0], median(rate[3]),
            startup * 1000);
+    Output out = open_output(o->output);
+    write_output(&out, report, (size_t)n);
+    close_output(&out);
     if (depth != 4096 && !o->quiet)
         fprintf(stderr, "the context is short: depth4096 is depth %d here\n", depth);
     if (decode < 0.8 * limit && !o->quiet) {
@@ -4497,6 +4549,9 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
     const char *missing = NULL;
     __builtin_cpu_init();
 #define NEED(feature) if (!__builtin_cpu_supports(feature)) missing = feature
+#ifdef __AVX__
+    NEED("avx");
+#endif
 #ifdef __AVX2__
     NEED("avx2");
 #endif
@@ -4591,8 +4646,12 @@ int main(int argc, char **argv) {
     double started = seconds();
     check_arithmetic();
     parse(options, argc, argv, &o);
-    if (o.help) { help(options); return 0; }
-    if (o.version) { printf("run %s (%s)\n", VERSION, isa); return 0; }
+    if (o.help) help(options);
+    else if (o.version) printf("run %s (%s)\n", VERSION, isa);
+    if (o.help || o.version) {
+        if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
+        return 0;
+    }
     if (!o.model) usage_error("there is no model%s%s", "", "");
     if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
 
@@ -4620,7 +4679,8 @@ int main(int argc, char **argv) {
     Tokenizer t = {0};
     start_threads((int)o.threads);
     load_model(&m, o.model);
-    if (mode == 0 || mode == 1 || mode == 3 || mode == 6) find_tokenizer(&t, o.tokenizer, &m);
+    bool checked = mode == 4 && m.c.tokenizer_hash;
+    if (mode == 0 || mode == 1 || mode == 3 || mode == 6 || checked) find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
     if (mode == 0 || mode == 6) {
         Output out = open_output(o.output);
@@ -4630,7 +4690,7 @@ int main(int argc, char **argv) {
     if (mode == 1) tokenize(&o, &t);
     if (mode == 2) write_logits(&o, &m);
     if (mode == 3) evaluate(&o, &m, &t);
-    if (mode == 4) check_model(&o, &m);
+    if (mode == 4) check_model(&o, &m, &t);
     if (mode == 5) bench(&o, &m, started);
     if (t.file) free_tokenizer(&t);
     free_model(&m);
