@@ -2667,7 +2667,7 @@ static volatile sig_atomic_t interrupted;
 typedef struct {
     int fd;
     const char *path;
-    char *real, *temporary;
+    char *temporary;
     char held[4];       // the first bytes of an unfinished UTF-8 character
     size_t n_held;
     char *memory;       // with fd -1 results go here
@@ -2686,6 +2686,8 @@ static void remove_unfinished(void) {
     unfinished_file = NULL;
 }
 
+static const char suffix[] = ".XXXXXX";
+
 static Output open_output(const char *path) {
     Output out = {.fd = 1, .path = path && strcmp(path, "-") ? path : NULL};
     out.terminal = !out.path && isatty(1);
@@ -2699,12 +2701,13 @@ static Output open_output(const char *path) {
     }
     mode_t mask = umask(0);
     umask(mask);
-    out.real = exists ? realpath(path, NULL) : strdup(path);  // where a link leads to
-    if (!out.real) die("cannot write %s: %s", path, strerror(errno));
-    size_t size = strlen(out.real) + 8;
+    char *real = exists ? realpath(path, NULL) : NULL;  // where a link leads to
+    size_t size = strlen(real ? real : path) + sizeof suffix;
     out.temporary = resize(NULL, size, 1);
-    snprintf(out.temporary, size, "%s.XXXXXX", out.real);
+    snprintf(out.temporary, size, "%s%s", real ? real : path, suffix);
+    free(real);
     out.fd = mkstemp(out.temporary);
+    if (out.fd < 0) free(out.temporary);
     if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
     fchmod(out.fd, exists ? st.st_mode & 0777 : 0666 & ~mask);
     unfinished_file = out.temporary;
@@ -2734,11 +2737,13 @@ static void close_output(Output *out) {
     if (!out->path) return;
     int failed = out->temporary ? fsync(out->fd) : 0;
     failed |= close(out->fd);
-    if (failed || (out->temporary && rename(out->temporary, out->real)))
-        die("cannot write %s: %s", out->path, strerror(errno));
+    char *real = out->temporary;
+    if (real) real = strndup(real, strlen(real) + 1 - sizeof suffix);
+    failed |= real && rename(out->temporary, real);
+    free(real);
+    if (failed) die("cannot write %s: %s", out->path, strerror(errno));
     unfinished_file = NULL;
     free(out->temporary);
-    free(out->real);
 }
 
 // Writes text as it comes, but holds an unfinished character at its end back until the rest is
@@ -2925,8 +2930,6 @@ static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t)
         s.rng = mix64((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
         s.rng += !s.rng;
     }
-    s.p = resize(NULL, (size_t)s.vocab_size, sizeof *s.p);
-    s.candidates = resize(NULL, (size_t)s.vocab_size, sizeof *s.candidates);
     return s;
 }
 
@@ -3142,9 +3145,9 @@ static void save_session(Session *s, const Cache *kv, const int *ids, int n_ids,
     s->written = n_ids;
     s->now = (SessionState){s->now.number + 1, n_ids, n_done, keep, s->now.area, rng, 0};
     seal_state(&s->now);
-    atomic_thread_fence(memory_order_seq_cst);
+    atomic_signal_fence(memory_order_seq_cst);  // the compiler must keep the order
     ((SessionHeader *)(void *)s->map)->states[s->now.number & 1] = s->now;
-    atomic_thread_fence(memory_order_seq_cst);
+    atomic_signal_fence(memory_order_seq_cst);  // the compiler must keep the order
 }
 
 static void close_session(Session *s, Cache *kv) {
@@ -3256,7 +3259,8 @@ static Text find_question(Text text, const char **before, const char **after) {
     for (; first < equals; first++) {
         int n_operators = 0;
         char c = first ? text.s[first - 1] : ' ';
-        if (text.s[first] == ' ' || (c >= '0' && c <= '9') || c == '.') continue;
+        bool inside = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+        if (text.s[first] == ' ' || inside || c == '.') continue;  // part of a word or number
         const char *stop = read_expression(text.s + first, &n_operators);
         if (stop == text.s + equals && n_operators)
             return (Text){text.s + first, equals - first};
@@ -3433,8 +3437,6 @@ static void propose(Machine *w, Decoder *d) {
 
 // Learns from a step that took so many seconds, in which `accepted` guesses were right.
 static void learn(Draft *f, int proposed, int accepted, double time) {
-    f->steps++;
-    f->accepted += accepted;
     if (proposed == 0) {
         f->plain += f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
         if (f->more == 0) f->more = 0.3 * time;
@@ -3574,6 +3576,8 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
         }
         live = false;
         for (int i = 0; i < n; i++) d[i].logits = NULL, live |= is_live(&d[i]);
+        w->draft.steps++;
+        w->draft.accepted += d->done - guessed_from;
         if (w->draft.on && n == 1 && usual)
             learn(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start);
         if (w->draft.done > d->done) w->draft.done = d->done;
@@ -3590,8 +3594,8 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
     if (theirs) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
     new_cache(&w->kv, m, w->ctx, 0, 0);
     size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
-    w->p = reserve(vocab * sizeof *w->p, "the sampler");
-    w->candidates = reserve(vocab * sizeof *w->candidates, "the sampler");
+    d->s.p = w->p = reserve(vocab * sizeof *w->p, "the sampler");
+    d->s.candidates = w->candidates = reserve(vocab * sizeof *w->candidates, "the sampler");
     if (o->session) {
         open_session(&w->session, o->session, &w->kv);
         const SessionState *s = &w->session.now;
@@ -3836,8 +3840,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
 static void save_conversation(Machine *w, const Decoder *d, const char *path) {
     SessionHeader h = session_header(&w->kv);
     size_t cache_at = session_cache_at(w->ctx), kv_bytes = session_size(&w->kv, d->done) - cache_at;
-    uint8_t *head = resize(NULL, cache_at, 1);
-    memset(head, 0, cache_at);
+    uint8_t *head = reserve(cache_at, path);
     h.states[1] = (SessionState){1, (int)d->ids.n, d->done, d->keep, 0, d->s.rng, 0};
     seal_state(&h.states[1]);
     memcpy(head, &h, sizeof h);
@@ -3846,7 +3849,7 @@ static void save_conversation(Machine *w, const Decoder *d, const char *path) {
     write_output(&file, head, cache_at);
     write_output(&file, w->kv.data, kv_bytes);
     close_output(&file);
-    free(head);
+    munmap(head, cache_at);
 }
 
 // Takes the conversation of a file in the place of this one.
@@ -3881,7 +3884,9 @@ static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double 
     else if (save || load) {
         if (setjmp(failed)) {
             recovery = NULL;
+            char *file = unfinished_file;
             remove_unfinished();
+            free(file);
             return;
         }
         recovery = &failed;
@@ -4670,6 +4675,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < o.n_others; i++) refuse_overwriting(o.output, o.others[i]);
 
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is an error of write
     signal(SIGBUS, on_bus_error);
     struct sigaction action = {.sa_handler = on_interrupt};  // without SA_RESTART: a read ends
     sigaction(SIGINT, &action, NULL);

@@ -1834,6 +1834,7 @@ typedef struct {
     const char *input;    // what stdin holds; NULL: nothing
     bool closed_pipe;     // stdout is a pipe that nobody reads
     size_t memory;        // limit of its address space; 0: none
+    size_t file_size;     // limit of a file's size; 0: none
     size_t interrupt_at;  // SIGINT when stdout has this many bytes; 0: never
 } How;
 typedef struct { int status, signal; Buffer out, err; char command[300]; } Ran;
@@ -1867,6 +1868,8 @@ static Ran run_program(How how, const char *const *arguments) {
         struct rlimit limit = {how.memory, how.memory}, core = {0, 0};
         setrlimit(RLIMIT_CORE, &core);
         if (how.memory) setrlimit(RLIMIT_AS, &limit);
+        limit = (struct rlimit){how.file_size, how.file_size};
+        if (how.file_size) setrlimit(RLIMIT_FSIZE, &limit);
         signal(SIGPIPE, SIG_DFL);
         alarm(10);
         execv(argv[0], (char *const *)(uintptr_t)argv);
@@ -2564,7 +2567,599 @@ static void test_command_line(void) {
 }
 
 // =================================================================================================
-// 9. Real models, where they are
+// 9. Decoders: samples, speculation, a full context, sessions, tools, chat
+// =================================================================================================
+
+#define GOLDEN 0x9E3779B97F4A7C15u
+
+// Continues `prompt` by `steps` tokens by hand: a fresh cache for every token that follows a cut.
+// The model's greedy choice; a full context keeps `keep` tokens and the newest half.
+static Ids by_hand(const Model *m, const Tokenizer *t, const char *prompt, int ctx, int keep,
+                   int steps, uint64_t *receipt) {
+    Ids ids = ids_of(t, prompt, strlen(prompt), NULL, true);
+    uint64_t sum = 0, words = 0;
+    size_t vocab = (size_t)m->c.vocab_size;
+    Cache kv;
+    int done = 0;
+    new_cache(&kv, m, ctx, 0, 0);
+    for (int i = 0; i < steps; i++) {
+        if ((int)ids.n > ctx) {
+            int half = ctx / 2, from = (int)ids.n - half;
+            if (keep > ctx - half - 1) keep = ctx - half - 1;
+            for (int j = 0; j < half; j++) ids.ids[keep + j] = ids.ids[from + j];
+            ids.n = (size_t)(keep + half);
+            free_cache(&kv);
+            new_cache(&kv, m, ctx, 0, 0);
+            done = 0;
+        }
+        const float *logits = prefill(m, &kv, 0, ids.ids, done, (int)ids.n);
+        done = (int)ids.n;
+        sum += hash_words(logits, vocab * 4, words), words += (vocab + 1) / 2;
+        push(&ids, argmax(logits, m->c.vocab_size));
+    }
+    free_cache(&kv);
+    *receipt = mix64(sum + words);
+    return ids;
+}
+
+static void test_full_context(void) {
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, in_folder("endless.bin"));
+    find_tokenizer(&t, NULL, &m);
+    static const int contexts[] = {5, 6, 7, 16, 33, 40, 64};
+    for (size_t i = 0; i < sizeof contexts / sizeof *contexts; i++) {
+        Options o = {.prompt = "abc d", .steps = 150, .context = contexts[i], .threads = 1,
+                     .temperature_given = true, .repeat_penalty = 1, .receipt = true,
+                     .quiet = true};
+        uint64_t receipt;
+        Ids expected = by_hand(&m, &t, o.prompt, contexts[i], 4, 150, &receipt);
+        Output out = {.fd = -1};
+        Machine w;
+        Decoder d;
+        open_machine(&w, &d, &o, &m, &t, &out);
+        encode(&t, (Text){o.prompt, 5}, NULL, true, &d.ids);
+        d.keep = 4;
+        d.budget = 150;
+        run_decoders(&w, &d, 1);
+        CHECK(equal_ids(&d.ids, expected.ids, expected.n) &&
+                  mix64(d.receipt + d.words) == receipt && w.shifts > 0,
+              "with a context of %d, the text beyond it is that of fresh runs on the kept tokens",
+              contexts[i]);
+        close_machine(&w, &d);
+        free(expected.ids);
+        free(out.memory);
+    }
+    free_tokenizer(&t);
+    free_model(&m);
+}
+
+// The same command with other options must print the same bytes.
+static void same_text(const Ran *expected, Ran r, const char *what) {
+    CHECK(r.status == 0 && r.out.n == expected->out.n &&
+              !memcmp(r.out.p, expected->out.p, r.out.n),
+          "%s: the same text:%s status %d, %zu of %zu bytes, %.200s", what, r.command, r.status,
+          r.out.n, expected->out.n, r.err.p);
+    free_ran(&r);
+}
+
+static void test_samples(const char *endless) {
+    static const char *const settings[][3] = {{"1", "0.9", "0"}, {"0.7", "1", "0"}, {"1", "1", "40"},
+                                              {"0", "0.9", "40"}};
+    for (int s = 0; s < 4; s++) {
+        const char *t = settings[s][0], *p = settings[s][1], *c = settings[s][2];
+        Ran all = RUN(endless, "-i", "abc", "-n", "70", "-s", "77", "-t", t, "-p", p, "-c", c, "-k",
+                      "5", "-j", "2", "--receipt");
+        size_t at = 0, best_at = 0, best_n = 0;
+        double best = -1e9;
+        char *err = (char *)all.err.p;
+        for (int i = 0; i < 5; i++) {
+            char seed[30], receipt[60] = "";
+            snprintf(seed, sizeof seed, "%llu", (unsigned long long)(77 + (uint64_t)i * GOLDEN));
+            Ran one = RUN(endless, "-i", "abc", "-n", "70", "-s", seed, "-t", t, "-p", p, "-c", c,
+                          "-j", "1", "--receipt", "-q");
+            CHECK(one.status == 0 && at + one.out.n <= all.out.n &&
+                      !memcmp(all.out.p + at, one.out.p, one.out.n),
+                  "sample %d is the run with seed %s (temperature %s, context %s)", i, seed, t, c);
+            double likely = 0;
+            char *header = strstr(err, "sample "), *mean = header ? strstr(header, "ity ") : NULL;
+            CHECK(header && mean && strstr(header, seed) && sscanf(mean, "ity %lf", &likely) == 1,
+                  "its header names its seed and likelihood: %.100s", err);
+            char *line = strstr(err, "receipt: ");
+            if (line) snprintf(receipt, sizeof receipt, "%.26s", line);
+            CHECK(line && !strcmp(receipt, (char *)one.err.p), "and it has the same receipt: %s %s",
+                  receipt, one.err.p);
+            err = line ? line + 9 : err;
+            if (likely > best) best = likely, best_at = at, best_n = one.out.n;
+            at += one.out.n;
+            free_ran(&one);
+        }
+        CHECK(at == all.out.n, "and nothing else is printed");
+        Ran b = RUN(endless, "-i", "abc", "-n", "70", "-s", "77", "-t", t, "-p", p, "-c", c, "-k",
+                    "5", "-b");
+        CHECK(b.out.n == best_n && !memcmp(b.out.p, all.out.p + best_at, best_n),
+              "-b prints the likeliest");
+        free_ran(&b), free_ran(&all);
+    }
+    Ran many = RUN(endless, "-i", "abc", "-n", "3", "-s", "1", "-k", "256", "-q");
+    CHECK(many.status == 0 && lines(&many.out) >= 256, "256 samples at once");
+    free_ran(&many);
+    Ran tiny = RUN(in_folder("tiny.bin"), "-i", "ab", "-n", "40", "-s", "5", "-k", "2", "-q");
+    Ran one = RUN(in_folder("tiny.bin"), "-i", "ab", "-n", "40", "-s", "5", "-q");
+    CHECK(one.out.n <= tiny.out.n && !memcmp(one.out.p, tiny.out.p, one.out.n),
+          "samples may end at different times");
+    free_ran(&tiny), free_ran(&one);
+}
+
+static void test_speculation(const char *endless) {
+    Vocabulary *v = tiny_vocabulary();  // another model with the same tokenizer
+    v->n_stops = 0, v->stops.n = 0;
+    Shape s = family(LLAMA, Q4);
+    s.vocab = 278, s.layers = 1, s.seq_len = 60;
+    Made m = make_weights(&s);
+    Buffer b = version_3(&m), t = tokenizer_file(v);
+    const char *other = save("other.bin", b.p, b.n);
+    save("other.tok", t.p, t.n);
+    static const char *const settings[][3] = {{"0", "1", "0"}, {"1", "0.9", "0"}, {"0.5", "1", "0"},
+                                              {"0", "1", "40"}, {"1", "1", "40"}};
+    for (int i = 0; i < 5; i++) {
+        const char *temp = settings[i][0], *p = settings[i][1], *c = settings[i][2];
+#define SPEAK(...) RUN(endless, "-i", "abc abc abc", "-n", "150", "-s", "9", "-t", temp, "-p", p,  \
+                       "-c", c, "--receipt", __VA_ARGS__)
+        Ran plain = SPEAK("-q"), same = SPEAK("-d", endless);
+        char *found = strstr((char *)same.err.p, "proposed, ");
+        int accepted = 0, proposed = 0;
+        CHECK(found && sscanf(found, "proposed, %d", &accepted) == 1 && accepted > 5,
+              "a model accepts its own drafts: %s", same.err.p);
+        found = strstr((char *)same.err.p, "speculation: ");
+        CHECK(found && sscanf(found, "speculation: %d", &proposed) == 1 && accepted == proposed,
+              "all of them: %s", same.err.p);
+        same_text(&plain, same, "drafted by itself");
+        same_text(&plain, SPEAK("-q", "-d", other), "drafted by another model");
+        same_text(&plain, SPEAK("-q", "-d", "lookup"), "drafted by lookup");
+        Ran r = SPEAK("-q", "-d", "lookup", "-j", "3");
+        CHECK(!strcmp((char *)r.err.p, (char *)plain.err.p), "with the same receipt");
+        free_ran(&r), free_ran(&plain);
+#undef SPEAK
+    }
+    refused(RUN(endless, "-i", "a", "-d", in_folder("nothing.bin")), 1, "a missing draft model");
+    set32(b.p + 28, 277), seal(&b);
+    refused(RUN(endless, "-i", "a", "-d", save("other.bin", b.p, b.n)), 1, "a damaged draft model");
+    free(b.p), free(t.p), free_made(&m), free_vocabulary(v);
+
+    Decoder d = {0};
+    int text[] = {1, 2, 3, 4, 5, 9, 1, 2, 3}, guess[20];
+    for (int i = 0; i < 9; i++) push(&d.ids, text[i]);
+    CHECK(look_up(&d, guess, 8) == 8 && guess[0] == 4 && guess[1] == 5 && guess[2] == 9 &&
+              guess[5] == 3 && guess[6] == 4, "lookup finds what followed the last tokens before");
+    d.ids.n = 8;
+    d.ids.ids[7] = 7;
+    CHECK(look_up(&d, guess, 8) == 0, "and guesses nothing without such a place");
+    free(d.ids.ids);
+}
+
+// Appends what r printed, without the newline at its end.
+static void add_printed(Buffer *all, Ran r) {
+    CHECK(r.status == 0 && r.out.n > 0, "a session goes on:%s status %d, %.200s", r.command,
+          r.status, r.err.p);
+    if (r.out.n) put(all, r.out.p, r.out.n - 1);
+    free_ran(&r);
+}
+
+static void test_sessions(const char *endless) {
+    static const char *const settings[][2] = {{"0", "999"}, {"0", "40"}, {"0.8", "999"},
+                                              {"1", "50"}};
+    for (int i = 0; i < 4; i++) {
+        const char *t = settings[i][0], *c = settings[i][1], *kv = in_folder("session");
+        for (int draft = 0; draft < 2; draft++) {
+            unlink(kv);
+            Ran whole = RUN(endless, "-i", "abc", "-n", "100", "-s", "4", "-t", t, "-c", c, "-q");
+            Buffer all = {0};
+            const char *d = draft ? "-d" : "-q", *l = draft ? "lookup" : "-q";
+            add_printed(&all, RUN(endless, "-S", kv, "-i", "abc", "-n", "1", "-s", "4", "-t", t,
+                                  "-c", c, "-q", d, l));
+            add_printed(&all, RUN(endless, "-S", kv, "-n", "60", "-t", t, "-q", d, l));
+            add_printed(&all, RUN(endless, "-S", kv, "-n", "7", "-t", t, "-c", c, "-q", d, l));
+            add_printed(&all, RUN(endless, "-S", kv, "-n", "32", "-t", t, "-q", d, l));
+            CHECK(all.n == whole.out.n - 1 && !memcmp(all.p, whole.out.p, all.n),
+                  "four runs on a session write what one run does (temperature %s, context %s): "
+                  "%zu of %zu bytes", t, c, all.n, whole.out.n);
+            free(all.p), free_ran(&whole);
+        }
+    }
+    const char *kv = in_folder("session");
+    unlink(kv);
+    Ran whole = RUN(endless, "-m", "logits", "-i", "1 2 3 4 5 6 7");
+    Buffer all = {0};
+    Ran rest = RUN(endless, "-m", "logits", "-S", kv, "-i", "1 2 3", "-c", "2000");
+    put(&all, rest.out.p, rest.out.n);
+    free_ran(&rest);
+    rest = RUN(endless, "-m", "logits", "-S", kv, "-i", "4 5 6 7");
+    CHECK(all.n + rest.out.n == whole.out.n && !memcmp(whole.out.p, all.p, all.n) &&
+              !memcmp(whole.out.p + all.n, rest.out.p, rest.out.n), "logits in two runs are the same");
+    free_ran(&rest), free_ran(&whole), free(all.p);
+
+    Ran r = RUN(endless, "-S", kv, "-k", "3", "-b", "-n", "20", "-s", "3");
+    CHECK(r.status == 0, "samples branch from a session: %s", r.err.p);
+    free_ran(&r);
+    Buffer before = slurp(kv);
+    refused(RUN(in_folder("tiny.bin"), "-S", kv, "-n", "3"), 1, "a session of another model");
+    refused(RUN(endless, "-S", kv, "-n", "3", "-c", "99"), 1, "a session with another context");
+    refused(RUN(endless, "-S", in_folder("tiny.tok"), "-n", "3"), 1, "a file that is no session");
+    refused(RUN(endless, "-S", folder, "-n", "3"), 1, "a folder as a session");
+    refused(RUN(endless, "-S", kv, "-o", kv, "-n", "3"), 2, "a session as the output");
+    int fd = open(kv, O_RDWR);
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    CHECK(fcntl(fd, F_SETLK, &lock) == 0, "a session can be locked");
+    refused(RUN(endless, "-S", kv, "-n", "3"), 1, "a session in use");
+    close(fd);
+    Buffer after = slurp(kv);
+    CHECK(before.n == after.n && !memcmp(before.p, after.p, before.n),
+          "a refused session is left untouched");
+    free(after.p);
+    // Any byte of the header changed: the session is refused and untouched, or it is the state that
+    // does not count, and the text is the same.
+    Ran right = RUN(endless, "-S", kv, "-n", "5", "-t", "0", "-q");
+    for (size_t i = 0; i < sizeof(SessionHeader); i++) {
+        uint8_t keep = before.p[i];
+        before.p[i] ^= (uint8_t)(1 << i % 8);
+        save("damaged", before.p, before.n);
+        r = RUN(endless, "-S", in_folder("damaged"), "-n", "5", "-t", "0", "-q");
+        after = slurp(in_folder("damaged"));
+        bool untouched = r.status == 1 && one_line(&r) && before.n == after.n &&
+                         !memcmp(before.p, after.p, before.n);
+        CHECK(untouched || (r.status == 0 && i >= 40), "a header with byte %zu changed: %d, %s", i,
+              r.status, r.err.p);
+        before.p[i] = keep;
+        free(after.p), free_ran(&r);
+    }
+    free_ran(&right);
+    for (size_t cut = 1; cut < 30000 && cut < before.n; cut = cut * 3 + 1) {
+        save("damaged", before.p, cut);
+        refused(RUN(endless, "-S", in_folder("damaged"), "-n", "5", "-q"), 1, "a truncated session");
+    }
+    refused(RUN_AS(((How){.file_size = 20000}), endless, "-S", in_folder("new"), "-n", "3", "-q"), 1,
+            "a session on a full disk");
+    free(before.p);
+}
+
+// A session that was killed at any moment holds tokens and their keys and values, all right.
+static void test_kills(const char *endless) {
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, endless);
+    find_tokenizer(&t, NULL, &m);
+    uint64_t receipt;
+    Ids expected = by_hand(&m, &t, "abc", 1 << 14, 3, 3000, &receipt);
+    const char *kv = in_folder("killed");
+    int seen = 0;
+    for (int round = 0; round < 30; round++) {
+        if (round % 10 == 0) unlink(kv);
+        fflush(stdout);
+        pid_t pid = fork();
+        if (pid == 0) {
+            int null = open("/dev/null", O_RDWR);
+            for (int i = 0; i < 3; i++) dup2(null, i);
+            execl(program(), program(), endless, "-S", kv, "-i", round % 10 ? "" : "abc", "-t", "0",
+                  "-n", "290", "-c", "16384", (char *)NULL);
+            _exit(98);
+        }
+        usleep((useconds_t)(2000 + below(40000)));
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+        Ran r = RUN(endless, "-S", kv, "-i", round % 10 ? "" : "", "-n", "1", "-t", "0", "-q");
+        // Killed before the prompt was computed, it may be empty, and starts another text.
+        Buffer file = slurp(kv);
+        Cache cache;
+        new_cache(&cache, &m, 1 << 14, 0, 0);
+        SessionHeader h;
+        SessionState s;
+        const char *wrong = check_session(file.p, file.n, &cache, false, &h, &s);
+        CHECK(r.status == 0 && !wrong, "a killed session opens: %s %s", r.err.p, wrong ? wrong : "");
+        free_ran(&r);
+        const int *ids = wrong ? NULL : session_ids(file.p, h.ctx, s.area);
+        bool begun = !wrong && s.n_ids > 3 && !memcmp(ids, expected.ids, 3 * sizeof(int));
+        if (begun) {
+            seen++;
+            CHECK((size_t)s.n_ids <= expected.n &&
+                      !memcmp(ids, expected.ids, (size_t)s.n_ids * sizeof(int)),
+                  "its %d tokens are those of an undisturbed run", s.n_ids);
+            prefill(&m, &cache, 0, ids, 0, s.n_done);
+            bool equal = true;
+            for (int pos = 0; pos < s.n_done; pos++)
+                for (int l = 0; l < m.c.n_layers; l++)
+                    for (int head = 0; head < m.c.n_kv_heads; head++) {
+                        int at;
+                        const uint8_t *mine = cache_chunk(&cache, 0, pos, l, head, &at);
+                        const uint8_t *theirs =
+                            file.p + session_cache_at(h.ctx) + (mine - cache.data);
+                        for (int d = 0; d < m.c.head_dim; d++) {
+                            size_t k = key_at(&cache, at) + 16 * (size_t)d;
+                            size_t v = value_at(&cache, at) + (size_t)d;
+                            equal &= cache_get(&cache, mine, k) == cache_get(&cache, theirs, k) &&
+                                     cache_get(&cache, mine + cache.k_bytes, v) ==
+                                         cache_get(&cache, theirs + cache.k_bytes, v);
+                        }
+                    }
+            CHECK(equal, "and so are their keys and values");
+        } else if (round % 10 == 0 || s.n_ids <= 3) unlink(kv);
+        if (!begun) round += 9 - round % 10;
+        free(file.p);
+        free_cache(&cache);
+    }
+    CHECK(seen > 3, "sessions were killed while they were written");
+    free(expected.ids);
+    free_tokenizer(&t);
+    free_model(&m);
+}
+
+static void test_tools(const char *endless) {
+    static const struct { const char *text, *question, *before; } cases[] = {
+        {"1234*4321=", "1234*4321", ""}, {"so 12 + 30 =", "12 + 30 ", " "}, {"1+1= ", "1+1", ""},
+        {"x\n(1+2)*3=", "(1+2)*3", ""}, {"1) 3+4=", "3+4", ""}, {"2*-3=", "2*-3", ""},
+        {"1.5*2=", "1.5*2", ""}, {"2^10%7=", "2^10%7", ""}, {"5=", "", ""}, {"x=", "", ""},
+        {"=", "", ""}, {"", "", ""}, {"1+1", "", ""}, {"1+1=2", "", ""}, {"1+=", "", ""},
+        {"(1+1=", "1+1", ""}, {"1..2+1=", "", ""}, {"1+1\n=", "", ""}, {"a1+1=", "", ""},
+        {"1+1==", "", ""}, {"$3+4=", "3+4", ""}, {"((((=", "", ""}, {"-1-1=", "-1-1", ""},
+        {"say <tool_call>{\"a\": 1}</tool_call>", "{\"a\": 1}", "\n<tool_response>\n"},
+        {"{}</tool_call>", "", ""}, {"<tool_call>{}</tool_call> ", "", ""},
+        {"<tool_call>a<tool_call>b</tool_call>", "b", "\n<tool_response>\n"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *before, *after;
+        Text q = find_question((Text){cases[i].text, strlen(cases[i].text)}, &before, &after);
+        CHECK(q.len == strlen(cases[i].question) && !memcmp(q.s, cases[i].question, q.len) &&
+                  (!q.len || !strcmp(before, cases[i].before)),
+              "\"%s\" asks \"%s\", not \"%.*s\"", cases[i].text, cases[i].question, (int)q.len, q.s);
+    }
+    Ran r = RUN(endless, "-T", "sed 's/.*/<&>/'", "-i", "12*34=", "-n", "5", "-t", "0", "-q");
+    CHECK(r.status == 0 && !strncmp((char *)r.out.p, "12*34=<12*34>", 13),
+          "a tool's answer goes on the text: %.40s", r.out.p);
+    Ran same = RUN(endless, "-i", "12*34=<12*34>", "-n", "5", "-t", "0", "-q");
+    same_text(&same, r, "the model goes on from the answer");
+    free_ran(&same);
+    Ran alone = RUN(endless, "-i", "12*34=", "-n", "9", "-t", "0", "-q");
+    static const char *const bad[] = {"exit 3", "true", "cat >/dev/null", "sleep 30", "/nonexistent",
+                                      "yes", "kill -9 $$", "echo; exec >&-; sleep 30"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        double start = seconds();
+        r = RUN(endless, "-T", bad[i], "-i", "12*34=", "-n", "9", "-t", "0", "-q");
+        CHECK(strstr((char *)r.err.p, "run: the tool ") && seconds() - start < 9,
+              "a bad tool is reported: %s: %s", bad[i], r.err.p);
+        same_text(&alone, r, bad[i]);
+    }
+    free_ran(&alone);
+    r = RUN(endless, "-T", "echo '$(touch x); `ls`'", "-i", "1+1=", "-n", "1", "-t", "0", "-q");
+    CHECK(!strncmp((char *)r.out.p, "1+1=$(touch x); `ls`", 20), "an answer is only text: %s", r.out.p);
+    free_ran(&r);
+
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, endless);
+    find_tokenizer(&t, NULL, &m);
+    Options o = {.prompt = "", .steps = 5, .threads = 1, .context = 500, .tool = "echo '<s> 7'", .quiet = true};
+    Output out = {.fd = -1};
+    Machine w;
+    Decoder d;
+    open_machine(&w, &d, &o, &m, &t, &out);
+    watch(&w, &d, (Text){"1+1=", 4});
+    for (size_t i = 0; i < d.ids.n; i++)
+        CHECK(d.ids.ids[i] != t.h.bos, "special tokens are not recognised in what a tool prints");
+    CHECK(d.ids.n > 3 && out.n == 5 && !memcmp(out.memory, "<s> 7", 5), "its answer is shown");
+    w.chatting = true;
+    watch(&w, &d, (Text){"<tool_call>{}</tool_call>", 25});
+    CHECK(d.ids.ids[d.ids.n - 1] == 277, "in a chat the answer to a <tool_call> is a turn");
+    close_machine(&w, &d);
+    free(out.memory);
+    free_tokenizer(&t);
+    free_model(&m);
+}
+
+static Ran talk(const char *model, const char *input, const char *extra, const char *value) {
+    return RUN_AS(((How){.input = input}), model, "-m", "chat", "-n", "12", "-t", "0", "-q", "-c",
+                  "999", extra, value);
+}
+static void test_chat(const char *endless) {
+    Ran one = talk(endless, "abc\n", "-s", "1");
+    Ran direct = RUN(endless, "-i", "<s>abc<|end|>", "-n", "12", "-t", "0", "-q");
+    size_t skip_n = strlen("<s>abc<|end|>");
+    CHECK(one.status == 0 && one.out.n > 1 && one.out.n == direct.out.n - skip_n &&
+              !memcmp(one.out.p, direct.out.p + skip_n, one.out.n),
+          "a reply is what follows the rendered turn: %s", one.err.p);
+    free_ran(&direct);
+    direct = RUN(endless, "-i", "<s>system be<|end|><s>abc<|end|>", "-n", "12", "-t", "0", "-q");
+    Ran r = talk(endless, "abc\n", "-y", "be");
+    skip_n = strlen("<s>system be<|end|><s>abc<|end|>");
+    CHECK(r.out.n == direct.out.n - skip_n && !memcmp(r.out.p, direct.out.p + skip_n, r.out.n),
+          "-y is its system turn");
+    free_ran(&r), free_ran(&direct);
+    Ran two = talk(endless, "abc\ndef\n", "-s", "1");
+    CHECK(two.out.n > one.out.n && !memcmp(two.out.p, one.out.p, one.out.n), "a second turn follows");
+    same_text(&two, talk(endless, "abc\r\n\ndef", "-s", "1"), "empty lines and a missing newline");
+    same_text(&two, talk(endless, "def\n", "-i", "abc"), "-i is the first turn");
+    Buffer expected = {0};
+    Ran other = talk(endless, "abc\nddd\n", "-s", "1");
+    put(&expected, other.out.p, other.out.n);
+    put(&expected, two.out.p + one.out.n, two.out.n - one.out.n);
+    r = talk(endless, "abc\nddd\n/undo\ndef\n", "-s", "1");
+    CHECK(r.out.n == expected.n && !memcmp(r.out.p, expected.p, r.out.n),
+          "/undo takes a turn back: %s", r.err.p);
+    free_ran(&r);
+    r = talk(endless, "ddd\n/clear\nabc\ndef\n", "-s", "1");
+    CHECK(r.out.n > two.out.n && !memcmp(r.out.p + r.out.n - two.out.n, two.out.p, two.out.n),
+          "/clear begins anew");
+    free_ran(&r);
+    char input[1000];
+    unlink(in_folder("saved"));
+    snprintf(input, sizeof input, "abc\n/save %.300s\nddd\n/load %.300s\ndef\n",
+             in_folder("saved"), in_folder("saved"));
+    r = talk(endless, input, "-s", "1");
+    CHECK(r.out.n == expected.n && !memcmp(r.out.p, expected.p, r.out.n),
+          "/save and /load bring a conversation back: %s", r.err.p);
+    free_ran(&r);
+    r = talk(endless, "def\n", "-S", in_folder("saved"));
+    CHECK(r.out.n == two.out.n - one.out.n && !memcmp(r.out.p, two.out.p + one.out.n, r.out.n),
+          "-S goes on with a saved conversation: %s", r.err.p);
+    free_ran(&r);
+    unlink(in_folder("session"));
+    r = talk(endless, "abc\n", "-S", in_folder("session"));
+    same_text(&one, r, "a chat with a session");
+    r = talk(endless, "def\n", "-S", in_folder("session"));
+    CHECK(r.out.n == two.out.n - one.out.n && !memcmp(r.out.p, two.out.p + one.out.n, r.out.n),
+          "a chat goes on in the next run");
+    free_ran(&r);
+    same_text(&two, talk(endless, "abc\ndef\n", "-d", "lookup"), "speculation in a chat");
+    r = talk(endless, "abc\n/load /nowhere\n/save /nowhere/x\n/help\n/bad\ndef\n", "-s", "1");
+    CHECK(strstr((char *)r.err.p, "run: cannot open /nowhere") && strstr((char *)r.err.p, "Ctrl-D") &&
+          strstr((char *)r.err.p, "run: cannot write /nowhere/x"), "wrong commands are answered: %s",
+          r.err.p);
+    same_text(&two, r, "and the chat goes on");
+    r = RUN_AS(((How){.input = "abc\ndef\n"}), endless, "-m", "chat", "-n", "12", "-s", "5", "-k",
+               "4", "-b", "-q");
+    CHECK(r.status == 0 && lines(&r.out) >= 2, "best of four in a chat: %s", r.err.p);
+    free_ran(&r);
+    r = talk(endless, "abc\ndef\nabc\ndef\nabc\ndef\nabc\ndef\n", "-c", "40");
+    CHECK(r.status == 0 && !memcmp(r.out.p, two.out.p, one.out.n), "a chat beyond its context: %s",
+          r.err.p);
+    free_ran(&r);
+    char *longest = get(200002, 1);
+    memset(longest, 'a', 200000);
+    longest[200000] = '\n';
+    r = talk(endless, longest, "-c", "1000");
+    CHECK(r.status == 0 && r.out.n == 0 && one_line(&r), "a turn that cannot fit is left out: %s",
+          r.err.p);
+    free(longest), free_ran(&r);
+    free_ran(&one), free_ran(&two), free_ran(&other), free(expected.p);
+    refused(RUN(in_folder("plain.bin"), "-m", "chat", "-i", "a"), 1, "chat without a chat format");
+}
+
+// What a text becomes on its way to stdout, in pieces of random lengths.
+static void shows(const char *text, bool terminal, bool keep, const char *expected) {
+    Options o = {.think = keep};
+    for (int round = 0; round < 20; round++) {
+        Output out = {.fd = -1, .terminal = terminal};
+        start_thoughts(&out, &o, true, (Text){"", 0});
+        for (size_t i = 0, n, len = strlen(text); i < len; i += n) {
+            n = 1 + (size_t)below(round ? 9 : 1);
+            if (n > len - i) n = len - i;
+            show(&out, (Text){text + i, n});
+        }
+        end_text(&out);
+        CHECK(out.n == strlen(expected) && !memcmp(out.memory, expected, out.n),
+              "\"%s\" is shown as \"%s\", not \"%.*s\"", text, expected, (int)out.n, out.memory);
+        free(out.memory);
+    }
+}
+static void test_display(void) {
+    const char *text = "a<think>b <i>c</think>d</think><thi";
+    shows(text, false, false, "ad</think><thi\n");
+    shows(text, false, true, "a<think>b <i>c</think>d</think><thi\n");
+    shows(text, true, false, "a\033[2m<think>b <i>c</think>\033[0md</think><thi\n");
+    shows("<<think>x", false, false, "<\n");
+    shows("x<think>", true, false, "x\033[2m<think>\033[0m\n");
+    shows("\033[31mred\033[0m\a\r\n\t\x7f", true, false, "^[[31mred^[[0m^G^M\n\t^?\n");
+    shows("\033[31mred", false, false, "\033[31mred\n");
+    shows("\xc2\x9b""1m \xc3\x9b \xe2\x82\xac", true, false, "\xc2\xa0""1m \xc3\x9b \xe2\x82\xac\n");
+    shows("caf\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f", false, false,
+          "caf\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f\n");
+    Options o = {0};
+    Output out = {.fd = -1};
+    start_thoughts(&out, &o, true, (Text){"x</think><think>\n", 17});
+    show(&out, (Text){"thought</think>said", 19});
+    end_text(&out);
+    CHECK(out.n == 5 && !memcmp(out.memory, "said\n", 5), "a prompt may open a thought");
+    free(out.memory);
+}
+
+static void test_ensemble(const char *endless) {
+    const char *tiny = in_folder("tiny.bin");
+    Ran first = RUN(endless, "-i", "abc", "-n", "20", "-s", "2", "-q");
+    Ran second = RUN(tiny, "-i", "abc", "-n", "20", "-s", "2", "-q");
+    Ran r = RUN(endless, "-i", "abc", "-n", "20", "-s", "2", "-e", tiny, "-e", in_folder("nothing"));
+    CHECK(r.status == 0 && ((r.out.n == first.out.n && !memcmp(r.out.p, first.out.p, r.out.n)) ||
+                            (r.out.n == second.out.n && !memcmp(r.out.p, second.out.p, r.out.n))),
+          "an ensemble prints one of the models' own answers: %s", r.err.p);
+    CHECK(strstr((char *)r.err.p, "does not take part"), "and says which model it cannot load");
+    Model m[2];
+    Tokenizer t[2] = {0};
+    double mean[2] = {0}, said[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        load_model(&m[i], i ? tiny : endless);
+        find_tokenizer(&t[i], NULL, &m[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        const Ran *a = i ? &second : &first;
+        for (int j = 0; j < 2; j++) {  // the sum of -log2 p over the answer's tokens
+            Ids ids = ids_of(&t[j], "abc", 3, NULL, true);
+            int from = (int)ids.n;
+            encode(&t[j], (Text){(char *)a->out.p + 3, a->out.n - 4}, NULL, false, &ids);
+            Cache kv;
+            new_cache(&kv, &m[j], (int)ids.n, 0, 0);
+            double bits = 0;
+            for (int k = 0; k + 1 < (int)ids.n; k++) {
+                const float *l = prefill(&m[j], &kv, 0, ids.ids, k, k + 1);
+                double sum = 0;
+                for (int v = 0; v < m[j].c.vocab_size; v++) sum += exp((double)l[v]);
+                if (k + 1 >= from) bits += (log(sum) - (double)l[ids.ids[k + 1]]) / log(2);
+            }
+            mean[i] += bits / (double)(a->out.n - 4) / 2;
+            free_cache(&kv);
+            free(ids.ids);
+        }
+    }
+    char *at = (char *)r.err.p;
+    for (int i = 0; i < 2; i++) {
+        at = strstr(at, "byte, mean ");
+        CHECK(at && sscanf(at, "byte, mean %lf", &said[i]) == 1 && fabs(said[i] - mean[i]) < 1e-3,
+              "answer %d has %.4f bits per byte on average, not %.4f", i, mean[i], said[i]);
+        at += at != NULL;
+    }
+    const Ran *best = mean[0] <= mean[1] ? &first : &second;
+    CHECK(r.out.n == best->out.n, "the answer with the lowest average is printed");
+    for (int i = 0; i < 2; i++) free_tokenizer(&t[i]), free_model(&m[i]);
+    free_ran(&r), free_ran(&first), free_ran(&second);
+}
+
+static void test_combinations(const char *endless) {
+    static const char *const wrong[][6] = {
+        {"-b"}, {"-k", "2", "-e", "x"}, {"-k", "2", "-d", "lookup"}, {"-e", "x", "-S", "y"},
+        {"-e", "x", "-d", "lookup"}, {"-k", "0"}, {"-k", "257"}, {"-y", "x"}, {"-m", "eval", "-k", "2"},
+        {"-m", "chat", "-k", "2"}, {"-m", "chat", "-e", "x"}, {"-m", "logits", "-d", "lookup"},
+        {"-m", "bench", "-S", "x"}, {"-m", "check", "-T", "x"}, {"-m", "tokenize", "--think"},
+        {"-m", "logits", "--receipt"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        const char *argv[10] = {endless};
+        int n = 1;
+        for (int j = 0; j < 6 && wrong[i][j]; j++) argv[n++] = wrong[i][j];
+        refused(run_program((How){0}, argv), 2, "a combination that means nothing");
+    }
+}
+
+static void test_decoders(void) {
+    if (no_program()) return;
+    Buffer b = save_tiny();
+    free(b.p);
+    save_endless();
+    const char *endless = in_folder("endless.bin");
+    Vocabulary *v = tiny_vocabulary();
+    v->chat.n = 0, v->n_chat = 0;
+    for (int i = 0; i < 10; i++) chat_piece(v, "");
+    Buffer t = tokenizer_file(v), model = slurp(endless);
+    save("plain.bin", model.p, model.n), save("plain.tok", t.p, t.n);
+    free(t.p), free(model.p), free_vocabulary(v);
+    test_display();
+    test_full_context();
+    test_samples(endless);
+    test_speculation(endless);
+    test_sessions(endless);
+    test_kills(endless);
+    test_tools(endless);
+    test_chat(endless);
+    test_ensemble(endless);
+    test_combinations(endless);
+}
+
+// =================================================================================================
+// 10. Real models, where they are
 // =================================================================================================
 
 static const char sample_text[] =
@@ -2728,6 +3323,7 @@ int main(int argc, char **argv) {
         {"attention", test_attention}, {"forward", test_forward},
         {"same-bytes", test_one_hash}, {"sampler", test_sampler},
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
+        {"decoders", test_decoders},
         {"models", test_models}};
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!mkdtemp(folder)) perror(folder), exit(1);
