@@ -71,6 +71,21 @@ test-debug: debug test_all.c
 		-o test-debug-all test_all.c -lm
 	RUN=./run-debug ./test-debug-all
 
+# Feeds random inputs to everything that reads files or text (clang's libFuzzer), SECONDS for each target.
+SECONDS ?= 20
+FUZZ_TARGETS = checkpoint tokenizer encode session chat command
+fuzz: test_all.c run.c
+	clang -O1 -g $(MACHINE) $(EXACT) -w -DFUZZ -fsanitize=fuzzer,address,undefined \
+		-fno-sanitize-recover=undefined -o test-fuzz test_all.c -lm
+	@root=$$PWD; failed=0; passed=0; for t in $(FUZZ_TARGETS); do \
+		mkdir -p test-corpus/$$t; export ASAN_OPTIONS=detect_leaks=0 FUZZ=$$t FUZZ_TOKENIZER=$$root/tokenizer.bin; \
+		FUZZ_SEEDS=$$root/test-corpus/$$t $$root/test-fuzz >/dev/null 2>&1; \
+		if $$root/test-fuzz -fork=1 -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096 -max_len=65536 \
+			-artifact_prefix=$$root/test-found-$$t- $$root/test-corpus/$$t >test-fuzz.log 2>&1; \
+		then passed=$$((passed + 1)); else failed=$$((failed + 1)); grep -aE 'ERROR|SUMMARY|Test unit' test-fuzz.log; fi; \
+		echo "$$t: $$(grep -E '^#[0-9]+' test-fuzz.log | tail -n 1)"; rm -rf /tmp/fuzz.??????; \
+	done; echo "$$passed passed, $$failed failed"; [ $$failed = 0 ]
+
 # Part 1 alone, without SIMD and threads: the same bytes, only slower.
 plain: run.c
 	$(CC) $(CFLAGS) $(EXACT) -DPLAIN -o run-plain run.c -lm
@@ -101,4 +116,4 @@ help:
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-isa test-cross test-debug plain debug bench install clean help
+.PHONY: demo test test-isa test-cross test-debug fuzz plain debug bench install clean help

@@ -1130,15 +1130,15 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
         s->logits = resize(s->logits, wanted * vocab, sizeof(float));
         s->logits_capacity = wanted;
     }
-    float *logits = s->logits;
+    size_t done = 0;
     for (int i = 0; i < n; i += MAX_BATCH) {
         Pass f = {.m = m,
                   .kv = kv,
                   .s = s,
                   .batch = batch + i,
                   .n = n - i < MAX_BATCH ? n - i : MAX_BATCH};
-        forward_batch(&f, logits);
-        for (int j = 0; j < f.n; j++) logits += batch[i + j].want_logits ? vocab : 0;
+        forward_batch(&f, wanted ? s->logits + done * vocab : NULL);
+        for (int j = 0; j < f.n; j++) done += batch[i + j].want_logits;
     }
     return s->logits;
 }

@@ -8,9 +8,25 @@
  * and tokenizers are made here, small and from fixed random numbers, in a temporary folder. What
  * needs ./run (RUN names another), model.bin, ../shared or MODELS=folder says so without it.
  */
-#define TESTING
 #pragma GCC diagnostic ignored "-Wunused-function"
+#ifdef FUZZ  // with run.c's main, whose exits come back to the fuzzer: see the end of this file
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/mman.h>
+static __attribute__((noreturn)) void fuzz_exit(int status);
+static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, long offset);
+#define exit fuzz_exit
+#define mmap fuzz_mmap
+#define atexit(function) ((void)(function))
+#define main run_main
+#else
+#define TESTING
+#endif
 #include "run.c"
+#undef main
+#undef exit
+#undef mmap
+#undef atexit
 #include <dirent.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -72,6 +88,7 @@ static void *get(size_t n, size_t size) {
 // Bytes that grow.
 typedef struct { uint8_t *p; size_t n, room; } Buffer;
 static void put(Buffer *b, const void *data, size_t n) {
+    if (!n) return;
     if (b->n + n > b->room) {
         b->p = realloc(b->p, b->room = (b->n + n) * 2);
         if (!b->p) abort();
@@ -3317,6 +3334,236 @@ static void too_long(int signal_number) {
     _exit(1);
 }
 
+#ifdef FUZZ
+// =================================================================================================
+// Fuzzing: `make fuzz` builds this file with clang's libFuzzer, and FUZZ=target names what is fed
+// =================================================================================================
+//
+// An input may do anything but crash, hang, leak without bound or break an assertion. What carries
+// a hash is sealed again after each mutation, so that the fuzzer gets behind the hash.
+
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+size_t LLVMFuzzerMutate(uint8_t *data, size_t n, size_t most);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned seed);
+
+static jmp_buf fuzz_end;
+static struct { void *at; size_t n; } mapped[64];  // what an exit leaves mapped
+static int n_mapped, first_fd;
+static const char *target;
+static Model fuzz_model;
+static Tokenizer fuzz_tokenizer, real_tokenizer;
+
+static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, long offset) {
+    void *p = mmap(at, n, protection, flags, fd, offset);
+    if (p != MAP_FAILED && n_mapped < 64) mapped[n_mapped].at = p, mapped[n_mapped++].n = n;
+    return p;
+}
+static void fuzz_exit(int status) {
+    if (status != 0 && status != 1 && status != 2 && status != 130) abort();
+    longjmp(fuzz_end, 1);
+}
+// Runs one input; unmaps and closes what an error left behind.
+static void guarded(void (*run)(const uint8_t *, size_t), const uint8_t *data, size_t n) {
+    n_mapped = 0;
+    interrupted = 0;
+    if (!setjmp(fuzz_end)) run(data, n);
+    recovery = NULL;
+    remove_unfinished();
+    for (int i = 0; i < n_mapped; i++) munmap(mapped[i].at, mapped[i].n);
+    for (int fd = first_fd; fd < first_fd + 32; fd++) close(fd);
+}
+
+static void fuzz_checkpoint(const uint8_t *data, size_t n) {
+    Model m;
+    Cache kv;
+    load_model(&m, save("input", data, n));
+    int ctx = m.c.seq_len < 8 ? m.c.seq_len : 8, vocab = m.c.vocab_size;
+    new_cache(&kv, &m, ctx, 0, 0);
+    Slot batch[8];
+    for (int i = 0; i < ctx; i++) batch[i] = (Slot){i * 7 % vocab, i, 0, true};
+    forward(&m, &kv, batch, ctx);
+    free_cache(&kv);
+    Options o = {.quiet = true, .output = "/dev/null"};
+    check_model(&o, &m, &fuzz_tokenizer);
+    free_model(&m);
+}
+
+static void code(const Tokenizer *t, const uint8_t *data, size_t n, bool lossless) {
+    Text text = {(const char *)data, n};
+    char *typed = get(n + 1, 1);
+    memset(typed, 1, n);
+    for (int how = 0; how < 4; how++) {
+        Ids ids = {0};
+        Buffer back = {0};
+        encode(t, text, how & 1 ? typed : NULL, how & 2, &ids);
+        for (size_t i = 0; i < ids.n; i++) {
+            if (ids.ids[i] < 0 || ids.ids[i] >= t->h.vocab_size) abort();
+            Text piece = decode(t, i ? ids.ids[i - 1] : -1, ids.ids[i]);
+            put(&back, piece.s, piece.len);
+        }
+        if (lossless && how == 1 && (back.n != n || (n && memcmp(back.p, data, n)))) abort();
+        free(ids.ids), free(back.p);
+    }
+    free(typed);
+}
+static void fuzz_tokenizer_file(const uint8_t *data, size_t n) {
+    Model m = {.path = "input"};
+    Tokenizer t = {0};
+    m.c.vocab_size = n > 24 && data[0] == 't' ? (int)read_u32(data + 20) : n ? data[0] % 40 : 0;
+    if (m.c.vocab_size < 1 || m.c.vocab_size > 1 << 24) return;
+    const char *wrong = load_tokenizer(&t, save("input", data, n), &m);
+    if (!wrong) code(&t, data + (n > 300 ? n - 300 : 0), n > 300 ? 300 : n, false);
+    if (!wrong) code(&t, (const uint8_t *)"a <s> caf\xc3\xa9 12\n", 17, false);
+    free_tokenizer(&t);
+}
+static void fuzz_encode(const uint8_t *data, size_t n) {
+    code(&fuzz_tokenizer, data, n, true);
+    code(&real_tokenizer, data, n, false);
+}
+
+static void run_arguments(int n, char **arguments) {
+    fflush(stdout);
+    run_main(n, arguments);
+}
+static void fuzz_session(const uint8_t *data, size_t n) {
+    save("session", data, n);
+    char *go_on[] = {"run", "endless.bin", "-S", "session", "-q", "-n", "3", "-j", "1", "-t", "0",
+                     "-o", "/dev/null", NULL};
+    run_arguments(13, go_on);
+}
+static void fuzz_chat(const uint8_t *data, size_t n) {
+    char *talk[] = {"run", "endless.bin", "-m", "chat", "-q", "-n", "3", "-j", "1", "-s", "1", "-c",
+                    "64", "-o", "/dev/null", NULL};
+    uint8_t *lines_ = get(n, 1);
+    for (size_t i = 0; i < n; i++)  // files in this folder only
+        lines_[i] = data[i] == '/' && i && data[i - 1] != '\n' ? '_' : data[i];
+    if (!freopen(save("stdin", lines_, n), "r", stdin)) abort();
+    free(lines_);
+    run_arguments(15, talk);
+}
+// Each byte of the input is a word of the command line.
+static void fuzz_command(const uint8_t *data, size_t n) {
+    static char *const words[] = {
+        "endless.bin", "tiny.bin", "plain.bin", "llama.bin", "session", "nothing", "", "-", "--",
+        "-i", "abc", "12*34=", "<s>a<think>b", "-f", "prompt", "-o", "out", "-n", "1", "2", "30",
+        "0", "-1", "-m", "generate", "chat", "tokenize", "logits", "eval", "check", "bench",
+        "compress", "decompress", "explain", "-t", "0.5", "1e-10", "1e10", "nan", "-p", "1", "-s",
+        "18446744073709551615", "-z", "tiny.tok", "-y", "be", "-c", "16", "40", "-j", "1", "-q",
+        "-h", "-V", "-k", "3", "-b", "-e", "-d", "lookup", "-S", "--top-k", "--min-p",
+        "--repeat-penalty", "1.1", "--receipt", "--think", "--steps=3", "--mode=eval", "--trace",
+        "--layer", "--head", "--prompt", "\xff\xc3", "1 2 3", "999999999999", "-T", "cat"};
+    char *argv[16] = {"run"};
+    int argc = 1, n_words = sizeof words / sizeof *words;
+    for (size_t i = 0; i < n && argc < 14; i++) {
+        char *word = words[data[i] % n_words];
+        if (!strcmp(word, "bench")) word = "check";  // it takes seconds
+        argv[argc++] = word;
+    }
+    save("prompt", "abc d\n", 6);
+    if (!freopen(in_folder("prompt"), "r", stdin)) abort();
+    run_arguments(argc, argv);
+}
+
+static const struct { const char *name; void (*run)(const uint8_t *, size_t); } targets[] = {
+    {"checkpoint", fuzz_checkpoint}, {"tokenizer", fuzz_tokenizer_file}, {"encode", fuzz_encode},
+    {"session", fuzz_session}, {"chat", fuzz_chat}, {"command", fuzz_command}};
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
+    for (size_t i = 0; i < sizeof targets / sizeof *targets; i++)
+        if (!strcmp(target, targets[i].name)) guarded(targets[i].run, data, n);
+    return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned seed) {
+    n = LLVMFuzzerMutate(data, n, most);
+    Buffer b = {data, n, n};
+    if (seed % 8 == 0) return n;
+    if (!strcmp(target, "checkpoint") && n >= 256 && read_u32(data + 4) == 3) {
+        if (n > 120) set64(data + 112, n);
+        seal(&b);
+    }
+    if (!strcmp(target, "tokenizer") && n > 80 && !memcmp(data, "tok3", 4))
+        set64(data + 8, hash_of(data + 16, n - 16));
+    if (!strcmp(target, "session") && n > sizeof(SessionHeader)) {
+        SessionHeader h;
+        memcpy(&h, data, sizeof h);
+        memcpy(h.magic, session_magic, 8);
+        h.hash = hash64(&h, offsetof(SessionHeader, hash));
+        for (int i = 0; i < 2; i++) seal_state(&h.states[i]);
+        memcpy(data, &h, sizeof h);
+    }
+    return n;
+}
+
+// Writes the seeds of a target into a folder.
+static void seed_corpus(const char *where) {
+    char path[600];
+    int n = 0;
+#define SEED(bytes, size)                                                                          \
+    do {                                                                                           \
+        snprintf(path, sizeof path, "%s/seed%d", where, n++);                                      \
+        FILE *f = fopen(path, "wb");                                                               \
+        if (!f || fwrite(bytes, 1, size, f) != (size) || fclose(f)) abort();                       \
+    } while (0)
+    if (!strcmp(target, "checkpoint"))
+        for (int which = 0; which < N_FAMILIES; which++)
+            for (int dtype = ROWS; dtype <= Q4A; dtype++) {
+                if (dtype == ROWS && which != LLAMA) continue;
+                Shape s = family(which, dtype);
+                s.vocab = 20, s.layers = 1, s.dim = 32, s.hidden = 32, s.heads = s.kv_heads = 1;
+                s.head_dim = 16, s.seq_len = 32;
+                for (int version = 0; version < (dtype == ROWS ? 2 : 1); version++) {
+                    Made m = make_weights(&s);
+                    if (dtype != ROWS) certify(&m);
+                    Buffer b = dtype == ROWS ? llama2c_file(&m, version) : version_3(&m);
+                    SEED(b.p, b.n);
+                    free(b.p), free_made(&m);
+                }
+            }
+    if (!strcmp(target, "tokenizer")) {
+        Vocabulary *v = tiny_vocabulary();
+        Buffer b = tokenizer_file(v);
+        SEED(b.p, b.n);
+        free(b.p), free_vocabulary(v);
+    }
+    if (!strcmp(target, "session")) {
+        char *make[] = {"run", "endless.bin", "-S", "made", "-q", "-n", "5", "-j", "1", "-i", "abc",
+                        "-o", "/dev/null", "-c", "100", NULL};
+        if (!setjmp(fuzz_end)) run_main(15, make);
+        Buffer b = slurp("made");
+        SEED(b.p, b.n);
+        free(b.p);
+    }
+    static const char lines_[] = "Hi\n/save a\n/undo\n/load a\nabc\n", words[] = "\0\x9\xa\x11\x12";
+    SEED(lines_, sizeof lines_ - 1);
+    SEED(words, sizeof words - 1);
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    target = getenv("FUZZ");
+    strcpy(folder, "/tmp/fuzz.XXXXXX");
+    if (!target || !mkdtemp(folder) || chdir(folder)) fprintf(stderr, "FUZZ=target?\n"), _exit(1);
+    Buffer b = save_tiny();
+    free(b.p);
+    save_endless();
+    Shape s = family(LLAMA, ROWS);
+    s.vocab = 278, s.layers = 1;
+    Made m = make_weights(&s);
+    b = llama2c_file(&m, 0);
+    save("llama.bin", b.p, b.n);
+    free(b.p), free_made(&m);
+    load_model(&fuzz_model, in_folder("endless.bin"));
+    find_tokenizer(&fuzz_tokenizer, NULL, &fuzz_model);
+    static Model real = {.path = "tokenizer.bin", .c.vocab_size = 49152};
+    const char *path = getenv("FUZZ_TOKENIZER");
+    if (path && load_tokenizer(&real_tokenizer, path, &real)) abort();
+    if (getenv("FUZZ_SEEDS")) seed_corpus(getenv("FUZZ_SEEDS")), _exit(0);
+    first_fd = open("/dev/null", O_RDONLY);
+    return 0;
+}
+#else
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*test)(void); } groups[] = {
         {"numbers", test_numbers}, {"quantize", test_quantize}, {"products", test_products},
@@ -3347,3 +3594,4 @@ int main(int argc, char **argv) {
     finished = true;
     return failed > 0;
 }
+#endif
