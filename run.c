@@ -521,8 +521,12 @@ typedef struct {
     size_t bytes;
     struct State *state;  // activations of forward
     bool plain; // compute with the plain functions of part 1 even where part 3 has faster ones
+    bool plain_attention;  // or attention alone, so that its weights can be observed
+    // When set, forward calls it with the values of each stage, (n, width), rows padded(width)
+    // apart: "x" is the residual stream before and after each layer, the other names are equations.
+    // "attention" is the weights of one head, n = slot * n_heads + head, and comes from any thread.
     void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
-    void *observer;       // called by forward, when set, with the values of each stage
+    void *observer;
 } Cache;
 
 static int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -834,6 +838,7 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
     int kv_head = head / (c->n_heads / c->n_kv_heads), first = 0, at;
     if (is_local(c, layer) && slot->pos >= c->sliding_window)
         first = slot->pos - c->sliding_window + 1;
+    for (int t = 0; t < first; t++) weights[t] = 0;
     for (int t = first; t <= slot->pos; t++) {
         const uint8_t *keys = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
         float score = 0;
@@ -993,10 +998,12 @@ static void attend_task(void *context, int item, int thread) {
     float *scores = resize(NULL, (size_t)f->batch[i].pos + 1, sizeof(float));
     attend_plain(f->kv, f->layer, &f->batch[i], h, row_of(f->s->q, i, q_dim) + h * c->head_dim,
                  scores, row_of(f->s->att_out, i, q_dim) + h * c->head_dim);
+    if (f->kv->observe)
+        f->kv->observe(f->kv->observer, "attention", f->layer, scores, item, f->batch[i].pos + 1);
     free(scores);
 }
 static void attention(Pass *f) {
-    if (FAST && !f->kv->plain) attention_fast(f);
+    if (FAST && !f->kv->plain && !f->kv->plain_attention) attention_fast(f);
     else parallel(attend_task, f, f->n * f->m->c.n_heads);
 }
 
@@ -1055,20 +1062,32 @@ static void forward_batch(Pass *f, float *logits) {
         const Layer *l = f->l = &f->m->layers[f->layer];
         // Attention: the tokens exchange information.
         parallel(attention_norm, f, n);
+        observe(f, "xb = attn_norm(x)", s->xb, dim);
         matmul(f, n, s->xb,
                (Product[]){{&l->wq, s->q, padded(q_dim)},
                            {&l->wk, s->k, padded(kv_dim)},
                            {&l->wv, s->v, padded(kv_dim)}},
                3);
         parallel(rope_and_cache, f, n);
+        observe(f, "q = rope(wq xb)", s->q, q_dim);
+        observe(f, "k = rope(wk xb)", s->k, kv_dim);
+        observe(f, "v = wv xb", s->v, kv_dim);
         attention(f);
+        observe(f, "att_out = attention v", s->att_out, q_dim);
         matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, padded(dim)}}, 1);
+        observe(f, "xb = wo att_out", s->xb, dim);
         parallel(add_attention, f, n);
+        observe(f, "x += xb", s->x, dim);
+        observe(f, "xb = ffn_norm(x)", s->xb, dim);
         // Feed-forward: each token computes for itself.
         matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, padded(hidden)},
                                         {&l->w_up, s->up, padded(hidden)}}, 2);
+        observe(f, "gate = w_gate xb", s->gate, hidden);
+        observe(f, "up = w_up xb", s->up, hidden);
         parallel(gated_activation, f, n);
+        observe(f, "gate = activation(gate) * up", s->gate, hidden);
         matmul(f, n, s->gate, (Product[]){{&l->w_down, s->xb, padded(dim)}}, 1);
+        observe(f, "xb = w_down gate", s->xb, dim);
         parallel(add_ffn, f, n);
         observe(f, "x", s->x, dim);
     }
@@ -1120,6 +1139,8 @@ typedef struct {
     float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
     float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
     uint64_t rng;           // state of the random generator
+    float coin;             // the random number of the last draw, and from how many candidates
+    int kept;               // it drew; 0: from all tokens, in the order of their ids
     float *p;               // (vocab_size) probabilities
     Candidate *candidates;  // (vocab_size)
     int vocab_size;
@@ -1167,6 +1188,7 @@ static int sample_candidates(Sampler *s, float coin) {
             if (nucleus && sum > s->top_p) n = i + 1;
         }
     }
+    s->kept = n;
     float r = coin * sum, cdf = 0;
     for (int i = 0; i < n; i++) {
         cdf += c[i].p;
@@ -1189,7 +1211,8 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
     float max = s->p[best];
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, 0, s->vocab_size);
-    float coin = random_f32(&s->rng), cdf = 0;
+    float coin = s->coin = random_f32(&s->rng), cdf = 0;
+    s->kept = 0;
     if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0)
         return sample_candidates(s, coin);
     for (int i = 0; i < s->vocab_size; i++) {
@@ -2581,10 +2604,10 @@ static void start_threads(int n) { (void)n; }
 
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode;
-    long long steps, context, threads, top_k;
+    long long steps, context, threads, top_k, layer, head;
     double temperature, top_p, min_p, repeat_penalty;
     unsigned long long seed;
-    bool quiet, receipt, help, version;
+    bool quiet, receipt, trace, help, version;
     bool temperature_given, top_p_given;
 } Options;
 
@@ -2750,21 +2773,30 @@ static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
     write_text(out, text);
 }
 
+// Reads the prompt into ids, and returns its length. Tokens are to be sampled for the positions up to
+// *end; *full: because the context ends there.
+static int start_text(const Options *o, const Model *m, const Tokenizer *t, Text *prompt, Ids *ids,
+                      int *end, bool *full) {
+    *prompt = input_text(o);
+    encode(t, *prompt, NULL, true, ids);
+    if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
+    if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
+    int ctx = context_of(o, m), n_prompt = (int)ids->n;
+    if (ids->n > (size_t)ctx) die("the prompt has %zu tokens, the context only %d", ids->n, ctx);
+    // llama2.c counts positions, the prompt's included; this program counts new tokens.
+    long long last = o->steps == 0 || o->steps > ctx ? ctx : o->steps;
+    if (!t->llama2c) last = o->steps == 0 ? ctx : (long long)n_prompt - 1 + o->steps;
+    *full = last > ctx;
+    *end = *full ? ctx : (int)last;
+    return n_prompt > *end + 1 ? *end + 1 : n_prompt;
+}
+
 static void generate(const Options *o, const Model *m, const Tokenizer *t) {
     double start = seconds();
-    Text prompt = input_text(o);
+    Text prompt;
     Ids ids = {0};
-    encode(t, prompt, NULL, true, &ids);
-    if (!ids.n && (t->h.bos >= 0 || t->h.eos >= 0)) push(&ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
-    if (!ids.n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
-    int ctx = context_of(o, m), n_prompt = (int)ids.n;
-    if (ids.n > (size_t)ctx) die("the prompt has %zu tokens, the context only %d", ids.n, ctx);
-    // llama2.c counts positions, the prompt's included; this program counts new tokens.
-    long long end = o->steps == 0 || o->steps > ctx ? ctx : o->steps;
-    if (!t->llama2c) end = o->steps == 0 ? ctx : (long long)n_prompt - 1 + o->steps;
-    bool full = end > ctx;
-    if (full) end = ctx;
-    if (n_prompt > end + 1) n_prompt = (int)end + 1;
+    bool full;
+    int end, n_prompt = start_text(o, m, t, &prompt, &ids, &end, &full), ctx = context_of(o, m);
 
     Cache kv;
     new_cache(&kv, m, ctx, 0, 0);
@@ -2944,6 +2976,585 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     free_cache(&kv);
 }
 
+// ---- explain: watch it think. In the terminal, as a page, or in numbers (--trace)
+
+// What happened in the last pass of the model, which chose the token at position n.
+typedef struct {
+    const Options *o;
+    const Model *m;
+    const Tokenizer *t;
+    Cache kv;
+    Sampler s;
+    FILE *f;          // what is shown: in memory until it is complete
+    int n;            // tokens so far; the pass computes the last of them
+    float *weights;   // (n_layers, n_heads, row) the attention it pays to each token so far
+    float *mean;      // (row) the same, averaged
+    size_t row;
+    float *x;         // (n_layers, dim) the residual stream after each layer
+    float *logits;    // (n_layers, vocab_size) what the classifier would make of that
+    int *answers;     // (n_layers) the likeliest token then
+    double *nll;      // (n_layers) -ln of its probability
+    float least;      // the page leaves smaller weights out
+    bool page, color;
+    int column, level;   // the line being written: its width and the shade in use
+    char marks[80];      // and what stands below it where there are no colours
+} Explain;
+
+enum { COLUMNS = 79 };
+
+// ---- explain: text. What a terminal or a page would not show as a character is shown as an escape.
+
+// Takes a character off a text and writes how it is shown to out. Returns its width in columns.
+static int next_shown(Text *text, char out[16]) {
+    static const uint32_t wide[][2] = {{0x1100, 0x115f}, {0x2e80, 0xa4cf}, {0xac00, 0xd7a3},
+        {0xf900, 0xfaff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0x1f300, 0x1faff}, {0x20000, 0x3ffff}};
+    size_t used;
+    const char *s = text->s;
+    uint32_t c = next_char(s, text->len, &used);
+    int width = 1;
+    text->s += used, text->len -= used;
+    if (c == '\n') return snprintf(out, 16, "\\n");
+    if (c < 32 || c == 127 || (c == 0xfffd && used == 1))
+        return snprintf(out, 16, "\\x%02x", (unsigned)(uint8_t)*s);
+    if ((c > 127 && c < 0xa0) || c == 0xad || (c >= 0x200b && c <= 0x200f) || c == 0xfeff ||
+        (c >= 0x2028 && c <= 0x202e) || (c >= 0x2060 && c <= 0x206f) || c >= 0xe0000)
+        return snprintf(out, 16, "\\u%04x", (unsigned)c);
+    memcpy(out, s, used);
+    out[used] = 0;
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
+        if (c >= wide[i][0] && c <= wide[i][1]) width = 2;
+    return width;
+}
+static int columns_of(Text text) {
+    char out[16];
+    int n = 0;
+    while (text.len) n += next_shown(&text, out);
+    return n;
+}
+// A token as it is stored, control tokens too.
+static Text token_text(const Tokenizer *t, int id) {
+    return id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
+}
+// Writes a text in quotes, in at most `limit` columns.
+static void put_quoted(FILE *f, Text text, int limit) {
+    char out[16];
+    fputc('"', f);
+    for (limit -= 2; text.len;) {
+        int width = next_shown(&text, out);
+        if (width > limit - (text.len ? 2 : 0)) { fputs("..", f); break; }
+        fputs(out, f);
+        limit -= width;
+    }
+    fputc('"', f);
+}
+// A string of JSON that can stand in a script element.
+static void put_json(FILE *f, Text text) {
+    char out[16];
+    fputc('"', f);
+    while (text.len) {
+        next_shown(&text, out);
+        if (*out == '<') fputs("\\u003c", f);
+        else fprintf(f, "%s%s", *out == '"' || *out == '\\' ? "\\" : "", out);
+    }
+    fputc('"', f);
+}
+
+static void end_line(Explain *e) {
+    if (e->level && e->color) fputs("\033[0m", e->f);
+    fprintf(e->f, "\n");
+    e->marks[e->column] = 0;
+    if (!e->color && e->marks[strspn(e->marks, " ")]) fprintf(e->f, "%s\n", e->marks);
+    e->column = e->level = 0;
+}
+// Writes a piece of text with a shade, as a background or as digits below; wraps where it must.
+static void put_piece(Explain *e, Text text, int level) {
+    static const int shades[] = {0, 52, 88, 124, 160, 166, 208, 214, 226};
+    int width = columns_of(text);
+    if (e->column && e->column + width > COLUMNS && width < COLUMNS) end_line(e);
+    while (text.len) {
+        char out[16];
+        width = next_shown(&text, out);
+        if (e->column + width > COLUMNS) end_line(e);
+        if (e->color && level && level != e->level)
+            fprintf(e->f, "\033[48;5;%d;38;5;%dm", shades[level], level < 5 ? 231 : 16);
+        if (e->color && !level && e->level) fputs("\033[0m", e->f);
+        e->level = level;
+        fputs(out, e->f);
+        for (int i = 0; i < width; i++)
+            e->marks[e->column++] = (char)(*out == ' ' || !level ? ' ' : '0' + level);
+        if (!strcmp(out, "\\n")) end_line(e);
+    }
+}
+
+// ---- explain: one pass of the model, watched
+
+static void put_stage(Explain *e, const char *name, const float *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    fprintf(e->f, "%-30s %7d %10.4g ", name, n, sqrt(sum));
+    for (int i = 0; i < 3 && i < n; i++) fprintf(e->f, " %9.3g", (double)x[i]);
+    fputc('\n', e->f);
+}
+
+static float *weights_of(const Explain *e, int layer, int head) {
+    return e->weights + ((size_t)layer * (size_t)e->m->c.n_heads + (size_t)head) * e->row;
+}
+
+static void watch(void *observer, const char *name, int layer, const float *x, int n, int width) {
+    Explain *e = observer;
+    size_t bytes = (size_t)width * sizeof(float);
+    int head = e->o->head < 0 ? 0 : (int)e->o->head;
+    char attention[40];
+    if (!strcmp(name, "attention")) {
+        memcpy(weights_of(e, layer, n), x, bytes);
+        return;
+    }
+    if (!strcmp(name, "x") && layer >= 0) memcpy(e->x + (size_t)layer * (size_t)width, x, bytes);
+    if (!e->o->trace || (layer >= 0 && e->o->layer >= 0 && layer != e->o->layer)) return;
+    if (!strcmp(name, "xb = attn_norm(x)")) fprintf(e->f, "layer %d\n", layer);
+    if (!strncmp(name, "att_out", 7)) {
+        snprintf(attention, sizeof attention, "attention of head %d", head);
+        put_stage(e, attention, weights_of(e, layer, head), e->n);
+    }
+    put_stage(e, strcmp(name, "x") ? name : layer < 0 ? "x = token_embedding[token]" : "x += xb", x,
+              width);
+}
+
+// Runs the last of n tokens. Returns the logits of the next one; sets the averaged attention and,
+// the layer lens (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru), what the model would answer if
+// each layer were the last.
+static const float *watched_pass(Explain *e, const int *ids, int n) {
+    const Config *c = &e->m->c;
+    int L = c->n_layers;
+    e->n = n;
+    e->kv.observe = watch;
+    const float *logits = forward(e->m, &e->kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
+    e->kv.observe = NULL;
+    if (e->o->trace) {
+        put_stage(e, "xb = final_norm(x)", e->kv.state->xb, c->dim);
+        put_stage(e, "logits = classifier xb", logits, c->vocab_size);
+        return logits;
+    }
+    Pass f = {.m = e->m, .kv = &e->kv, .s = get_state(&e->kv, L)};
+    for (int l = 0; l < L; l++)
+        rmsnorm(row_of(f.s->xb, l, c->dim), e->x + (size_t)l * (size_t)c->dim,
+                vec(&e->m->final_norm), c->dim, c->norm_eps);
+    matmul(&f, L, f.s->xb, (Product[]){{&e->m->classifier, e->logits, c->vocab_size}}, 1);
+    for (int l = 0; l < L; l++)
+        e->answers[l] = argmax(e->logits + (size_t)l * (size_t)c->vocab_size, c->vocab_size);
+    parallel(surprise_task, &(Score){e->logits, c->vocab_size, e->answers, e->nll}, L);
+
+    int l0 = e->o->layer < 0 ? 0 : (int)e->o->layer, l1 = e->o->layer < 0 ? L : l0 + 1;
+    int h0 = e->o->head < 0 ? 0 : (int)e->o->head, h1 = e->o->head < 0 ? c->n_heads : h0 + 1;
+    memset(e->mean, 0, (size_t)n * sizeof(float));
+    for (int l = l0; l < l1; l++)
+        for (int h = h0; h < h1; h++) add(e->mean, weights_of(e, l, h), n);
+    for (int i = 0; i < n; i++) e->mean[i] /= (float)((l1 - l0) * (h1 - h0));
+    return logits;
+}
+
+// The five likeliest tokens by s->p, and the chosen one if it is not among them.
+typedef struct { Candidate c[6]; int n, chosen, rank; } Choice;
+static Choice candidates_of(const Sampler *s, int token) {
+    Choice choice = {.chosen = -1};
+    Candidate last = {INFINITY, -1}, own = {s->p[token], token};
+    for (int i = 0; i < s->vocab_size; i++)
+        choice.rank += by_probability(&(Candidate){s->p[i], i}, &own) <= 0;
+    for (; choice.n < 5 && choice.n < s->vocab_size; choice.n++) {
+        Candidate best = {-1, 0};
+        for (int i = 0; i < s->vocab_size; i++) {
+            Candidate c = {s->p[i], i};
+            if (by_probability(&last, &c) < 0 && by_probability(&c, &best) < 0) best = c;
+        }
+        choice.c[choice.n] = last = best;
+        if (best.token == token) choice.chosen = choice.n;
+    }
+    if (choice.chosen < 0) choice.c[choice.chosen = choice.n++] = own;
+    return choice;
+}
+
+// Why this token: one or two short lines.
+static void put_reason(Explain *e, bool given, const Choice *choice) {
+    Sampler *s = &e->s;
+    int token = choice->c[choice->chosen].token, kept = s->kept;
+    float sum = 0, from = 0, to = 0;
+    if (given) fprintf(e->f, "given: it is number %d of the model's own guesses", choice->rank);
+    else if (s->temperature == 0) fprintf(e->f, "the likeliest, as the temperature is 0");
+    else {
+        for (int i = 0; i < (kept ? kept : s->vocab_size); i++) {
+            if ((kept ? s->candidates[i].token : i) == token) from = sum;
+            sum += kept ? s->candidates[i].p : s->p[i];
+            if ((kept ? s->candidates[i].token : i) == token) to = sum;
+        }
+        if (!kept) sum = 1;
+        fprintf(e->f, "the random number %.4f falls into its part, %.4f to %.4f,",
+                (double)s->coin, (double)(from / sum), (double)(to / sum));
+        fprintf(e->f, "%cof the %d tokens kept (temperature %g", e->page ? ' ' : '\n', kept ? kept : s->vocab_size,
+                (double)s->temperature);
+        if (s->top_p > 0 && s->top_p < 1) fprintf(e->f, ", top-p %g", (double)s->top_p);
+        if (s->top_k) fprintf(e->f, ", top-k %d", s->top_k);
+        if (s->min_p > 0) fprintf(e->f, ", min-p %g", (double)s->min_p);
+        fprintf(e->f, ")");
+    }
+}
+
+static void put_choice(Explain *e, const Choice *choice) {
+    for (int i = 0; i < choice->n; i++) {
+        const Candidate *c = &choice->c[i];
+        fprintf(e->f, "%c %5.1f%% %-30.*s ", i == choice->chosen ? '>' : ' ', (double)c->p * 100,
+                (int)(c->p * 30 + 0.5f), "##############################");
+        put_quoted(e->f, token_text(e->t, c->token), COLUMNS - 40);
+        fputc('\n', e->f);
+    }
+    fputs("> ", e->f);
+    put_reason(e, false, choice);
+    fputc('\n', e->f);
+}
+
+// ---- explain: the terminal's view of a token: the text so far and the attention paid to it, the
+// candidates, the lens
+
+static void show_token(Explain *e, const int *ids, int next, const Choice *choice) {
+    char title[40], item[80];
+    int first = e->n, columns = 0, L = e->m->c.n_layers, n = 0;
+    double left_out = 0;
+    snprintf(title, sizeof title, "== token %d at position %d: ", next, e->n);
+    fputs(title, e->f);
+    Text text = token_text(e->t, next);
+    put_quoted(e->f, text, COLUMNS - 44);
+    for (n = (int)strlen(title) + 2 + columns_of(text); n < COLUMNS - 1; n++)
+        fputc(n == (int)strlen(title) + 2 + columns_of(text) ? ' ' : '=', e->f);
+    fputc('\n', e->f);
+    while (first > 0 && columns < 8 * COLUMNS) columns += columns_of(token_text(e->t, ids[--first]));
+    for (int i = 0; i < first; i++) left_out += (double)e->mean[i];
+    if (first) {
+        fprintf(e->f, "(%d tokens, to which it pays %.0f%%)", first, left_out * 100);
+        end_line(e);
+    }
+    for (int i = first; i < e->n; i++) {
+        int level = 0;
+        while (level < 8 && e->mean[i] >= 0.005f * (float)(1 << level)) level++;
+        put_piece(e, token_text(e->t, ids[i]), level);
+    }
+    if (e->column) end_line(e);
+    put_choice(e, choice);
+    n = fprintf(e->f, "lens:");
+    for (int l = 0, from = 0; l < L; l++) {
+        if (l + 1 < L && e->answers[l + 1] == e->answers[l]) continue;
+        snprintf(item, sizeof item, from < l ? " %d-%d " : " %d ", from, l);
+        text = token_text(e->t, e->answers[l]);
+        int width = columns_of(text) > 28 ? 28 : columns_of(text);
+        width += (int)strlen(item) + 2;
+        if (n + width > COLUMNS) n = fprintf(e->f, "\n     ") - 1;
+        fputs(item, e->f);
+        put_quoted(e->f, text, 30);
+        n += width;
+        from = l + 1;
+    }
+    fputs("\n\n", e->f);
+}
+
+// ---- explain: the page. Its data is JSON: for each token its text and, for the pass that chose it,
+// the candidates, the reason, the lens, and the attention weights.
+
+static const char PAGE_HEAD[] =
+    "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
+    "<meta name=viewport content='width=device-width'>\n"
+    "<meta http-equiv=Content-Security-Policy\n"
+    " content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
+    "<style>\n"
+    ":root{color-scheme:light dark;--a:255,150,40;--soft:#8884}\n"
+    "@media(prefers-color-scheme:dark){:root{--a:180,80,0}}\n"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em 2em}\n"
+    "h1,h2{font-size:1.1em;margin:1em 0 .3em}\n"
+    "#text{line-height:2.1;font-family:ui-monospace,monospace;overflow-wrap:anywhere}\n"
+    "#text button{all:unset;white-space:pre-wrap;cursor:pointer;padding:.25em 0;\n"
+    " border-radius:3px;border-bottom:2px solid rgb(var(--a))}\n"
+    "#text .given{border-color:transparent}\n"
+    "#text [aria-pressed=true]{outline:2px solid;outline-offset:1px}\n"
+    "#text button:focus-visible,select:focus-visible{outline:3px solid #48f}\n"
+    "main{display:grid;gap:0 2em;\n"
+    " grid-template-columns:repeat(auto-fit,minmax(min(100%,20em),1fr))}\n"
+    "ol{list-style:none;margin:0;padding:0;font-size:.9em}\n"
+    "li{display:flex;gap:.6em;white-space:pre}\n"
+    "li b{width:9em;flex:none;overflow:hidden;text-overflow:ellipsis;\n"
+    " font:1em ui-monospace,monospace}\n"
+    "li i{flex:1;align-self:center}\n"
+    "li i span{display:block;height:.8em;background:rgb(var(--a))}\n"
+    "li.chosen{background:var(--soft)}\n"
+    "select{font:inherit}\n"
+    "canvas{display:block;max-width:100%}\n"
+    "#clocks{width:400px}\n"
+    "#map{width:100%;max-width:26em;image-rendering:pixelated;border:1px solid var(--soft)}\n"
+    "</style>\n"
+    "<h1>Watch it think</h1>\n"
+    "<p>Choose a token (arrow keys work): the pass of the model that chose it is shown. It\n"
+    "read the tokens before; their shade is the attention paid to them. Underlined tokens were\n"
+    "generated.</p>\n"
+    "<div id=text role=group aria-label='The text, token by token'></div>\n"
+    "<p id=why aria-live=polite></p>\n"
+    "<main>\n"
+    "<section><h2>Likeliest next tokens</h2><ol id=cand></ol>\n"
+    "<h2>Position</h2><p id=pos></p>\n"
+    "<canvas id=clocks width=800 height=240 role=img></canvas></section>\n"
+    "<section><h2>Attention</h2><p><label>layer <select id=layer></select></label>\n"
+    " <label>head <select id=head></select></label></p>\n"
+    "<canvas id=map role=img></canvas><p id=note></p></section>\n"
+    "<section><h2>What each layer would already answer</h2><ol id=lens></ol></section>\n"
+    "</main>\n"
+    "<script type=application/json id=data>\n";
+static const char PAGE_DRAW[] =
+    "</script>\n"
+    "<script>\n"
+    "const $ = id => document.getElementById(id), D = JSON.parse($('data').textContent);\n"
+    "const T = D.tokens, N = T.length, L = D.layers, H = D.heads;\n"
+    "const DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_';\n"
+    "let now = 0;\n"
+    "function el(parent, tag, text, props) {\n"
+    "  const e = Object.assign(document.createElement(tag), props);\n"
+    "  e.append(text);\n"
+    "  parent.append(e);\n"
+    "  return e;\n"
+    "}\n"
+    "// Attention that the pass behind token i pays to tokens before; layer or head -1: the mean.\n"
+    "function unpack(row, scale, out) {\n"
+    "  for (let k = 0, p = 0; k < row.length; k += 2) {\n"
+    "    const code = DIGITS.indexOf(row[k + 1]);\n"
+    "    p += DIGITS.indexOf(row[k]);\n"
+    "    if (code) out[p++] += code * code / 3969 * scale;\n"
+    "  }\n"
+    "  return out;\n"
+    "}\n"
+    "function weights(i) {\n"
+    "  const l = +$('layer').value, h = +$('head').value, out = new Float64Array(i);\n"
+    "  if (!T[i].a) return out;\n"
+    "  const rows = T[i].rows ||= T[i].a.split(',');\n"
+    "  if (l < 0) return unpack(rows[0], 1, out);\n"
+    "  for (let j = 0; j < H; j++)\n"
+    "    if (h < 0 || h == j) unpack(rows[1 + l * H + j], h < 0 ? 1 / H : 1, out);\n"
+    "  return out;\n"
+    "}\n"
+    "const percent = p => (100 * p).toFixed(1) + '%';\n"
+    "function bars(list, items, chosen, label) {\n"
+    "  list.replaceChildren();\n"
+    "  items.forEach(([text, p], i) => {\n"
+    "    const li = el(list, 'li', '', {className: i == chosen ? 'chosen' : ''});\n"
+    "    if (label) el(li, 'small', String(i).padStart(2));\n"
+    "    el(li, 'b', text, {title: text});\n"
+    "    el(el(li, 'i', ''), 'span', '').style.width = 100 * p + '%';\n"
+    "    el(li, 'small', percent(p).padStart(6));\n"
+    "  });\n"
+    "}\n"
+    "function map() {\n"
+    "  const c = $('map'), g = c.getContext('2d');\n"
+    "  c.width = c.height = N;\n"
+    "  const rgb = getComputedStyle(document.documentElement).getPropertyValue('--a');\n"
+    "  for (let i = 1; i < N; i++) weights(i).forEach((w, j) => {\n"
+    "    g.fillStyle = 'rgba(' + rgb + ',' + Math.sqrt(w) + ')';\n"
+    "    g.fillRect(j, i, 1, 1);\n"
+    "  });\n"
+    "  g.fillStyle = '#8886';\n"
+    "  g.fillRect(now, now, N, 1);\n"
+    "}\n"
+    "function clocks() {\n"
+    "  const g = $('clocks').getContext('2d'), l = Math.max(0, $('layer').value);\n"
+    "  const freqs = D.freqs[D.local[l]], n = Math.min(8, freqs.length), angles = [];\n"
+    "  g.setTransform(2, 0, 0, 2, 0, 0);\n"
+    "  g.clearRect(0, 0, 400, 120);\n"
+    "  g.strokeStyle = g.fillStyle = getComputedStyle(document.body).color;\n"
+    "  for (let k = 0; k < n; k++) {\n"
+    "    const pair = Math.floor(k * freqs.length / n), x = 25 + 50 * k;\n"
+    "    const a = Math.max(0, now - 1) * freqs[pair];\n"
+    "    angles.push('pair ' + pair + ': ' + (a % (2 * Math.PI)).toFixed(2));\n"
+    "    g.beginPath();\n"
+    "    g.arc(x, 40, 20, 0, 7);\n"
+    "    g.moveTo(x, 40);\n"
+    "    g.lineTo(x + 20 * Math.cos(a), 40 - 20 * Math.sin(a));\n"
+    "    g.stroke();\n"
+    "    g.fillText('pair ' + pair, x - 14, 78);\n"
+    "    g.fillText(freqs[pair].toPrecision(2), x - 14, 94);\n"
+    "  }\n"
+    "  g.fillText('radians a position', 5, 112);\n"
+    "  $('clocks').ariaLabel = 'Rotary angles in radians: ' + angles.join(', ');\n"
+    "}\n";
+static const char PAGE_CHOOSE[] =
+    "function choose(i, focus) {\n"
+    "  now = Math.max(0, Math.min(N - 1, i));\n"
+    "  const t = T[now], w = weights(now), at = $('text').querySelectorAll('button');\n"
+    "  at.forEach((b, j) => {\n"
+    "    b.ariaPressed = j == now;\n"
+    "    b.tabIndex = j == now ? 0 : -1;\n"
+    "    b.style.background = w[j] ? 'rgba(var(--a),' + Math.sqrt(w[j]) + ')' : '';\n"
+    "    b.title = w[j] ? 'attention ' + percent(w[j]) : '';\n"
+    "  });\n"
+    "  if (focus) at[now].focus();\n"
+    "  $('head').disabled = $('layer').value < 0;\n"
+    "  $('why').textContent = `Token ${now}, id ${t.i}, '${t.t}': ${t.w || 'the text starts here'}`;\n"
+    "  bars($('cand'), t.c || [], t.k);\n"
+    "  bars($('lens'), t.l || [], -1, true);\n"
+    "  $('pos').textContent = now ? `The pass stood at position ${now - 1}, where each pair of a\n"
+    "    query or key is turned by these angles. Keys and values of ${now} tokens were in the KV cache:\n"
+    "    ${(now * D.kv / 1024).toFixed(1)} KiB.` : '';\n"
+    "  history.replaceState(null, '', '#t=' + now);\n"
+    "  map();\n"
+    "  clocks();\n"
+    "}\n"
+    "const option = (id, n, all) => {\n"
+    "  el($(id), 'option', all, {value: -1});\n"
+    "  for (let i = 0; i < n; i++) el($(id), 'option', i, {value: i});\n"
+    "  $(id).onchange = () => choose(now);\n"
+    "};\n"
+    "option('layer', L, 'mean of all');\n"
+    "option('head', H, 'mean of all');\n"
+    "T.forEach((t, i) => {\n"
+    "  const style = t.given ? 'given' : '';\n"
+    "  el($('text'), 'button', t.t || ' ', {className: style, onclick: () => choose(i)});\n"
+    "  if (t.t.endsWith('\\\\n')) el($('text'), 'br', '');\n"
+    "});\n"
+    "$('text').onkeydown = e => {\n"
+    "  const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: N - 1}[e.key];\n"
+    "  if (to === undefined) return;\n"
+    "  e.preventDefault();\n"
+    "  choose(to, true);\n"
+    "};\n"
+    "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
+    "matchMedia('(prefers-color-scheme: dark)').onchange = () => choose(now);\n"
+    "onhashchange = () => choose(+location.hash.slice(3) || 0);\n"
+    "$('note').textContent = 'Row: a token; column: an earlier one it attends to. ' + D.note;\n"
+    "choose(location.hash ? +location.hash.slice(3) || 0 : N - 1);\n"
+    "</script>\n";
+
+static const char BASE64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+// A row of weights: for each that is at least `least`, two digits: how many positions were left out
+// before it, and 63 sqrt(weight).
+static void put_weights(FILE *f, const float *w, int n, float least) {
+    int skip = 0;
+    for (int i = 0; i < n; i++, skip++) {
+        if (!(w[i] >= least)) continue;
+        for (; skip > 63; skip -= 63) fputs("_A", f);
+        fprintf(f, "%c%c", BASE64[skip], BASE64[(int)(63 * sqrtf(w[i]) + 0.5f)]);
+        skip = -1;
+    }
+}
+
+static void put_share(Explain *e, int token, double p) {
+    fputc('[', e->f);
+    put_json(e->f, token_text(e->t, token));
+    fprintf(e->f, ",%.4g]", p);
+}
+
+static void begin_page(Explain *e, int first) {
+    const Config *c = &e->m->c;
+    fprintf(e->f, "%s{\"layers\":%d,\"heads\":%d,\"kv\":%ld,\"local\":[", PAGE_HEAD, c->n_layers,
+            c->n_heads, 2L * c->n_layers * c->n_kv_heads * c->head_dim * (e->kv.wide ? 4 : 2));
+    for (int l = 0; l < c->n_layers; l++) fprintf(e->f, l ? ",%d" : "%d", is_local(c, l));
+    for (int i = 0; i < c->head_dim; i++)
+        fprintf(e->f, "%s%g", i == 0 ? "],\"freqs\":[[" : i == c->head_dim / 2 ? "],[" : ",",
+                (double)vec(&e->m->rope_freqs[i >= c->head_dim / 2])[i % (c->head_dim / 2)]);
+    fprintf(e->f, "]],\"note\":\"Weights under %g%% are left out.\",\"tokens\":[\n{\"t\":",
+            (double)e->least * 100);
+    put_json(e->f, token_text(e->t, first));
+    fprintf(e->f, ",\"i\":%d,\"given\":1}", first);
+}
+
+static void page_token(Explain *e, int next, bool given, const Choice *choice) {
+    const Config *c = &e->m->c;
+    fprintf(e->f, ",\n{\"t\":");
+    put_json(e->f, token_text(e->t, next));
+    fprintf(e->f, ",\"i\":%d,\"given\":%d,\"k\":%d,\"w\":\"", next, given, choice->chosen);
+    put_reason(e, given, choice);
+    for (int i = 0; i < choice->n; i++) {
+        fprintf(e->f, i ? "," : "\",\"c\":[");
+        put_share(e, choice->c[i].token, (double)choice->c[i].p);
+    }
+    for (int l = 0; l < c->n_layers; l++) {
+        fprintf(e->f, l ? "," : "],\"l\":[");
+        put_share(e, e->answers[l], exp_double(-e->nll[l]));
+    }
+    fprintf(e->f, "],\"a\":\"");
+    put_weights(e->f, e->mean, e->n, 0.001f);
+    for (int l = 0; l < c->n_layers; l++)
+        for (int h = 0; h < c->n_heads; h++) {
+            fputc(',', e->f);
+            put_weights(e->f, weights_of(e, l, h), e->n, e->least);
+        }
+    fprintf(e->f, "\"}");
+}
+
+static void explain(const Options *o, const Model *m, const Tokenizer *t) {
+    const Config *c = &m->c;
+    if (o->layer >= c->n_layers)
+        die("--layer %lld: %s has layers 0 to %d", o->layer, m->path, c->n_layers - 1);
+    if (o->head >= c->n_heads)
+        die("--head %lld: a layer of %s has heads 0 to %d", o->head, m->path, c->n_heads - 1);
+    Text prompt;
+    Ids ids = {0};
+    bool full, page = o->output && !o->trace;
+    int end, n_prompt = start_text(o, m, t, &prompt, &ids, &end, &full), ctx = context_of(o, m);
+    size_t L = (size_t)c->n_layers, vocab = (size_t)c->vocab_size, bytes;
+    Explain e = {.o = o, .m = m, .t = t, .s = new_sampler(o, m, t), .row = (size_t)ctx, .page = page};
+    new_cache(&e.kv, m, ctx, 0, 0);
+    e.kv.plain_attention = true;
+    e.kv.observer = &e;
+    bytes = L * (size_t)c->n_heads * e.row * sizeof(float);
+    e.weights = reserve(bytes, "the attention weights (-c N makes the context shorter)");
+    e.mean = resize(NULL, e.row, sizeof(float));
+    e.x = resize(NULL, L * (size_t)c->dim, sizeof(float));
+    e.logits = resize(NULL, L * vocab, sizeof(float));
+    e.answers = resize(NULL, L, sizeof(int));
+    e.nll = resize(NULL, L, sizeof(double));
+    const char *no_color = getenv("NO_COLOR");
+    e.color = !o->output && isatty(1) && !(no_color && *no_color);
+    Output out = open_output(o->output);
+    char *shown = NULL;
+    size_t size = 0;
+    e.f = open_memstream(&shown, &size);
+    if (!e.f) die("out of memory");
+
+    int n = page ? 1 : n_prompt;  // the page shows the prompt's tokens too
+    if (!page) prefill(m, &e.kv, 0, ids.ids, 0, n - 1);
+    double rows = (double)L * c->n_heads * end;  // of weights: the more, the fewer of each are kept
+    e.least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f;
+    if (page) begin_page(&e, ids.ids[0]);
+    else if (!o->trace)
+        fputs("Each token is chosen from the candidates of one pass of the model. Marks under the text, 1\n"
+              "to 8: the pass paid a token 0.5%, 1%, 2%, 4%, 8%, 16%, 32%, 64% of its attention.\n\n", e.f);
+    for (; n <= end && !interrupted; n++) {
+        if (o->trace) {
+            fprintf(e.f, "token %d ", ids.ids[n - 1]);
+            put_quoted(e.f, token_text(t, ids.ids[n - 1]), 40);
+            fprintf(e.f, " at position %d\n%-30s %7s %10s  first values\n", n - 1, "stage", "width",
+                    "norm");
+        }
+        const float *logits = watched_pass(&e, ids.ids, n);
+        bool given = n < n_prompt;
+        int next = given ? ids.ids[n] : sample(&e.s, logits, ids.ids, n);
+        if (given) memcpy(e.s.p, logits, vocab * sizeof(float));
+        if (given || e.s.temperature == 0) softmax(e.s.p, 0, c->vocab_size);
+        Choice choice = candidates_of(&e.s, next);
+        if (page) page_token(&e, next, given, &choice);
+        else if (o->trace) put_choice(&e, &choice), fputc('\n', e.f);
+        else show_token(&e, ids.ids, next, &choice);
+        if (!page) {
+            fflush(e.f);
+            write_output(&out, shown, size);
+            rewind(e.f);
+        }
+        if (!given && is_stop(t, next)) break;
+        if (!given) ids.n = (size_t)n, push(&ids, next);
+    }
+    if (page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
+    fclose(e.f);
+    if (page) write_output(&out, shown, size);
+    close_output(&out);
+    void *all[] = {shown, e.mean, e.x, e.logits, e.answers, e.nll, e.s.p, e.s.candidates, ids.ids,
+                   (void *)(uintptr_t)prompt.s};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    munmap(e.weights, bytes);
+    free_cache(&e.kv);
+}
+
 // ---- chat format: how a conversation is written down for the model
 
 // Appends a text to a growing prompt; `typed` marks what a user typed (no special tokens there).
@@ -3017,9 +3628,9 @@ typedef struct {
 static void observe_norm(void *observer, const char *name, int layer, const float *x, int n,
                          int width) {
     NormCheck *check = observer;
+    if (strcmp(name, "x")) return;  // only the residual stream has reference values
     double sum = 0, expected = (double)vec(&check->m->check_norms)[layer + 1];
     const float *last = x + (size_t)(n - 1) * (size_t)padded(width);
-    (void)name;
     for (int i = 0; i < width; i++) sum += (double)last[i] * (double)last[i];
     double error = fabs(sqrt(sum) - expected) / (expected + 1e-30);
     if (!(error <= check->worst)) check->worst = error;
@@ -3343,6 +3954,8 @@ static void help(const Option *options) {
          "  logits     read token ids, write their logits as raw float32 [n, vocab_size]\n"
          "  eval       bits per byte of a text, by windows of -c tokens (2048) that start every\n"
          "             half window; each token is predicted in the first window that holds it\n"
+         "  explain    generate, and show for each token its rivals, what it looks at and what\n"
+         "             each layer would say; with -o page.html as a page to explore\n"
          "  check      recompute the reference values stored in the model\n"
          "  bench      measure this machine's speed with the model\n"
          "\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
@@ -3417,7 +4030,8 @@ static void check_arithmetic(void) {
 
 int main(int argc, char **argv) {
     Options o = {
-        .mode = "generate", .steps = 256, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1};
+        .mode = "generate", .steps = 256, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1,
+        .layer = -1, .head = -1};
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     o.threads = cores < 1 ? 1 : cores > 256 ? 256 : cores;
     Option options[] = {
@@ -3446,6 +4060,11 @@ int main(int argc, char **argv) {
          "makes tokens of the text less likely; 1 is off"},
         {0, "receipt", "", FLAG, &o.receipt, 0, 0,
          "print a hash of all logits that were sampled from"},
+        {0, "layer", "L", INTEGER, &o.layer, 0, MAX_LAYERS - 1,
+         "explain: the attention of this layer (the mean of all)"},
+        {0, "head", "H", INTEGER, &o.head, 0, 1 << 14,
+         "explain: and of this head of it (the mean of all)"},
+        {0, "trace", "", FLAG, &o.trace, 0, 0, "explain: each stage of the computation in numbers"},
         {'h', "help", "", FLAG, &o.help, 0, 0, "this text"},
         {'V', "version", "", FLAG, &o.version, 0, 0, "version and instruction set"},
         {0, NULL, NULL, 0, NULL, 0, 0, NULL},
@@ -3458,10 +4077,17 @@ int main(int argc, char **argv) {
     if (!o.model) usage_error("there is no model%s%s", "", "");
     if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
 
-    static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check", "bench"};
+    static const char *const modes[] = {"generate", "tokenize", "logits", "eval",
+                                        "check", "bench", "explain"};
     size_t mode = 0, n_modes = sizeof modes / sizeof *modes;
     while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
+    if (mode != 6 && (o.trace || o.layer >= 0 || o.head >= 0))
+        usage_error("%s is for -m explain%s", o.trace ? "--trace" : o.layer >= 0 ? "--layer" : "--head",
+                    "");
+    if (o.head >= 0 && o.layer < 0) usage_error("--head needs --layer%s%s", "", "");
+    if (o.layer >= 0 && o.output && !o.trace)
+        usage_error("-o %s shows every layer and head: --layer is for the terminal%s", o.output, "");
     refuse_overwriting(o.output, o.model);
     refuse_overwriting(o.output, o.tokenizer);
     refuse_overwriting(o.output, o.prompt_file);
@@ -3476,7 +4102,7 @@ int main(int argc, char **argv) {
     Tokenizer t = {0};
     start_threads((int)o.threads);
     load_model(&m, o.model);
-    if (mode == 0 || mode == 1 || mode == 3) find_tokenizer(&t, o.tokenizer, &m);
+    if (mode == 0 || mode == 1 || mode == 3 || mode == 6) find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
     if (mode == 0) generate(&o, &m, &t);
     if (mode == 1) tokenize(&o, &t);
@@ -3484,6 +4110,7 @@ int main(int argc, char **argv) {
     if (mode == 3) evaluate(&o, &m, &t);
     if (mode == 4) check_model(&o, &m);
     if (mode == 5) bench(&o, &m, started);
+    if (mode == 6) explain(&o, &m, &t);
     if (t.file) free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;
