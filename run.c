@@ -7,7 +7,7 @@
  *     Part 1  The model         checkpoint, mathematics, KV cache, forward, sampler
  *     Part 2  The tokenizer     text <-> tokens
  *     Part 3  Speed             the same mathematics for SIMD units and threads: same bits, sooner
- *     Part 4  What to do with it   the modes: generate, tokenize, logits, eval, check, bench
+ *     Part 4  What to do with it   the modes: generate, logits, eval, explain, check, bench ...
  *     Part 5  The command line
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -2773,8 +2773,8 @@ static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
     write_text(out, text);
 }
 
-// Reads the prompt into ids, and returns its length. Tokens are to be sampled for the positions up to
-// *end; *full: because the context ends there.
+// Reads the prompt into ids, and returns its length. Tokens are to be sampled for the positions up
+// to *end; *full: because the context ends there.
 static int start_text(const Options *o, const Model *m, const Tokenizer *t, Text *prompt, Ids *ids,
                       int *end, bool *full) {
     *prompt = input_text(o);
@@ -2976,117 +2976,97 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     free_cache(&kv);
 }
 
-// ---- explain: watch it think. In the terminal, as a page, or in numbers (--trace)
+// ---- explain: watch it think, in the terminal, as a page (-o), or stage by stage (--trace)
 
-// What happened in the last pass of the model, which chose the token at position n.
+enum { COLUMNS = 79, LIKELY = 5 };
+
 typedef struct {
     const Options *o;
     const Model *m;
     const Tokenizer *t;
     Cache kv;
     Sampler s;
-    FILE *f;          // what is shown: in memory until it is complete
-    int n;            // tokens so far; the pass computes the last of them
-    float *weights;   // (n_layers, n_heads, row) the attention it pays to each token so far
-    float *mean;      // (row) the same, averaged
+    FILE *f;          // what is shown, in memory until it is complete
+    int n;            // tokens so far; the pass computes the last of them, and the next is chosen
     size_t row;
+    float *weights;   // (n_layers * n_heads + 1, row) attention paid to each token; last the mean
     float *x;         // (n_layers, dim) the residual stream after each layer
-    float *logits;    // (n_layers, vocab_size) what the classifier would make of that
-    int *answers;     // (n_layers) the likeliest token then
-    double *nll;      // (n_layers) -ln of its probability
+    float *logits;    // (n_layers, vocab_size) what the classifier makes of it
+    Candidate lens[MAX_LAYERS];  // the likeliest token by these
+    int rank;         // of the chosen one among s.candidates, which are sorted
     float least;      // the page leaves smaller weights out
     bool page, color;
-    int column, level;   // the line being written: its width and the shade in use
-    char marks[80];      // and what stands below it where there are no colours
+    int column;       // of the line being written
+    char marks[COLUMNS + 1];  // the digits below it
 } Explain;
 
-enum { COLUMNS = 79 };
-
-// ---- explain: text. What a terminal or a page would not show as a character is shown as an escape.
-
-// Takes a character off a text and writes how it is shown to out. Returns its width in columns.
+// Takes a character off a text and writes it to out: itself, or an escape for what a terminal would
+// obey or hide. Returns its width in columns.
 static int next_shown(Text *text, char out[16]) {
-    static const uint32_t wide[][2] = {{0x1100, 0x115f}, {0x2e80, 0xa4cf}, {0xac00, 0xd7a3},
-        {0xf900, 0xfaff}, {0xfe30, 0xfe6f}, {0xff00, 0xff60}, {0x1f300, 0x1faff}, {0x20000, 0x3ffff}};
     size_t used;
     const char *s = text->s;
     uint32_t c = next_char(s, text->len, &used);
-    int width = 1;
     text->s += used, text->len -= used;
     if (c == '\n') return snprintf(out, 16, "\\n");
-    if (c < 32 || c == 127 || (c == 0xfffd && used == 1))
-        return snprintf(out, 16, "\\x%02x", (unsigned)(uint8_t)*s);
-    if ((c > 127 && c < 0xa0) || c == 0xad || (c >= 0x200b && c <= 0x200f) || c == 0xfeff ||
-        (c >= 0x2028 && c <= 0x202e) || (c >= 0x2060 && c <= 0x206f) || c >= 0xe0000)
+    if (c < 32 || (c >= 127 && c < 160) || (c == 0xfffd && used == 1))
+        return snprintf(out, 16, "\\x%02x", c < 160 ? (unsigned)c : (uint8_t)*s);
+    if (c == 0xad || (c >= 0x200b && c <= 0x200f) || (c >= 0x2028 && c <= 0x202e) ||
+        (c >= 0x2060 && c <= 0x206f) || c == 0xfeff || c >= 0xe0000)
         return snprintf(out, 16, "\\u%04x", (unsigned)c);
-    memcpy(out, s, used);
-    out[used] = 0;
-    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
-        if (c >= wide[i][0] && c <= wide[i][1]) width = 2;
-    return width;
+    snprintf(out, 16, "%.*s", (int)used, s);
+    bool wide = (c >= 0x1100 && c < 0x1160) || (c >= 0x2e80 && c < 0xd7b0) ||
+                (c >= 0xf900 && c < 0xfb00) || (c >= 0xfe30 && c < 0xfe70) ||
+                (c >= 0xff00 && c < 0xff61) || c >= 0x1f300;
+    return 1 + wide;
 }
-static int columns_of(Text text) {
-    char out[16];
-    int n = 0;
-    while (text.len) n += next_shown(&text, out);
-    return n;
-}
-// A token as it is stored, control tokens too.
+
+// A token as it is stored; control tokens have a text here.
 static Text token_text(const Tokenizer *t, int id) {
     return id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
 }
-// Writes a text in quotes, in at most `limit` columns.
-static void put_quoted(FILE *f, Text text, int limit) {
-    char out[16];
-    fputc('"', f);
-    for (limit -= 2; text.len;) {
-        int width = next_shown(&text, out);
-        if (width > limit - (text.len ? 2 : 0)) { fputs("..", f); break; }
-        fputs(out, f);
-        limit -= width;
-    }
-    fputc('"', f);
+
+// A token's text as it is shown, in at most 37 columns. Returns its width.
+static int show(const Explain *e, int id, char out[160]) {
+    Text text = token_text(e->t, id);
+    char c[16];
+    int width = 0, n = 0;
+    for (out[0] = 0; text.len; width += next_shown(&text, c), n += sprintf(out + n, "%s", c))
+        if (width >= 28) return sprintf(out + n, ".."), width + 2;
+    return width;
 }
-// A string of JSON that can stand in a script element.
-static void put_json(FILE *f, Text text) {
-    char out[16];
-    fputc('"', f);
-    while (text.len) {
-        next_shown(&text, out);
-        if (*out == '<') fputs("\\u003c", f);
-        else fprintf(f, "%s%s", *out == '"' || *out == '\\' ? "\\" : "", out);
+
+static void put_json(FILE *f, Text text) {  // a string that can stand in a script element
+    char c[16];
+    for (fputc('"', f); text.len;) {
+        next_shown(&text, c);
+        fprintf(f, "%s%s", *c == '"' || *c == '\\' ? "\\" : "", *c == '<' ? "\\u003c" : c);
     }
     fputc('"', f);
 }
 
 static void end_line(Explain *e) {
-    if (e->level && e->color) fputs("\033[0m", e->f);
-    fprintf(e->f, "\n");
     e->marks[e->column] = 0;
-    if (!e->color && e->marks[strspn(e->marks, " ")]) fprintf(e->f, "%s\n", e->marks);
-    e->column = e->level = 0;
-}
-// Writes a piece of text with a shade, as a background or as digits below; wraps where it must.
-static void put_piece(Explain *e, Text text, int level) {
-    static const int shades[] = {0, 52, 88, 124, 160, 166, 208, 214, 226};
-    int width = columns_of(text);
-    if (e->column && e->column + width > COLUMNS && width < COLUMNS) end_line(e);
-    while (text.len) {
-        char out[16];
-        width = next_shown(&text, out);
-        if (e->column + width > COLUMNS) end_line(e);
-        if (e->color && level && level != e->level)
-            fprintf(e->f, "\033[48;5;%d;38;5;%dm", shades[level], level < 5 ? 231 : 16);
-        if (e->color && !level && e->level) fputs("\033[0m", e->f);
-        e->level = level;
-        fputs(out, e->f);
-        for (int i = 0; i < width; i++)
-            e->marks[e->column++] = (char)(*out == ' ' || !level ? ' ' : '0' + level);
-        if (!strcmp(out, "\\n")) end_line(e);
-    }
+    fputc('\n', e->f);
+    if (e->marks[strspn(e->marks, " ")]) fprintf(e->f, "%s\n", e->marks);
+    e->column = 0;
 }
 
-// ---- explain: one pass of the model, watched
+// Writes text that stays on one line, with a shade: as a background, or as digits below.
+static void put_piece(Explain *e, const char *s, int width, int level) {
+    static const int shades[] = {0, 52, 88, 124, 160, 166, 208, 214, 226};
+    if (e->column + width > COLUMNS) end_line(e);
+    if (e->color && level)
+        fprintf(e->f, "\033[48;5;%d;38;5;%dm%s\033[0m", shades[level], level < 5 ? 231 : 16, s);
+    else fputs(s, e->f);
+    for (int i = 0; i < width; i++)
+        e->marks[e->column++] = (char)(!level || e->color || s[i] == ' ' ? ' ' : '0' + level);
+}
+
+// ---- explain: one pass
+
+static float *weights_of(const Explain *e, int layer, int head) {
+    return e->weights + (size_t)(layer * e->m->c.n_heads + head) * e->row;
+}
 
 static void put_stage(Explain *e, const char *name, const float *x, int n) {
     double sum = 0;
@@ -3096,36 +3076,37 @@ static void put_stage(Explain *e, const char *name, const float *x, int n) {
     fputc('\n', e->f);
 }
 
-static float *weights_of(const Explain *e, int layer, int head) {
-    return e->weights + ((size_t)layer * (size_t)e->m->c.n_heads + (size_t)head) * e->row;
-}
-
 static void watch(void *observer, const char *name, int layer, const float *x, int n, int width) {
     Explain *e = observer;
     size_t bytes = (size_t)width * sizeof(float);
+    bool residual = !strcmp(name, "x");
     int head = e->o->head < 0 ? 0 : (int)e->o->head;
-    char attention[40];
-    if (!strcmp(name, "attention")) {
-        memcpy(weights_of(e, layer, n), x, bytes);
-        return;
-    }
-    if (!strcmp(name, "x") && layer >= 0) memcpy(e->x + (size_t)layer * (size_t)width, x, bytes);
-    if (!e->o->trace || (layer >= 0 && e->o->layer >= 0 && layer != e->o->layer)) return;
+    char title[40];
+    if (!strcmp(name, "attention")) memcpy(weights_of(e, layer, n), x, bytes);
+    if (residual && layer >= 0) memcpy(e->x + (size_t)layer * (size_t)width, x, bytes);
+    if (!e->o->trace || !strcmp(name, "attention")) return;
+    if (layer >= 0 && e->o->layer >= 0 && layer != e->o->layer) return;
     if (!strcmp(name, "xb = attn_norm(x)")) fprintf(e->f, "layer %d\n", layer);
-    if (!strncmp(name, "att_out", 7)) {
-        snprintf(attention, sizeof attention, "attention of head %d", head);
-        put_stage(e, attention, weights_of(e, layer, head), e->n);
-    }
-    put_stage(e, strcmp(name, "x") ? name : layer < 0 ? "x = token_embedding[token]" : "x += xb", x,
-              width);
+    snprintf(title, sizeof title, "attention of head %d", head);
+    if (!strncmp(name, "att_out", 7))  // the weights of all heads are there now
+        put_stage(e, title, weights_of(e, layer, head), e->n);
+    put_stage(e, !residual ? name : layer < 0 ? "x = token_embedding[token]" : "x += xb", x, width);
 }
 
-// Runs the last of n tokens. Returns the logits of the next one; sets the averaged attention and,
-// the layer lens (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru), what the model would answer if
-// each layer were the last.
+// The logit lens: what the model would answer if this layer were its last.
+static void lens_task(void *context, int layer, int thread) {
+    Explain *e = context;
+    int vocab = e->m->c.vocab_size;
+    const float *logits = e->logits + (size_t)layer * (size_t)vocab;
+    int best = argmax(logits, vocab);
+    (void)thread;
+    e->lens[layer] = (Candidate){(float)exp_double(-surprise(logits, vocab, best)), best};
+}
+
+// Computes the last of n tokens and returns the logits of the next.
 static const float *watched_pass(Explain *e, const int *ids, int n) {
     const Config *c = &e->m->c;
-    int L = c->n_layers;
+    int L = c->n_layers, H = c->n_heads, l0 = (int)e->o->layer, h0 = (int)e->o->head, summed = 0;
     e->n = n;
     e->kv.observe = watch;
     const float *logits = forward(e->m, &e->kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
@@ -3140,276 +3121,230 @@ static const float *watched_pass(Explain *e, const int *ids, int n) {
         rmsnorm(row_of(f.s->xb, l, c->dim), e->x + (size_t)l * (size_t)c->dim,
                 vec(&e->m->final_norm), c->dim, c->norm_eps);
     matmul(&f, L, f.s->xb, (Product[]){{&e->m->classifier, e->logits, c->vocab_size}}, 1);
+    parallel(lens_task, e, L);
+    float *mean = weights_of(e, L, 0);
+    memset(mean, 0, (size_t)n * sizeof(float));
     for (int l = 0; l < L; l++)
-        e->answers[l] = argmax(e->logits + (size_t)l * (size_t)c->vocab_size, c->vocab_size);
-    parallel(surprise_task, &(Score){e->logits, c->vocab_size, e->answers, e->nll}, L);
-
-    int l0 = e->o->layer < 0 ? 0 : (int)e->o->layer, l1 = e->o->layer < 0 ? L : l0 + 1;
-    int h0 = e->o->head < 0 ? 0 : (int)e->o->head, h1 = e->o->head < 0 ? c->n_heads : h0 + 1;
-    memset(e->mean, 0, (size_t)n * sizeof(float));
-    for (int l = l0; l < l1; l++)
-        for (int h = h0; h < h1; h++) add(e->mean, weights_of(e, l, h), n);
-    for (int i = 0; i < n; i++) e->mean[i] /= (float)((l1 - l0) * (h1 - h0));
+        for (int h = 0; h < H; h++)
+            if ((l0 < 0 || l == l0) && (h0 < 0 || h == h0))
+                add(mean, weights_of(e, l, h), n), summed++;
+    for (int i = 0; i < n; i++) mean[i] /= (float)summed;
     return logits;
 }
 
-// The five likeliest tokens by s->p, and the chosen one if it is not among them.
-typedef struct { Candidate c[6]; int n, chosen, rank; } Choice;
-static Choice candidates_of(const Sampler *s, int token) {
-    Choice choice = {.chosen = -1};
-    Candidate last = {INFINITY, -1}, own = {s->p[token], token};
-    for (int i = 0; i < s->vocab_size; i++)
-        choice.rank += by_probability(&(Candidate){s->p[i], i}, &own) <= 0;
-    for (; choice.n < 5 && choice.n < s->vocab_size; choice.n++) {
-        Candidate best = {-1, 0};
-        for (int i = 0; i < s->vocab_size; i++) {
-            Candidate c = {s->p[i], i};
-            if (by_probability(&last, &c) < 0 && by_probability(&c, &best) < 0) best = c;
-        }
-        choice.c[choice.n] = last = best;
-        if (best.token == token) choice.chosen = choice.n;
-    }
-    if (choice.chosen < 0) choice.c[choice.chosen = choice.n++] = own;
-    return choice;
+// Sorts all tokens by s.p and finds the chosen one's rank.
+static void rank_tokens(Explain *e, int chosen) {
+    Candidate *c = e->s.candidates;
+    for (int i = 0; i < e->s.vocab_size; i++) c[i] = (Candidate){e->s.p[i], i};
+    qsort(c, (size_t)e->s.vocab_size, sizeof *c, by_probability);
+    for (e->rank = 0; c[e->rank].token != chosen;) e->rank++;
 }
+// What is listed: the five likeliest, and the chosen one if it is not among them.
+static int n_listed(const Explain *e) {
+    int n = e->s.vocab_size < LIKELY ? e->s.vocab_size : LIKELY;
+    return e->rank < n ? n : n + 1;
+}
+static int listed(const Explain *e, int i) { return i < LIKELY ? i : e->rank; }
 
-// Why this token: one or two short lines.
-static void put_reason(Explain *e, bool given, const Choice *choice) {
-    Sampler *s = &e->s;
-    int token = choice->c[choice->chosen].token, kept = s->kept;
+static void put_reason(Explain *e, bool given) {
+    const Sampler *s = &e->s;
+    int kept = s->kept ? s->kept : s->vocab_size;
     float sum = 0, from = 0, to = 0;
-    if (given) fprintf(e->f, "given: it is number %d of the model's own guesses", choice->rank);
-    else if (s->temperature == 0) fprintf(e->f, "the likeliest, as the temperature is 0");
-    else {
-        for (int i = 0; i < (kept ? kept : s->vocab_size); i++) {
-            if ((kept ? s->candidates[i].token : i) == token) from = sum;
-            sum += kept ? s->candidates[i].p : s->p[i];
-            if ((kept ? s->candidates[i].token : i) == token) to = sum;
-        }
-        if (!kept) sum = 1;
-        fprintf(e->f, "the random number %.4f falls into its part, %.4f to %.4f,",
-                (double)s->coin, (double)(from / sum), (double)(to / sum));
-        fprintf(e->f, "%cof the %d tokens kept (temperature %g", e->page ? ' ' : '\n', kept ? kept : s->vocab_size,
-                (double)s->temperature);
-        if (s->top_p > 0 && s->top_p < 1) fprintf(e->f, ", top-p %g", (double)s->top_p);
-        if (s->top_k) fprintf(e->f, ", top-k %d", s->top_k);
-        if (s->min_p > 0) fprintf(e->f, ", min-p %g", (double)s->min_p);
-        fprintf(e->f, ")");
+    for (int i = 0; i < kept; i++) {  // the tokens' parts of the line from 0 to 1
+        Candidate c = s->kept ? s->candidates[i] : (Candidate){s->p[i], i};
+        if (c.token == s->candidates[e->rank].token) from = sum, to = sum + c.p;
+        sum += c.p;
     }
+    if (given) fprintf(e->f, "given; it is number %d of the model's own guesses", e->rank + 1);
+    else if (s->temperature == 0) fputs("the likeliest, as the temperature is 0", e->f);
+    else fprintf(e->f, "the number %.4f was drawn; its part is %.4f to %.4f of %d kept tokens",
+                 (double)s->coin, (double)(from / sum), (double)(to / sum), kept);
 }
 
-static void put_choice(Explain *e, const Choice *choice) {
-    for (int i = 0; i < choice->n; i++) {
-        const Candidate *c = &choice->c[i];
-        fprintf(e->f, "%c %5.1f%% %-30.*s ", i == choice->chosen ? '>' : ' ', (double)c->p * 100,
-                (int)(c->p * 30 + 0.5f), "##############################");
-        put_quoted(e->f, token_text(e->t, c->token), COLUMNS - 40);
-        fputc('\n', e->f);
+// ---- explain: the terminal
+
+static void show_choice(Explain *e) {
+    char text[160];
+    for (int i = 0; i < n_listed(e); i++) {
+        Candidate c = e->s.candidates[listed(e, i)];
+        show(e, c.token, text);
+        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", listed(e, i) == e->rank ? '>' : ' ',
+                (double)c.p * 100, (int)(c.p * 30 + 0.5f), "##############################", text);
     }
     fputs("> ", e->f);
-    put_reason(e, false, choice);
+    put_reason(e, false);
     fputc('\n', e->f);
 }
 
-// ---- explain: the terminal's view of a token: the text so far and the attention paid to it, the
-// candidates, the lens
-
-static void show_token(Explain *e, const int *ids, int next, const Choice *choice) {
-    char title[40], item[80];
-    int first = e->n, columns = 0, L = e->m->c.n_layers, n = 0;
-    double left_out = 0;
-    snprintf(title, sizeof title, "== token %d at position %d: ", next, e->n);
-    fputs(title, e->f);
-    Text text = token_text(e->t, next);
-    put_quoted(e->f, text, COLUMNS - 44);
-    for (n = (int)strlen(title) + 2 + columns_of(text); n < COLUMNS - 1; n++)
-        fputc(n == (int)strlen(title) + 2 + columns_of(text) ? ' ' : '=', e->f);
-    fputc('\n', e->f);
-    while (first > 0 && columns < 8 * COLUMNS) columns += columns_of(token_text(e->t, ids[--first]));
-    for (int i = 0; i < first; i++) left_out += (double)e->mean[i];
-    if (first) {
-        fprintf(e->f, "(%d tokens, to which it pays %.0f%%)", first, left_out * 100);
-        end_line(e);
-    }
+static void show_token(Explain *e, const int *ids) {
+    char text[160], item[200];
+    int first = e->n, columns = 0, L = e->m->c.n_layers, width;
+    const float *mean = weights_of(e, L, 0);
+    float left_out = 0;
+    width = show(e, e->s.candidates[e->rank].token, text);
+    width += fprintf(e->f, "== position %d: \"%s\" ", e->n, text) - (int)strlen(text);
+    fprintf(e->f, "%.*s\n", COLUMNS - width,
+            "===============================================================");
+    while (first > 0 && columns < 8 * COLUMNS) columns += show(e, ids[--first], text);
+    for (int i = 0; i < first; i++) left_out += mean[i];
+    width = snprintf(item, sizeof item, "(%d tokens with %.0f%%) ", first, (double)left_out * 100);
+    if (first) put_piece(e, item, width, 0);
     for (int i = first; i < e->n; i++) {
         int level = 0;
-        while (level < 8 && e->mean[i] >= 0.005f * (float)(1 << level)) level++;
-        put_piece(e, token_text(e->t, ids[i]), level);
+        while (level < 8 && mean[i] >= 0.005f * (float)(1 << level)) level++;
+        width = show(e, ids[i], text);
+        put_piece(e, text, width, level);
+        if (width > 1 && !strcmp(text + strlen(text) - 2, "\\n")) end_line(e);
     }
     if (e->column) end_line(e);
-    put_choice(e, choice);
-    n = fprintf(e->f, "lens:");
+    show_choice(e);
+    put_piece(e, "lens:", 5, 0);
     for (int l = 0, from = 0; l < L; l++) {
-        if (l + 1 < L && e->answers[l + 1] == e->answers[l]) continue;
-        snprintf(item, sizeof item, from < l ? " %d-%d " : " %d ", from, l);
-        text = token_text(e->t, e->answers[l]);
-        int width = columns_of(text) > 28 ? 28 : columns_of(text);
-        width += (int)strlen(item) + 2;
-        if (n + width > COLUMNS) n = fprintf(e->f, "\n     ") - 1;
-        fputs(item, e->f);
-        put_quoted(e->f, text, 30);
-        n += width;
+        if (l + 1 < L && e->lens[l + 1].token == e->lens[l].token) continue;
+        width = show(e, e->lens[l].token, text) - (int)strlen(text);
+        if (from < l) width += snprintf(item, sizeof item, " %d-%d \"%s\"", from, l, text);
+        else width += snprintf(item, sizeof item, " %d \"%s\"", l, text);
+        put_piece(e, item, width, 0);
         from = l + 1;
     }
-    fputs("\n\n", e->f);
+    end_line(e);
+    fputc('\n', e->f);
 }
 
-// ---- explain: the page. Its data is JSON: for each token its text and, for the pass that chose it,
-// the candidates, the reason, the lens, and the attention weights.
+// ---- explain: the page. JSON holds, for each token, its text and what is known of the pass that
+// chose it; a script shows it.
 
 static const char PAGE_HEAD[] =
     "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
     "<meta name=viewport content='width=device-width'>\n"
     "<meta http-equiv=Content-Security-Policy\n"
-    " content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
-    "<style>\n"
-    ":root{color-scheme:light dark;--a:255,150,40;--soft:#8884}\n"
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
+    "<style>:root{color-scheme:light dark;--a:255,150,40}\n"
     "@media(prefers-color-scheme:dark){:root{--a:180,80,0}}\n"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em 2em}\n"
-    "h1,h2{font-size:1.1em;margin:1em 0 .3em}\n"
-    "#text{line-height:2.1;font-family:ui-monospace,monospace;overflow-wrap:anywhere}\n"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em}\n"
+    "h1,h2{font-size:1.1em} select{font:inherit}\n"
+    "#text{line-height:2.1;font-family:monospace;overflow-wrap:anywhere}\n"
     "#text button{all:unset;white-space:pre-wrap;cursor:pointer;padding:.25em 0;\n"
-    " border-radius:3px;border-bottom:2px solid rgb(var(--a))}\n"
-    "#text .given{border-color:transparent}\n"
+    "border-bottom:2px solid rgb(var(--a))} #text .given{border-color:transparent}\n"
     "#text [aria-pressed=true]{outline:2px solid;outline-offset:1px}\n"
     "#text button:focus-visible,select:focus-visible{outline:3px solid #48f}\n"
-    "main{display:grid;gap:0 2em;\n"
-    " grid-template-columns:repeat(auto-fit,minmax(min(100%,20em),1fr))}\n"
-    "ol{list-style:none;margin:0;padding:0;font-size:.9em}\n"
-    "li{display:flex;gap:.6em;white-space:pre}\n"
-    "li b{width:9em;flex:none;overflow:hidden;text-overflow:ellipsis;\n"
-    " font:1em ui-monospace,monospace}\n"
-    "li i{flex:1;align-self:center}\n"
-    "li i span{display:block;height:.8em;background:rgb(var(--a))}\n"
-    "li.chosen{background:var(--soft)}\n"
-    "select{font:inherit}\n"
-    "canvas{display:block;max-width:100%}\n"
-    "#clocks{width:400px}\n"
-    "#map{width:100%;max-width:26em;image-rendering:pixelated;border:1px solid var(--soft)}\n"
-    "</style>\n"
+    "main{display:grid;gap:2em;grid-template-columns:repeat(auto-fit,minmax(min(100%,20em),1fr))}\n"
+    "ol{list-style:none;padding:0} li{display:flex;gap:.6em;font:.9em monospace;white-space:pre}\n"
+    "li b{width:9em;overflow:hidden;text-overflow:ellipsis} li i{flex:1;margin:.2em 0}\n"
+    "li span{display:block;height:.8em;background:rgb(var(--a))} .chosen{background:#8884}\n"
+    "canvas{width:100%;max-width:26em}\n"
+    "#map{image-rendering:pixelated;outline:1px solid #8884}</style>\n"
     "<h1>Watch it think</h1>\n"
-    "<p>Choose a token (arrow keys work): the pass of the model that chose it is shown. It\n"
-    "read the tokens before; their shade is the attention paid to them. Underlined tokens were\n"
-    "generated.</p>\n"
+    "<p>Choose a token (arrow keys work, too) to see the pass of the model that chose it. It read\n"
+    "the tokens before; their shade is the attention it paid to them. Underlined: generated.</p>\n"
     "<div id=text role=group aria-label='The text, token by token'></div>\n"
     "<p id=why aria-live=polite></p>\n"
-    "<main>\n"
-    "<section><h2>Likeliest next tokens</h2><ol id=cand></ol>\n"
+    "<main><section><h2>Likeliest tokens</h2><ol id=likely></ol>\n"
     "<h2>Position</h2><p id=pos></p>\n"
-    "<canvas id=clocks width=800 height=240 role=img></canvas></section>\n"
-    "<section><h2>Attention</h2><p><label>layer <select id=layer></select></label>\n"
-    " <label>head <select id=head></select></label></p>\n"
-    "<canvas id=map role=img></canvas><p id=note></p></section>\n"
-    "<section><h2>What each layer would already answer</h2><ol id=lens></ol></section>\n"
-    "</main>\n"
+    "<canvas id=clocks width=800 height=220 role=img></canvas></section>\n"
+    "<section><h2>Attention</h2><label>layer <select id=layer></select></label>\n"
+    "<label>head <select id=head></select></label><p id=note></p>\n"
+    "<canvas id=map role=img aria-label='Attention of every token'></canvas></section>\n"
+    "<section><h2>What each layer would already answer</h2><ol id=lens></ol></section></main>\n"
     "<script type=application/json id=data>\n";
 static const char PAGE_DRAW[] =
-    "</script>\n"
-    "<script>\n"
+    "</script><script>\n"
     "const $ = id => document.getElementById(id), D = JSON.parse($('data').textContent);\n"
-    "const T = D.tokens, N = T.length, L = D.layers, H = D.heads;\n"
+    "const T = D.tokens, N = T.length, H = D.heads, percent = p => (100 * p).toFixed(1) + '%';\n"
     "const DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_';\n"
     "let now = 0;\n"
-    "function el(parent, tag, text, props) {\n"
-    "  const e = Object.assign(document.createElement(tag), props);\n"
-    "  e.append(text);\n"
-    "  parent.append(e);\n"
-    "  return e;\n"
+    "function el(parent, tag, text, properties) {\n"
+    "  const e = Object.assign(document.createElement(tag), properties);\n"
+    "  e.textContent = text;\n"
+    "  return parent.appendChild(e);\n"
     "}\n"
-    "// Attention that the pass behind token i pays to tokens before; layer or head -1: the mean.\n"
-    "function unpack(row, scale, out) {\n"
-    "  for (let k = 0, p = 0; k < row.length; k += 2) {\n"
-    "    const code = DIGITS.indexOf(row[k + 1]);\n"
-    "    p += DIGITS.indexOf(row[k]);\n"
-    "    if (code) out[p++] += code * code / 3969 * scale;\n"
-    "  }\n"
-    "  return out;\n"
-    "}\n"
+    "// Attention to each token before token i: of one head, or the mean of a layer or of all.\n"
     "function weights(i) {\n"
-    "  const l = +$('layer').value, h = +$('head').value, out = new Float64Array(i);\n"
-    "  if (!T[i].a) return out;\n"
-    "  const rows = T[i].rows ||= T[i].a.split(',');\n"
-    "  if (l < 0) return unpack(rows[0], 1, out);\n"
-    "  for (let j = 0; j < H; j++)\n"
-    "    if (h < 0 || h == j) unpack(rows[1 + l * H + j], h < 0 ? 1 / H : 1, out);\n"
-    "  return out;\n"
+    "  const layer = +$('layer').value, head = +$('head').value, sum = Array(i).fill(0);\n"
+    "  const rows = T[i].rows ||= (T[i].a || '').split(','), first = 1 + layer * H;\n"
+    "  const some = layer < 0 ? rows.slice(0, 1)\n"
+    "    : head < 0 ? rows.slice(first, first + H) : rows.slice(first + head, first + head + 1);\n"
+    "  for (const row of some)\n"
+    "    for (let k = 0, j = 0; k < row.length; k += 2) {\n"
+    "      const code = DIGITS.indexOf(row[k + 1]);\n"
+    "      j += DIGITS.indexOf(row[k]);\n"
+    "      if (code) sum[j++] += (code / 63) ** 2 / some.length;\n"
+    "    }\n"
+    "  return sum;\n"
     "}\n"
-    "const percent = p => (100 * p).toFixed(1) + '%';\n"
-    "function bars(list, items, chosen, label) {\n"
-    "  list.replaceChildren();\n"
+    "function bars(id, items, chosen, numbered) {\n"
+    "  $(id).replaceChildren();\n"
     "  items.forEach(([text, p], i) => {\n"
-    "    const li = el(list, 'li', '', {className: i == chosen ? 'chosen' : ''});\n"
-    "    if (label) el(li, 'small', String(i).padStart(2));\n"
-    "    el(li, 'b', text, {title: text});\n"
-    "    el(el(li, 'i', ''), 'span', '').style.width = 100 * p + '%';\n"
+    "    const li = el($(id), 'li', numbered ? String(i).padStart(2) : '');\n"
+    "    if (i == chosen) li.className = 'chosen';\n"
+    "    el(li, 'b', '\"' + text + '\"', {title: text});\n"
+    "    el(el(li, 'i'), 'span').style.width = 100 * p + '%';\n"
     "    el(li, 'small', percent(p).padStart(6));\n"
     "  });\n"
     "}\n"
-    "function map() {\n"
-    "  const c = $('map'), g = c.getContext('2d');\n"
-    "  c.width = c.height = N;\n"
+    "function drawMap() {  // row: a token; column: a token before it\n"
+    "  const g = $('map').getContext('2d');\n"
     "  const rgb = getComputedStyle(document.documentElement).getPropertyValue('--a');\n"
-    "  for (let i = 1; i < N; i++) weights(i).forEach((w, j) => {\n"
-    "    g.fillStyle = 'rgba(' + rgb + ',' + Math.sqrt(w) + ')';\n"
+    "  $('map').width = $('map').height = N;\n"
+    "  T.forEach((t, i) => weights(i).forEach((w, j) => {\n"
+    "    g.fillStyle = `rgba(${rgb},${Math.sqrt(w)})`;\n"
     "    g.fillRect(j, i, 1, 1);\n"
-    "  });\n"
-    "  g.fillStyle = '#8886';\n"
+    "  }));\n"
+    "  g.fillStyle = '#8888';\n"
     "  g.fillRect(now, now, N, 1);\n"
     "}\n"
-    "function clocks() {\n"
-    "  const g = $('clocks').getContext('2d'), l = Math.max(0, $('layer').value);\n"
-    "  const freqs = D.freqs[D.local[l]], n = Math.min(8, freqs.length), angles = [];\n"
+    "// The angles by which rotary embedding turns some pairs of a query or key at a position.\n"
+    "function drawClocks(position) {\n"
+    "  const g = $('clocks').getContext('2d'), layer = Math.max(0, $('layer').value);\n"
+    "  const freqs = D.freqs[D.local[layer]], n = Math.min(8, freqs.length), said = [];\n"
     "  g.setTransform(2, 0, 0, 2, 0, 0);\n"
-    "  g.clearRect(0, 0, 400, 120);\n"
+    "  g.clearRect(0, 0, 400, 110);\n"
     "  g.strokeStyle = g.fillStyle = getComputedStyle(document.body).color;\n"
     "  for (let k = 0; k < n; k++) {\n"
-    "    const pair = Math.floor(k * freqs.length / n), x = 25 + 50 * k;\n"
-    "    const a = Math.max(0, now - 1) * freqs[pair];\n"
-    "    angles.push('pair ' + pair + ': ' + (a % (2 * Math.PI)).toFixed(2));\n"
+    "    const pair = Math.floor(k * freqs.length / n), f = freqs[pair], x = 24 + 50 * k;\n"
+    "    const angle = position * f % (2 * Math.PI);\n"
     "    g.beginPath();\n"
-    "    g.arc(x, 40, 20, 0, 7);\n"
-    "    g.moveTo(x, 40);\n"
-    "    g.lineTo(x + 20 * Math.cos(a), 40 - 20 * Math.sin(a));\n"
+    "    g.arc(x, 24, 20, 0, 7);\n"
+    "    g.moveTo(x, 24);\n"
+    "    g.lineTo(x + 20 * Math.cos(angle), 24 - 20 * Math.sin(angle));\n"
     "    g.stroke();\n"
-    "    g.fillText('pair ' + pair, x - 14, 78);\n"
-    "    g.fillText(freqs[pair].toPrecision(2), x - 14, 94);\n"
+    "    g.fillText('pair ' + pair, x - 15, 62);\n"
+    "    g.fillText(f.toPrecision(1), x - 15, 78);\n"
+    "    said.push(`pair ${pair} at ${angle.toFixed(2)}`);\n"
     "  }\n"
-    "  g.fillText('radians a position', 5, 112);\n"
-    "  $('clocks').ariaLabel = 'Rotary angles in radians: ' + angles.join(', ');\n"
+    "  g.fillText('radians per position', 9, 98);\n"
+    "  $('clocks').ariaLabel = 'Angles in radians: ' + said.join(', ');\n"
     "}\n";
 static const char PAGE_CHOOSE[] =
     "function choose(i, focus) {\n"
-    "  now = Math.max(0, Math.min(N - 1, i));\n"
-    "  const t = T[now], w = weights(now), at = $('text').querySelectorAll('button');\n"
-    "  at.forEach((b, j) => {\n"
+    "  now = Math.max(0, Math.min(N - 1, i || 0));\n"
+    "  const t = T[now], w = weights(now), buttons = document.querySelectorAll('#text button');\n"
+    "  buttons.forEach((b, j) => {\n"
     "    b.ariaPressed = j == now;\n"
     "    b.tabIndex = j == now ? 0 : -1;\n"
-    "    b.style.background = w[j] ? 'rgba(var(--a),' + Math.sqrt(w[j]) + ')' : '';\n"
+    "    b.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
     "    b.title = w[j] ? 'attention ' + percent(w[j]) : '';\n"
     "  });\n"
-    "  if (focus) at[now].focus();\n"
+    "  if (focus) buttons[now].focus();\n"
     "  $('head').disabled = $('layer').value < 0;\n"
-    "  $('why').textContent = `Token ${now}, id ${t.i}, '${t.t}': ${t.w || 'the text starts here'}`;\n"
-    "  bars($('cand'), t.c || [], t.k);\n"
-    "  bars($('lens'), t.l || [], -1, true);\n"
-    "  $('pos').textContent = now ? `The pass stood at position ${now - 1}, where each pair of a\n"
-    "    query or key is turned by these angles. Keys and values of ${now} tokens were in the KV cache:\n"
-    "    ${(now * D.kv / 1024).toFixed(1)} KiB.` : '';\n"
+    "  $('why').textContent = `Token ${now}, \"${t.t}\", id ${t.id}: ${t.why || 'the start'}.`;\n"
+    "  $('pos').textContent = now ? `The pass was at position ${now - 1}, where pairs of numbers\n"
+    "    in queries and keys are turned by these angles. The KV cache then held the keys and values\n"
+    "    of ${now} tokens, ${(now * D.kv / 1024).toFixed(1)} KiB.` : '';\n"
+    "  bars('likely', t.likely || [], t.k);\n"
+    "  bars('lens', t.lens || [], -1, true);\n"
     "  history.replaceState(null, '', '#t=' + now);\n"
-    "  map();\n"
-    "  clocks();\n"
+    "  drawMap();\n"
+    "  drawClocks(Math.max(0, now - 1));\n"
     "}\n"
-    "const option = (id, n, all) => {\n"
-    "  el($(id), 'option', all, {value: -1});\n"
-    "  for (let i = 0; i < n; i++) el($(id), 'option', i, {value: i});\n"
+    "for (const [id, n] of [['layer', D.layers], ['head', H]]) {\n"
+    "  for (let i = -1; i < n; i++) el($(id), 'option', i < 0 ? 'all (mean)' : i, {value: i});\n"
     "  $(id).onchange = () => choose(now);\n"
-    "};\n"
-    "option('layer', L, 'mean of all');\n"
-    "option('head', H, 'mean of all');\n"
+    "}\n"
     "T.forEach((t, i) => {\n"
-    "  const style = t.given ? 'given' : '';\n"
-    "  el($('text'), 'button', t.t || ' ', {className: style, onclick: () => choose(i)});\n"
-    "  if (t.t.endsWith('\\\\n')) el($('text'), 'br', '');\n"
+    "  const b = el($('text'), 'button', t.t || ' ', {onclick: () => choose(i)});\n"
+    "  if (t.given) b.className = 'given';\n"
+    "  if (t.t.endsWith('\\\\n')) el($('text'), 'br');\n"
     "});\n"
     "$('text').onkeydown = e => {\n"
     "  const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: N - 1}[e.key];\n"
@@ -3418,138 +3353,124 @@ static const char PAGE_CHOOSE[] =
     "  choose(to, true);\n"
     "};\n"
     "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
+    "$('note').textContent = `Each row is a token, each column one before it. Weights under\n"
+    "  ${100 * D.least}% are left out. Sampled with ${D.sampler}.`;\n"
     "matchMedia('(prefers-color-scheme: dark)').onchange = () => choose(now);\n"
-    "onhashchange = () => choose(+location.hash.slice(3) || 0);\n"
-    "$('note').textContent = 'Row: a token; column: an earlier one it attends to. ' + D.note;\n"
-    "choose(location.hash ? +location.hash.slice(3) || 0 : N - 1);\n"
+    "onhashchange = () => choose(+location.hash.slice(3));\n"
+    "choose(location.hash ? +location.hash.slice(3) : N - 1);\n"
     "</script>\n";
 
-static const char BASE64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+static void put_share(Explain *e, Candidate c) {
+    fputc('[', e->f);
+    put_json(e->f, token_text(e->t, c.token));
+    fprintf(e->f, ",%.4g]", (double)c.p);
+}
 
-// A row of weights: for each that is at least `least`, two digits: how many positions were left out
-// before it, and 63 sqrt(weight).
+// A row of weights, those of at least `least`: for each two digits to the base 64, how many
+// positions are skipped before it, and 63 sqrt(weight).
 static void put_weights(FILE *f, const float *w, int n, float least) {
-    int skip = 0;
-    for (int i = 0; i < n; i++, skip++) {
+    static const char digits[] =
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    for (int i = 0, skip = 0; i < n; i++, skip++) {
         if (!(w[i] >= least)) continue;
         for (; skip > 63; skip -= 63) fputs("_A", f);
-        fprintf(f, "%c%c", BASE64[skip], BASE64[(int)(63 * sqrtf(w[i]) + 0.5f)]);
+        fprintf(f, "%c%c", digits[skip], digits[(int)(63 * sqrtf(w[i]) + 0.5f)]);
         skip = -1;
     }
 }
 
-static void put_share(Explain *e, int token, double p) {
-    fputc('[', e->f);
-    put_json(e->f, token_text(e->t, token));
-    fprintf(e->f, ",%.4g]", p);
-}
-
-static void begin_page(Explain *e, int first) {
+static void page_begin(Explain *e, int first) {
     const Config *c = &e->m->c;
+    int half = c->head_dim / 2;
     fprintf(e->f, "%s{\"layers\":%d,\"heads\":%d,\"kv\":%ld,\"local\":[", PAGE_HEAD, c->n_layers,
             c->n_heads, 2L * c->n_layers * c->n_kv_heads * c->head_dim * (e->kv.wide ? 4 : 2));
     for (int l = 0; l < c->n_layers; l++) fprintf(e->f, l ? ",%d" : "%d", is_local(c, l));
-    for (int i = 0; i < c->head_dim; i++)
-        fprintf(e->f, "%s%g", i == 0 ? "],\"freqs\":[[" : i == c->head_dim / 2 ? "],[" : ",",
-                (double)vec(&e->m->rope_freqs[i >= c->head_dim / 2])[i % (c->head_dim / 2)]);
-    fprintf(e->f, "]],\"note\":\"Weights under %g%% are left out.\",\"tokens\":[\n{\"t\":",
-            (double)e->least * 100);
+    for (int i = 0; i < 2 * half; i++)
+        fprintf(e->f, "%s%g", i == 0 ? "],\"freqs\":[[" : i == half ? "],[" : ",",
+                (double)vec(&e->m->rope_freqs[i / half])[i % half]);
+    fprintf(e->f, "]],\"least\":%g,\"sampler\":\"temperature %g, top-p %g, top-k %d, min-p %g\","
+            "\"tokens\":[\n{\"t\":", (double)e->least, (double)e->s.temperature, (double)e->s.top_p,
+            e->s.top_k, (double)e->s.min_p);
     put_json(e->f, token_text(e->t, first));
-    fprintf(e->f, ",\"i\":%d,\"given\":1}", first);
+    fprintf(e->f, ",\"id\":%d,\"given\":1}", first);
 }
 
-static void page_token(Explain *e, int next, bool given, const Choice *choice) {
-    const Config *c = &e->m->c;
-    fprintf(e->f, ",\n{\"t\":");
-    put_json(e->f, token_text(e->t, next));
-    fprintf(e->f, ",\"i\":%d,\"given\":%d,\"k\":%d,\"w\":\"", next, given, choice->chosen);
-    put_reason(e, given, choice);
-    for (int i = 0; i < choice->n; i++) {
-        fprintf(e->f, i ? "," : "\",\"c\":[");
-        put_share(e, choice->c[i].token, (double)choice->c[i].p);
-    }
-    for (int l = 0; l < c->n_layers; l++) {
-        fprintf(e->f, l ? "," : "],\"l\":[");
-        put_share(e, e->answers[l], exp_double(-e->nll[l]));
-    }
-    fprintf(e->f, "],\"a\":\"");
-    put_weights(e->f, e->mean, e->n, 0.001f);
-    for (int l = 0; l < c->n_layers; l++)
-        for (int h = 0; h < c->n_heads; h++) {
-            fputc(',', e->f);
-            put_weights(e->f, weights_of(e, l, h), e->n, e->least);
-        }
-    fprintf(e->f, "\"}");
+static void page_token(Explain *e, bool given) {
+    int L = e->m->c.n_layers, H = e->m->c.n_heads, chosen = e->s.candidates[e->rank].token;
+    fputs(",\n{\"t\":", e->f);
+    put_json(e->f, token_text(e->t, chosen));
+    fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"", chosen, given,
+            e->rank < LIKELY ? e->rank : LIKELY);
+    put_reason(e, given);
+    for (int i = 0; i < n_listed(e); i++)
+        fputs(i ? "," : "\",\"likely\":[", e->f), put_share(e, e->s.candidates[listed(e, i)]);
+    for (int l = 0; l < L; l++) fputs(l ? "," : "],\"lens\":[", e->f), put_share(e, e->lens[l]);
+    fputs("],\"a\":\"", e->f);
+    put_weights(e->f, weights_of(e, L, 0), e->n, 0.001f);
+    for (int i = 0; i < L * H; i++)
+        fputc(',', e->f), put_weights(e->f, weights_of(e, 0, i), e->n, e->least);
+    fputs("\"}", e->f);
 }
 
 static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     const Config *c = &m->c;
-    if (o->layer >= c->n_layers)
-        die("--layer %lld: %s has layers 0 to %d", o->layer, m->path, c->n_layers - 1);
-    if (o->head >= c->n_heads)
-        die("--head %lld: a layer of %s has heads 0 to %d", o->head, m->path, c->n_heads - 1);
     Text prompt;
     Ids ids = {0};
-    bool full, page = o->output && !o->trace;
+    bool full;
+    if (o->layer >= c->n_layers || o->head >= c->n_heads)
+        die("--layer goes to %d and --head to %d in %s", c->n_layers - 1, c->n_heads - 1, m->path);
     int end, n_prompt = start_text(o, m, t, &prompt, &ids, &end, &full), ctx = context_of(o, m);
-    size_t L = (size_t)c->n_layers, vocab = (size_t)c->vocab_size, bytes;
-    Explain e = {.o = o, .m = m, .t = t, .s = new_sampler(o, m, t), .row = (size_t)ctx, .page = page};
+    size_t L = (size_t)c->n_layers, vocab = (size_t)c->vocab_size, size = 0;
+    char *shown = NULL, *no_color = getenv("NO_COLOR");
+    double rows = (double)L * c->n_heads * end;
+    Explain e = {.o = o, .m = m, .t = t, .s = new_sampler(o, m, t), .row = (size_t)ctx,
+                 .page = o->output && !o->trace,
+                 .color = !o->output && isatty(1) && !(no_color && *no_color),
+                 .least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f};
     new_cache(&e.kv, m, ctx, 0, 0);
     e.kv.plain_attention = true;
     e.kv.observer = &e;
-    bytes = L * (size_t)c->n_heads * e.row * sizeof(float);
-    e.weights = reserve(bytes, "the attention weights (-c N makes the context shorter)");
-    e.mean = resize(NULL, e.row, sizeof(float));
+    size_t bytes = (L * (size_t)c->n_heads + 1) * e.row * sizeof(float);
+    e.weights = reserve(bytes, "attention weights (-c N makes the context shorter)");
     e.x = resize(NULL, L * (size_t)c->dim, sizeof(float));
     e.logits = resize(NULL, L * vocab, sizeof(float));
-    e.answers = resize(NULL, L, sizeof(int));
-    e.nll = resize(NULL, L, sizeof(double));
-    const char *no_color = getenv("NO_COLOR");
-    e.color = !o->output && isatty(1) && !(no_color && *no_color);
     Output out = open_output(o->output);
-    char *shown = NULL;
-    size_t size = 0;
     e.f = open_memstream(&shown, &size);
     if (!e.f) die("out of memory");
-
-    int n = page ? 1 : n_prompt;  // the page shows the prompt's tokens too
-    if (!page) prefill(m, &e.kv, 0, ids.ids, 0, n - 1);
-    double rows = (double)L * c->n_heads * end;  // of weights: the more, the fewer of each are kept
-    e.least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f;
-    if (page) begin_page(&e, ids.ids[0]);
-    else if (!o->trace)
-        fputs("Each token is chosen from the candidates of one pass of the model. Marks under the text, 1\n"
-              "to 8: the pass paid a token 0.5%, 1%, 2%, 4%, 8%, 16%, 32%, 64% of its attention.\n\n", e.f);
+    int n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
+    if (e.page) page_begin(&e, ids.ids[0]);
+    else {
+        prefill(m, &e.kv, 0, ids.ids, 0, n - 1);
+        fprintf(e.f, "temperature %g, top-p %g, top-k %d, min-p %g\n", (double)e.s.temperature,
+                (double)e.s.top_p, e.s.top_k, (double)e.s.min_p);
+        if (!o->trace)
+            fputs("shades 1 to 8: a token gets 0.5%, 1%, 2%, 4%, 8%, 16%, 32%, 64% of the "
+                  "attention\nlens: what layer 0, 1, ... would already answer\n\n", e.f);
+    }
     for (; n <= end && !interrupted; n++) {
-        if (o->trace) {
-            fprintf(e.f, "token %d ", ids.ids[n - 1]);
-            put_quoted(e.f, token_text(t, ids.ids[n - 1]), 40);
-            fprintf(e.f, " at position %d\n%-30s %7s %10s  first values\n", n - 1, "stage", "width",
-                    "norm");
-        }
-        const float *logits = watched_pass(&e, ids.ids, n);
+        char title[40];
+        snprintf(title, sizeof title, "token %d at position %d", ids.ids[n - 1], n - 1);
+        if (o->trace) fprintf(e.f, "%-30s %7s %10s  first values\n", title, "width", "norm");
         bool given = n < n_prompt;
+        const float *logits = watched_pass(&e, ids.ids, n);
         int next = given ? ids.ids[n] : sample(&e.s, logits, ids.ids, n);
         if (given) memcpy(e.s.p, logits, vocab * sizeof(float));
         if (given || e.s.temperature == 0) softmax(e.s.p, 0, c->vocab_size);
-        Choice choice = candidates_of(&e.s, next);
-        if (page) page_token(&e, next, given, &choice);
-        else if (o->trace) put_choice(&e, &choice), fputc('\n', e.f);
-        else show_token(&e, ids.ids, next, &choice);
-        if (!page) {
-            fflush(e.f);
-            write_output(&out, shown, size);
-            rewind(e.f);
-        }
+        rank_tokens(&e, next);
+        if (e.page) page_token(&e, given);
+        else if (o->trace) show_choice(&e);
+        else show_token(&e, ids.ids);
+        if (!e.page) fflush(e.f), write_output(&out, shown, size), rewind(e.f);
         if (!given && is_stop(t, next)) break;
-        if (!given) ids.n = (size_t)n, push(&ids, next);
+        ids.n = (size_t)n;
+        push(&ids, next);
     }
-    if (page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
+    if (e.page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
     fclose(e.f);
-    if (page) write_output(&out, shown, size);
+    if (e.page) write_output(&out, shown, size);
     close_output(&out);
-    void *all[] = {shown, e.mean, e.x, e.logits, e.answers, e.nll, e.s.p, e.s.candidates, ids.ids,
-                   (void *)(uintptr_t)prompt.s};
+    void *all[] = {shown, e.x, e.logits, e.s.p, e.s.candidates, ids.ids,
+                   (char *)(uintptr_t)prompt.s};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     munmap(e.weights, bytes);
     free_cache(&e.kv);
@@ -4083,11 +4004,11 @@ int main(int argc, char **argv) {
     while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
     if (mode != 6 && (o.trace || o.layer >= 0 || o.head >= 0))
-        usage_error("%s is for -m explain%s", o.trace ? "--trace" : o.layer >= 0 ? "--layer" : "--head",
-                    "");
+        usage_error("%s is for -m explain%s",
+                    o.trace ? "--trace" : o.layer >= 0 ? "--layer" : "--head", "");
     if (o.head >= 0 && o.layer < 0) usage_error("--head needs --layer%s%s", "", "");
     if (o.layer >= 0 && o.output && !o.trace)
-        usage_error("-o %s shows every layer and head: --layer is for the terminal%s", o.output, "");
+        usage_error("--layer is for the terminal: the page %s shows all%s", o.output, "");
     refuse_overwriting(o.output, o.model);
     refuse_overwriting(o.output, o.tokenizer);
     refuse_overwriting(o.output, o.prompt_file);
