@@ -71,6 +71,10 @@ test-debug: debug test_all.c
 		-o test-debug-all test_all.c -lm
 	RUN=./run-debug ./test-debug-all
 
+# The page of -m explain in a headless browser (Debian: chromium).
+test-page: run
+	.ci/test-page
+
 # Part 1 alone, without SIMD and threads: the same bytes, only slower.
 plain: run.c
 	$(CC) $(CFLAGS) $(EXACT) -DPLAIN -o run-plain run.c -lm
@@ -95,10 +99,11 @@ help:
 	@echo "make model.bin  fetch and export the default model only"
 	@echo "make test     build and run every test"
 	@echo "make test-isa, test-cross, test-debug   the same bytes in other builds; on arm64; sanitizers"
+	@echo "make test-page  the page of -m explain in a headless Chromium"
 	@echo "make bench    measure this machine"
 	@echo "make plain    ./run-plain: part 1 alone, without SIMD and threads"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-isa test-cross test-debug plain debug bench install clean help
+.PHONY: demo test test-isa test-cross test-debug test-page plain debug bench install clean help
