@@ -3068,14 +3068,17 @@ static float *weights_of(const Explain *e, int layer, int head) {
     return e->weights + (size_t)(layer * e->m->c.n_heads + head) * e->row;
 }
 
+// A line of the trace: what was computed, how many numbers it is, their norm sqrt(sum of x^2), and
+// the first of them.
 static void put_stage(Explain *e, const char *name, const float *x, int n) {
     double sum = 0;
     for (int i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
-    fprintf(e->f, "%-30s %7d %10.4g ", name, n, sqrt(sum));
+    fprintf(e->f, "%-29s %7d %10.4g ", name, n, sqrt(sum));
     for (int i = 0; i < 3 && i < n; i++) fprintf(e->f, " %9.3g", (double)x[i]);
     fputc('\n', e->f);
 }
 
+// What forward calls with the values of each stage: keeps those that are shown, or traces them.
 static void watch(void *observer, const char *name, int layer, const float *x, int n, int width) {
     Explain *e = observer;
     size_t bytes = (size_t)width * sizeof(float);
@@ -3093,7 +3096,8 @@ static void watch(void *observer, const char *name, int layer, const float *x, i
     put_stage(e, !residual ? name : layer < 0 ? "x = token_embedding[token]" : "x += xb", x, width);
 }
 
-// The logit lens: what the model would answer if this layer were its last.
+// The logit lens (nostalgebraist, "interpreting GPT: the logit lens", 2020): what the model would
+// answer if this layer were its last.
 static void lens_task(void *context, int layer, int thread) {
     Explain *e = context;
     int vocab = e->m->c.vocab_size;
@@ -3157,7 +3161,7 @@ static void put_reason(Explain *e, bool given) {
     }
     if (given) fprintf(e->f, "given; it is number %d of the model's own guesses", e->rank + 1);
     else if (s->temperature == 0) fputs("the likeliest, as the temperature is 0", e->f);
-    else fprintf(e->f, "the number %.4f was drawn; its part is %.4f to %.4f of %d kept tokens",
+    else fprintf(e->f, "the number %.4f was drawn; its part is %.4f to %.4f of the %d kept",
                  (double)s->coin, (double)(from / sum), (double)(to / sum), kept);
 }
 
@@ -3444,13 +3448,13 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
         fprintf(e.f, "temperature %g, top-p %g, top-k %d, min-p %g\n", (double)e.s.temperature,
                 (double)e.s.top_p, e.s.top_k, (double)e.s.min_p);
         if (!o->trace)
-            fputs("shades 1 to 8: a token gets 0.5%, 1%, 2%, 4%, 8%, 16%, 32%, 64% of the "
-                  "attention\nlens: what layer 0, 1, ... would already answer\n\n", e.f);
+            fputs("shades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
+                  "lens: what layer 0, 1, ... would already answer\n\n", e.f);
     }
     for (; n <= end && !interrupted; n++) {
         char title[40];
         snprintf(title, sizeof title, "token %d at position %d", ids.ids[n - 1], n - 1);
-        if (o->trace) fprintf(e.f, "%-30s %7s %10s  first values\n", title, "width", "norm");
+        if (o->trace) fprintf(e.f, "%-29s %7s %10s  first values\n", title, "width", "norm");
         bool given = n < n_prompt;
         const float *logits = watched_pass(&e, ids.ids, n);
         int next = given ? ids.ids[n] : sample(&e.s, logits, ids.ids, n);
@@ -3466,7 +3470,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
         push(&ids, next);
     }
     if (e.page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
-    fclose(e.f);
+    if (ferror(e.f) | fclose(e.f)) die("out of memory for the page");
     if (e.page) write_output(&out, shown, size);
     close_output(&out);
     void *all[] = {shown, e.x, e.logits, e.s.p, e.s.candidates, ids.ids,
