@@ -2688,9 +2688,27 @@ static void test_lens(const Made *made, const Model *m) {
     free_watched(&w);
 }
 
+static void test_shown(void) {
+    static const struct { const char *text, *shown; int width; } cases[] = {
+        {"a", "a", 1}, {"\\", "\\", 1}, {"\n", "\\n", 2}, {"\x1b[", "\\x1b", 4},
+        {"\x7f", "\\x7f", 4}, {"\xff", "\\xff", 4}, {"\xe4\xbd", "\\xe4", 4},
+        {"\xc2\x9b", "\\x9b", 4}, {"\xc3\xa9", "\xc3\xa9", 1},
+        {"\xe4\xbd\xa0", "\xe4\xbd\xa0", 2}, {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x80", 2},
+        {"\xef\xbf\xbd", "\xef\xbf\xbd", 1}, {"\xe2\x80\xae", "\\u202e", 6},
+        {"\xe2\x80\xa8", "\\u2028", 6}, {"\xf3\xa0\x81\x81", "\\ue0041", 7}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Text text = {cases[i].text, strlen(cases[i].text)};
+        char out[16];
+        int width = next_shown(&text, out);
+        CHECK(!strcmp(out, cases[i].shown) && width == cases[i].width,
+              "%s is shown as %s of %d columns, not %d", out, cases[i].shown, cases[i].width,
+              width);
+    }
+}
+
 static void test_packed_weights(void) {
     int wrong = 0;
-    for (int round = 0; round < 100; round++) {
+    for (int round = 0; round < 1000; round++) {
         float w[300], least = round % 2 ? 0.01f : 0.1f;
         int n = 1 + below(300), rare = 1 + below(200);
         char *packed;
@@ -2704,6 +2722,7 @@ static void test_packed_weights(void) {
         const char *digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
         int at = 0;
         double got[300] = {0};
+        wrong += strspn(packed, digits) != size;
         for (size_t k = 0; k < size; k += 2) {
             at += (int)(strchr(digits, packed[k]) - digits);
             int code = (int)(strchr(digits, packed[k + 1]) - digits);
@@ -2826,7 +2845,22 @@ static void test_page(void) {
               "it holds the text that generate writes with the same options: \"%s\", not \"%s\"",
               bytes.p, r.out.p);
         free_ran(&r);
-        free(page.p), free(texts[0].p), free(texts[1].p), free(bytes.p);
+        // The terminal's titles name the same tokens: a page computes them one by one, it does not.
+        r = RUN(in_folder("tiny.bin"), "-m", "explain", "-i", prompt, "-n", options[i][0], "-t",
+                options[i][1], "-p", options[i][2], "--top-k", options[i][3], "-s", "7", "-q");
+        Buffer titles = {0};
+        for (char *p = (char *)r.out.p, *end; (p = strstr(p, "\n== position ")) != NULL; p = end) {
+            p = strchr(p, '"') + 1, end = strstr(p, "\" =");
+            for (; p < end; p++) {
+                if (*p == '"' || *p == '\\') put(&titles, "\\", 1);
+                put(&titles, *p == '<' ? "\\u003c" : p, *p == '<' ? 6 : 1);
+            }
+        }
+        put(&titles, NULL, 1);
+        CHECK(titles.n >= texts[1].n && !memcmp(titles.p, texts[1].p, texts[1].n - 1),
+              "the terminal shows the page's tokens: %s, not %s", titles.p, texts[1].p);
+        free_ran(&r);
+        free(page.p), free(texts[0].p), free(texts[1].p), free(bytes.p), free(titles.p);
     }
 }
 
@@ -2961,6 +2995,7 @@ static void test_explain(void) {
         }
     set_threads(1);
     test_packed_weights();
+    test_shown();
     free(save_tiny().p);
     test_page();
     if (no_program()) return;
