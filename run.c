@@ -1044,6 +1044,7 @@ static void add_ffn(void *context, int i, int thread) {
     add(row_of(f->s->x, i, c->dim), xb, c->dim);
 }
 
+// Shows a stage of forward to whoever watches. The name says what was computed.
 static void observe(const Pass *f, const char *name, const float *x, int width) {
     if (f->kv->observe) f->kv->observe(f->kv->observer, name, f->layer, x, f->n, width);
 }
@@ -2988,7 +2989,7 @@ typedef struct {
     Sampler s;
     FILE *f;          // what is shown, in memory until it is complete
     int n;            // tokens so far; the pass computes the last of them, and the next is chosen
-    size_t row;
+    size_t row;       // positions that there is room for
     float *weights;   // (n_layers * n_heads + 1, row) attention paid to each token; last the mean
     float *x;         // (n_layers, dim) the residual stream after each layer
     float *logits;    // (n_layers, vocab_size) what the classifier makes of it
@@ -3292,7 +3293,7 @@ static const char PAGE_DRAW[] =
     "  $('map').width = $('map').height = N;\n"
     "  T.forEach((t, i) => weights(i).forEach((w, j) => {\n"
     "    g.fillStyle = `rgba(${rgb},${Math.sqrt(w)})`;\n"
-    "    g.fillRect(j, i, 1, 1);\n"
+    "    if (w) g.fillRect(j, i, 1, 1);\n"
     "  }));\n"
     "  g.fillStyle = '#8888';\n"
     "  g.fillRect(now, now, N, 1);\n"
@@ -3317,14 +3318,14 @@ static const char PAGE_DRAW[] =
     "    said.push(`pair ${pair} at ${angle.toFixed(2)}`);\n"
     "  }\n"
     "  g.fillText('radians per position', 9, 98);\n"
-    "  $('clocks').ariaLabel = 'Angles in radians: ' + said.join(', ');\n"
+    "  $('clocks').setAttribute('aria-label', 'Angles in radians: ' + said.join(', '));\n"
     "}\n";
 static const char PAGE_CHOOSE[] =
     "function choose(i, focus) {\n"
     "  now = Math.max(0, Math.min(N - 1, i || 0));\n"
     "  const t = T[now], w = weights(now), buttons = document.querySelectorAll('#text button');\n"
     "  buttons.forEach((b, j) => {\n"
-    "    b.ariaPressed = j == now;\n"
+    "    b.setAttribute('aria-pressed', j == now);\n"
     "    b.tabIndex = j == now ? 0 : -1;\n"
     "    b.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
     "    b.title = w[j] ? 'attention ' + percent(w[j]) : '';\n"
@@ -3358,7 +3359,7 @@ static const char PAGE_CHOOSE[] =
     "};\n"
     "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
     "$('note').textContent = `Each row is a token, each column one before it. Weights under\n"
-    "  ${100 * D.least}% are left out. Sampled with ${D.sampler}.`;\n"
+    "  ${percent(D.least)} are left out. Sampled with ${D.sampler}.`;\n"
     "matchMedia('(prefers-color-scheme: dark)').onchange = () => choose(now);\n"
     "onhashchange = () => choose(+location.hash.slice(3));\n"
     "choose(location.hash ? +location.hash.slice(3) : N - 1);\n"
