@@ -2769,7 +2769,8 @@ static void test_trace(void) {
             free_model(&m);
             free_made(&made);
         }
-    CHECK(hash == 0xac99f8185254bb4e, "the traces have hash 0x%016llx in %s", (unsigned long long)hash, isa);
+    CHECK(hash == 0xac99f8185254bb4e, "the traces have hash 0x%016llx in %s",
+          (unsigned long long)hash, isa);
 }
 
 static int count(const Buffer *b, const char *what) {
@@ -2882,7 +2883,7 @@ static void test_terminal(void) {
     static const char *const prompts[] = {
         "abc bad cab", "\x1b[31m\x07\x7f\xc2\x9b \xff\xe4\xbd \xe2\x80\xae\n\n\t.",
         "\xe4\xbd\xa0\xe5\xa5\xbd \xed\x95\x9c\xf0\x9f\x98\x80 e\xcc\x81 \xef\xbf\xbd \xc3\xa9",
-        "                                                                                       a "};
+        "                                                                                  a "};
     char *longer = get(600, 1);
     for (int i = 0; i < 590; i++) longer[i] = i % 7 ? 'e' : ' ';
     const char *model = in_folder("tiny.bin");
@@ -2890,8 +2891,8 @@ static void test_terminal(void) {
         const char *prompt = i < 4 ? prompts[i] : longer;
         Ran r = RUN(model, "-m", "explain", "-i", prompt, "-n", "12", "-s", "3");
         CHECK(r.status == 0 && count(&r.out, "== position") == 12 && fits_a_terminal(&r.out),
-              "the terminal's view of prompt %d is of lines that fit: status %d, %.300s", i, r.status,
-              r.out.p);
+              "the terminal's view of prompt %d is of lines that fit: status %d, %.300s", i,
+              r.status, r.out.p);
         if (i == 0)
             CHECK(count(&r.out, "\n> the number") == 12 && count(&r.out, "\nlens: 0 \"") == 12 &&
                       count(&r.out, "\nabc bad cab") == 12,
