@@ -86,6 +86,10 @@ fuzz: test_all.c run.c
 		echo "$$t: $$(grep -E '^#[0-9]+' test-fuzz.log | tail -n 1)"; rm -rf /tmp/fuzz.??????; \
 	done; echo "$$passed passed, $$failed failed"; [ $$failed = 0 ]
 
+# The page of -m explain in a headless browser (Debian: chromium).
+test-page: run
+	.ci/test-page
+
 # Part 1 alone, without SIMD and threads: the same bytes, only slower.
 plain: run.c
 	$(CC) $(CFLAGS) $(EXACT) -DPLAIN -o run-plain run.c -lm
@@ -110,10 +114,11 @@ help:
 	@echo "make model.bin  fetch and export the default model only"
 	@echo "make test     build and run every test"
 	@echo "make test-isa, test-cross, test-debug   the same bytes in other builds; on arm64; sanitizers"
+	@echo "make test-page  the page of -m explain in a headless Chromium"
 	@echo "make bench    measure this machine"
 	@echo "make plain    ./run-plain: part 1 alone, without SIMD and threads"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-isa test-cross test-debug fuzz plain debug bench install clean help
+.PHONY: demo test test-isa test-cross test-debug test-page fuzz plain debug bench install clean help

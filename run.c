@@ -7,7 +7,7 @@
  *     Part 1  The model         checkpoint, mathematics, KV cache, forward, sampler
  *     Part 2  The tokenizer     text <-> tokens
  *     Part 3  Speed             the same mathematics for SIMD units and threads: same bits, sooner
- *     Part 4  What to do with it   the modes: generate, tokenize, logits, eval, check, bench
+ *     Part 4  What to do with it   the modes: generate, logits, eval, explain, check, bench ...
  *     Part 5  The command line
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -544,8 +544,12 @@ typedef struct {
     size_t bytes;         // of the trunk
     struct State *state;  // activations of forward
     bool plain; // compute with the plain functions of part 1 even where part 3 has faster ones
+    bool plain_attention;  // or attention alone, so that its weights can be observed
+    // When set, forward calls it with the values of each stage, (n, width), rows padded(width)
+    // apart: "x" is the residual stream before and after each layer, the other names are equations.
+    // "attention" is the weights of one head, n = slot * n_heads + head, and comes from any thread.
     void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
-    void *observer;       // called by forward, when set, with the values of each stage
+    void *observer;
 } Cache;
 
 static int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -867,6 +871,7 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
     int kv_head = head / (c->n_heads / c->n_kv_heads), first = 0, at;
     if (is_local(c, layer) && slot->pos >= c->sliding_window)
         first = slot->pos - c->sliding_window + 1;
+    for (int t = 0; t < first; t++) weights[t] = 0;
     for (int t = first; t <= slot->pos; t++) {
         const uint8_t *keys = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
         float score = 0;
@@ -1026,10 +1031,12 @@ static void attend_task(void *context, int item, int thread) {
     float *scores = resize(NULL, (size_t)f->batch[i].pos + 1, sizeof(float));
     attend_plain(f->kv, f->layer, &f->batch[i], h, row_of(f->s->q, i, q_dim) + h * c->head_dim,
                  scores, row_of(f->s->att_out, i, q_dim) + h * c->head_dim);
+    if (f->kv->observe)
+        f->kv->observe(f->kv->observer, "attention", f->layer, scores, item, f->batch[i].pos + 1);
     free(scores);
 }
 static void attention(Pass *f) {
-    if (FAST && !f->kv->plain) attention_fast(f);
+    if (FAST && !f->kv->plain && !f->kv->plain_attention) attention_fast(f);
     else parallel(attend_task, f, f->n * f->m->c.n_heads);
 }
 
@@ -1070,6 +1077,7 @@ static void add_ffn(void *context, int i, int thread) {
     add(row_of(f->s->x, i, c->dim), xb, c->dim);
 }
 
+// Shows a stage of forward to whoever watches. The name says what was computed.
 static void observe(const Pass *f, const char *name, const float *x, int width) {
     if (f->kv->observe) f->kv->observe(f->kv->observer, name, f->layer, x, f->n, width);
 }
@@ -1088,20 +1096,32 @@ static void forward_batch(Pass *f, float *logits) {
         const Layer *l = f->l = &f->m->layers[f->layer];
         // Attention: the tokens exchange information.
         parallel(attention_norm, f, n);
+        observe(f, "xb = attn_norm(x)", s->xb, dim);
         matmul(f, n, s->xb,
                (Product[]){{&l->wq, s->q, padded(q_dim)},
                            {&l->wk, s->k, padded(kv_dim)},
                            {&l->wv, s->v, padded(kv_dim)}},
                3);
         parallel(rope_and_cache, f, n);
+        observe(f, "q = rope(wq xb)", s->q, q_dim);
+        observe(f, "k = rope(wk xb)", s->k, kv_dim);
+        observe(f, "v = wv xb", s->v, kv_dim);
         attention(f);
+        observe(f, "att_out = attention v", s->att_out, q_dim);
         matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, padded(dim)}}, 1);
+        observe(f, "xb = wo att_out", s->xb, dim);
         parallel(add_attention, f, n);
+        observe(f, "x += xb", s->x, dim);
+        observe(f, "xb = ffn_norm(x)", s->xb, dim);
         // Feed-forward: each token computes for itself.
         matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, padded(hidden)},
                                         {&l->w_up, s->up, padded(hidden)}}, 2);
+        observe(f, "gate = w_gate xb", s->gate, hidden);
+        observe(f, "up = w_up xb", s->up, hidden);
         parallel(gated_activation, f, n);
+        observe(f, "gate = activation(gate) * up", s->gate, hidden);
         matmul(f, n, s->gate, (Product[]){{&l->w_down, s->xb, padded(dim)}}, 1);
+        observe(f, "xb = w_down gate", s->xb, dim);
         parallel(add_ffn, f, n);
         observe(f, "x", s->x, dim);
     }
@@ -1153,6 +1173,8 @@ typedef struct {
     float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
     float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
     uint64_t rng;           // state of the random generator
+    float coin;             // the random number of the last draw, and from how many candidates
+    int kept;               // it drew; 0: from all tokens, in the order of their ids
     float *p;               // (vocab_size) probabilities
     Candidate *candidates;  // (vocab_size)
     int vocab_size;
@@ -1211,6 +1233,7 @@ static int sample_candidates(Sampler *s, float coin) {
             if (nucleus && sum > s->top_p) n = i + 1;
         }
     }
+    s->kept = n;
     float r = coin * sum, cdf = 0;
     for (int i = 0; i < n; i++) {
         cdf += c[i].p;
@@ -1233,7 +1256,8 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
     float max = s->p[best];
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, 0, s->vocab_size);
-    float coin = random_f32(&s->rng), cdf = 0;
+    float coin = s->coin = random_f32(&s->rng), cdf = 0;
+    s->kept = 0;
     if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0)
         return sample_candidates(s, coin);
     for (int i = 0; i < s->vocab_size; i++) {
@@ -2652,10 +2676,10 @@ typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
     const char *tool, *others[MAX_OTHERS];
     int n_others;
-    long long steps, context, threads, top_k, samples;
+    long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p, min_p, repeat_penalty;
     unsigned long long seed;
-    bool quiet, receipt, best, think, help, version;
+    bool quiet, receipt, best, think, trace, help, version;
     bool temperature_given, top_p_given;
 } Options;
 
@@ -2794,7 +2818,7 @@ static void set_thinking(Output *out, bool thinking) {
 
 // Writes text of the model. What reasoning models write between <think> and </think> is dimmed on a
 // terminal, and left out elsewhere unless it is asked for.
-static void show(Output *out, Text text) {
+static void write_reply(Output *out, Text text) {
     for (; text.len && out->filter; text.s++, text.len--) {
         const char *tag = out->thinking ? "</think>" : "<think>";
         bool visible = out->terminal || out->keep_thoughts, was_thinking = out->thinking;
@@ -2939,7 +2963,7 @@ static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
     Text text = decode(t, previous, id);
     uint8_t c = text.len == 1 ? (uint8_t)text.s[0] : ' ';
     if (t->llama2c && (c < 9 || (c > 13 && c < 32) || c > 126)) return;
-    show(out, text);
+    write_reply(out, text);
 }
 
 // ---- How likely a text is
@@ -3530,7 +3554,7 @@ static bool use_tool(Machine *w, Decoder *d) {
     free(p.typed);
     Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
     for (int i = 0; i < 3; i++) {
-        show(d->out, said[i]);
+        write_reply(d->out, said[i]);
         append(&d->text, said[i], true);
     }
     return d->ids.n > from;
@@ -3641,7 +3665,7 @@ static void tell_seed(const Machine *w, const Decoder *d) {
 }
 
 // Marks the text so far for the tool, and asks it if it ends in a question.
-static void watch(Machine *w, Decoder *d, Text text) {
+static void watch_text(Machine *w, Decoder *d, Text text) {
     if (!w->o->tool) return;
     d->text.n = 0;
     append(&d->text, text, true);
@@ -3724,6 +3748,22 @@ static void print_statistics(const Machine *w, const Decoder *d, int n_prompt, d
 
 // ---- generate: continue a text
 
+// Appends the prompt's tokens and returns how many may be drawn after them.
+static long long start_text(const Options *o, const Model *m, const Tokenizer *t, int ctx,
+                            Text prompt, Ids *ids) {
+    size_t before = ids->n;
+    encode(t, prompt, NULL, before == 0, ids);
+    if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
+    if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
+    if (ids->n - before > (size_t)ctx)
+        die("the prompt has %zu tokens, the context only %d", ids->n - before, ctx);
+    if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
+    // llama2.c counts positions, the prompt's included, and stays within the context.
+    size_t end = o->steps == 0 || o->steps > ctx ? (size_t)ctx : (size_t)o->steps;
+    if (ids->n > end + 1) ids->n = end + 1;
+    return (long long)(end + 1 - ids->n);
+}
+
 static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     double start = seconds();
     Text prompt = input_text(o);
@@ -3732,23 +3772,14 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     Decoder d;
     open_machine(&w, &d, o, m, t, o->samples > 1 ? &samples : out);
     size_t before = d.ids.n;
-    encode(t, prompt, NULL, before == 0, &d.ids);
-    if (!d.ids.n && (t->h.bos >= 0 || t->h.eos >= 0))
-        push(&d.ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
-    if (!d.ids.n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
-    if (d.ids.n - before > (size_t)w.ctx)
-        die("the prompt has %zu tokens, the context only %d", d.ids.n - before, w.ctx);
+    d.budget = start_text(o, m, t, w.ctx, prompt, &d.ids);
     if (before == 0) d.keep = d.ids.n < 4 ? (int)d.ids.n : 4;
-    d.budget = o->steps ? o->steps : w.ctx - (long long)d.ids.n + 1;
-    if (t->llama2c) {  // it counts positions, the prompt's included, and stays within the context
-        size_t end = o->steps == 0 || o->steps > w.ctx ? (size_t)w.ctx : (size_t)o->steps;
-        if (d.ids.n > end + 1) d.ids.n = end + 1;
-        d.budget = (long long)(end + 1 - d.ids.n);
+    if (t->llama2c)
         for (size_t i = 1; i < d.ids.n; i++) write_token(d.out, t, d.ids.ids[i - 1], d.ids.ids[i]);
-    } else write_text(d.out, prompt);
+    else write_text(d.out, prompt);
     int n_prompt = (int)(d.ids.n - before), best;
     start_thoughts(d.out, o, !t->llama2c, prompt);
-    watch(&w, &d, prompt);
+    watch_text(&w, &d, prompt);
     if (o->samples > 1) {
         Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
         for (int i = 0; i < (int)o->samples; i++) d.n_new += all[i].n_new;
@@ -3996,7 +4027,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
         d.n_new = 0;
         d.out = o->samples > 1 ? &samples : out;
         start_thoughts(d.out, o, !t->llama2c, (Text){p.s, p.n});
-        watch(&w, &d, (Text){"", 0});
+        watch_text(&w, &d, (Text){"", 0});
         if (o->samples > 1) {
             Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
             d.n_new = all[best].n_new;
@@ -4016,6 +4047,514 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     free(p.s);
     free(p.typed);
     close_machine(&w, &d);
+}
+
+// ---- explain: watch it think, in the terminal, as a page (-o), or stage by stage (--trace)
+
+enum { COLUMNS = 79, LIKELY = 5 };
+
+typedef struct {
+    const Options *o;
+    const Model *m;
+    const Tokenizer *t;
+    Cache kv;
+    Sampler s;
+    FILE *f;          // what is shown, in memory until it is complete
+    int n;            // tokens so far; the pass computes the last of them, and the next is chosen
+    size_t row;       // positions that there is room for
+    float *weights;   // (n_layers * n_heads + 1, row) attention paid to each token; last the mean
+    float *x;         // (n_layers, dim) the residual stream after each layer
+    float *logits;    // (n_layers, vocab_size) what the classifier makes of it
+    Candidate lens[MAX_LAYERS];  // the likeliest token by these
+    int rank;         // of the chosen one among s.candidates, which are sorted
+    float least;      // the page leaves smaller weights out
+    bool page, color;
+    int column;       // of the line being written
+    char marks[COLUMNS + 1];  // the digits below it
+} Explain;
+
+// Takes a character off a text and writes it to out: itself, or an escape for what a terminal would
+// obey or hide. Returns its width in columns.
+static int next_shown(Text *text, char out[16]) {
+    size_t used;
+    const char *s = text->s;
+    uint32_t c = next_char(s, text->len, &used);
+    text->s += used, text->len -= used;
+    if (c == '\n') return snprintf(out, 16, "\\n");
+    if (c < 32 || (c >= 127 && c < 160) || (c == 0xfffd && used == 1))
+        return snprintf(out, 16, "\\x%02x", c < 160 ? (unsigned)c : (uint8_t)*s);
+    if (c == 0xad || (c >= 0x200b && c <= 0x200f) || (c >= 0x2028 && c <= 0x202e) ||
+        (c >= 0x2060 && c <= 0x206f) || c == 0xfeff || c >= 0xe0000)
+        return snprintf(out, 16, "\\u%04x", (unsigned)c);
+    snprintf(out, 16, "%.*s", (int)used, s);
+    bool wide = (c >= 0x1100 && c < 0x1160) || (c >= 0x2e80 && c < 0xd7b0) ||
+                (c >= 0xf900 && c < 0xfb00) || (c >= 0xfe30 && c < 0xfe70) ||
+                (c >= 0xff00 && c < 0xff61) || c >= 0x1f300;
+    return 1 + wide;
+}
+
+// A token as it is stored; control tokens have a text here.
+static Text token_text(const Tokenizer *t, int id) {
+    return id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
+}
+
+// A token's text as it is shown, in at most 37 columns. Returns its width.
+static int show(const Explain *e, int id, char out[160]) {
+    Text text = token_text(e->t, id);
+    char c[16];
+    int width = 0, n = 0;
+    for (out[0] = 0; text.len; width += next_shown(&text, c), n += sprintf(out + n, "%s", c))
+        if (width >= 28) return sprintf(out + n, ".."), width + 2;
+    return width;
+}
+
+static void put_json(FILE *f, Text text) {  // a string that can stand in a script element
+    char c[16];
+    for (fputc('"', f); text.len;) {
+        next_shown(&text, c);
+        fprintf(f, "%s%s", *c == '"' || *c == '\\' ? "\\" : "", *c == '<' ? "\\u003c" : c);
+    }
+    fputc('"', f);
+}
+
+static void end_line(Explain *e) {
+    e->marks[e->column] = 0;
+    fputc('\n', e->f);
+    if (e->marks[strspn(e->marks, " ")]) fprintf(e->f, "%s\n", e->marks);
+    e->column = 0;
+}
+
+// Writes text that stays on one line, with a shade: as a background, or as digits below.
+static void put_piece(Explain *e, const char *s, int width, int level) {
+    static const int shades[] = {0, 52, 88, 124, 160, 166, 208, 214, 226};
+    if (e->column + width > COLUMNS) end_line(e);
+    if (e->color && level)
+        fprintf(e->f, "\033[48;5;%d;38;5;%dm%s\033[0m", shades[level], level < 5 ? 231 : 16, s);
+    else fputs(s, e->f);
+    for (int i = 0; i < width; i++)
+        e->marks[e->column++] = (char)(!level || e->color || s[i] == ' ' ? ' ' : '0' + level);
+}
+
+// ---- explain: one pass
+
+static float *weights_of(const Explain *e, int layer, int head) {
+    return e->weights + (size_t)(layer * e->m->c.n_heads + head) * e->row;
+}
+
+// A line of the trace: what was computed, how many numbers it is, their norm sqrt(sum of x^2), and
+// the first of them.
+static void put_stage(Explain *e, const char *name, const float *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    fprintf(e->f, "%-29s %7d %10.4g ", name, n, sqrt(sum));
+    for (int i = 0; i < 3 && i < n; i++) fprintf(e->f, " %9.3g", (double)x[i]);
+    fputc('\n', e->f);
+}
+
+// What forward calls with the values of each stage: keeps those that are shown, or traces them.
+static void watch(void *observer, const char *name, int layer, const float *x, int n, int width) {
+    Explain *e = observer;
+    size_t bytes = (size_t)width * sizeof(float);
+    bool residual = !strcmp(name, "x");
+    int head = e->o->head < 0 ? 0 : (int)e->o->head;
+    char title[40];
+    if (!strcmp(name, "attention")) memcpy(weights_of(e, layer, n), x, bytes);
+    if (residual && layer >= 0) memcpy(e->x + (size_t)layer * (size_t)width, x, bytes);
+    if (!e->o->trace || !strcmp(name, "attention")) return;
+    if (layer >= 0 && e->o->layer >= 0 && layer != e->o->layer) return;
+    if (!strcmp(name, "xb = attn_norm(x)")) fprintf(e->f, "layer %d\n", layer);
+    snprintf(title, sizeof title, "attention of head %d", head);
+    if (!strncmp(name, "att_out", 7))  // the weights of all heads are there now
+        put_stage(e, title, weights_of(e, layer, head), e->n);
+    put_stage(e, !residual ? name : layer < 0 ? "x = token_embedding[token]" : "x += xb", x, width);
+}
+
+// The logit lens (nostalgebraist, "interpreting GPT: the logit lens", 2020): what the model would
+// answer if this layer were its last.
+static void lens_task(void *context, int layer, int thread) {
+    Explain *e = context;
+    int vocab = e->m->c.vocab_size;
+    const float *logits = e->logits + (size_t)layer * (size_t)vocab;
+    int best = argmax(logits, vocab);
+    (void)thread;
+    e->lens[layer] = (Candidate){(float)exp_double(-surprise(logits, vocab, best)), best};
+}
+
+// Computes the last of n tokens and returns the logits of the next.
+static const float *watched_pass(Explain *e, const int *ids, int n) {
+    const Config *c = &e->m->c;
+    int L = c->n_layers, H = c->n_heads, l0 = (int)e->o->layer, h0 = (int)e->o->head, summed = 0;
+    e->n = n;
+    e->kv.observe = watch;
+    const float *logits = forward(e->m, &e->kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
+    e->kv.observe = NULL;
+    if (e->o->trace) {
+        put_stage(e, "xb = final_norm(x)", e->kv.state->xb, c->dim);
+        put_stage(e, "logits = classifier xb", logits, c->vocab_size);
+        return logits;
+    }
+    Pass f = {.m = e->m, .kv = &e->kv, .s = get_state(&e->kv, L)};
+    for (int l = 0; l < L; l++)
+        rmsnorm(row_of(f.s->xb, l, c->dim), e->x + (size_t)l * (size_t)c->dim,
+                vec(&e->m->final_norm), c->dim, c->norm_eps);
+    matmul(&f, L, f.s->xb, (Product[]){{&e->m->classifier, e->logits, c->vocab_size}}, 1);
+    parallel(lens_task, e, L);
+    float *mean = weights_of(e, L, 0);
+    memset(mean, 0, (size_t)n * sizeof(float));
+    for (int l = 0; l < L; l++)
+        for (int h = 0; h < H; h++)
+            if ((l0 < 0 || l == l0) && (h0 < 0 || h == h0))
+                add(mean, weights_of(e, l, h), n), summed++;
+    for (int i = 0; i < n; i++) mean[i] /= (float)summed;
+    return logits;
+}
+
+// Sorts all tokens by s.p and finds the chosen one's rank.
+static void rank_tokens(Explain *e, int chosen) {
+    Candidate *c = e->s.candidates;
+    for (int i = 0; i < e->s.vocab_size; i++) c[i] = (Candidate){e->s.p[i], i};
+    qsort(c, (size_t)e->s.vocab_size, sizeof *c, by_probability);
+    for (e->rank = 0; c[e->rank].token != chosen;) e->rank++;
+}
+// What is listed: the five likeliest, and the chosen one if it is not among them.
+static int n_listed(const Explain *e) {
+    int n = e->s.vocab_size < LIKELY ? e->s.vocab_size : LIKELY;
+    return e->rank < n ? n : n + 1;
+}
+static int listed(const Explain *e, int i) { return i < LIKELY ? i : e->rank; }
+
+static void put_reason(Explain *e, bool given) {
+    const Sampler *s = &e->s;
+    int kept = s->kept ? s->kept : s->vocab_size;
+    float sum = 0, from = 0, to = 0;
+    for (int i = 0; i < kept; i++) {  // the tokens' parts of the line from 0 to 1
+        Candidate c = s->kept ? s->candidates[i] : (Candidate){s->p[i], i};
+        if (c.token == s->candidates[e->rank].token) from = sum, to = sum + c.p;
+        sum += c.p;
+    }
+    if (given) fprintf(e->f, "given; it is number %d of the model's own guesses", e->rank + 1);
+    else if (s->temperature == 0) fputs("the likeliest, as the temperature is 0", e->f);
+    else fprintf(e->f, "the number %.4f was drawn; its part is %.4f to %.4f of the %d kept",
+                 (double)s->coin, (double)(from / sum), (double)(to / sum), kept);
+}
+
+// ---- explain: the terminal
+
+static void show_choice(Explain *e) {
+    char text[160];
+    for (int i = 0; i < n_listed(e); i++) {
+        Candidate c = e->s.candidates[listed(e, i)];
+        show(e, c.token, text);
+        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", listed(e, i) == e->rank ? '>' : ' ',
+                (double)c.p * 100, (int)(c.p * 30 + 0.5f), "##############################", text);
+    }
+    fputs("> ", e->f);
+    put_reason(e, false);
+    fputc('\n', e->f);
+}
+
+static void show_token(Explain *e, const int *ids) {
+    char text[160], item[200];
+    int first = e->n, columns = 0, L = e->m->c.n_layers, width;
+    const float *mean = weights_of(e, L, 0);
+    float left_out = 0;
+    width = show(e, e->s.candidates[e->rank].token, text);
+    width += fprintf(e->f, "== position %d: \"%s\" ", e->n, text) - (int)strlen(text);
+    fprintf(e->f, "%.*s\n", COLUMNS - width,
+            "===============================================================");
+    while (first > 0 && columns < 8 * COLUMNS) columns += show(e, ids[--first], text);
+    for (int i = 0; i < first; i++) left_out += mean[i];
+    width = snprintf(item, sizeof item, "(%d tokens with %.0f%%) ", first, (double)left_out * 100);
+    if (first) put_piece(e, item, width, 0);
+    for (int i = first; i < e->n; i++) {
+        int level = 0;
+        while (level < 8 && mean[i] >= 0.005f * (float)(1 << level)) level++;
+        width = show(e, ids[i], text);
+        put_piece(e, text, width, level);
+        if (width > 1 && !strcmp(text + strlen(text) - 2, "\\n")) end_line(e);
+    }
+    if (e->column) end_line(e);
+    show_choice(e);
+    put_piece(e, "lens:", 5, 0);
+    for (int l = 0, from = 0; l < L; l++) {
+        if (l + 1 < L && e->lens[l + 1].token == e->lens[l].token) continue;
+        width = show(e, e->lens[l].token, text) - (int)strlen(text);
+        if (from < l) width += snprintf(item, sizeof item, " %d-%d \"%s\"", from, l, text);
+        else width += snprintf(item, sizeof item, " %d \"%s\"", l, text);
+        put_piece(e, item, width, 0);
+        from = l + 1;
+    }
+    end_line(e);
+    fputc('\n', e->f);
+}
+
+// ---- explain: the page. JSON holds, for each token, its text and what is known of the pass that
+// chose it; a script shows it.
+
+static const char PAGE_HEAD[] =
+    "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
+    "<meta name=viewport content='width=device-width'>\n"
+    "<meta http-equiv=Content-Security-Policy\n"
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
+    "<style>:root{color-scheme:light dark;--a:255,150,40}\n"
+    "@media(prefers-color-scheme:dark){:root{--a:180,80,0}}\n"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em}\n"
+    "h1,h2{font-size:1.1em} select{font:inherit}\n"
+    "#text{line-height:2.1;font-family:monospace;overflow-wrap:anywhere}\n"
+    "#text button{all:unset;white-space:pre-wrap;cursor:pointer;padding:.25em 0;\n"
+    "border-radius:3px;border-bottom:2px solid rgb(var(--a))}\n"
+    "#text .given{border-color:transparent}\n"
+    "#text [aria-pressed=true]{outline:2px solid;outline-offset:1px}\n"
+    "#text button:focus-visible,select:focus-visible{outline:3px solid #48f}\n"
+    "main{display:grid;gap:2em;grid-template-columns:repeat(auto-fit,minmax(min(100%,20em),1fr))}\n"
+    "ol{list-style:none;padding:0} li{display:flex;gap:.6em;font:.9em monospace;white-space:pre}\n"
+    "li b{width:9em;overflow:hidden;text-overflow:ellipsis} li i{flex:1;margin:.2em 0}\n"
+    "li span{display:block;height:.8em;background:rgb(var(--a))} .chosen{background:#8884}\n"
+    "canvas{width:100%;max-width:26em}\n"
+    "#map{image-rendering:pixelated;outline:1px solid #8884}</style>\n"
+    "<h1>Watch it think</h1>\n"
+    "<p>Choose a token (arrow keys work, too) to see the pass of the model that chose it. It read\n"
+    "the tokens before; their shade is the attention it paid to them. Underlined: generated.</p>\n"
+    "<div id=text role=group aria-label='The text, token by token'></div>\n"
+    "<p id=why aria-live=polite></p>\n"
+    "<main><section><h2>Likeliest tokens</h2><ol id=likely></ol>\n"
+    "<h2>Position</h2><p id=pos></p>\n"
+    "<canvas id=clocks width=800 height=220 role=img></canvas></section>\n"
+    "<section><h2>Attention</h2><label>layer <select id=layer></select></label>\n"
+    "<label>head <select id=head></select></label><p id=note></p>\n"
+    "<canvas id=map role=img aria-label='Attention of every token'></canvas></section>\n"
+    "<section><h2>What each layer would already answer</h2><ol id=lens></ol></section></main>\n"
+    "<script type=application/json id=data>\n";
+static const char PAGE_DRAW[] =
+    "</script><script>\n"
+    "const $ = id => document.getElementById(id), D = JSON.parse($('data').textContent);\n"
+    "const T = D.tokens, N = T.length, H = D.heads, percent = p => (100 * p).toFixed(1) + '%';\n"
+    "const DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_';\n"
+    "let now = 0;\n"
+    "function el(parent, tag, text, properties) {\n"
+    "  const e = Object.assign(document.createElement(tag), properties);\n"
+    "  e.textContent = text;\n"
+    "  return parent.appendChild(e);\n"
+    "}\n"
+    "// Attention to each token before token i: of one head, or the mean of a layer or of all.\n"
+    "function weights(i) {\n"
+    "  const layer = +$('layer').value, head = +$('head').value, sum = Array(i).fill(0);\n"
+    "  const rows = T[i].rows ||= (T[i].a || '').split(','), first = 1 + layer * H;\n"
+    "  const some = layer < 0 ? rows.slice(0, 1)\n"
+    "    : head < 0 ? rows.slice(first, first + H) : rows.slice(first + head, first + head + 1);\n"
+    "  for (const row of some)\n"
+    "    for (let k = 0, j = 0; k < row.length; k += 2) {\n"
+    "      const code = DIGITS.indexOf(row[k + 1]);\n"
+    "      j += DIGITS.indexOf(row[k]);\n"
+    "      if (code) sum[j++] += (code / 63) ** 2 / some.length;\n"
+    "    }\n"
+    "  return sum;\n"
+    "}\n"
+    "function bars(id, items, chosen, numbered) {\n"
+    "  $(id).replaceChildren();\n"
+    "  items.forEach(([text, p], i) => {\n"
+    "    const li = el($(id), 'li', numbered ? String(i).padStart(2) : '');\n"
+    "    if (i == chosen) li.className = 'chosen';\n"
+    "    el(li, 'b', '\"' + text + '\"', {title: text});\n"
+    "    el(el(li, 'i'), 'span').style.width = 100 * p + '%';\n"
+    "    el(li, 'small', percent(p).padStart(6));\n"
+    "  });\n"
+    "}\n"
+    "function drawMap() {  // row: a token; column: a token before it\n"
+    "  const g = $('map').getContext('2d');\n"
+    "  const rgb = getComputedStyle(document.documentElement).getPropertyValue('--a');\n"
+    "  $('map').width = $('map').height = N;\n"
+    "  T.forEach((t, i) => weights(i).forEach((w, j) => {\n"
+    "    g.fillStyle = `rgba(${rgb},${Math.sqrt(w)})`;\n"
+    "    if (w) g.fillRect(j, i, 1, 1);\n"
+    "  }));\n"
+    "  g.fillStyle = '#8888';\n"
+    "  g.fillRect(now, now, N, 1);\n"
+    "}\n"
+    "// The angles by which rotary embedding turns some pairs of a query or key at a position.\n"
+    "function drawClocks(position) {\n"
+    "  const g = $('clocks').getContext('2d'), layer = Math.max(0, $('layer').value);\n"
+    "  const freqs = D.freqs[D.local[layer]], n = Math.min(8, freqs.length), said = [];\n"
+    "  g.setTransform(2, 0, 0, 2, 0, 0);\n"
+    "  g.clearRect(0, 0, 400, 110);\n"
+    "  g.strokeStyle = g.fillStyle = getComputedStyle(document.body).color;\n"
+    "  for (let k = 0; k < n; k++) {\n"
+    "    const pair = Math.floor(k * freqs.length / n), f = freqs[pair], x = 24 + 50 * k;\n"
+    "    const angle = position * f % (2 * Math.PI);\n"
+    "    g.beginPath();\n"
+    "    g.arc(x, 24, 20, 0, 7);\n"
+    "    g.moveTo(x, 24);\n"
+    "    g.lineTo(x + 20 * Math.cos(angle), 24 - 20 * Math.sin(angle));\n"
+    "    g.stroke();\n"
+    "    g.fillText('pair ' + pair, x - 15, 62);\n"
+    "    g.fillText(f.toPrecision(1), x - 15, 78);\n"
+    "    said.push(`pair ${pair} at ${angle.toFixed(2)}`);\n"
+    "  }\n"
+    "  g.fillText('radians per position', 9, 98);\n"
+    "  $('clocks').setAttribute('aria-label', 'Angles in radians: ' + said.join(', '));\n"
+    "}\n";
+static const char PAGE_CHOOSE[] =
+    "function choose(i, focus) {\n"
+    "  now = Math.max(0, Math.min(N - 1, i || 0));\n"
+    "  const t = T[now], w = weights(now), buttons = document.querySelectorAll('#text button');\n"
+    "  buttons.forEach((b, j) => {\n"
+    "    b.setAttribute('aria-pressed', j == now);\n"
+    "    b.tabIndex = j == now ? 0 : -1;\n"
+    "    b.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
+    "    b.title = w[j] ? 'attention ' + percent(w[j]) : '';\n"
+    "  });\n"
+    "  if (focus) buttons[now].focus();\n"
+    "  $('head').disabled = $('layer').value < 0;\n"
+    "  $('why').textContent = `Token ${now}, \"${t.t}\", id ${t.id}: ${t.why || 'the start'}.`;\n"
+    "  $('pos').textContent = now ? `The pass was at position ${now - 1}, where pairs of numbers\n"
+    "    in queries and keys are turned by these angles. The KV cache then held the keys and\n"
+    "    values of ${now} tokens, ${(now * D.kv / 1024).toFixed(1)} KiB.` : '';\n"
+    "  bars('likely', t.likely || [], t.k);\n"
+    "  bars('lens', t.lens || [], -1, true);\n"
+    "  history.replaceState(null, '', '#t=' + now);\n"
+    "  drawMap();\n"
+    "  drawClocks(Math.max(0, now - 1));\n"
+    "}\n"
+    "for (const [id, n] of [['layer', D.layers], ['head', H]]) {\n"
+    "  for (let i = -1; i < n; i++) el($(id), 'option', i < 0 ? 'all (mean)' : i, {value: i});\n"
+    "  $(id).onchange = () => choose(now);\n"
+    "}\n"
+    "T.forEach((t, i) => {\n"
+    "  const b = el($('text'), 'button', t.t || ' ', {onclick: () => choose(i)});\n"
+    "  if (t.given) b.className = 'given';\n"
+    "  if (t.t.endsWith('\\\\n')) el($('text'), 'br');\n"
+    "});\n"
+    "$('text').onkeydown = e => {\n"
+    "  const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: N - 1}[e.key];\n"
+    "  if (to === undefined) return;\n"
+    "  e.preventDefault();\n"
+    "  choose(to, true);\n"
+    "};\n"
+    "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
+    "$('note').textContent = `Each row is a token, each column one before it. Weights under\n"
+    "  ${percent(D.least)} are left out. Sampled with ${D.sampler}.`;\n"
+    "matchMedia('(prefers-color-scheme: dark)').onchange = () => choose(now);\n"
+    "onhashchange = () => choose(+location.hash.slice(3));\n"
+    "choose(location.hash ? +location.hash.slice(3) : N - 1);\n"
+    "</script>\n";
+
+static void put_share(Explain *e, Candidate c) {
+    fputc('[', e->f);
+    put_json(e->f, token_text(e->t, c.token));
+    fprintf(e->f, ",%.4g]", (double)c.p);
+}
+
+// A row of weights, those of at least `least`: for each two digits to the base 64, how many
+// positions are skipped before it, and 63 sqrt(weight).
+static void put_weights(FILE *f, const float *w, int n, float least) {
+    static const char digits[] =
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    for (int i = 0, skip = 0; i < n; i++, skip++) {
+        if (!(w[i] >= least)) continue;
+        for (; skip > 63; skip -= 63) fputs("_A", f);
+        fprintf(f, "%c%c", digits[skip], digits[(int)(63 * sqrtf(w[i]) + 0.5f)]);
+        skip = -1;
+    }
+}
+
+static void page_begin(Explain *e, int first) {
+    const Config *c = &e->m->c;
+    int half = c->head_dim / 2;
+    fprintf(e->f, "%s{\"layers\":%d,\"heads\":%d,\"kv\":%ld,\"local\":[", PAGE_HEAD, c->n_layers,
+            c->n_heads, 2L * c->n_layers * c->n_kv_heads * c->head_dim * (e->kv.wide ? 4 : 2));
+    for (int l = 0; l < c->n_layers; l++) fprintf(e->f, l ? ",%d" : "%d", is_local(c, l));
+    for (int i = 0; i < 2 * half; i++)
+        fprintf(e->f, "%s%g", i == 0 ? "],\"freqs\":[[" : i == half ? "],[" : ",",
+                (double)vec(&e->m->rope_freqs[i / half])[i % half]);
+    fprintf(e->f, "]],\"least\":%g,\"sampler\":\"temperature %g, top-p %g, top-k %d, min-p %g\","
+            "\"tokens\":[\n{\"t\":", (double)e->least, (double)e->s.temperature, (double)e->s.top_p,
+            e->s.top_k, (double)e->s.min_p);
+    put_json(e->f, token_text(e->t, first));
+    fprintf(e->f, ",\"id\":%d,\"given\":1}", first);
+}
+
+static void page_token(Explain *e, bool given) {
+    int L = e->m->c.n_layers, H = e->m->c.n_heads, chosen = e->s.candidates[e->rank].token;
+    fputs(",\n{\"t\":", e->f);
+    put_json(e->f, token_text(e->t, chosen));
+    fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"", chosen, given,
+            e->rank < LIKELY ? e->rank : LIKELY);
+    put_reason(e, given);
+    for (int i = 0; i < n_listed(e); i++)
+        fputs(i ? "," : "\",\"likely\":[", e->f), put_share(e, e->s.candidates[listed(e, i)]);
+    for (int l = 0; l < L; l++) fputs(l ? "," : "],\"lens\":[", e->f), put_share(e, e->lens[l]);
+    fputs("],\"a\":\"", e->f);
+    put_weights(e->f, weights_of(e, L, 0), e->n, 0.001f);
+    for (int i = 0; i < L * H; i++)
+        fputc(',', e->f), put_weights(e->f, weights_of(e, 0, i), e->n, e->least);
+    fputs("\"}", e->f);
+}
+
+static void explain(const Options *o, const Model *m, const Tokenizer *t) {
+    const Config *c = &m->c;
+    Text prompt = input_text(o);
+    Ids ids = {0};
+    if (o->layer >= c->n_layers || o->head >= c->n_heads)
+        die("--layer goes to %d and --head to %d in %s", c->n_layers - 1, c->n_heads - 1, m->path);
+    int ctx = context_of(o, m);
+    long long budget = start_text(o, m, t, ctx, prompt, &ids);
+    int n_prompt = (int)ids.n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
+    size_t L = (size_t)c->n_layers, vocab = (size_t)c->vocab_size, size = 0;
+    char *shown = NULL, *no_color = getenv("NO_COLOR");
+    double rows = (double)L * c->n_heads * end;
+    Explain e = {.o = o, .m = m, .t = t, .s = new_sampler(o, m, t), .row = (size_t)ctx,
+                 .page = o->output && !o->trace,
+                 .color = !o->output && isatty(1) && !(no_color && *no_color),
+                 .least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f};
+    new_cache(&e.kv, m, ctx, 0, 0);
+    e.kv.plain_attention = true;
+    e.kv.observer = &e;
+    size_t bytes = (L * (size_t)c->n_heads + 1) * e.row * sizeof(float);
+    e.weights = reserve(bytes, "attention weights (-c N makes the context shorter)");
+    e.x = resize(NULL, L * (size_t)c->dim, sizeof(float));
+    e.s.p = resize(NULL, vocab, sizeof *e.s.p);
+    e.s.candidates = resize(NULL, vocab, sizeof *e.s.candidates);
+    e.logits = resize(NULL, L * vocab, sizeof(float));
+    Output out = open_output(o->output);
+    e.f = open_memstream(&shown, &size);
+    if (!e.f) die("out of memory");
+    int n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
+    if (e.page) page_begin(&e, ids.ids[0]);
+    else {
+        prefill(m, &e.kv, 0, ids.ids, 0, n - 1);
+        fprintf(e.f, "temperature %g, top-p %g, top-k %d, min-p %g\n", (double)e.s.temperature,
+                (double)e.s.top_p, e.s.top_k, (double)e.s.min_p);
+        if (!o->trace)
+            fputs("shades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
+                  "lens: what layer 0, 1, ... would already answer\n\n", e.f);
+    }
+    for (; n <= end && !interrupted; n++) {
+        char title[40];
+        snprintf(title, sizeof title, "token %d at position %d", ids.ids[n - 1], n - 1);
+        if (o->trace) fprintf(e.f, "%-29s %7s %10s  first values\n", title, "width", "norm");
+        bool given = n < n_prompt;
+        const float *logits = watched_pass(&e, ids.ids, n);
+        int next = given ? ids.ids[n] : sample(&e.s, logits, ids.ids, n);
+        if (given) memcpy(e.s.p, logits, vocab * sizeof(float));
+        if (given || e.s.temperature == 0) softmax(e.s.p, 0, c->vocab_size);
+        rank_tokens(&e, next);
+        if (e.page) page_token(&e, given);
+        else if (o->trace) show_choice(&e);
+        else show_token(&e, ids.ids);
+        if (!e.page) fflush(e.f), write_output(&out, shown, size), rewind(e.f);
+        if (!given && is_stop(t, next)) break;
+        ids.n = (size_t)n;
+        push(&ids, next);
+    }
+    if (e.page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
+    if (ferror(e.f) | fclose(e.f)) die("out of memory for the page");
+    if (e.page) write_output(&out, shown, size);
+    close_output(&out);
+    void *all[] = {shown, e.x, e.logits, e.s.p, e.s.candidates, ids.ids,
+                   (char *)(uintptr_t)prompt.s};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    munmap(e.weights, bytes);
+    free_cache(&e.kv);
 }
 
 // ---- tokenize and logits: for scripts
@@ -4171,9 +4710,9 @@ typedef struct {
 static void observe_norm(void *observer, const char *name, int layer, const float *x, int n,
                          int width) {
     NormCheck *check = observer;
+    if (strcmp(name, "x")) return;  // only the residual stream has reference values
     double sum = 0, expected = (double)vec(&check->m->check_norms)[layer + 1];
     const float *last = x + (size_t)(n - 1) * (size_t)padded(width);
-    (void)name;
     for (int i = 0; i < width; i++) sum += (double)last[i] * (double)last[i];
     double error = fabs(sqrt(sum) - expected) / (expected + 1e-30);
     if (!(error <= check->worst)) check->worst = error;
@@ -4526,6 +5065,8 @@ static void help(const Option *options) {
          "  logits     read token ids, write their logits as raw float32 [n, vocab_size]\n"
          "  eval       bits per byte of a text, by windows of -c tokens (2048) that start every\n"
          "             half window; each token is predicted in the first window that holds it\n"
+         "  explain    generate, and show for each token its rivals, what it looks at and what\n"
+         "             each layer would say; with -o page.html as a page to explore\n"
          "  check      recompute the reference values stored in the model\n"
          "  bench      measure this machine's speed with the model\n"
          "\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
@@ -4603,7 +5144,8 @@ static void check_arithmetic(void) {
 
 int main(int argc, char **argv) {
     Options o = {
-        .mode = "generate", .steps = -1, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1};
+        .mode = "generate", .steps = -1, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1,
+        .layer = -1, .head = -1};
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     o.threads = cores < 1 ? 1 : cores > 256 ? 256 : cores;
     Option options[] = {
@@ -4644,6 +5186,11 @@ int main(int argc, char **argv) {
          "makes tokens of the text less likely; 1 is off"},
         {0, "receipt", "", FLAG, &o.receipt, 0, 0,
          "print a hash of all logits that were sampled from"},
+        {0, "layer", "L", INTEGER, &o.layer, 0, MAX_LAYERS - 1,
+         "explain: the attention of this layer (the mean of all)"},
+        {0, "head", "H", INTEGER, &o.head, 0, 1 << 14,
+         "explain: and of this head of it (the mean of all)"},
+        {0, "trace", "", FLAG, &o.trace, 0, 0, "explain: each stage of the computation in numbers"},
         {'h', "help", "", FLAG, &o.help, 0, 0, "this text"},
         {'V', "version", "", FLAG, &o.version, 0, 0, "version and instruction set"},
         {0, NULL, NULL, 0, NULL, 0, 0, NULL},
@@ -4661,12 +5208,19 @@ int main(int argc, char **argv) {
     if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
 
     static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check", "bench",
-                                        "chat"};
+                                        "chat", "explain"};
+    enum { GENERATE, TOKENIZE, LOGITS, EVAL, CHECK, BENCH, CHAT, EXPLAIN };
     int mode = 0, n_modes = sizeof modes / sizeof *modes;
     while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
     check_combinations(&o, mode, modes[mode]);
-    if (o.steps < 0) o.steps = mode == 6 ? 0 : 256;
+    if (mode != EXPLAIN && (o.trace || o.layer >= 0 || o.head >= 0))
+        usage_error("%s is for -m explain%s",
+                    o.trace ? "--trace" : o.layer >= 0 ? "--layer" : "--head", "");
+    if (o.head >= 0 && o.layer < 0) usage_error("--head needs --layer%s%s", "", "");
+    if (o.layer >= 0 && o.output && !o.trace)
+        usage_error("--layer is for the terminal: the page %s shows all%s", o.output, "");
+    if (o.steps < 0) o.steps = mode == CHAT ? 0 : 256;
     refuse_overwriting(o.output, o.model);
     refuse_overwriting(o.output, o.tokenizer);
     refuse_overwriting(o.output, o.prompt_file);
@@ -4685,19 +5239,20 @@ int main(int argc, char **argv) {
     Tokenizer t = {0};
     start_threads((int)o.threads);
     load_model(&m, o.model);
-    bool checked = mode == 4 && m.c.tokenizer_hash;
-    if (mode == 0 || mode == 1 || mode == 3 || mode == 6 || checked) find_tokenizer(&t, o.tokenizer, &m);
+    if (mode != LOGITS && mode != BENCH && (mode != CHECK || m.c.tokenizer_hash))
+        find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
-    if (mode == 0 || mode == 6) {
+    if (mode == GENERATE || mode == CHAT) {
         Output out = open_output(o.output);
-        (mode == 6 ? chat : o.n_others ? ensemble : generate)(&o, &m, &t, &out);
+        (mode == CHAT ? chat : o.n_others ? ensemble : generate)(&o, &m, &t, &out);
         close_output(&out);
     }
-    if (mode == 1) tokenize(&o, &t);
-    if (mode == 2) write_logits(&o, &m);
-    if (mode == 3) evaluate(&o, &m, &t);
-    if (mode == 4) check_model(&o, &m, &t);
-    if (mode == 5) bench(&o, &m, started);
+    if (mode == TOKENIZE) tokenize(&o, &t);
+    if (mode == LOGITS) write_logits(&o, &m);
+    if (mode == EVAL) evaluate(&o, &m, &t);
+    if (mode == CHECK) check_model(&o, &m, &t);
+    if (mode == BENCH) bench(&o, &m, started);
+    if (mode == EXPLAIN) explain(&o, &m, &t);
     if (t.file) free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;

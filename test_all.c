@@ -2958,12 +2958,12 @@ static void test_tools(const char *endless) {
     Machine w;
     Decoder d;
     open_machine(&w, &d, &o, &m, &t, &out);
-    watch(&w, &d, (Text){"1+1=", 4});
+    watch_text(&w, &d, (Text){"1+1=", 4});
     for (size_t i = 0; i < d.ids.n; i++)
         CHECK(d.ids.ids[i] != t.h.bos, "special tokens are not recognised in what a tool prints");
     CHECK(d.ids.n > 3 && out.n == 5 && !memcmp(out.memory, "<s> 7", 5), "its answer is shown");
     w.chatting = true;
-    watch(&w, &d, (Text){"<tool_call>{}</tool_call>", 25});
+    watch_text(&w, &d, (Text){"<tool_call>{}</tool_call>", 25});
     CHECK(d.ids.ids[d.ids.n - 1] == 277, "in a chat the answer to a <tool_call> is a turn");
     close_machine(&w, &d);
     free(out.memory);
@@ -3058,7 +3058,7 @@ static void shows(const char *text, bool terminal, bool keep, const char *expect
         for (size_t i = 0, n, len = strlen(text); i < len; i += n) {
             n = 1 + (size_t)below(round ? 9 : 1);
             if (n > len - i) n = len - i;
-            show(&out, (Text){text + i, n});
+            write_reply(&out, (Text){text + i, n});
         }
         end_text(&out);
         CHECK(out.n == strlen(expected) && !memcmp(out.memory, expected, out.n),
@@ -3081,7 +3081,7 @@ static void test_display(void) {
     Options o = {0};
     Output out = {.fd = -1};
     start_thoughts(&out, &o, true, (Text){"x</think><think>\n", 17});
-    show(&out, (Text){"thought</think>said", 19});
+    write_reply(&out, (Text){"thought</think>said", 19});
     end_text(&out);
     CHECK(out.n == 5 && !memcmp(out.memory, "said\n", 5), "a prompt may open a thought");
     free(out.memory);
@@ -3176,7 +3176,450 @@ static void test_decoders(void) {
 }
 
 // =================================================================================================
-// 10. Real models, where they are
+// 10. Explain
+// =================================================================================================
+
+// What forward lets be seen: queries of each layer, and each head's weights, of a batch.
+enum { SEEN = 30, SEEN_LAYERS = 3, SEEN_HEADS = 5, SEEN_HEAD = 24 };
+typedef struct {
+    int heads, residuals;
+    float q[SEEN_LAYERS][SEEN][SEEN_HEADS * SEEN_HEAD];
+    float weights[SEEN_LAYERS][SEEN * SEEN_HEADS][SEEN];
+} Seen;
+static void see(void *observer, const char *name, int layer, const float *x, int n, int width) {
+    Seen *seen = observer;
+    size_t bytes = (size_t)width * sizeof(float);
+    if (!strcmp(name, "attention")) memcpy(seen->weights[layer][n], x, bytes);
+    if (!strcmp(name, "x")) seen->residuals++;
+    for (int i = 0; i < n && !strcmp(name, "q = rope(wq xb)"); i++)
+        memcpy(seen->q[layer][i], x + i * padded(width), bytes);
+}
+
+// The weights that an observer gets are softmax(q k), by another way; watching changes no bit.
+static void test_weights(const Made *made, const Model *m) {
+    const Config *c = &m->c;
+    int *ids = random_ids(SEEN, c->vocab_size), hd = c->head_dim, at;
+    Slot batch[SEEN];
+    for (int i = 0; i < SEEN; i++) batch[i] = (Slot){ids[i], i, 0, true};
+    Cache kv;
+    Seen *seen = get(1, sizeof *seen);
+    new_cache(&kv, m, SEEN, 0, 0);
+    size_t bytes = (size_t)(SEEN * c->vocab_size) * sizeof(float);
+    float *logits = get(bytes, 1);
+    memcpy(logits, forward(m, &kv, batch, SEEN), bytes);
+    kv.observe = see, kv.observer = seen, kv.plain_attention = true;
+    bool same = !memcmp(logits, forward(m, &kv, batch, SEEN), bytes);
+    CHECK(same && seen->residuals == c->n_layers + 1, "%s %s: watching changes no bit, and sees "
+          "the residual stream %d times", made->s.name, formats[made->s.dtype], seen->residuals);
+    double worst = 0, off = 0;
+    for (int l = 0; l < c->n_layers; l++)
+        for (int i = 0; i < SEEN; i++)
+            for (int h = 0; h < c->n_heads; h++) {
+                double p[SEEN], sum = 0, all = 0;
+                const float *w = seen->weights[l][i * c->n_heads + h];
+                int first = made->s.window && made->s.local >> l & 1 ? i - made->s.window + 1 : 0;
+                for (int t = 0; t <= i; t++) {
+                    const uint8_t *keys =
+                        cache_chunk(&kv, 0, t, l, h / (c->n_heads / c->n_kv_heads), &at);
+                    p[t] = 0;
+                    for (int d = 0; d < hd; d++)
+                        p[t] += (double)seen->q[l][i][h * hd + d] *
+                                (double)cache_get(&kv, keys, key_at(&kv, at) + (size_t)d * 16);
+                    p[t] = t < first ? 0 : exp(p[t] * (double)c->attn_scale);
+                    sum += p[t], all += (double)w[t];
+                }
+                for (int t = 0; t <= i; t++)
+                    worst = worse(worst, fabs(p[t] / sum - (double)w[t]));
+                off = worse(off, fabs(all - 1));
+            }
+    CHECK(off < 1e-5, "%s: the weights of a head add up to 1: off by %g", made->s.name, off);
+    CHECK(worst < 1e-5, "%s: they are softmax(q k): off by %g", made->s.name, worst);
+    free_cache(&kv);
+    free(seen), free(logits), free(ids);
+}
+
+// An Explain as explain() makes it, for the functions below it.
+typedef struct { Options o; Tokenizer t; Explain e; char *shown; size_t size; int *ids; } Watched;
+static void watch_model(Watched *w, const Model *m, int n, bool trace) {
+    Vocabulary *v = tiny_vocabulary();
+    size_t layers = (size_t)m->c.n_layers, vocab = (size_t)m->c.vocab_size;
+    *w = (Watched){.o = {.trace = trace, .layer = -1, .head = -1, .temperature = 1, .top_p = 0.9,
+                         .repeat_penalty = 1, .seed = 5, .quiet = true}};
+    w->t = open_tokenizer(v, "watched.tok");
+    free_vocabulary(v);
+    w->e = (Explain){.o = &w->o, .m = m, .t = &w->t, .s = new_sampler(&w->o, m, &w->t),
+                     .row = (size_t)n};
+    new_cache(&w->e.kv, m, n, 0, 0);
+    w->e.kv.plain_attention = true, w->e.kv.observer = &w->e;
+    w->e.weights = get((layers * (size_t)m->c.n_heads + 1) * (size_t)n, sizeof(float));
+    w->e.x = get(layers * (size_t)m->c.dim, sizeof(float));
+    w->e.logits = get(layers * vocab, sizeof(float));
+    w->e.s.p = get(vocab, sizeof *w->e.s.p);
+    w->e.s.candidates = get(vocab, sizeof *w->e.s.candidates);
+    w->e.f = open_memstream(&w->shown, &w->size);
+    w->ids = random_ids(n, m->c.vocab_size);
+}
+static void free_watched(Watched *w) {
+    fclose(w->e.f);
+    free(w->shown), free(w->e.weights), free(w->e.x), free(w->e.logits), free(w->ids);
+    free_sampler(&w->e.s);
+    free_cache(&w->e.kv);
+    free_tokenizer(&w->t);
+}
+
+static void test_lens(const Made *made, const Model *m) {
+    enum { N = 30 };
+    Watched w;
+    watch_model(&w, m, N, false);
+    const Config *c = &m->c;
+    size_t bytes = (size_t)c->vocab_size * sizeof(float), last = (size_t)(c->n_layers - 1);
+    int unlike = 0, wrong = 0, lost = 0;
+    double sums = 0;
+    Cache kv;
+    new_cache(&kv, m, N, 0, 0);
+    for (int n = 1; n <= N; n++) {
+        const float *expected = forward(m, &kv, &(Slot){w.ids[n - 1], n - 1, 0, true}, 1);
+        const float *logits = watched_pass(&w.e, w.ids, n);
+        unlike += memcmp(logits, expected, bytes) != 0;
+        unlike += memcmp(w.e.logits + last * (size_t)c->vocab_size, expected, bytes) != 0;
+        wrong += w.e.lens[last].token != argmax(expected, c->vocab_size);
+        double mean = 0, p = 0, max = (double)expected[w.e.lens[last].token];
+        for (int i = 0; i < n; i++) mean += (double)weights_of(&w.e, c->n_layers, 0)[i];
+        for (int i = 0; i < c->vocab_size; i++) p += exp((double)expected[i] - max);
+        sums = worse(sums, fabs(mean - 1));
+        lost += fabs(1 / p - (double)w.e.lens[last].p) > 1e-5;
+        w.o.layer = n % c->n_layers, w.o.head = n % c->n_heads;
+        watched_pass(&w.e, w.ids, n);
+        lost += memcmp(weights_of(&w.e, c->n_layers, 0),
+                       weights_of(&w.e, n % c->n_layers, n % c->n_heads), (size_t)n * 4) != 0;
+        w.o.layer = w.o.head = -1;
+    }
+    CHECK(!unlike && !wrong, "%s %s: at the last layer the lens sees the model's logits: %d, %d",
+          made->s.name, formats[made->s.dtype], unlike, wrong);
+    CHECK(sums < 1e-5 && !lost, "%s: the mean attention adds up to 1 (off by %g); --layer and "
+          "--head select one, and the lens gives probabilities: %d", made->s.name, sums, lost);
+    free_cache(&kv);
+    free_watched(&w);
+}
+
+static void test_shown(void) {
+    static const struct { const char *text, *shown; int width; } cases[] = {
+        {"a", "a", 1}, {"\\", "\\", 1}, {"\n", "\\n", 2}, {"\x1b[", "\\x1b", 4},
+        {"\x7f", "\\x7f", 4}, {"\xff", "\\xff", 4}, {"\xe4\xbd", "\\xe4", 4},
+        {"\xc2\x9b", "\\x9b", 4}, {"\xc3\xa9", "\xc3\xa9", 1},
+        {"\xe4\xbd\xa0", "\xe4\xbd\xa0", 2}, {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x80", 2},
+        {"\xef\xbf\xbd", "\xef\xbf\xbd", 1}, {"\xe2\x80\xae", "\\u202e", 6},
+        {"\xe2\x80\xa8", "\\u2028", 6}, {"\xf3\xa0\x81\x81", "\\ue0041", 7}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Text text = {cases[i].text, strlen(cases[i].text)};
+        char out[16];
+        int width = next_shown(&text, out);
+        CHECK(!strcmp(out, cases[i].shown) && width == cases[i].width,
+              "%s is shown as %s of %d columns, not %d", out, cases[i].shown, cases[i].width,
+              width);
+    }
+}
+
+static void test_packed_weights(void) {
+    int wrong = 0;
+    for (int round = 0; round < 1000; round++) {
+        float w[300], least = round % 2 ? 0.01f : 0.1f;
+        int n = 1 + below(300), rare = 1 + below(200);
+        char *packed;
+        size_t size;
+        for (int i = 0; i < n; i++)
+            w[i] = below(rare) ? 0 : (float)(uniform() * (round % 3 ? 0.2 : 1));
+        if (round < 3) w[n - 1] = 1;
+        FILE *f = open_memstream(&packed, &size);
+        put_weights(f, w, n, least);
+        fclose(f);
+        const char *digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+        int at = 0;
+        double got[300] = {0};
+        wrong += strspn(packed, digits) != size;
+        for (size_t k = 0; k < size; k += 2) {
+            at += (int)(strchr(digits, packed[k]) - digits);
+            int code = (int)(strchr(digits, packed[k + 1]) - digits);
+            if (code && at < n) got[at++] = code;
+        }
+        for (int i = 0; i < n; i++)
+            wrong += w[i] < least ? got[i] != 0 : fabs(sqrt((double)w[i]) * 63 - got[i]) > 0.501;
+        free(packed);
+    }
+    CHECK(!wrong, "packed weights are those of at least 1%% or 10%%, to a 63rd: %d differ", wrong);
+}
+
+// The text of one forward, token to token: the same bytes from every build.
+static void test_trace(void) {
+    uint64_t hash = 0;
+    for (int which = 0; which < N_FAMILIES; which++)
+        for (int dtype = F32; dtype <= Q4A; dtype++) {
+            random_state = (uint64_t)(2000 + which * 10 + dtype);
+            Made made = tiny_model(which, dtype);
+            Model m = open_made(&made, "trace.bin");
+            Watched w;
+            watch_model(&w, &m, 12, true);
+            for (int n = 1; n <= 12; n++) {
+                const float *logits = watched_pass(&w.e, w.ids, n);
+                rank_tokens(&w.e, sample(&w.e.s, logits, w.ids, n));
+                show_choice(&w.e);
+            }
+            fflush(w.e.f);
+            if (which == 0 && dtype == F32) {
+                char line[99];
+                const float *x = w.e.kv.state->xb;
+                double sum = 0;
+                for (int i = 0; i < m.c.dim; i++) sum += (double)x[i] * (double)x[i];
+                snprintf(line, sizeof line, "\n%-29s %7d %10.4g  %9.3g %9.3g %9.3g\n",
+                         "xb = final_norm(x)", 64, sqrt(sum), (double)x[0], (double)x[1],
+                         (double)x[2]);
+                const char *last = w.shown, *next;
+                while ((next = strstr(last + 1, "xb = final_norm")) != NULL) last = next;
+                CHECK(!strncmp(last - 1, line, strlen(line)), "a trace shows name, width, norm and "
+                      "first values: %.90s, not %s", last, line + 1);
+            }
+            hash = mix64(hash + hash64(w.shown, w.size));
+            free_watched(&w);
+            free_model(&m);
+            free_made(&made);
+        }
+    CHECK(hash == 0xac99f8185254bb4e, "the traces have hash 0x%016llx in %s",
+          (unsigned long long)hash, isa);
+}
+
+static int count(const Buffer *b, const char *what) {
+    int n = 0;
+    for (const char *p = (char *)b->p; (p = strstr(p, what)) != NULL; p++) n++;
+    return n;
+}
+
+// Runs explain with a page, and joins the texts that its JSON holds, of the prompt's tokens and of
+// those generated; bytes: the decoded text of all.
+static Buffer page_of(const char *prompt, const char *options[4], const char *path, Buffer *texts,
+                      Buffer *bytes) {
+    Tokenizer t;
+    Model m;
+    load_model(&m, in_folder("tiny.bin"));
+    const char *why = load_tokenizer(&t, in_folder("tiny.tok"), &m);
+    CHECK(!why, "its tokenizer opens: it %s", why);
+    Options o = {.prompt = prompt, .output = path, .steps = atoi(options[0]), .quiet = true,
+                 .temperature = atof(options[1]), .top_p = atof(options[2]), .seed = 7,
+                 .repeat_penalty = 1, .top_k = atoi(options[3]), .layer = -1, .head = -1};
+    explain(&o, &m, &t);
+    Buffer page = slurp(path);
+    int previous = -1, id;
+    for (char *p = (char *)page.p; (p = strstr(p, "{\"t\":\"")) != NULL;) {
+        char *end = strstr(p, "\",\"id\":");
+        if (!end) break;
+        put(&texts[!strstr(end, "\"given\":1") || strstr(end, "\"given\":1") > end + 22], p + 6,
+            (size_t)(end - p - 6));
+        id = atoi(end + 7);
+        Text text = decode(&t, previous, id);
+        if (previous >= 0 || id != t.h.bos) put(bytes, text.s, text.len);
+        previous = id, p = end;
+    }
+    put(&texts[0], NULL, 1), put(&texts[1], NULL, 1), put(bytes, NULL, 1);
+    free_tokenizer(&t), free_model(&m);
+    return page;
+}
+
+static void test_page(void) {
+    const char *hostile = "</script><img src=x onerror=alert(1)> \"\\ &lt; \xe2\x80\xa8\x01\xff\n";
+    const char *escaped = "\\u003c/script>\\u003cimg src=x onerror=alert(1)> \\\"\\\\ &lt; "
+                          "\\\\xe2\\\\x80\\\\xa8\\\\x01\\\\xff\\\\n";
+    char *json;
+    size_t size;
+    FILE *f = open_memstream(&json, &size);
+    put_json(f, (Text){hostile, strlen(hostile)});
+    fclose(f);
+    CHECK(!strcmp(json, "\"\\u003c/script>\\u003cimg src=x onerror=alert(1)> \\\"\\\\ &lt; "
+                        "\\\\u2028\\\\x01\\\\xff\\\\n\""),
+          "a text is escaped as a string of JSON in HTML: %s", json);
+    free(json);
+    const char *options[][4] = {
+        {"40", "1", "0.9", "0"}, {"40", "0", "0.9", "0"}, {"40", "1.5", "1", "3"},
+        {"40", "1", "1", "0"}};
+    for (int i = 0; i < 4; i++) {
+        Buffer texts[2] = {{0}, {0}}, bytes = {0};
+        const char *prompt = i == 3 ? "abc bad cab" : hostile, *path = in_folder("page.html");
+        Buffer page = page_of(prompt, options[i], path, texts, &bytes);
+        CHECK(page.n < 300000 && !memcmp(page.p, "<!doctype html>", 15) &&
+                  count(&page, "\n</script>\n") == 1 && count(&page, "</html>") == 0,
+              "a page of 60 tokens has %zu bytes", page.n);
+        if (i < 3)
+            CHECK(!strcmp((char *)texts[0].p, escaped), "the prompt is in it, escaped: %s",
+                  texts[0].p);
+        CHECK(count(&page, "<script") == 2 && count(&page, "</script") == 2 &&
+                  count(&page, "http") == 1 && count(&page, "url(") == 0,
+              "and nothing in it is an element, or an address elsewhere");
+        if (no_program()) return;
+        Ran r = RUN(in_folder("tiny.bin"), "-i", prompt, "-n", options[i][0], "-t", options[i][1],
+                    "-p", options[i][2], "--top-k", options[i][3], "-s", "7", "-q");
+        r.out.p[r.out.n - 1] = 0;
+        CHECK(!strcmp((char *)r.out.p, (char *)bytes.p) && bytes.n > strlen(prompt) + 8,
+              "it holds the text that generate writes with the same options: \"%s\", not \"%s\"",
+              bytes.p, r.out.p);
+        free_ran(&r);
+        // The terminal's titles name the same tokens: a page computes them one by one, it does not.
+        r = RUN(in_folder("tiny.bin"), "-m", "explain", "-i", prompt, "-n", options[i][0], "-t",
+                options[i][1], "-p", options[i][2], "--top-k", options[i][3], "-s", "7", "-q");
+        Buffer titles = {0};
+        for (char *p = (char *)r.out.p, *end; (p = strstr(p, "\n== position ")) != NULL; p = end) {
+            p = strchr(p, '"') + 1, end = strstr(p, "\" =");
+            for (; p < end; p++) {
+                if (*p == '"' || *p == '\\') put(&titles, "\\", 1);
+                put(&titles, *p == '<' ? "\\u003c" : p, *p == '<' ? 6 : 1);
+            }
+        }
+        put(&titles, NULL, 1);
+        CHECK(titles.n >= texts[1].n && !memcmp(titles.p, texts[1].p, texts[1].n - 1),
+              "the terminal shows the page's tokens: %s, not %s", titles.p, texts[1].p);
+        free_ran(&r);
+        free(page.p), free(texts[0].p), free(texts[1].p), free(bytes.p), free(titles.p);
+    }
+}
+
+// Lines of at most 79 columns of UTF-8 without control characters.
+static bool fits_a_terminal(const Buffer *b) {
+    int columns = 0;
+    size_t used;
+    for (size_t i = 0; i < b->n; i += used, columns++) {
+        uint32_t c = next_char((char *)b->p + i, b->n - i, &used);
+        if (c == '\n') columns = -1;
+        else if (c < 32 || (c > 126 && c < 160) || (c == 0xfffd && used == 1)) return false;
+        if (c >= 0x1100 && c < 0x20000 && c != 0xfffd) columns++;  // these are wide here
+        if (columns >= 79) return false;
+    }
+    return true;
+}
+
+static void test_terminal(void) {
+    static const char *const prompts[] = {
+        "abc bad cab", "\x1b[31m\x07\x7f\xc2\x9b \xff\xe4\xbd \xe2\x80\xae\n\n\t.",
+        "\xe4\xbd\xa0\xe5\xa5\xbd \xed\x95\x9c\xf0\x9f\x98\x80 e\xcc\x81 \xef\xbf\xbd \xc3\xa9",
+        "                                                                                  a "};
+    char *longer = get(600, 1);
+    for (int i = 0; i < 590; i++) longer[i] = i % 7 ? 'e' : ' ';
+    const char *model = in_folder("tiny.bin");
+    for (int i = 0; i < 5; i++) {
+        const char *prompt = i < 4 ? prompts[i] : longer;
+        Ran r = RUN(model, "-m", "explain", "-i", prompt, "-n", "12", "-s", "3");
+        CHECK(r.status == 0 && count(&r.out, "== position") == 12 && fits_a_terminal(&r.out),
+              "the terminal's view of prompt %d is of lines that fit: status %d, %.300s", i,
+              r.status, r.out.p);
+        if (i == 0)
+            CHECK(count(&r.out, "\n> the number") == 12 && count(&r.out, "\nlens: 0 \"") == 12 &&
+                      count(&r.out, "\nabc bad cab") == 12,
+                  "it shows text, choice and lens: %.300s", r.out.p);
+        free_ran(&r);
+        r = RUN(model, "-m", "explain", "-i", prompt, "-n", "1", "--trace", "-s", "3");
+        CHECK(r.status == 0 && fits_a_terminal(&r.out) && count(&r.out, "xb = final_norm") == 1,
+              "and so is the trace: status %d, %.300s", r.status, r.out.p);
+        if (i == 0) {
+            const char *path = in_folder("trace.txt");
+            Ran other = RUN(model, "-m", "explain", "-i", prompt, "-n", "1", "--trace", "-s", "3",
+                            "-j", "3", "-o", path);
+            Buffer file = slurp(path);
+            CHECK(other.out.n == 0 && file.n == r.out.n && !memcmp(file.p, r.out.p, file.n),
+                  "-o takes the trace, which is the same on three threads: %s", other.err.p);
+            free_ran(&other), free(file.p);
+        }
+        free_ran(&r);
+    }
+    free(longer);
+    // Colours change nothing but the marks.
+    Made made = tiny_model(GEMMA, Q8);
+    Model m = open_made(&made, "watched.bin");
+    Watched w;
+    watch_model(&w, &m, 20, false);
+    Buffer stripped = {0}, lines = {0};
+    for (int color = 0; color < 2; color++) {
+        w.e.color = color;
+        for (int n = 1; n < 20; n++) {
+            watched_pass(&w.e, w.ids, n);
+            memcpy(w.e.s.p, w.e.logits, (size_t)m.c.vocab_size * sizeof(float));
+            softmax(w.e.s.p, 0, m.c.vocab_size);
+            rank_tokens(&w.e, w.ids[n]);
+            show_token(&w.e, w.ids);
+        }
+        fflush(w.e.f);
+        bool coloured = strstr(w.shown, "\033[48;5;") != NULL;
+        CHECK(coloured == color, "there are colours where there are to be");
+        for (char *p = w.shown, *end; p < w.shown + w.size; p = end + 1) {
+            end = strchr(p, '\n');
+            if (!color && p[strspn(p, " 12345678")] == '\n' && end > p) continue;
+            for (; p <= end; p++) {
+                if (*p == '\033') p = strchr(p, 'm');
+                else put(color ? &stripped : &lines, p, 1);
+            }
+        }
+        rewind(w.e.f);
+    }
+    CHECK(stripped.n == lines.n && !memcmp(stripped.p, lines.p, lines.n) &&
+              count(&lines, "== position") > 0,
+          "colours stand for the marks below");
+    free(stripped.p), free(lines.p);
+    free_watched(&w), free_model(&m), free_made(&made);
+}
+
+static void test_explain_options(void) {
+    const char *model = in_folder("tiny.bin"), *page = in_folder("page.html");
+    refused(RUN(model, "-i", "a", "--trace"), 2, "a trace of generate");
+    refused(RUN(model, "-m", "eval", "-i", "a", "--layer", "0"), 2, "a layer of eval");
+    refused(RUN(model, "-m", "explain", "-i", "a", "--head", "0"), 2, "a head without its layer");
+    refused(RUN(model, "-m", "explain", "-i", "a", "--layer", "-1"), 2, "layer -1");
+    refused(RUN(model, "-m", "explain", "-i", "a", "--layer", "x"), 2, "layer x");
+    refused(RUN(model, "-m", "explain", "-i", "a", "--layer", "1"), 1, "a layer beyond the last");
+    refused(RUN(model, "-m", "explain", "-i", "a", "--layer", "0", "--head", "4"), 1,
+            "a head beyond the last");
+    refused(RUN(model, "-m", "explain", "-i", "a", "--layer", "0", "-o", page), 2,
+            "a layer of a page, which shows all");
+    refused(RUN(model, "-m", "explain", "-i", "a", "-o", in_folder("no/such/folder"), "-q"),
+            1, "a page in a missing folder");
+    refused(RUN(model, "-m", "explain", "-i", "a", "-o", model), 2, "a page over the model");
+    How closed = {.closed_pipe = true};
+    Ran r = RUN_AS(closed, model, "-m", "explain", "-i", "abc", "-n", "50", "-s", "1");
+    CHECK(r.status == 0 && r.signal == 0, "a closed pipe ends it quietly: %d, %d", r.status,
+          r.signal);
+    free_ran(&r);
+    static const char *const choices[][2] = {{"0", "0"}, {"0", "3"}};
+    for (int i = 0; i < 2; i++) {
+        r = RUN(model, "-m", "explain", "-i", "abc", "-n", "3", "-s", "1", "--layer", choices[i][0],
+                "--head", choices[i][1]);
+        CHECK(r.status == 0 && count(&r.out, "== position") == 3, "head %s: %s", choices[i][1],
+              r.err.p);
+        free_ran(&r);
+    }
+    r = RUN(model, "-m", "explain", "-n", "2", "-t", "0");
+    CHECK(r.status == 0 && count(&r.out, "the likeliest") == 2, "no prompt, no temperature: %s%s",
+          r.out.p, r.err.p);
+    free_ran(&r);
+}
+
+static void test_explain(void) {
+    for (int which = 0; which < N_FAMILIES; which++)
+        for (int dtype = ROWS; dtype <= Q4A; dtype++) {
+            if (dtype == ROWS && which != LLAMA) continue;
+            Made made = tiny_model(which, dtype);
+            Model m = open_made(&made, "explain.bin");
+            set_threads(dtype % 2 ? 3 : 1);
+            test_weights(&made, &m);
+            test_lens(&made, &m);
+            free_model(&m);
+            free_made(&made);
+        }
+    set_threads(1);
+    test_packed_weights();
+    test_shown();
+    free(save_tiny().p);
+    test_page();
+    if (no_program()) return;
+    test_terminal();
+    test_explain_options();
+}
+
+// =================================================================================================
+// 11. Real models, where they are
 // =================================================================================================
 
 static const char sample_text[] =
@@ -3568,9 +4011,9 @@ int main(int argc, char **argv) {
     static const struct { const char *name; void (*test)(void); } groups[] = {
         {"numbers", test_numbers}, {"quantize", test_quantize}, {"products", test_products},
         {"attention", test_attention}, {"forward", test_forward},
-        {"same-bytes", test_one_hash}, {"sampler", test_sampler},
+        {"same-bytes", test_one_hash}, {"same-bytes 2", test_trace}, {"sampler", test_sampler},
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
-        {"decoders", test_decoders},
+        {"decoders", test_decoders}, {"explain", test_explain},
         {"models", test_models}};
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!mkdtemp(folder)) perror(folder), exit(1);
