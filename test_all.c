@@ -3857,7 +3857,8 @@ static void fuzz_tokenizer_file(const uint8_t *data, size_t n) {
     if (m.c.vocab_size < 1 || m.c.vocab_size > 1 << 24) return;
     const char *wrong = load_tokenizer(&t, save("input", data, n), &m);
     if (!wrong) code(&t, data + (n > 300 ? n - 300 : 0), n > 300 ? 300 : n, false);
-    if (!wrong) code(&t, (const uint8_t *)"a <s> caf\xc3\xa9 12\n", 17, false);
+    static const char text[] = "a <s> caf\xc3\xa9 12\n";
+    if (!wrong) code(&t, (const uint8_t *)text, sizeof text - 1, false);
     free_tokenizer(&t);
 }
 static void fuzz_encode(const uint8_t *data, size_t n) {
