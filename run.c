@@ -2998,8 +2998,11 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
     SEGMENTS = 16, SHORTEST = 512,      // at most so many, of at least so many pieces
-    CONTEXT = 1280, PREFIX = 256,       // positions; those of them that all segments share
-    ORDERS = 2, ROWS_OF_FOLLOWERS = 1 << 15, FOLLOWERS = 16, GROUP = 256,
+    USUAL_CONTEXT = 1280,               // positions
+    SHORTEST_CONTEXT = 16,
+    ORDERS = 2, CONTEXTS = 1 << 15, FOLLOWERS = 16,  // see Follower
+    GROUP = 256,                        // tokens whose frequencies are summed together
+    MAGIC = 0x317a6d6c,
 };
 
 typedef struct { int token; uint32_t start, len; } Piece;  // token -1: len bytes of raw from start
@@ -3037,13 +3040,14 @@ typedef struct {
     const Tokenizer *t;
     Cache kv;         // the trunk holds the prefix, branch 1 + s segment s
     int context, start, n_groups;
+    size_t block;     // bytes of a block
     Ids tail;         // the prefix of the next segments: `start`, then the last tokens
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
     float scale;      // the logits are multiplied by it
     float weights[ORDERS][16];  // added to the logit of a follower, by how often it followed
-    Follower *followers;        // (ROWS_OF_FOLLOWERS, FOLLOWERS)
+    Follower *followers;        // (CONTEXTS, FOLLOWERS)
     Bit escape, more, tree[256];
     float *p;         // (SEGMENTS, vocab_size) probabilities
     uint32_t *sums;   // (SEGMENTS, n_groups) frequencies of GROUP tokens
@@ -3208,7 +3212,7 @@ static void forget(Codec *z) {
     size_t vocab = (size_t)z->m->c.vocab_size;
     memset(z->bias, 0, vocab * sizeof(float));
     memset(z->squares, 0, vocab * sizeof(float));
-    memset(z->followers, 0, (size_t)ROWS_OF_FOLLOWERS * FOLLOWERS * sizeof(Follower));
+    memset(z->followers, 0, (size_t)CONTEXTS * FOLLOWERS * sizeof(Follower));
     z->scale = 1;
     for (int k = 0; k < ORDERS; k++) for (int i = 0; i < 16; i++) z->weights[k][i] = 0.3f;
     for (int i = 0; i < 256; i++) z->tree[i] = (Bit){1u << 31, 0};
@@ -3219,8 +3223,13 @@ static void forget(Codec *z) {
 
 // ---- Blocks
 
+// Positions that all segments share.
+static int prefix_of(const Codec *z) { return z->context / 5; }
+
+// The token before piece first + i + 1 of a segment; before its first, the prefix's last ones.
 static int input_at(const Codec *z, const Block *b, int first, int i) {
-    if (i < 0) return z->tail.n + (size_t)i < z->tail.n ? z->tail.ids[z->tail.n + (size_t)i] : 0;
+    size_t at = z->tail.n + (size_t)i;
+    if (i < 0) return at < z->tail.n ? z->tail.ids[at] : 0;
     return b->pieces[first + i].token < 0 ? z->start : b->pieces[first + i].token;
 }
 
@@ -3268,7 +3277,7 @@ static void look_up(Codec *z, const Block *b, Lane *l, int first, int i) {
     uint64_t hash = 0;
     for (int k = 0; k < ORDERS; k++) {
         hash = mix64(hash * 31 + (uint64_t)input_at(z, b, first, i - 1 - k) + 1);
-        l->row[k] = z->followers + hash % ROWS_OF_FOLLOWERS * FOLLOWERS;
+        l->row[k] = z->followers + hash % CONTEXTS * FOLLOWERS;
         l->check[k] = (uint32_t)(hash >> 32) | 1;
     }
 }
@@ -3276,7 +3285,7 @@ static void look_up(Codec *z, const Block *b, Lane *l, int first, int i) {
 // Codes pieces [first, first + n) of a block as segments of `length` pieces in lockstep.
 static void code_span(Codec *z, Block *b, int first, int n, int length) {
     int n_lanes = (n + length - 1) / length, trunk = (int)z->tail.n - 1;
-    int window = z->context - z->context / 5, base = 0, some;
+    int window = z->context - prefix_of(z), base = 0, some;
     prefill(z->m, &z->kv, 0, z->tail.ids, 0, trunk);
     for (int s = 1; s < z->kv.n_seqs; s++) z->kv.from[s] = trunk;
     for (int t = 0; t < length; t += some) {
@@ -3310,7 +3319,7 @@ static void code_span(Codec *z, Block *b, int first, int n, int length) {
                       z->bytes + done * (double)b->n_bytes);
     }
     for (int i = first; i < first + n; i++) push(&z->tail, input_at(z, b, i, 0));
-    int keep = z->context / 5 - 1, extra = (int)z->tail.n - 1 - keep;
+    int keep = prefix_of(z) - 1, extra = (int)z->tail.n - 1 - keep;
     if (extra <= 0) return;
     memmove(z->tail.ids + 1, z->tail.ids + 1 + extra, (size_t)keep * sizeof(int));
     z->tail.n = 1 + (size_t)keep;
@@ -3318,7 +3327,7 @@ static void code_span(Codec *z, Block *b, int first, int n, int length) {
 
 // Codes a block: if nothing is before it, its first pieces alone, as context for the others.
 static void code_block(Codec *z, Block *b) {
-    int head = z->tail.n > 1 ? 0 : b->n < z->context / 5 ? b->n : z->context / 5;
+    int head = z->tail.n > 1 ? 0 : b->n < prefix_of(z) ? b->n : prefix_of(z);
     if (head) code_span(z, b, 0, head, head);
     int n = b->n - head, segments = n / SHORTEST < 1 ? 1 : n / SHORTEST;
     if (segments > SEGMENTS) segments = SEGMENTS;
@@ -3373,34 +3382,36 @@ static void cut_block(const Tokenizer *t, Block *b) {
 
 // ---- The file
 
-static void put_number(uint8_t *p, size_t *n, uint64_t number) {
+static void put_varint(uint8_t *p, size_t *n, uint64_t number) {
     for (; number > 127; number >>= 7) p[(*n)++] = (uint8_t)(number | 128);
     p[(*n)++] = (uint8_t)number;
 }
 
+// Magic "lmz1" and context; what identifies the model, and the tokenizer.
 static void file_header(const Codec *z, uint64_t header[3]) {
     const Model *m = z->m;
     const Tokenizer *t = z->t;
-    header[0] = (uint64_t)z->context << 32 | 0x317a6d6c;  // "lmz1"
+    header[0] = (uint64_t)z->context << 32 | MAGIC;
     header[1] = m->c.version == 3 ? m->c.content_hash : hash64(m->file, m->file_size);
     header[2] = t->llama2c ? hash64(t->file, t->file_size) : t->h.hash;
 }
 
-static void open_codec(Codec *z, const Options *o, const Model *m, const Tokenizer *t) {
-    *z = (Codec){.m = m, .t = t, .start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0};
+static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet) {
     size_t vocab = (size_t)m->c.vocab_size;
+    int start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0;
+    *z = (Codec){.m = m, .t = t, .start = start, .block = BLOCK};
     z->n_groups = (m->c.vocab_size + GROUP - 1) / GROUP;
     z->bias = resize(NULL, vocab, sizeof(float));
     z->squares = resize(NULL, vocab, sizeof(float));
     z->p = resize(NULL, SEGMENTS * vocab, sizeof(float));
     z->sums = resize(NULL, SEGMENTS * (size_t)z->n_groups, sizeof(uint32_t));
-    z->followers = resize(NULL, (size_t)ROWS_OF_FOLLOWERS * FOLLOWERS, sizeof(Follower));
-    z->progress = (Progress){.on = !o->quiet && isatty(2), .began = seconds()};
+    z->followers = resize(NULL, (size_t)CONTEXTS * FOLLOWERS, sizeof(Follower));
+    z->progress = (Progress){.on = !quiet && isatty(2), .began = seconds()};
     forget(z);
 }
 static void set_context(Codec *z, int context) {
     z->context = context;
-    new_cache(&z->kv, z->m, context / 5, SEGMENTS, context - context / 5);
+    new_cache(&z->kv, z->m, prefix_of(z), SEGMENTS, context - prefix_of(z));
 }
 static void free_codec(Codec *z) {
     void *all[] = {z->bias, z->squares, z->p, z->sums, z->followers, z->tail.ids, z->coder.bytes};
@@ -3408,64 +3419,53 @@ static void free_codec(Codec *z) {
     if (z->context) free_cache(&z->kv);
 }
 
-static void compress(const Options *o, const Model *m, const Tokenizer *t) {
-    Codec z;
-    open_codec(&z, o, m, t);
-    int context = context_of(o, m);
-    if (context < 16) die("a context of %d is too short to compress with", context);
-    set_context(&z, o->context || context < CONTEXT ? context : CONTEXT);
-    Input in = open_input(o);
-    Output out = open_output(o->output);
-    uint64_t header[3], text_hash_ = 0, check, total = 0, written = sizeof header;
-    file_header(&z, header);
-    write_output(&out, header, sizeof header);
+static void encode_block(Codec *z, Block *b) {
+    start_coder(&z->coder, false, 0);
+    code_block(z, b);
+    finish_coder(&z->coder);
+}
+
+// Writes a compressed file, and returns its size.
+static uint64_t shrink(Codec *z, Input *in, Output *out) {
+    uint64_t header[3], hash = 0, check, written = sizeof header;
+    file_header(z, header);
+    write_output(out, header, sizeof header);
     check = hash64(header, sizeof header);
-    Block b = {.raw = resize(NULL, BLOCK, 1), .pieces = resize(NULL, BLOCK, sizeof(Piece))};
+    Block b = {.raw = resize(NULL, z->block, 1), .pieces = resize(NULL, z->block, sizeof(Piece))};
     for (bool last = false; !last;) {
-        b.n_bytes = read_input(&in, b.raw, BLOCK);
-        last = b.n_bytes < BLOCK;
-        z.block_part = in.size > 0 ? (double)b.n_bytes / in.size : NAN;
-        cut_block(t, &b);
-        start_coder(&z.coder, false, 0);
-        code_block(&z, &b);
-        finish_coder(&z.coder);
-        if (z.coder.n > b.n_bytes) {  // no text that the model knows
-            b.n = 0;
-            add_piece(&b, -1, 0, b.n_bytes);
-            forget(&z);
-            start_coder(&z.coder, false, 0);
-            code_block(&z, &b);
-            finish_coder(&z.coder);
-        }
         uint8_t head[40];
         size_t n = 0;
-        put_number(head, &n, b.n_bytes * 2 + last);
-        put_number(head, &n, (uint64_t)b.n);
-        put_number(head, &n, z.coder.n);
-        text_hash_ = mix64(text_hash_ + hash64(b.raw, b.n_bytes));
-        memcpy(head + n, &text_hash_, 8);
-        check = mix64(mix64(check + hash64(head, n + 8)) + hash64(z.coder.bytes, z.coder.n));
-        write_output(&out, head, n + 8);
-        write_output(&out, z.coder.bytes, z.coder.n);
-        write_output(&out, &check, 8);
-        written += n + 16 + z.coder.n;
-        total += b.n_bytes;
-        z.bytes = (double)total;
-        z.part += z.block_part;
+        b.n_bytes = read_input(in, b.raw, z->block);
+        last = b.n_bytes < z->block;
+        z->block_part = in->size > 0 ? (double)b.n_bytes / in->size : NAN;
+        cut_block(z->t, &b);
+        encode_block(z, &b);
+        bool afresh = z->coder.n > b.n_bytes + 16;  // nothing that the model knows: raw
+        if (afresh) {
+            b.n = 0;
+            add_piece(&b, -1, 0, b.n_bytes);
+            forget(z);
+            encode_block(z, &b);
+        }
+        put_varint(head, &n, b.n_bytes * 4 + afresh * 2u + last);
+        put_varint(head, &n, (uint64_t)b.n);
+        put_varint(head, &n, z->coder.n);
+        hash = mix64(hash + hash64(b.raw, b.n_bytes));
+        memcpy(head + n, &hash, 8);
+        check = mix64(mix64(check + hash64(head, n + 8)) + hash64(z->coder.bytes, z->coder.n));
+        write_output(out, head, n + 8);
+        write_output(out, z->coder.bytes, z->coder.n);
+        write_output(out, &check, 8);
+        written += n + 16 + z->coder.n;
+        z->bytes += (double)b.n_bytes;
+        z->part += z->block_part;
     }
-    end_progress(&z.progress);
-    close_output(&out);
-    if (!o->quiet)
-        fprintf(stderr, "%llu bytes -> %llu bytes: %.4f bits per byte, %.1f s\n",
-                (unsigned long long)total, (unsigned long long)written,
-                total ? 8.0 * (double)written / (double)total : 0, seconds() - z.progress.began);
-    close_input(&in);
     free(b.raw), free(b.pieces);
-    free_codec(&z);
+    return written;
 }
 
 // Reads one number of a block's head; adds its bytes to head.
-static uint64_t get_number(Input *in, uint8_t *head, size_t *n) {
+static uint64_t get_varint(Input *in, uint8_t *head, size_t *n) {
     uint64_t number = 0;
     for (int shift = 0; shift < 35; shift += 7) {
         if (!read_input(in, &head[*n], 1)) return UINT64_MAX;
@@ -3475,28 +3475,47 @@ static uint64_t get_number(Input *in, uint8_t *head, size_t *n) {
     return UINT64_MAX;
 }
 
-// Returns what is wrong with the compressed file, or NULL. Writes only text that has its checksum.
+// Puts the text of a decoded block together in `text`; false: it has not the length that it should.
+static bool join_block(const Tokenizer *t, const Block *b, char *text) {
+    size_t used = 0;
+    for (int i = 0; i < b->n; i++) {
+        const Piece *p = &b->pieces[i];
+        Text x = {(char *)b->raw + p->start, p->len};
+        if (p->token >= t->h.vocab_size) return false;
+        if (p->token >= 0) x = t->tokens[p->token].text;
+        if (x.len > b->n_bytes - used) return false;
+        memcpy(text + used, x.s, x.len);
+        used += x.len;
+    }
+    return used == b->n_bytes;
+}
+
+// Writes the text of a compressed file, block by block, and nothing without its checksum. Returns
+// what is wrong with the file, or NULL.
 static const char *expand(Codec *z, Input *in, Output *out) {
-    uint64_t mine[3], header[3], hash = 0, check;
-    if (read_input(in, header, 24) < 24) return "is truncated, or not a compressed file";
-    if ((uint32_t)header[0] != 0x317a6d6c) return "is not a file that -m compress wrote";
-    if (header[0] >> 32 < 16 || header[0] >> 32 > (uint64_t)z->m->c.seq_len) return "is damaged";
+    uint64_t mine[3], header[3], hash = 0, check, its_check;
+    if (read_input(in, header, sizeof header) < sizeof header || (uint32_t)header[0] != MAGIC)
+        return "is not a file that -m compress wrote";
+    if (header[0] >> 32 < SHORTEST_CONTEXT || header[0] >> 32 > (uint64_t)z->m->c.seq_len)
+        return "is damaged, or was compressed with another model";
     set_context(z, (int)(header[0] >> 32));
     file_header(z, mine);
-    if (header[1] != mine[1]) return "was compressed with another model";
-    if (header[2] != mine[2]) return "was compressed with another tokenizer";
+    if (header[1] != mine[1]) return "was compressed with another model: -m decompress needs it";
+    if (header[2] != mine[2]) return "was compressed with another tokenizer: give it with -z";
     check = hash64(header, sizeof header);
-    const char *wrong = NULL;
     Block b = {0};
+    char *text = NULL;
+    const char *wrong = NULL;
     for (bool last = false; !last && !wrong;) {
         uint8_t head[40];
         size_t n = 0;
-        uint64_t bytes = get_number(in, head, &n), pieces = get_number(in, head, &n);
-        uint64_t coded = get_number(in, head, &n), its_check;
+        uint64_t bytes = get_varint(in, head, &n), pieces = get_varint(in, head, &n);
+        uint64_t coded = get_varint(in, head, &n);
+        bool afresh = bytes & 2;
         last = bytes & 1;
-        bytes /= 2;
+        bytes /= 4;
         wrong = "is truncated or damaged";
-        if (bytes > BLOCK || pieces > bytes || coded > bytes + bytes / 8 + 64) break;
+        if (bytes > BLOCK || pieces > bytes || coded > 2 * bytes + 64) break;
         z->coder.bytes = resize(z->coder.bytes, coded, 1);
         if (read_input(in, head + n, 8) < 8 || read_input(in, z->coder.bytes, coded) < coded ||
             read_input(in, &its_check, 8) < 8) break;
@@ -3505,45 +3524,53 @@ static const char *expand(Codec *z, Input *in, Output *out) {
         b.n = (int)pieces, b.n_bytes = bytes, b.n_raw = 0;
         b.raw = resize(b.raw, bytes, 1);
         b.pieces = resize(b.pieces, pieces, sizeof(Piece));
+        text = resize(text, bytes, 1);
         z->block_part = in->size > 0 ? (double)coded / in->size : NAN;
         start_coder(&z->coder, true, coded);
-        if (pieces == 1) forget(z);
+        if (afresh) forget(z);
         code_block(z, &b);
-        char *text = resize(NULL, bytes, 1);
-        size_t used = 0;
-        for (int i = 0; i < b.n; i++) {
-            const Piece *p = &b.pieces[i];
-            Text x = {(char *)b.raw + p->start, p->len};
-            if (p->token >= 0) x = p->token < z->t->h.vocab_size ? z->t->tokens[p->token].text
-                                                                 : (Text){"", 0};
-            if (x.len > bytes - used) break;
-            memcpy(text + used, x.s, x.len);
-            used += x.len;
-        }
+        wrong = "does not give its text: this program computes other numbers; try -m check";
+        if (!join_block(z->t, &b, text)) break;
         hash = mix64(hash + hash64(text, bytes));
-        wrong = used == bytes && !memcmp(&hash, head + n, 8) ? NULL : "does not give back the text: this build or model computes other numbers: try -m check";
-        if (!wrong) write_output(out, text, used);
-        free(text);
+        if (memcmp(&hash, head + n, 8)) break;
+        wrong = NULL;
+        write_output(out, text, bytes);
         z->bytes += (double)bytes;
         z->part += z->block_part;
     }
-    free(b.raw), free(b.pieces);
-    uint8_t end;
-    if (!wrong && read_input(in, &end, 1)) wrong = "goes on after its end: it is damaged";
+    free(b.raw), free(b.pieces), free(text);
+    if (!wrong && read_input(in, &its_check, 1)) wrong = "goes on after its end: it is damaged";
     return wrong;
+}
+
+static void compress(const Options *o, const Model *m, const Tokenizer *t) {
+    Codec z;
+    int context = context_of(o, m);
+    if (context < SHORTEST_CONTEXT) die("a context of %d is too short to compress with", context);
+    open_codec(&z, m, t, o->quiet);
+    set_context(&z, o->context || context < USUAL_CONTEXT ? context : USUAL_CONTEXT);
+    Input in = open_input(o);
+    Output out = open_output(o->output);
+    double written = (double)shrink(&z, &in, &out), took = seconds() - z.progress.began;
+    end_progress(&z.progress);
+    close_output(&out);
+    if (!o->quiet)
+        fprintf(stderr, "%.0f bytes -> %.0f bytes: %.4f bits per byte, %.1f s\n", z.bytes, written,
+                8 * written / (z.bytes > 0 ? z.bytes : 1), took);
+    close_input(&in);
+    free_codec(&z);
 }
 
 static void decompress(const Options *o, const Model *m, const Tokenizer *t) {
     Codec z;
-    open_codec(&z, o, m, t);
+    open_codec(&z, m, t, o->quiet);
     Input in = open_input(o);
     Output out = open_output(o->output);
     const char *wrong = expand(&z, &in, &out);
     end_progress(&z.progress);
     if (wrong) die("%s %s", in.name, wrong);
     close_output(&out);
-    if (!o->quiet)
-        fprintf(stderr, "%.0f bytes, %.1f s\n", z.bytes, seconds() - z.progress.began);
+    if (!o->quiet) fprintf(stderr, "%.0f bytes, %.1f s\n", z.bytes, seconds() - z.progress.began);
     close_input(&in);
     free_codec(&z);
 }
