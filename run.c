@@ -2992,12 +2992,13 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 // the block before, or the first tokens of the text, which are coded alone.
 //
 // The file: a header (magic, context, fingerprints of model and tokenizer), then blocks: text bytes
-// * 2 + whether it is the last, pieces, coded bytes (each 7 bits to the byte, low first), the
-// text's checksum, the coded bytes, and a checksum of all that. Checksums go on from block to block.
+// * 4 (+ 2: all that was learned is forgotten before it; + 1: it is the last), pieces, segments,
+// coded bytes (each 7 bits to the byte, low ones first), the text's checksum, the coded bytes, and a
+// checksum of all that. The checksums go on from block to block.
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
-    SEGMENTS = 16, SHORTEST = 512,      // at most so many, of at least so many pieces
+    SEGMENTS = 16, SHORTEST = 3000,     // at most so many, of at least so many pieces
     USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     ORDERS = 2, CONTEXTS = 1 << 15, FOLLOWERS = 16,  // see Follower
@@ -3008,7 +3009,7 @@ enum {
 typedef struct { int token; uint32_t start, len; } Piece;  // token -1: len bytes of raw from start
 typedef struct {
     Piece *pieces;  // of the block's text, in order
-    int n;
+    int n, segments;
     uint8_t *raw;   // encoding: the text; decoding: the bytes that no token stands for
     size_t n_raw, n_bytes;
 } Block;
@@ -3041,6 +3042,7 @@ typedef struct {
     Cache kv;         // the trunk holds the prefix, branch 1 + s segment s
     int context, start, n_groups;
     size_t block;     // bytes of a block
+    int shortest;     // pieces of a segment
     Ids tail;         // the prefix of the next segments: `start`, then the last tokens
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
@@ -3285,7 +3287,7 @@ static void look_up(Codec *z, const Block *b, Lane *l, int first, int i) {
 // Codes pieces [first, first + n) of a block as segments of `length` pieces in lockstep.
 static void code_span(Codec *z, Block *b, int first, int n, int length) {
     int n_lanes = (n + length - 1) / length, trunk = (int)z->tail.n - 1;
-    int window = z->context - prefix_of(z), base = 0, some;
+    int window = z->context - prefix_of(z), base = 0, some, most = 4 * logits_batch(z->m);
     prefill(z->m, &z->kv, 0, z->tail.ids, 0, trunk);
     for (int s = 1; s < z->kv.n_seqs; s++) z->kv.from[s] = trunk;
     for (int t = 0; t < length; t += some) {
@@ -3294,7 +3296,7 @@ static void code_span(Codec *z, Block *b, int first, int n, int length) {
             base = t - window / 2;
             feed(z, b, first, n, length, base, t, base, false);
         }
-        some = z->coder.decoding ? 1 : logits_batch(z->m) / n_lanes;
+        some = z->coder.decoding ? 1 : (most < MAX_BATCH ? most : MAX_BATCH) / n_lanes;
         if (some < 1) some = 1;
         if (some > base + window - t) some = base + window - t;
         if (some > length - t) some = length - t;
@@ -3329,9 +3331,8 @@ static void code_span(Codec *z, Block *b, int first, int n, int length) {
 static void code_block(Codec *z, Block *b) {
     int head = z->tail.n > 1 ? 0 : b->n < prefix_of(z) ? b->n : prefix_of(z);
     if (head) code_span(z, b, 0, head, head);
-    int n = b->n - head, segments = n / SHORTEST < 1 ? 1 : n / SHORTEST;
-    if (segments > SEGMENTS) segments = SEGMENTS;
-    if (n) code_span(z, b, head, n, (n + segments - 1) / segments);
+    int n = b->n - head;
+    if (n) code_span(z, b, head, n, (n + b->segments - 1) / b->segments);
 }
 
 static void add_piece(Block *b, int token, size_t start, size_t len) {
@@ -3399,7 +3400,8 @@ static void file_header(const Codec *z, uint64_t header[3]) {
 static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet) {
     size_t vocab = (size_t)m->c.vocab_size;
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0;
-    *z = (Codec){.m = m, .t = t, .start = start, .block = BLOCK};
+    *z = (Codec){.m = m, .t = t, .start = start, .block = BLOCK,
+                 .shortest = SHORTEST};
     z->n_groups = (m->c.vocab_size + GROUP - 1) / GROUP;
     z->bias = resize(NULL, vocab, sizeof(float));
     z->squares = resize(NULL, vocab, sizeof(float));
@@ -3420,6 +3422,7 @@ static void free_codec(Codec *z) {
 }
 
 static void encode_block(Codec *z, Block *b) {
+    b->segments = b->n / z->shortest + 1 < SEGMENTS ? b->n / z->shortest + 1 : SEGMENTS;
     start_coder(&z->coder, false, 0);
     code_block(z, b);
     finish_coder(&z->coder);
@@ -3449,6 +3452,7 @@ static uint64_t shrink(Codec *z, Input *in, Output *out) {
         }
         put_varint(head, &n, b.n_bytes * 4 + afresh * 2u + last);
         put_varint(head, &n, (uint64_t)b.n);
+        put_varint(head, &n, (uint64_t)b.segments);
         put_varint(head, &n, z->coder.n);
         hash = mix64(hash + hash64(b.raw, b.n_bytes));
         memcpy(head + n, &hash, 8);
@@ -3510,18 +3514,19 @@ static const char *expand(Codec *z, Input *in, Output *out) {
         uint8_t head[40];
         size_t n = 0;
         uint64_t bytes = get_varint(in, head, &n), pieces = get_varint(in, head, &n);
-        uint64_t coded = get_varint(in, head, &n);
+        uint64_t segments = get_varint(in, head, &n), coded = get_varint(in, head, &n);
         bool afresh = bytes & 2;
         last = bytes & 1;
         bytes /= 4;
         wrong = "is truncated or damaged";
-        if (bytes > BLOCK || pieces > bytes || coded > 2 * bytes + 64) break;
+        if (bytes > BLOCK || pieces > bytes || !segments || segments > SEGMENTS) break;
+        if (coded > 2 * bytes + 64) break;
         z->coder.bytes = resize(z->coder.bytes, coded, 1);
         if (read_input(in, head + n, 8) < 8 || read_input(in, z->coder.bytes, coded) < coded ||
             read_input(in, &its_check, 8) < 8) break;
         check = mix64(mix64(check + hash64(head, n + 8)) + hash64(z->coder.bytes, coded));
         if (check != its_check) break;
-        b.n = (int)pieces, b.n_bytes = bytes, b.n_raw = 0;
+        b.n = (int)pieces, b.segments = (int)segments, b.n_bytes = bytes, b.n_raw = 0;
         b.raw = resize(b.raw, bytes, 1);
         b.pieces = resize(b.pieces, pieces, sizeof(Piece));
         text = resize(text, bytes, 1);
