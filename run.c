@@ -7,8 +7,7 @@
  *     Part 1  The model         checkpoint, mathematics, KV cache, forward, sampler
  *     Part 2  The tokenizer     text <-> tokens
  *     Part 3  Speed             the same mathematics for SIMD units and threads: same bits, sooner
- *     Part 4  What to do with it   the modes: generate, tokenize, logits, eval, compress, decompress,
- *                                 check, bench
+ *     Part 4  What to do with it   the modes: generate, tokenize, logits, eval, compress, check, bench
  *     Part 5  The command line
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -2993,12 +2992,12 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 //
 // The file: a header (magic, context, fingerprints of model and tokenizer), then blocks: text bytes
 // * 4 (+ 2: all that was learned is forgotten before it; + 1: it is the last), pieces, segments,
-// coded bytes (each 7 bits to the byte, low ones first), the text's checksum, the coded bytes, and a
+// coded bytes (each 7 bits to the byte, low ones first), the text's checksum, the coded bytes, a
 // checksum of all that. The checksums go on from block to block.
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
-    SEGMENTS = 16, SHORTEST = 3000,     // at most so many, of at least so many pieces
+    SEGMENTS = 16, SHORTEST = 3500,     // at most so many, of at least so many pieces
     USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     ORDERS = 2, CONTEXTS = 1 << 15, FOLLOWERS = 16,  // see Follower
@@ -3060,46 +3059,40 @@ typedef struct {
 
 // ---- The coder
 
+static void shift_out(Coder *c) {
+    if (c->decoding) c->code = c->code << 8 | (c->n < c->size ? c->bytes[c->n] : 0);
+    else {
+        if (c->n == c->size) c->bytes = resize(c->bytes, c->size = c->size * 2 + 4096, 1);
+        c->bytes[c->n] = (uint8_t)(c->low >> 56);
+    }
+    c->n++;
+    c->low <<= 8;
+    c->range <<= 8;
+}
+// The interval becomes `size` units of itself, from the unit `start` on.
 static void narrow(Coder *c, uint64_t start, uint64_t size, uint64_t unit) {
     const uint64_t top = 1ull << 56, bottom = 1ull << 48;
     c->low += start * unit;
     c->range = size * unit;
     while ((c->low ^ (c->low + c->range)) < top || c->range < bottom) {
         if ((c->low ^ (c->low + c->range)) >= top) c->range = -c->low & (bottom - 1);
-        if (c->decoding) c->code = c->code << 8 | (c->n < c->size ? c->bytes[c->n] : 0);
-        else {
-            if (c->n == c->size) c->bytes = resize(c->bytes, c->size = c->size * 2 + 4096, 1);
-            c->bytes[c->n] = (uint8_t)(c->low >> 56);
-        }
-        c->n++;
-        c->low <<= 8;
-        c->range <<= 8;
+        shift_out(c);
     }
 }
-
 // Starts a coder, for decoding with `size` bytes to read.
 static void start_coder(Coder *c, bool decoding, size_t size) {
-    c->decoding = decoding;
-    c->low = c->code = c->n = 0;
-    c->range = UINT64_MAX;
-    if (!decoding) return;
-    c->size = size;
-    for (; c->n < 8; c->n++) c->code = c->code << 8 | (c->n < size ? c->bytes[c->n] : 0);
+    *c = (Coder){.decoding = decoding, .bytes = c->bytes, .size = decoding ? size : c->size};
+    for (int i = 0; i < 8 && decoding; i++) shift_out(c);
+    c->low = 0, c->range = UINT64_MAX;
 }
 // Writes the fewest bytes that, zeros behind them, lie in the interval.
 static void finish_coder(Coder *c) {
-    uint64_t below = UINT64_MAX, number = 0;
-    for (; below; below >>= 8) {
-        number = c->low + below < c->low ? 0 : (c->low + below) & ~below;
-        if (number >= c->low && number - c->low < c->range) break;
+    uint64_t low = c->low, rest = UINT64_MAX, number = low;
+    for (; rest; rest >>= 8) {
+        number = low + rest < low ? 0 : (low + rest) & ~rest;
+        if (number >= low && number - low < c->range) break;
     }
-    if (!below) number = c->low;
-    c->low = number;
-    c->range = 0;
-    for (; c->low; c->low <<= 8) {
-        if (c->n == c->size) c->bytes = resize(c->bytes, c->size = c->size * 2 + 4096, 1);
-        c->bytes[c->n++] = (uint8_t)(c->low >> 56);
-    }
+    for (c->low = rest ? number : low; c->low;) shift_out(c);
 }
 
 // These code a value, or return the decoded one.
@@ -3111,11 +3104,14 @@ static int code_bit(Coder *c, Bit *b, int bit) {
     b->seen += b->seen < 255;
     return bit;
 }
+// A byte of what is not text: bit by bit, each predicted from the bits before it.
 static int code_byte(Codec *z, int byte) {
     int node = 1;
-    for (int i = 7; i >= 0; i--) node = node * 2 + code_bit(&z->coder, &z->tree[node], byte >> i & 1);
+    for (int i = 7; i >= 0; i--)
+        node = node * 2 + code_bit(&z->coder, &z->tree[node], byte >> i & 1);
     return node & 255;
 }
+// A token: its share of the interval is its probability in 2^-30, rounded down, plus 1.
 static uint32_t frequency(float p) { return p > 0 ? (uint32_t)(int32_t)(p * 0x1p30f) + 1 : 1; }
 static int code_token(Codec *z, int lane, int token) {
     Coder *c = &z->coder;
@@ -3194,7 +3190,7 @@ static void learn(Codec *z, int lane, int token) {
     p[token] -= 1;
 }
 
-// The step of the bias (Adagrad: by the root of the sum of its squared gradients), for GROUP tokens.
+// Moves the biases of GROUP tokens (Adagrad: steps by the root of the sum of squared gradients).
 static void bias_task(void *context, int group, int thread) {
     Codec *z = context;
     int vocab = z->m->c.vocab_size, first = group * GROUP;
@@ -3235,25 +3231,25 @@ static int input_at(const Codec *z, const Block *b, int first, int i) {
     return b->pieces[first + i].token < 0 ? z->start : b->pieces[first + i].token;
 }
 
-// Runs the inputs before steps [from, to) of all segments through the model. A segment has `length`
-// pieces; `base` is the step at which the window begins.
-static float *feed(Codec *z, const Block *b, int first, int n, int length, int from, int to,
-                   int base, bool want) {
-    int n_slots = 0, trunk = (int)z->tail.n - 1;
-    size_t lanes = (size_t)((n + length - 1) / length);
+// n pieces of a block, from `first` on, that are coded in lockstep as segments of `length` pieces.
+typedef struct { Block *b; int first, n, length; } Span;
+
+// Runs the inputs before steps [from, to) of all segments through the model, whose window begins at
+// step `base`.
+static float *feed(Codec *z, const Span *span, int from, int to, int base, bool want) {
+    int n_slots = 0, trunk = (int)z->tail.n - 1, length = span->length;
+    size_t lanes = (size_t)((span->n + length - 1) / length);
     Slot *slots = resize(NULL, lanes * (size_t)(to - from), sizeof *slots);
-    for (int s = 0; s * length < n; s++)
-        for (int t = from; t < to && t < length && s * length + t < n; t++) {
-            int at = first + s * length;
-            slots[n_slots++] =
-                (Slot){input_at(z, b, at, t - 1), trunk + t - base, 1 + s, want};
-        }
+    for (int at = 0, s = 1; at < span->n; at += length, s++)
+        for (int t = from; t < to && at + t < span->n; t++)
+            slots[n_slots++] = (Slot){input_at(z, span->b, span->first + at, t - 1),
+                                      trunk + t - base, s, want};
     float *logits = forward(z->m, &z->kv, slots, n_slots);
     free(slots);
     return logits;
 }
 
-// Codes piece i, which belongs to a lane.
+// Codes a lane's piece: a token, or a run of raw bytes.
 static void code_piece(Codec *z, Block *b, int lane, Piece *piece) {
     Coder *c = &z->coder;
     if (!code_bit(c, &z->escape, piece->token < 0)) {
@@ -3284,55 +3280,57 @@ static void look_up(Codec *z, const Block *b, Lane *l, int first, int i) {
     }
 }
 
-// Codes pieces [first, first + n) of a block as segments of `length` pieces in lockstep.
-static void code_span(Codec *z, Block *b, int first, int n, int length) {
-    int n_lanes = (n + length - 1) / length, trunk = (int)z->tail.n - 1;
-    int window = z->context - prefix_of(z), base = 0, some, most = 4 * logits_batch(z->m);
+// Codes step t of all segments; the logits are those of `some` steps from `from` on.
+static void code_step(Codec *z, const Span *span, int t, int from, int some, const float *logits) {
+    Block *b = span->b;
+    for (int s = 0, at = 0; s < SEGMENTS; s++, at += span->length) {
+        int left = span->n - at < span->length ? span->n - at - from : span->length - from;
+        Lane *l = &z->lanes[s];
+        l->logits = NULL;
+        if (t - from >= left) continue;
+        l->logits = logits + (size_t)(t - from) * (size_t)z->m->c.vocab_size;
+        logits += (size_t)(left < some ? left : some) * (size_t)z->m->c.vocab_size;
+        look_up(z, b, l, span->first + at, t);
+    }
+    parallel(predict_task, z, SEGMENTS);
+    for (int s = 0; s < SEGMENTS; s++)
+        if (z->lanes[s].logits) code_piece(z, b, s, &b->pieces[span->first + s * span->length + t]);
+    parallel(bias_task, z, z->n_groups);
+}
+
+static void code_span(Codec *z, const Span *span) {
+    int n_lanes = (span->n + span->length - 1) / span->length, trunk = (int)z->tail.n - 1, base = 0;
+    int window = z->context - prefix_of(z), most = z->coder.decoding ? 1 : 4 * logits_batch(z->m);
     prefill(z->m, &z->kv, 0, z->tail.ids, 0, trunk);
     for (int s = 1; s < z->kv.n_seqs; s++) z->kv.from[s] = trunk;
-    for (int t = 0; t < length; t += some) {
-        if (interrupted) exit(130);
+    for (int t = 0, some; t < span->length; t += some) {
         if (t - base == window) {
             base = t - window / 2;
-            feed(z, b, first, n, length, base, t, base, false);
+            feed(z, span, base, t, base, false);
         }
-        some = z->coder.decoding ? 1 : (most < MAX_BATCH ? most : MAX_BATCH) / n_lanes;
+        some = (most < MAX_BATCH ? most : MAX_BATCH) / n_lanes;
         if (some < 1) some = 1;
         if (some > base + window - t) some = base + window - t;
-        if (some > length - t) some = length - t;
-        const float *logits = feed(z, b, first, n, length, t, t + some, base, true);
-        for (int k = 0; k < some; k++) {
-            size_t row = (size_t)k;
-            for (int s = 0; s < SEGMENTS; s++) {
-                int left = n - s * length < length ? n - s * length - t : length - t;
-                z->lanes[s].logits = NULL;
-                if (s >= n_lanes || k >= left) continue;
-                z->lanes[s].logits = logits + row * (size_t)z->m->c.vocab_size;
-                row += (size_t)(left < some ? left : some);
-                look_up(z, b, &z->lanes[s], first + s * length, t + k);
-            }
-            parallel(predict_task, z, n_lanes);
-            for (int s = 0; s < n_lanes; s++)
-                if (z->lanes[s].logits) code_piece(z, b, s, &b->pieces[first + s * length + t + k]);
-            parallel(bias_task, z, z->n_groups);
-        }
-        double done = (double)(first + n_lanes * t) / b->n;
+        if (some > span->length - t) some = span->length - t;
+        const float *logits = feed(z, span, t, t + some, base, true);
+        for (int k = 0; k < some; k++) code_step(z, span, t + k, t, some, logits);
+        if (interrupted) exit(130);
+        double done = (double)(span->first + n_lanes * t) / span->b->n;
         show_progress(&z->progress, z->part + done * z->block_part,
-                      z->bytes + done * (double)b->n_bytes);
+                      z->bytes + done * (double)span->b->n_bytes);
     }
-    for (int i = first; i < first + n; i++) push(&z->tail, input_at(z, b, i, 0));
-    int keep = prefix_of(z) - 1, extra = (int)z->tail.n - 1 - keep;
+    for (int i = 0; i < span->n; i++) push(&z->tail, input_at(z, span->b, span->first, i));
+    int extra = (int)z->tail.n - prefix_of(z);
     if (extra <= 0) return;
-    memmove(z->tail.ids + 1, z->tail.ids + 1 + extra, (size_t)keep * sizeof(int));
-    z->tail.n = 1 + (size_t)keep;
+    z->tail.n -= (size_t)extra;
+    memmove(z->tail.ids + 1, z->tail.ids + 1 + extra, (z->tail.n - 1) * sizeof(int));
 }
 
 // Codes a block: if nothing is before it, its first pieces alone, as context for the others.
 static void code_block(Codec *z, Block *b) {
-    int head = z->tail.n > 1 ? 0 : b->n < prefix_of(z) ? b->n : prefix_of(z);
-    if (head) code_span(z, b, 0, head, head);
-    int n = b->n - head;
-    if (n) code_span(z, b, head, n, (n + b->segments - 1) / b->segments);
+    int head = z->tail.n > 1 ? 0 : b->n < prefix_of(z) ? b->n : prefix_of(z), n = b->n - head;
+    if (head) code_span(z, &(Span){b, 0, head, head});
+    if (n) code_span(z, &(Span){b, head, n, (n + b->segments - 1) / b->segments});
 }
 
 static void add_piece(Block *b, int token, size_t start, size_t len) {
@@ -3373,7 +3371,8 @@ static void cut_block(const Tokenizer *t, Block *b) {
     for (size_t i = 0, end; i < n; i = end) {
         for (end = i; end < n; end += used) {
             uint32_t c = next_char(s + end, n - end, &used);
-            if ((c == 0xfffd && used == 1) || (c < 32 && c != '\t' && c != '\n' && c != '\r')) break;
+            if (c == 0xfffd && used == 1) break;
+            if (c < 32 && c != '\t' && c != '\n' && c != '\r') break;
         }
         if (end - i >= 16 || end == n) {
             if (end > i) cut_text(t, (Text){s + i, end - i}, i, b);
@@ -3484,9 +3483,9 @@ static bool join_block(const Tokenizer *t, const Block *b, char *text) {
     size_t used = 0;
     for (int i = 0; i < b->n; i++) {
         const Piece *p = &b->pieces[i];
-        Text x = {(char *)b->raw + p->start, p->len};
         if (p->token >= t->h.vocab_size) return false;
-        if (p->token >= 0) x = t->tokens[p->token].text;
+        Text raw = {(char *)b->raw + p->start, p->len};
+        Text x = p->token < 0 ? raw : t->tokens[p->token].text;
         if (x.len > b->n_bytes - used) return false;
         memcpy(text + used, x.s, x.len);
         used += x.len;
@@ -3529,6 +3528,7 @@ static const char *expand(Codec *z, Input *in, Output *out) {
         b.n = (int)pieces, b.segments = (int)segments, b.n_bytes = bytes, b.n_raw = 0;
         b.raw = resize(b.raw, bytes, 1);
         b.pieces = resize(b.pieces, pieces, sizeof(Piece));
+        memset(b.pieces, 0, pieces * sizeof(Piece));
         text = resize(text, bytes, 1);
         z->block_part = in->size > 0 ? (double)coded / in->size : NAN;
         start_coder(&z->coder, true, coded);
@@ -3979,8 +3979,8 @@ static void help(const Option *options) {
          "  logits     read token ids, write their logits as raw float32 [n, vocab_size]\n"
          "  eval       bits per byte of a text, by windows of -c tokens (2048) that start every\n"
          "             half window; each token is predicted in the first window that holds it\n"
-         "  compress   write the text of -f, -i or stdin losslessly in few bytes: the model predicts\n"
-         "             it, and only what surprises the model is kept\n"
+         "  compress   write the text of -f, -i or stdin in few bytes: the model predicts it, and\n"
+         "             only what surprises the model is kept; any other data works too\n"
          "  decompress give that text back; it needs the same model and tokenizer\n"
          "  check      recompute the reference values stored in the model\n"
          "  bench      measure this machine's speed with the model\n"
