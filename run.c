@@ -7,7 +7,7 @@
  *     Part 1  The model         checkpoint, mathematics, KV cache, forward, sampler
  *     Part 2  The tokenizer     text <-> tokens
  *     Part 3  Speed             the same mathematics for SIMD units and threads: same bits, sooner
- *     Part 4  What to do with it   the modes: generate, tokenize, logits, eval, compress, check, bench
+ *     Part 4  What to do with it   the modes: generate, tokenize, eval, compress, check, bench ...
  *     Part 5  The command line
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
