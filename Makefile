@@ -57,12 +57,19 @@ test-isa: test_all.c run.c
 	@awk '{p += $$(NF-3); f += $$(NF-1)} END {print p " passed, " f " failed"; exit f > 0 || p == 0}' test-isa.log
 
 # arm64 under qemu (Debian: gcc-aarch64-linux-gnu qemu-user), with and without the dot product instructions.
-test-cross: test_all.c run.c
+# A file that was compressed here is decompressed there.
+test-cross: test_all.c run.c run test_all
+	@rm -rf test-tiny && mkdir test-tiny && ./test_all --tiny test-tiny
+	@./run test-tiny/tiny.bin -q -m compress -f LICENSE -o test-tiny/small
 	@for march in armv8-a armv8.2-a+dotprod; do \
 		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-arm64 test_all.c -lm || exit 1; \
 		qemu-aarch64 ./test-arm64 $(ONLY) >test-arm64.log; status=$$?; \
 		echo "$$march: $$(tail -n 1 test-arm64.log)"; \
 		[ $$status = 0 ] || { cat test-arm64.log; exit 1; }; rm -f test-arm64 test-arm64.log; \
+		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-run-arm64 run.c -lm || exit 1; \
+		qemu-aarch64 ./test-run-arm64 test-tiny/tiny.bin -q -m decompress -f test-tiny/small -o test-tiny/text; \
+		cmp test-tiny/text LICENSE && echo "$$march decompresses: 1 passed, 0 failed" || \
+			echo "$$march decompresses: 0 passed, 1 failed"; rm -rf test-run-arm64 test-tiny/text; \
 	done | tee test-cross.log
 	@awk '{p += $$(NF-3); f += $$(NF-1)} END {print p " passed, " f " failed"; exit f > 0 || p == 0}' test-cross.log
 

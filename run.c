@@ -7,7 +7,7 @@
  *     Part 1  The model         checkpoint, mathematics, KV cache, forward, sampler
  *     Part 2  The tokenizer     text <-> tokens
  *     Part 3  Speed             the same mathematics for SIMD units and threads: same bits, sooner
- *     Part 4  What to do with it   the modes: generate, logits, eval, explain, check, bench ...
+ *     Part 4  What to do with it   the modes: generate, chat, explain, eval, compress, check ...
  *     Part 5  The command line
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -2862,35 +2862,72 @@ static void end_text(Output *out) {
     write_output(out, "\n", 1);
 }
 
-// Reads all of a file, or of stdin for "-". The text is followed by a zero byte.
-static Text read_all(const char *path) {
-    bool is_stdin = !strcmp(path, "-");
-    int fd = is_stdin ? 0 : open(path, O_RDONLY);
-    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
-    char *s = NULL;
-    size_t n = 0, capacity = 0;
-    for (;;) {
-        if (capacity - n < 2) s = resize(s, capacity = capacity * 2 + 65536, 1);
-        ssize_t got = read(fd, s + n, capacity - n - 1);
+// What a mode reads: a file, stdin, or the text of -i.
+typedef struct {
+    int fd;
+    const char *name;
+    Text text;    // of -i, if its s is not NULL
+    double size;  // of a file; 0: unknown
+} Input;
+
+static Input open_input(const Options *o) {
+    const char *path = o->prompt_file ? o->prompt_file : o->prompt ? o->prompt : "-";
+    Input in = {.name = path};
+    struct stat st;
+    if (!strcmp(path, "-")) in.name = "stdin";
+    else if (!o->prompt_file) in.text = (Text){path, strlen(path)};
+    else if ((in.fd = open(path, O_RDONLY)) < 0) die("cannot open %s: %s", path, strerror(errno));
+    if (!in.text.s && !fstat(in.fd, &st) && S_ISREG(st.st_mode)) in.size = (double)st.st_size;
+    return in;
+}
+// Reads n bytes, or what there is up to the end.
+static size_t read_input(Input *in, void *data, size_t n) {
+    size_t done = 0;
+    if (in->text.s) {
+        done = n < in->text.len ? n : in->text.len;
+        memcpy(data, in->text.s, done);
+        in->text.s += done, in->text.len -= done;
+        return done;
+    }
+    while (done < n) {
+        ssize_t got = read(in->fd, (char *)data + done, n - done);
         if (got < 0 && errno == EINTR && !interrupted) continue;
         if (interrupted) exit(130);
-        if (got < 0) die("cannot read %s: %s", is_stdin ? "stdin" : path, strerror(errno));
+        if (got < 0) die("cannot read %s: %s", in->name, strerror(errno));
         if (got == 0) break;
-        n += (size_t)got;
+        done += (size_t)got;
     }
-    if (!is_stdin) close(fd);
+    return done;
+}
+static void close_input(Input *in) { if (in->fd > 0) close(in->fd); }
+
+// The text of -f or -i, followed by a zero byte.
+static Text input_text(const Options *o) {
+    char *s = NULL;
+    size_t n = 0, capacity = 0;
+    if (!o->prompt && !o->prompt_file) return (Text){memset(resize(NULL, 1, 1), 0, 1), 0};
+    Input in = open_input(o);
+    while (n + 1 >= capacity) {
+        s = resize(s, capacity = capacity * 2 + 65536, 1);
+        n += read_input(&in, s + n, capacity - n - 1);
+    }
+    close_input(&in);
     s[n] = 0;
     return (Text){s, n};
 }
 
-static Text input_text(const Options *o) {
-    if (o->prompt_file) return read_all(o->prompt_file);
-    if (o->prompt && !strcmp(o->prompt, "-")) return read_all("-");
-    const char *s = o->prompt ? o->prompt : "";
-    char *copy = resize(NULL, strlen(s) + 1, 1);
-    memcpy(copy, s, strlen(s) + 1);
-    return (Text){copy, strlen(s)};
+// A line on the terminal's stderr: how much is done, how fast, how long it still takes.
+typedef struct { bool on; double began, shown; } Progress;
+static void show_progress(Progress *p, double part, double bytes) {
+    double now = seconds(), took = now - p->began, left = took / part - took;
+    if (!p->on || now - p->shown < 0.2) return;
+    p->shown = now;
+    if (part > 0 && left < 1e6)
+        fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %d:%02d left  ", 100 * part, bytes / took,
+                (int)left / 60, (int)left % 60);
+    else fprintf(stderr, "\r%.0f bytes  %.0f bytes/s  ", bytes, bytes / took);
 }
+static void end_progress(const Progress *p) { if (p->on) fprintf(stderr, "\r%50s\r", ""); }
 
 static int context_of(const Options *o, const Model *m) {
     if (o->context > m->c.seq_len)
@@ -3398,7 +3435,7 @@ static int fill(Machine *w, const Model *m, Cache *kv, Decoder *d, int done, int
 }
 
 // Lookup decoding: where the last tokens have occurred before, what followed then is the guess.
-static int look_up(const Decoder *d, int *guess, int most) {
+static int look_back(const Decoder *d, int *guess, int most) {
     const int *ids = d->ids.ids;
     int n = (int)d->ids.n, best = 0, at = 0;
     for (int end = n - 1; end >= 2 && best < 8; end--) {
@@ -3455,12 +3492,12 @@ static void propose(Machine *w, Decoder *d) {
     }
     if (room > d->budget - 1) room = (int)d->budget - 1;
     if (most > room) most = room;
-    if (most > 0) d->n_draft = f->m ? small_model_guesses(w, d, most) : look_up(d, d->draft, most);
+    if (most > 0) d->n_draft = f->m ? small_model_guesses(w, d, most) : look_back(d, d->draft, most);
     f->proposed += d->n_draft;
 }
 
 // Learns from a step that took so many seconds, in which `accepted` guesses were right.
-static void learn(Draft *f, int proposed, int accepted, double time) {
+static void measure(Draft *f, int proposed, int accepted, double time) {
     if (proposed == 0) {
         f->plain += f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
         if (f->more == 0) f->more = 0.3 * time;
@@ -3603,7 +3640,7 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
         w->draft.steps++;
         w->draft.accepted += d->done - guessed_from;
         if (w->draft.on && n == 1 && usual)
-            learn(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start);
+            measure(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start);
         if (w->draft.done > d->done) w->draft.done = d->done;
     }
 }
@@ -4637,16 +4674,16 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     if (window < 2) die("-c %d is too short to evaluate with", window);
     Cache kv;
     new_cache(&kv, m, window, 0, 0);
-    double sum = 0, began = seconds();
-    bool show = !o->quiet && isatty(2);
+    double sum = 0;
+    Progress progress = {.on = !o->quiet && isatty(2), .began = seconds()};
     for (int from = 0; scored < n_all - 1 && !interrupted; from += window / 2) {
         int end = from + window < n_all - 1 ? from + window : n_all - 1;
         sum += score_window(m, &kv, all.ids, from, end, scored);
         scored = end;
-        if (show) fprintf(stderr, "\r%3d%%  %.0f tok/s ", (int)(100LL * scored / (n_all - 1)),
-                          scored / (seconds() - began));
+        double part = (double)scored / (n_all - 1);
+        show_progress(&progress, part, part * (double)text.len);
     }
-    if (show) fprintf(stderr, "\r%40s\r", "");
+    end_progress(&progress);
     if (!interrupted) {
         double bits = sum / 0.69314718055994531;
         char report[400];
@@ -4662,6 +4699,608 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     free(all.ids);
     free((char *)(uintptr_t)text.s);
     free_cache(&kv);
+}
+
+// ---- compress and decompress: prediction is compression
+//
+// A token of probability p costs -log2 p bits in an arithmetic coder, so a text that the model
+// predicts well becomes small. The decoder runs the same model on the same tokens and has, to the
+// last bit, the same probabilities. What the model does not know of this very text is learned on
+// the way, after each token, by encoder and decoder alike.
+//
+// A block of text is cut into segments of equally many tokens, which are coded in lockstep: the
+// first token of each, then the second of each, and so on. So the decoder decodes all segments as
+// one batch, and all of them learn from each other. Each starts from the same context: the end of
+// the block before, or the first tokens of the text, which are coded alone.
+//
+// The file: a header (magic, context, fingerprints of model and tokenizer), then blocks: text bytes
+// * 4 (+ 2: all that was learned is forgotten before it; + 1: it is the last), pieces, segments,
+// coded bytes (each 7 bits to the byte, low ones first), the text's checksum, the coded bytes, a
+// checksum of all that. The checksums go on from block to block.
+
+enum {
+    BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
+    SEGMENTS = 16, SHORTEST = 3500,     // at most so many, of at least so many pieces
+    USUAL_CONTEXT = 1280,               // positions
+    SHORTEST_CONTEXT = 16,
+    ORDERS = 2, CONTEXTS = 1 << 15, FOLLOWERS = 16,  // see Follower
+    GROUP = 256,                        // tokens whose frequencies are summed together
+    MAGIC = 0x317a6d6c,
+};
+
+typedef struct { int token; uint32_t start, len; } Piece;  // token -1: len bytes of raw from start
+typedef struct {
+    Piece *pieces;  // of the block's text, in order
+    int n, segments;
+    uint8_t *raw;   // encoding: the text; decoding: the bytes that no token stands for
+    size_t n_raw, n_bytes;
+} Block;
+
+// The arithmetic coder: what is coded so far says that the number lies in [low, low + range), of
+// which the next symbol takes its share. Leading bytes that are certain are written, and the rest
+// moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
+typedef struct {
+    bool decoding;
+    uint64_t low, range, code;
+    uint8_t *bytes;
+    size_t n, size;  // bytes written or read; room or length
+} Coder;
+
+// A bit that is predicted from how often it was set: a probability in 2^-32.
+typedef struct { uint32_t one, seen; } Bit;
+// A token that has followed a context of one or two tokens, which `check` identifies.
+typedef struct { uint32_t check, count; int token; } Follower;
+
+typedef struct {
+    const float *logits;  // of the model; NULL: this segment has ended
+    float mean;           // of the logits, by the probabilities
+    Follower *row[ORDERS];
+    uint32_t check[ORDERS];
+} Lane;  // a segment in this step
+
+typedef struct {
+    const Model *m;
+    const Tokenizer *t;
+    Cache kv;         // the trunk holds the prefix, branch 1 + s segment s
+    int context, start, n_groups;
+    size_t block;     // bytes of a block
+    int shortest;     // pieces of a segment
+    Ids tail;         // the prefix of the next segments: `start`, then the last tokens
+    Coder coder;
+    float *bias;      // (vocab_size) added to the logits: what is frequent in this text
+    float *squares;   // (vocab_size) the sum of its squared gradients
+    float scale;      // the logits are multiplied by it
+    float weights[ORDERS][16];  // added to the logit of a follower, by how often it followed
+    Follower *followers;        // (CONTEXTS, FOLLOWERS)
+    Bit escape, more, tree[256];
+    float *p;         // (SEGMENTS, vocab_size) probabilities
+    uint32_t *sums;   // (SEGMENTS, n_groups) frequencies of GROUP tokens
+    Lane lanes[SEGMENTS];
+    Progress progress;
+    double bytes, part, block_part;  // text done; of the file: part done, part that this block is
+} Codec;
+
+// ---- The coder
+
+static void shift_out(Coder *c) {
+    if (c->decoding) c->code = c->code << 8 | (c->n < c->size ? c->bytes[c->n] : 0);
+    else {
+        if (c->n == c->size) c->bytes = resize(c->bytes, c->size = c->size * 2 + 4096, 1);
+        c->bytes[c->n] = (uint8_t)(c->low >> 56);
+    }
+    c->n++;
+    c->low <<= 8;
+    c->range <<= 8;
+}
+// The interval becomes `size` units of itself, from the unit `start` on.
+static void narrow(Coder *c, uint64_t start, uint64_t size, uint64_t unit) {
+    const uint64_t top = 1ull << 56, bottom = 1ull << 48;
+    c->low += start * unit;
+    c->range = size * unit;
+    while ((c->low ^ (c->low + c->range)) < top || c->range < bottom) {
+        if ((c->low ^ (c->low + c->range)) >= top) c->range = -c->low & (bottom - 1);
+        shift_out(c);
+    }
+}
+// Starts a coder, for decoding with `size` bytes to read.
+static void start_coder(Coder *c, bool decoding, size_t size) {
+    *c = (Coder){.decoding = decoding, .bytes = c->bytes, .size = decoding ? size : c->size};
+    for (int i = 0; i < 8 && decoding; i++) shift_out(c);
+    c->low = 0, c->range = UINT64_MAX;
+}
+// Writes the fewest bytes that, zeros behind them, lie in the interval.
+static void finish_coder(Coder *c) {
+    uint64_t low = c->low, rest = UINT64_MAX, number = low;
+    for (; rest; rest >>= 8) {
+        number = low + rest < low ? 0 : (low + rest) & ~rest;
+        if (number >= low && number - low < c->range) break;
+    }
+    for (c->low = rest ? number : low; c->low;) shift_out(c);
+}
+
+// These code a value, or return the decoded one.
+static int code_bit(Coder *c, Bit *b, int bit) {
+    uint64_t unit = c->range >> 32;
+    if (c->decoding) bit = (c->code - c->low) / unit < b->one;
+    narrow(c, bit ? 0 : b->one, bit ? b->one : (1ull << 32) - b->one, unit);
+    b->one += bit ? (UINT32_MAX - b->one) / (b->seen + 2) : -(b->one / (b->seen + 2));
+    b->seen += b->seen < 255;
+    return bit;
+}
+// A byte of what is not text: bit by bit, each predicted from the bits before it.
+static int code_byte(Codec *z, int byte) {
+    int node = 1;
+    for (int i = 7; i >= 0; i--)
+        node = node * 2 + code_bit(&z->coder, &z->tree[node], byte >> i & 1);
+    return node & 255;
+}
+// A token: its share of the interval is its probability in 2^-30, rounded down, plus 1.
+static uint32_t frequency(float p) { return p > 0 ? (uint32_t)(int32_t)(p * 0x1p30f) + 1 : 1; }
+static int code_token(Codec *z, int lane, int token) {
+    Coder *c = &z->coder;
+    const float *p = z->p + (size_t)lane * (size_t)z->m->c.vocab_size;
+    const uint32_t *sums = z->sums + (size_t)lane * (size_t)z->n_groups;
+    uint64_t total = 0, start = 0;
+    for (int g = 0; g < z->n_groups; g++) total += sums[g];
+    uint64_t unit = c->range / total, at = c->decoding ? (c->code - c->low) / unit : 0;
+    if (at >= total) at = total - 1;
+    int i = 0;
+    for (; c->decoding ? start + sums[i / GROUP] <= at : i + GROUP <= token; i += GROUP)
+        start += sums[i / GROUP];
+    for (; c->decoding ? start + frequency(p[i]) <= at : i < token; i++) start += frequency(p[i]);
+    narrow(c, start, frequency(p[i]), unit);
+    return i;
+}
+
+// ---- What is learned from the text. The logit of token v is
+//     x[v] = scale * logit[v] + bias[v] + sum of the weights of the contexts that v has followed
+// and each of these parameters moves along the gradient of ln p(token): (v is it) - p[v] for x[v].
+
+// The weight of a follower: by how often it followed, and how many followers its context has.
+static float *follower_weight(Codec *z, int order, const Follower *row, int i) {
+    int others = 0, n = (int)row[i].count;
+    for (int j = 0; j < FOLLOWERS; j++) others += row[j].check == row[i].check;
+    return &z->weights[order][(n < 3 ? n - 1 : n < 5 ? 2 : 3) * 4 +
+                              (others < 2 ? 0 : others < 4 ? 1 : others < 9 ? 2 : 3)];
+}
+
+// Probabilities of a lane's next token, and sums of their frequencies for code_token.
+static void predict_task(void *context, int lane, int thread) {
+    Codec *z = context;
+    Lane *l = &z->lanes[lane];
+    int vocab = z->m->c.vocab_size;
+    float *p = z->p + (size_t)lane * (size_t)vocab, scale = z->scale, sums[16] = {0};
+    (void)thread;
+    if (!l->logits) return;
+    for (int i = 0; i < vocab; i++) p[i] = l->logits[i] * scale + z->bias[i];
+    for (int k = 0; k < ORDERS; k++)
+        for (int i = 0; i < FOLLOWERS; i++)
+            if (l->row[k][i].check == l->check[k])
+                p[l->row[k][i].token] += *follower_weight(z, k, l->row[k], i);
+    softmax(p, 0, vocab);
+    int i = 0;
+    for (; i + 16 <= vocab; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += p[i + j] * l->logits[i + j];
+    for (; i < vocab; i++) sums[i % 16] += p[i] * l->logits[i];
+    l->mean = tree_sum(sums);
+    for (int g = 0; g < z->n_groups; g++) {
+        uint32_t sum = 0;
+        for (i = g * GROUP; i < vocab && i < (g + 1) * GROUP; i++) sum += frequency(p[i]);
+        z->sums[(size_t)lane * (size_t)z->n_groups + (size_t)g] = sum;
+    }
+}
+
+// Learns from the token that a lane turned out to have; its gradient replaces its probabilities.
+static void learn(Codec *z, int lane, int token) {
+    Lane *l = &z->lanes[lane];
+    float *p = z->p + (size_t)lane * (size_t)z->m->c.vocab_size;
+    float gradient = l->logits[token] - l->mean;
+    if (gradient > -50 && gradient < 50) z->scale += 0.0005f * gradient;
+    for (int k = 0; k < ORDERS; k++) {
+        Follower *row = l->row[k], *slot = row;
+        for (int i = 0; i < FOLLOWERS; i++)
+            if (row[i].check == l->check[k])
+                *follower_weight(z, k, row, i) +=
+                    0.005f * ((row[i].token == token ? 1.0f : 0.0f) - p[row[i].token]);
+        for (int i = 0; i < FOLLOWERS; i++) {
+            if (row[i].check == l->check[k] && row[i].token == token) { slot = &row[i]; break; }
+            if (row[i].count < slot->count) slot = &row[i];
+        }
+        if (slot->check != l->check[k] || slot->token != token)
+            *slot = (Follower){l->check[k], 0, token};
+        slot->count++;
+    }
+    p[token] -= 1;
+}
+
+// Moves the biases of GROUP tokens (Adagrad: steps by the root of the sum of squared gradients).
+static void bias_task(void *context, int group, int thread) {
+    Codec *z = context;
+    int vocab = z->m->c.vocab_size, first = group * GROUP;
+    int n = vocab - first < GROUP ? vocab - first : GROUP;
+    float sum[GROUP] = {0}, *bias = z->bias + first, *squares = z->squares + first;
+    (void)thread;
+    for (int s = 0; s < SEGMENTS; s++) {
+        const float *p = z->p + (size_t)s * (size_t)vocab + first;
+        if (!z->lanes[s].logits) continue;
+        for (int i = 0; i < n; i++) sum[i] += p[i];
+        for (int i = 0; i < n; i++) squares[i] += p[i] * p[i];
+    }
+    for (int i = 0; i < n; i++) bias[i] -= 0.6f * sum[i] / sqrtf(squares[i] + 1.0f);
+}
+
+static void forget(Codec *z) {
+    size_t vocab = (size_t)z->m->c.vocab_size;
+    memset(z->bias, 0, vocab * sizeof(float));
+    memset(z->squares, 0, vocab * sizeof(float));
+    memset(z->followers, 0, (size_t)CONTEXTS * FOLLOWERS * sizeof(Follower));
+    z->scale = 1;
+    for (int k = 0; k < ORDERS; k++) for (int i = 0; i < 16; i++) z->weights[k][i] = 0.3f;
+    for (int i = 0; i < 256; i++) z->tree[i] = (Bit){1u << 31, 0};
+    z->escape = (Bit){1u << 24, 0}, z->more = (Bit){1u << 31, 0};
+    z->tail.n = 0;
+    push(&z->tail, z->start);
+}
+
+// ---- Blocks
+
+// Positions that all segments share.
+static int prefix_of(const Codec *z) { return z->context / 5; }
+
+// The token before piece first + i + 1 of a segment; before its first, the prefix's last ones.
+static int input_at(const Codec *z, const Block *b, int first, int i) {
+    size_t at = z->tail.n + (size_t)i;
+    if (i < 0) return at < z->tail.n ? z->tail.ids[at] : 0;
+    return b->pieces[first + i].token < 0 ? z->start : b->pieces[first + i].token;
+}
+
+// n pieces of a block, from `first` on, that are coded in lockstep as segments of `length` pieces.
+typedef struct { Block *b; int first, n, length; } Span;
+
+// Runs the inputs before steps [from, to) of all segments through the model, whose window begins at
+// step `base`.
+static float *feed(Codec *z, const Span *span, int from, int to, int base, bool want) {
+    int n_slots = 0, trunk = (int)z->tail.n - 1, length = span->length;
+    size_t lanes = (size_t)((span->n + length - 1) / length);
+    Slot *slots = resize(NULL, lanes * (size_t)(to - from), sizeof *slots);
+    for (int at = 0, s = 1; at < span->n; at += length, s++)
+        for (int t = from; t < to && at + t < span->n; t++)
+            slots[n_slots++] = (Slot){input_at(z, span->b, span->first + at, t - 1),
+                                      trunk + t - base, s, want};
+    float *logits = forward(z->m, &z->kv, slots, n_slots);
+    free(slots);
+    return logits;
+}
+
+// Codes a lane's piece: a token, or a run of raw bytes.
+static void code_piece(Codec *z, Block *b, int lane, Piece *piece) {
+    Coder *c = &z->coder;
+    if (!code_bit(c, &z->escape, piece->token < 0)) {
+        piece->token = code_token(z, lane, piece->token);
+        learn(z, lane, piece->token);
+        return;
+    }
+    z->lanes[lane].logits = NULL;  // nothing to be learned
+    if (c->decoding) *piece = (Piece){-1, (uint32_t)b->n_raw, 0};
+    for (uint32_t i = 0, more = 1; more; i++) {
+        int byte = code_byte(z, c->decoding ? 0 : b->raw[piece->start + i]);
+        if (c->decoding && b->n_raw < b->n_bytes) {
+            b->raw[b->n_raw++] = (uint8_t)byte;
+            piece->len++;
+        }
+        more = (uint32_t)code_bit(c, &z->more, i + 1 < piece->len);
+        if (c->decoding && b->n_raw == b->n_bytes) break;
+    }
+}
+
+// What a lane's next token is predicted from: its logits and the tokens before it.
+static void look_up(Codec *z, const Block *b, Lane *l, int first, int i) {
+    uint64_t hash = 0;
+    for (int k = 0; k < ORDERS; k++) {
+        hash = mix64(hash * 31 + (uint64_t)input_at(z, b, first, i - 1 - k) + 1);
+        l->row[k] = z->followers + hash % CONTEXTS * FOLLOWERS;
+        l->check[k] = (uint32_t)(hash >> 32) | 1;
+    }
+}
+
+// Codes step t of all segments; the logits are those of `some` steps from `from` on.
+static void code_step(Codec *z, const Span *span, int t, int from, int some, const float *logits) {
+    Block *b = span->b;
+    for (int s = 0, at = 0; s < SEGMENTS; s++, at += span->length) {
+        int left = span->n - at < span->length ? span->n - at - from : span->length - from;
+        Lane *l = &z->lanes[s];
+        l->logits = NULL;
+        if (t - from >= left) continue;
+        l->logits = logits + (size_t)(t - from) * (size_t)z->m->c.vocab_size;
+        logits += (size_t)(left < some ? left : some) * (size_t)z->m->c.vocab_size;
+        look_up(z, b, l, span->first + at, t);
+    }
+    parallel(predict_task, z, SEGMENTS);
+    for (int s = 0; s < SEGMENTS; s++)
+        if (z->lanes[s].logits) code_piece(z, b, s, &b->pieces[span->first + s * span->length + t]);
+    parallel(bias_task, z, z->n_groups);
+}
+
+static void code_span(Codec *z, const Span *span) {
+    int n_lanes = (span->n + span->length - 1) / span->length, trunk = (int)z->tail.n - 1, base = 0;
+    int window = z->context - prefix_of(z), most = z->coder.decoding ? 1 : 4 * logits_batch(z->m);
+    prefill(z->m, &z->kv, 0, z->tail.ids, 0, trunk);
+    for (int s = 1; s < z->kv.n_seqs; s++) z->kv.from[s] = trunk;
+    for (int t = 0, some; t < span->length; t += some) {
+        if (t - base == window) {
+            base = t - window / 2;
+            feed(z, span, base, t, base, false);
+        }
+        some = (most < MAX_BATCH ? most : MAX_BATCH) / n_lanes;
+        if (some < 1) some = 1;
+        if (some > base + window - t) some = base + window - t;
+        if (some > span->length - t) some = span->length - t;
+        const float *logits = feed(z, span, t, t + some, base, true);
+        for (int k = 0; k < some; k++) code_step(z, span, t + k, t, some, logits);
+        if (interrupted) exit(130);
+        double done = (double)(span->first + n_lanes * t) / span->b->n;
+        show_progress(&z->progress, z->part + done * z->block_part,
+                      z->bytes + done * (double)span->b->n_bytes);
+    }
+    for (int i = 0; i < span->n; i++) push(&z->tail, input_at(z, span->b, span->first, i));
+    int extra = (int)z->tail.n - prefix_of(z);
+    if (extra <= 0) return;
+    z->tail.n -= (size_t)extra;
+    memmove(z->tail.ids + 1, z->tail.ids + 1 + extra, (z->tail.n - 1) * sizeof(int));
+}
+
+// Codes a block: if nothing is before it, its first pieces alone, as context for the others.
+static void code_block(Codec *z, Block *b) {
+    int head = z->tail.n > 1 ? 0 : b->n < prefix_of(z) ? b->n : prefix_of(z), n = b->n - head;
+    if (head) code_span(z, &(Span){b, 0, head, head});
+    if (n) code_span(z, &(Span){b, head, n, (n + b->segments - 1) / b->segments});
+}
+
+static void add_piece(Block *b, int token, size_t start, size_t len) {
+    Piece *last = b->n ? &b->pieces[b->n - 1] : NULL;
+    if (!len) return;
+    if (token < 0 && last && last->token < 0) last->len += (uint32_t)len;
+    else b->pieces[b->n++] = (Piece){token, (uint32_t)start, (uint32_t)len};
+}
+
+// Cuts a text, whose place in the block is `start`, into tokens. Bytes that have none stay raw.
+static void cut_text(const Tokenizer *t, Text text, size_t start, Block *b) {
+    Tokenizer exact = *t;
+    Ids ids = {0};
+    char *typed = memset(resize(NULL, text.len, 1), 1, text.len);
+    exact.h.flags &= ~(uint32_t)ADD_SPACE_PREFIX;
+    encode(&exact, text, typed, false, &ids);
+    size_t at = 0;
+    for (size_t i = 0; i < ids.n; i++) {
+        Text token = t->tokens[ids.ids[i]].text;
+        for (size_t p = at; token.len && p + token.len <= text.len && p < at + 64; p++) {
+            if (memcmp(text.s + p, token.s, token.len)) continue;
+            add_piece(b, -1, start + at, p - at);
+            add_piece(b, ids.ids[i], start + p, token.len);
+            at = p + token.len;
+            break;
+        }
+    }
+    add_piece(b, -1, start + at, text.len - at);
+    free(typed);
+    free(ids.ids);
+}
+
+// Cuts a block's raw bytes into pieces: tokens where there is valid text of some length.
+static void cut_block(const Tokenizer *t, Block *b) {
+    const char *s = (const char *)b->raw;
+    size_t n = b->n_bytes, used;
+    b->n = 0;
+    for (size_t i = 0, end; i < n; i = end) {
+        for (end = i; end < n; end += used) {
+            uint32_t c = next_char(s + end, n - end, &used);
+            if (c == 0xfffd && used == 1) break;
+            if (c < 32 && c != '\t' && c != '\n' && c != '\r') break;
+        }
+        if (end - i >= 16 || end == n) {
+            if (end > i) cut_text(t, (Text){s + i, end - i}, i, b);
+        } else add_piece(b, -1, i, ++end - i);
+    }
+}
+
+// ---- The file
+
+static void put_varint(uint8_t *p, size_t *n, uint64_t number) {
+    for (; number > 127; number >>= 7) p[(*n)++] = (uint8_t)(number | 128);
+    p[(*n)++] = (uint8_t)number;
+}
+
+// Magic "lmz1" and context; what identifies the model, and the tokenizer.
+static void file_header(const Codec *z, uint64_t header[3]) {
+    const Model *m = z->m;
+    const Tokenizer *t = z->t;
+    header[0] = (uint64_t)z->context << 32 | MAGIC;
+    header[1] = m->c.version == 3 ? m->c.content_hash : hash64(m->file, m->file_size);
+    header[2] = t->llama2c ? hash64(t->file, t->file_size) : t->h.hash;
+}
+
+static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet) {
+    size_t vocab = (size_t)m->c.vocab_size;
+    int start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0;
+    *z = (Codec){.m = m, .t = t, .start = start, .block = BLOCK,
+                 .shortest = SHORTEST};
+    z->n_groups = (m->c.vocab_size + GROUP - 1) / GROUP;
+    z->bias = resize(NULL, vocab, sizeof(float));
+    z->squares = resize(NULL, vocab, sizeof(float));
+    z->p = resize(NULL, SEGMENTS * vocab, sizeof(float));
+    z->sums = resize(NULL, SEGMENTS * (size_t)z->n_groups, sizeof(uint32_t));
+    z->followers = resize(NULL, (size_t)CONTEXTS * FOLLOWERS, sizeof(Follower));
+    z->progress = (Progress){.on = !quiet && isatty(2), .began = seconds()};
+    forget(z);
+}
+static void set_context(Codec *z, int context) {
+    z->context = context;
+    new_cache(&z->kv, z->m, prefix_of(z), SEGMENTS, context - prefix_of(z));
+}
+static void free_codec(Codec *z) {
+    void *all[] = {z->bias, z->squares, z->p, z->sums, z->followers, z->tail.ids, z->coder.bytes};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    if (z->context) free_cache(&z->kv);
+}
+
+static void encode_block(Codec *z, Block *b) {
+    b->segments = b->n / z->shortest + 1 < SEGMENTS ? b->n / z->shortest + 1 : SEGMENTS;
+    start_coder(&z->coder, false, 0);
+    code_block(z, b);
+    finish_coder(&z->coder);
+}
+
+// Writes a compressed file, and returns its size.
+static uint64_t shrink(Codec *z, Input *in, Output *out) {
+    uint64_t header[3], hash = 0, check, written = sizeof header;
+    file_header(z, header);
+    write_output(out, header, sizeof header);
+    check = hash64(header, sizeof header);
+    Block b = {.raw = resize(NULL, z->block, 1), .pieces = resize(NULL, z->block, sizeof(Piece))};
+    for (bool last = false; !last;) {
+        uint8_t head[40];
+        size_t n = 0;
+        b.n_bytes = read_input(in, b.raw, z->block);
+        last = b.n_bytes < z->block;
+        z->block_part = in->size > 0 ? (double)b.n_bytes / in->size : NAN;
+        cut_block(z->t, &b);
+        encode_block(z, &b);
+        bool afresh = z->coder.n > b.n_bytes + 16;  // nothing that the model knows: raw
+        if (afresh) {
+            b.n = 0;
+            add_piece(&b, -1, 0, b.n_bytes);
+            forget(z);
+            encode_block(z, &b);
+        }
+        put_varint(head, &n, b.n_bytes * 4 + afresh * 2u + last);
+        put_varint(head, &n, (uint64_t)b.n);
+        put_varint(head, &n, (uint64_t)b.segments);
+        put_varint(head, &n, z->coder.n);
+        hash = mix64(hash + hash64(b.raw, b.n_bytes));
+        memcpy(head + n, &hash, 8);
+        check = mix64(mix64(check + hash64(head, n + 8)) + hash64(z->coder.bytes, z->coder.n));
+        write_output(out, head, n + 8);
+        write_output(out, z->coder.bytes, z->coder.n);
+        write_output(out, &check, 8);
+        written += n + 16 + z->coder.n;
+        z->bytes += (double)b.n_bytes;
+        z->part += z->block_part;
+    }
+    free(b.raw), free(b.pieces);
+    return written;
+}
+
+// Reads one number of a block's head; adds its bytes to head.
+static uint64_t get_varint(Input *in, uint8_t *head, size_t *n) {
+    uint64_t number = 0;
+    for (int shift = 0; shift < 35; shift += 7) {
+        if (!read_input(in, &head[*n], 1)) return UINT64_MAX;
+        number |= (uint64_t)(head[*n] & 127) << shift;
+        if (head[(*n)++] < 128) return number;
+    }
+    return UINT64_MAX;
+}
+
+// Puts the text of a decoded block together in `text`; false: it has not the length that it should.
+static bool join_block(const Tokenizer *t, const Block *b, char *text) {
+    size_t used = 0;
+    for (int i = 0; i < b->n; i++) {
+        const Piece *p = &b->pieces[i];
+        if (p->token >= t->h.vocab_size) return false;
+        Text raw = {(char *)b->raw + p->start, p->len};
+        Text x = p->token < 0 ? raw : t->tokens[p->token].text;
+        if (x.len > b->n_bytes - used) return false;
+        memcpy(text + used, x.s, x.len);
+        used += x.len;
+    }
+    return used == b->n_bytes;
+}
+
+// Writes the text of a compressed file, block by block, and nothing without its checksum. Returns
+// what is wrong with the file, or NULL.
+static const char *expand(Codec *z, Input *in, Output *out) {
+    uint64_t mine[3], header[3], hash = 0, check, its_check;
+    if (read_input(in, header, sizeof header) < sizeof header || (uint32_t)header[0] != MAGIC)
+        return "is not a file that -m compress wrote";
+    if (header[0] >> 32 < SHORTEST_CONTEXT || header[0] >> 32 > (uint64_t)z->m->c.seq_len)
+        return "is damaged, or was compressed with another model";
+    set_context(z, (int)(header[0] >> 32));
+    file_header(z, mine);
+    if (header[1] != mine[1]) return "was compressed with another model: -m decompress needs it";
+    if (header[2] != mine[2]) return "was compressed with another tokenizer: give it with -z";
+    check = hash64(header, sizeof header);
+    Block b = {0};
+    char *text = NULL;
+    const char *wrong = NULL;
+    for (bool last = false; !last && !wrong;) {
+        uint8_t head[40];
+        size_t n = 0;
+        uint64_t bytes = get_varint(in, head, &n), pieces = get_varint(in, head, &n);
+        uint64_t segments = get_varint(in, head, &n), coded = get_varint(in, head, &n);
+        bool afresh = bytes & 2;
+        last = bytes & 1;
+        bytes /= 4;
+        wrong = "is truncated or damaged";
+        if (bytes > BLOCK || pieces > bytes || !segments || segments > SEGMENTS) break;
+        if (coded > 2 * bytes + 64) break;
+        z->coder.bytes = resize(z->coder.bytes, coded, 1);
+        if (read_input(in, head + n, 8) < 8 || read_input(in, z->coder.bytes, coded) < coded ||
+            read_input(in, &its_check, 8) < 8) break;
+        check = mix64(mix64(check + hash64(head, n + 8)) + hash64(z->coder.bytes, coded));
+        if (check != its_check) break;
+        b.n = (int)pieces, b.segments = (int)segments, b.n_bytes = bytes, b.n_raw = 0;
+        b.raw = resize(b.raw, bytes, 1);
+        b.pieces = resize(b.pieces, pieces, sizeof(Piece));
+        memset(b.pieces, 0, pieces * sizeof(Piece));
+        text = resize(text, bytes, 1);
+        z->block_part = in->size > 0 ? (double)coded / in->size : NAN;
+        start_coder(&z->coder, true, coded);
+        if (afresh) forget(z);
+        code_block(z, &b);
+        wrong = "does not give its text: this program computes other numbers; try -m check";
+        if (!join_block(z->t, &b, text)) break;
+        hash = mix64(hash + hash64(text, bytes));
+        if (memcmp(&hash, head + n, 8)) break;
+        wrong = NULL;
+        write_output(out, text, bytes);
+        z->bytes += (double)bytes;
+        z->part += z->block_part;
+    }
+    free(b.raw), free(b.pieces), free(text);
+    if (!wrong && read_input(in, &its_check, 1)) wrong = "goes on after its end: it is damaged";
+    return wrong;
+}
+
+static void compress(const Options *o, const Model *m, const Tokenizer *t) {
+    Codec z;
+    int context = context_of(o, m);
+    if (context < SHORTEST_CONTEXT) die("a context of %d is too short to compress with", context);
+    open_codec(&z, m, t, o->quiet);
+    set_context(&z, o->context || context < USUAL_CONTEXT ? context : USUAL_CONTEXT);
+    Input in = open_input(o);
+    Output out = open_output(o->output);
+    double written = (double)shrink(&z, &in, &out), took = seconds() - z.progress.began;
+    end_progress(&z.progress);
+    close_output(&out);
+    if (!o->quiet)
+        fprintf(stderr, "%.0f bytes -> %.0f bytes: %.4f bits per byte, %.1f s\n", z.bytes, written,
+                8 * written / (z.bytes > 0 ? z.bytes : 1), took);
+    close_input(&in);
+    free_codec(&z);
+}
+
+static void decompress(const Options *o, const Model *m, const Tokenizer *t) {
+    Codec z;
+    open_codec(&z, m, t, o->quiet);
+    Input in = open_input(o);
+    Output out = open_output(o->output);
+    const char *wrong = expand(&z, &in, &out);
+    end_progress(&z.progress);
+    if (wrong) die("%s %s", in.name, wrong);
+    close_output(&out);
+    if (!o->quiet) fprintf(stderr, "%.0f bytes, %.1f s\n", z.bytes, seconds() - z.progress.began);
+    close_input(&in);
+    free_codec(&z);
 }
 
 // ---- check: a checkpoint certifies itself
@@ -5067,6 +5706,9 @@ static void help(const Option *options) {
          "             half window; each token is predicted in the first window that holds it\n"
          "  explain    generate, and show for each token its rivals, what it looks at and what\n"
          "             each layer would say; with -o page.html as a page to explore\n"
+         "  compress   write the text of -f, -i or stdin in few bytes: the model predicts it, and\n"
+         "             only what surprises the model is kept; any other data works too\n"
+         "  decompress give that text back; it needs the same model and tokenizer\n"
          "  check      recompute the reference values stored in the model\n"
          "  bench      measure this machine's speed with the model\n"
          "\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
@@ -5208,8 +5850,9 @@ int main(int argc, char **argv) {
     if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
 
     static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check", "bench",
-                                        "chat", "explain"};
-    enum { GENERATE, TOKENIZE, LOGITS, EVAL, CHECK, BENCH, CHAT, EXPLAIN };
+                                        "chat", "explain", "compress", "decompress"};
+    enum { GENERATE, TOKENIZE, LOGITS, EVAL, CHECK, BENCH, CHAT, EXPLAIN,
+           COMPRESS, DECOMPRESS };
     int mode = 0, n_modes = sizeof modes / sizeof *modes;
     while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
     if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
@@ -5220,6 +5863,8 @@ int main(int argc, char **argv) {
     if (o.head >= 0 && o.layer < 0) usage_error("--head needs --layer%s%s", "", "");
     if (o.layer >= 0 && o.output && !o.trace)
         usage_error("--layer is for the terminal: the page %s shows all%s", o.output, "");
+    if (mode == COMPRESS && !o.output && isatty(1))
+        usage_error("the terminal is no place for a compressed file: use -o or a pipe%s%s", "", "");
     if (o.steps < 0) o.steps = mode == CHAT ? 0 : 256;
     refuse_overwriting(o.output, o.model);
     refuse_overwriting(o.output, o.tokenizer);
@@ -5253,6 +5898,8 @@ int main(int argc, char **argv) {
     if (mode == CHECK) check_model(&o, &m, &t);
     if (mode == BENCH) bench(&o, &m, started);
     if (mode == EXPLAIN) explain(&o, &m, &t);
+    if (mode == COMPRESS) compress(&o, &m, &t);
+    if (mode == DECOMPRESS) decompress(&o, &m, &t);
     if (t.file) free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;

@@ -2,6 +2,7 @@
  *
  *     make test             builds and runs everything
  *     ./test_all NAME       runs the groups whose name contains NAME
+ *     ./test_all --tiny DIR writes a small random model to DIR: tiny.bin and tiny.tok
  *
  * Every block of run.c is held against a second definition of the same thing, written here from the
  * description and in double precision; then the whole model against a second transformer. Models
@@ -2747,11 +2748,11 @@ static void test_speculation(const char *endless) {
     Decoder d = {0};
     int text[] = {1, 2, 3, 4, 5, 9, 1, 2, 3}, guess[20];
     for (int i = 0; i < 9; i++) push(&d.ids, text[i]);
-    CHECK(look_up(&d, guess, 8) == 8 && guess[0] == 4 && guess[1] == 5 && guess[2] == 9 &&
+    CHECK(look_back(&d, guess, 8) == 8 && guess[0] == 4 && guess[1] == 5 && guess[2] == 9 &&
               guess[5] == 3 && guess[6] == 4, "lookup finds what followed the last tokens before");
     d.ids.n = 8;
     d.ids.ids[7] = 7;
-    CHECK(look_up(&d, guess, 8) == 0, "and guesses nothing without such a place");
+    CHECK(look_back(&d, guess, 8) == 0, "and guesses nothing without such a place");
     free(d.ids.ids);
 }
 
@@ -3619,7 +3620,286 @@ static void test_explain(void) {
 }
 
 // =================================================================================================
-// 11. Real models, where they are
+// 11. Compression
+// =================================================================================================
+
+static Buffer squeeze_with(const Model *m, const Tokenizer *t, const Buffer *text, size_t block,
+                           bool plain) {
+    Options o = {.prompt_file = save("text", text->p, text->n)};
+    Codec z;
+    open_codec(&z, m, t, true);
+    set_context(&z, m->c.seq_len);
+    z.block = block;
+    z.kv.plain = plain;
+    z.shortest = 150;
+    Input in = open_input(&o);
+    Output out = open_output(in_folder("squeezed"));
+    uint64_t size = shrink(&z, &in, &out);
+    close_output(&out), close_input(&in), free_codec(&z);
+    Buffer b = slurp(in_folder("squeezed"));
+    CHECK(b.n == size, "compression counts its %zu bytes: %zu", b.n, (size_t)size);
+    return b;
+}
+static Buffer squeeze(const Model *m, const Tokenizer *t, const Buffer *text) {
+    return squeeze_with(m, t, text, BLOCK, false);
+}
+// Returns what is wrong; *text gets what was written up to then.
+static const char *unsqueeze(const Model *m, const Tokenizer *t, const Buffer *b, size_t n,
+                             Buffer *text) {
+    Options o = {.prompt_file = save("squeezed", b->p, n)};
+    Codec z;
+    open_codec(&z, m, t, true);
+    Input in = open_input(&o);
+    unlink(in_folder("unsqueezed"));
+    Output out = open_output(in_folder("unsqueezed"));
+    const char *wrong = expand(&z, &in, &out);
+    close_output(&out), close_input(&in), free_codec(&z);
+    *text = slurp(in_folder("unsqueezed"));
+    return wrong;
+}
+static bool equal(const Buffer *a, const Buffer *b) {
+    return a->n == b->n && (!a->n || !memcmp(a->p, b->p, a->n));
+}
+
+static const char *const odd_texts[] = {
+    "<s>", "<|end|>", "<unk>", "a<s>b</s>", "<0x41>", " ", "  ", "   a", " a ", "\n", "\r\n",
+    "a\r\nb\r\n", "\r\r\n\n", "\t\t", "caf\xc3\xa9", "\xc3", "\xc3\xa9\xc3", "\xe2\x82",
+    "\xe2\x82\xac", "\xf0\x9f\x98\x80", "\xf0\x9f\x98", "\xed\xa0\x80", "\xc0\x80", "\xff\xfe",
+    "\xef\xbf\xbd", "\xef\xbb\xbf" "a bad cab", "\x80\x80\x80", "a\xff" "b\xff" "c",
+    "0123456789012345678901234567890", "abcabcabcabcabcabcabc", "a bad cab, a dab: d",
+    "\xe3\x80\x80\xe4\xbd\xa0\xe5\xa5\xbd", "\x1b[31mabc\x1b[0m", "\x7f", "aaaaaaaaaaaaaaaa",
+    "\xe2\x96\x81" "a\xe2\x96\x81", "n\xcc\x83", "'s 't 're", "<|im_start|>user\nabc<|im_end|>",
+    "a\n\n\n\n\nb", "                                b"};
+
+// Input number i of the adversarial ones, or false.
+static bool odd_input(int i, Buffer *b) {
+    int n_texts = (int)(sizeof odd_texts / sizeof *odd_texts);
+    static const char letters[] = "abc d\n";
+    *b = (Buffer){0};
+    put(b, NULL, 1);
+    b->n = 0;
+    if (i < 256) return put(b, &(char){(char)i}, 1), true;
+    if ((i -= 256) < n_texts) return put(b, odd_texts[i], strlen(odd_texts[i])), true;
+    i -= n_texts;
+    int n = i == 0 ? 0 : i < 20 ? i * i * 5 : 3000;
+    for (int j = 0; j < n && i < 24; j++) {
+        uint32_t c = (uint32_t)(i % 4 == 1 ? below(256) : i % 4 == 3 ? 32 + below(95) : 0);
+        if (i % 4 == 0) c = (uint8_t)letters[below(6)];
+        if (i % 4 == 2) c = (uint8_t)(below(30) ? letters[below(6)] : below(256));
+        put(b, &(char){(char)c}, 1);
+    }
+    if (i == 24) for (int j = 0; j < 1024; j++) put(b, &(char){(char)j}, 1);
+    if (i == 25) for (int j = 0; j < 4000; j++) put(b, &"\xe2\x82\xac" "a\xc3\xa9"[below(6)], 1);
+    if (i == 26 || i == 27) {  // 64 KiB of one byte
+        put(b, NULL, 65536);
+        memset(b->p, i == 26 ? 'a' : 0, b->n);
+    }
+    return i < 28;
+}
+
+// Each input comes back, and noise grows by at most 2%, a header and learning that it is noise.
+static void test_round_trips(const Model *m, const Tokenizer *t, const char *name) {
+    Buffer b, back;
+    for (int i = 0; odd_input(i, &b); i++) {
+        Buffer small = squeeze(m, t, &b);
+        const char *wrong = unsqueeze(m, t, &small, small.n, &back);
+        CHECK(!wrong && equal(&b, &back), "%s: input %d of %zu bytes comes back: %zu bytes, %s",
+              name, i, b.n, back.n, wrong ? wrong : "no error");
+        CHECK(small.n < b.n + b.n / 50 + 160, "%s: input %d of %zu bytes grows to %zu", name, i,
+              b.n, small.n);
+        if (b.n == 65536) CHECK(small.n < 1000, "%s: 64 KiB of one byte: %zu", name, small.n);
+        free(b.p), free(back.p), free(small.p);
+    }
+    free(b.p);
+}
+
+// A text of several blocks and segments: the same file however it is computed.
+static void test_one_file(const Model *m, const Tokenizer *t) {
+    Buffer b = {0}, back;
+    while (b.n < 9000) {
+        const char *from = &"a bad cab, dad\n"[below(12)];
+        put(&b, from, 1 + (size_t)below(3));
+    }
+    put(&b, "\xff\xff", 2);
+    Buffer small = squeeze_with(m, t, &b, 4096, false);
+    for (int threads = 1; threads < 4; threads += 2) {
+        set_threads(threads);
+        for (int plain = 0; plain < 2; plain++) {
+            Buffer again = squeeze_with(m, t, &b, 4096, plain);
+            CHECK(equal(&small, &again), "%d threads, plain %d: the same file", threads, plain);
+            free(again.p);
+        }
+        const char *wrong = unsqueeze(m, t, &small, small.n, &back);
+        CHECK(!wrong && equal(&b, &back), "blocks of 4096 come back: %s", wrong ? wrong : "other");
+        free(back.p);
+    }
+    Buffer whole = squeeze(m, t, &b);
+    CHECK(whole.n < small.n && small.n < b.n / 2, "9000 bytes: %zu in one block, %zu in three",
+          whole.n, small.n);
+    // Blocks in another order, or one of them left out, are found.
+    for (size_t cut = 24 + 60; cut < small.n; cut += small.n / 7) {
+        Buffer moved = {0};
+        put(&moved, small.p, cut);
+        put(&moved, small.p + cut + 1, small.n - cut - 1);
+        CHECK(unsqueeze(m, t, &moved, moved.n, &back), "a byte less at %zu is found", cut);
+        free(moved.p), free(back.p);
+    }
+    free(b.p), free(small.p), free(whole.p);
+}
+
+// What the model has learned is of no use for noise, which is then coded as it is.
+static void test_noise_after_text(const Model *m, const Tokenizer *t) {
+    Buffer b = {0}, back;
+    while (b.n < 2048) put(&b, "a bad cab, dad\n", 16);
+    while (b.n < 2560) put(&b, &(char){(char)(33 + below(94))}, 1);
+    while (b.n < 3584) put(&b, "a bad cab, dad\n", 16);
+    Buffer small = squeeze_with(m, t, &b, 128, false);
+    const char *wrong = unsqueeze(m, t, &small, small.n, &back);
+    CHECK(!wrong && equal(&b, &back), "noise between texts comes back: %s", wrong ? wrong : "other");
+    free(b.p), free(back.p), free(small.p);
+}
+
+static void test_flipped_bits(const Model *m, const Tokenizer *t) {
+    Buffer b = {0}, back;
+    put(&b, "a bad cab: dada bab\xff\n", 21);
+    Buffer small = squeeze(m, t, &b);
+    for (size_t i = 0; i < small.n * 8; i++) {
+        small.p[i / 8] ^= (uint8_t)(1 << i % 8);
+        const char *wrong = unsqueeze(m, t, &small, small.n, &back);
+        CHECK(wrong && !back.n, "bit %zu of byte %zu, changed, is found before anything is written",
+              i % 8, i / 8);
+        small.p[i / 8] ^= (uint8_t)(1 << i % 8);
+        free(back.p);
+    }
+    for (size_t n = 0; n < small.n; n++) {
+        const char *wrong = unsqueeze(m, t, &small, n, &back);
+        CHECK(wrong && !back.n, "a file cut to %zu of %zu bytes is found", n, small.n);
+        free(back.p);
+    }
+    put(&small, "", 1);
+    CHECK(unsqueeze(m, t, &small, small.n, &back), "a byte too many is found");
+    free(back.p), free(b.p), free(small.p);
+}
+
+// A byte-level tokenizer, two of SentencePiece (with and without byte tokens), one of llama2.c.
+static Tokenizer compression_tokenizer(int which, Vocabulary *v) {
+    if (which == 0) {
+        Vocabulary *tiny = tiny_vocabulary();
+        Tokenizer t = open_tokenizer(tiny, "squeeze.tok");
+        *v = (Vocabulary){.n = tiny->n};
+        free_vocabulary(tiny);
+        return t;
+    }
+    if (which == 3) {
+        Buffer b = llama2c_tokenizer(story_words, 7);
+        Model m = {.c = {.vocab_size = 266}};
+        Tokenizer t;
+        const char *wrong = load_tokenizer(&t, save("squeeze.tok", b.p, b.n), &m);
+        CHECK(!wrong, "a tokenizer of llama2.c opens: it %s", wrong);
+        free(b.p);
+        *v = (Vocabulary){.n = 266};
+        return t;
+    }
+    Vocabulary *s = new_vocabulary(SENTENCEPIECE);
+    s->flags = ADD_BOS | ADD_SPACE_PREFIX;
+    s->unk = token(s, "<unk>", 5, 0, CONTROL);
+    s->bos = token(s, "<s>", 3, 0, CONTROL);
+    if (which == 1) all_bytes(s);
+    for (int i = 0; i < 6; i++) token(s, &" abcd\n"[i], 1, -1000, NORMAL);
+    token(s, "\xc3\xa9", 2, -1000, NORMAL);
+    random_merges(s, " abcd", 30);
+    token(s, "\n\n", 2, 0, USER_DEFINED);
+    Tokenizer t = open_tokenizer(s, "squeeze.tok");
+    *v = (Vocabulary){.n = s->n};
+    free_vocabulary(s);
+    return t;
+}
+static const char *const compression_tokenizers[] = {
+    "byte-level", "SentencePiece", "SentencePiece without bytes", "llama2.c"};
+static Made compression_model(int which, int vocab) {
+    static const int families[] = {LLAMA, GEMMA, QWEN2, LLAMA}, dtypes[] = {Q8, F32, Q4A, ROWS};
+    Shape s = family(families[which], dtypes[which]);
+    s.vocab = vocab, s.layers = 1, s.seq_len = 200;
+    return make_weights(&s);
+}
+
+static void test_compression_files(void) {
+    if (no_program()) return;
+    Buffer tiny = save_tiny();
+    const char *model = in_folder("tiny.bin"), *text = save("in", "a bad cab\n", 10);
+    const char *small = in_folder("small"), *out = in_folder("out");
+    prints(RUN(model, "-m", "compress", "-f", text, "-o", small, "-q"), "", "compress to a file");
+    prints(RUN(model, "-m", "decompress", "-f", small, "-q"), "a bad cab\n", "decompress it");
+    prints(RUN(model, "-m", "decompress", "-f", small, "-o", out, "-q"), "", "... to a file");
+    Buffer b = slurp(out), z = slurp(small);
+    CHECK(b.n == 10 && !memcmp(b.p, "a bad cab\n", 10), "the file has the text");
+    CHECK(z.n < 64, "10 bytes become %zu", z.n);
+    unlink(out);
+    int before = files_in_folder();
+    z.p[z.n / 2] ^= 1;
+    const char *bad = saved("bad", &z, z.n);
+    refused(RUN(model, "-m", "decompress", "-f", bad, "-o", out), 1, "a damaged file");
+    CHECK(files_in_folder() == before + 1 && access(out, F_OK), "nothing of it is left behind");
+    refused(RUN(model, "-m", "decompress", "-f", text), 1, "a file that is not compressed");
+    Ran r = RUN_AS(((How){.input = "dad"}), model, "-m", "compress", "-q");
+    Ran arg = RUN(model, "-m", "compress", "-i", "dad", "-q");
+    CHECK(r.status == 0 && equal(&r.out, &arg.out), "stdin, or the text of -i: the same file");
+    free_ran(&r), free_ran(&arg);
+    refused(RUN(model, "-m", "compress", "-f", text, "-o", text), 2, "an output that is the input");
+    save_endless();
+    refused(RUN(in_folder("endless.bin"), "-m", "decompress", "-f", small), 1, "another model");
+    free(b.p), free(z.p), free(tiny.p);
+}
+
+static void test_compression(void) {
+    for (int which = 0; which < 4; which++) {
+        Vocabulary v;
+        Tokenizer t = compression_tokenizer(which, &v);
+        Made made = compression_model(which, v.n);
+        Model m = open_made(&made, "squeeze.bin");
+        test_round_trips(&m, &t, compression_tokenizers[which]);
+        if (which < 2) test_one_file(&m, &t);
+        test_noise_after_text(&m, &t);
+        if (!which) test_flipped_bits(&m, &t);
+        free_tokenizer(&t), free_model(&m), free_made(&made);
+    }
+    test_compression_files();
+}
+
+// The bytes of a compressed file, which every build must write, and read.
+static void test_one_compressed_file(void) {
+    static const uint64_t expected[] = {0xba6b83828982fd39, 0x59bb7325b0ebb984,
+                                        0x938a4ea05d377477, 0x48c6d927397d7349};
+    for (int which = 0; which < 4; which++) {
+        random_state = (uint64_t)(5000 + which);
+        Vocabulary v;
+        Tokenizer t = compression_tokenizer(which, &v);
+        Made made = compression_model(which, v.n);
+        Model m = open_made(&made, "squeeze.bin");
+        Buffer b = {0}, back;
+        while (b.n < 2500) {
+            const char *from = &"a bad cab, dad\n\xc3\xa9"[below(16)];
+            put(&b, from, 1 + (size_t)below(2));
+        }
+        Buffer small = squeeze(&m, &t, &b);
+        unsigned long long hash = hash64(small.p, small.n);
+        CHECK(hash == expected[which], "%s: 2500 bytes become %zu of hash 0x%016llx in %s",
+              compression_tokenizers[which], small.n, hash, isa);
+        CHECK(!unsqueeze(&m, &t, &small, small.n, &back) && equal(&b, &back), "%s: they come back",
+              compression_tokenizers[which]);
+        free(b.p), free(back.p), free(small.p);
+        free_tokenizer(&t), free_model(&m), free_made(&made);
+    }
+}
+
+static void test_same_everywhere(void) {
+    test_one_hash();
+    test_trace();
+    test_one_compressed_file();
+}
+
+// =================================================================================================
+// 12. Real models, where they are
 // =================================================================================================
 
 static const char sample_text[] =
@@ -4012,10 +4292,15 @@ int main(int argc, char **argv) {
     static const struct { const char *name; void (*test)(void); } groups[] = {
         {"numbers", test_numbers}, {"quantize", test_quantize}, {"products", test_products},
         {"attention", test_attention}, {"forward", test_forward},
-        {"same-bytes", test_one_hash}, {"same-bytes 2", test_trace}, {"sampler", test_sampler},
+        {"same-bytes", test_same_everywhere}, {"sampler", test_sampler},
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
-        {"decoders", test_decoders}, {"explain", test_explain},
+        {"decoders", test_decoders}, {"explain", test_explain}, {"compress", test_compression},
         {"models", test_models}};
+    if (argc == 3 && !strcmp(argv[1], "--tiny")) {
+        snprintf(folder, sizeof folder, "%s", argv[2]);
+        free(save_tiny().p);
+        return 0;
+    }
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!mkdtemp(folder)) perror(folder), exit(1);
     signal(SIGALRM, too_long);
