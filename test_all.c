@@ -132,8 +132,8 @@ static uint64_t hash_of(const uint8_t *p, size_t n) {
 
 static char folder[256];
 static const char *in_folder(const char *name) {  // stays valid
-    static char paths[64][300];
-    for (int i = 0; i < 64; i++) {
+    static char paths[256][300];
+    for (int i = 0; i < 256; i++) {
         if (!paths[i][0]) snprintf(paths[i], sizeof paths[i], "%.200s/%.60s", folder, name);
         if (!strcmp(paths[i] + strlen(folder) + 1, name)) return paths[i];
     }
