@@ -78,6 +78,11 @@ test-debug: debug test_all.c
 		-o test-debug-all test_all.c -lm
 	RUN=./run-debug ./test-debug-all
 
+# The program with functions that can be made to fail, and the tests that make them.
+test-faults: test_all
+	$(CC) -O1 -g $(MACHINE) $(EXACT) -DFAULTS -fsanitize=address,undefined -o test-faults-run test_all.c -lm
+	FAULTS=1 RUN=./test-faults-run ./test_all faults
+
 # Feeds random inputs to everything that reads files or text (clang's libFuzzer), SECONDS for each target.
 SECONDS ?= 20
 FUZZ_TARGETS = checkpoint tokenizer encode session chat command
@@ -128,4 +133,4 @@ help:
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-isa test-cross test-debug test-page fuzz plain debug bench install clean help
+.PHONY: demo test test-isa test-cross test-debug test-page test-faults fuzz plain debug bench install clean help

@@ -2763,7 +2763,7 @@ static void close_output(Output *out) {
     failed |= close(out->fd);
     char *real = out->temporary;
     if (real) real = strndup(real, strlen(real) + 1 - sizeof suffix);
-    failed |= real && rename(out->temporary, real);
+    failed = failed || (real && rename(out->temporary, real));
     free(real);
     if (failed) die("cannot write %s: %s", out->path, strerror(errno));
     unfinished_file = NULL;
@@ -5795,7 +5795,7 @@ int main(int argc, char **argv) {
         {'f', "file", "PATH", STRING, &o.prompt_file, 0, 0,
          "read the prompt from a file; - is stdin"},
         {'o', "output", "PATH", STRING, &o.output, 0, 0, "write there instead of to stdout"},
-        {'n', "steps", "N", INTEGER, &o.steps, 0, 1e9, "new tokens (256); 0: to the context's end"},
+        {'n', "steps", "N", INTEGER, &o.steps, 0, 1e9, "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
         {'m', "mode", "MODE", STRING, &o.mode, 0, 0, "what to do, see below"},
         {'t', "temperature", "T", NUMBER_OPTION, &o.temperature, 0, 1e30,
          "0: the likeliest token; 1 (default): as the model says"},
@@ -5865,7 +5865,7 @@ int main(int argc, char **argv) {
         usage_error("--layer is for the terminal: the page %s shows all%s", o.output, "");
     if (mode == COMPRESS && !o.output && isatty(1))
         usage_error("the terminal is no place for a compressed file: use -o or a pipe%s%s", "", "");
-    if (o.steps < 0) o.steps = mode == CHAT ? 0 : 256;
+    if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
     refuse_overwriting(o.output, o.model);
     refuse_overwriting(o.output, o.tokenizer);
     refuse_overwriting(o.output, o.prompt_file);

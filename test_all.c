@@ -20,10 +20,56 @@ static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, lo
 #define mmap fuzz_mmap
 #define atexit(function) ((void)(function))
 #define main run_main
+#elif defined FAULTS  // the program itself, in which FAULT=name:n makes the nth call of a function fail
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+static int fault(const char *name, int error) {
+    static int left;
+    const char *wanted = getenv("FAULT"), *colon = wanted ? strchr(wanted, ':') : NULL;
+    if (!colon || strlen(name) != (size_t)(colon - wanted) || strncmp(wanted, name, strlen(name)))
+        return 0;
+    if (!left) left = atoi(colon + 1) + 1;
+    if (left == 1 || --left != 1) return 0;
+    errno = error;
+    return error;
+}
+#define realloc(...) (fault("realloc", ENOMEM) ? NULL : realloc(__VA_ARGS__))
+#define posix_memalign(...) (fault("posix_memalign", ENOMEM) ? ENOMEM : posix_memalign(__VA_ARGS__))
+#define mmap(...) (fault("mmap", ENOMEM) ? MAP_FAILED : mmap(__VA_ARGS__))
+#define open(...) (fault("open", EMFILE) ? -1 : open(__VA_ARGS__))
+#define fstat(...) (fault("fstat", EIO) ? -1 : fstat(__VA_ARGS__))
+#define read(...) (fault("read", EIO) ? -1 : read(__VA_ARGS__))
+#define pread(...) (fault("pread", EIO) ? -1 : pread(__VA_ARGS__))
+#define write(...) (fault("write", ENOSPC) ? -1 : write(__VA_ARGS__))
+#define pwrite(...) (fault("pwrite", ENOSPC) ? -1 : pwrite(__VA_ARGS__))
+#define fsync(...) (fault("fsync", EIO) ? -1 : fsync(__VA_ARGS__))
+#define msync(...) (fault("msync", EIO) ? -1 : msync(__VA_ARGS__))
+#define rename(...) (fault("rename", EACCES) ? -1 : rename(__VA_ARGS__))
+#define mkstemp(...) (fault("mkstemp", EACCES) ? -1 : mkstemp(__VA_ARGS__))
+#define ftruncate(...) (fault("ftruncate", ENOSPC) ? -1 : ftruncate(__VA_ARGS__))
+#define posix_fallocate(...) (fault("posix_fallocate", ENOSPC) ? ENOSPC : posix_fallocate(__VA_ARGS__))
+#define fcntl(...) (fault("fcntl", ENOLCK) ? -1 : fcntl(__VA_ARGS__))
+#define fork() (fault("fork", EAGAIN) ? -1 : fork())
+#define pipe(...) (fault("pipe", EMFILE) ? -1 : pipe(__VA_ARGS__))
+#define pthread_create(...) (fault("pthread_create", EAGAIN) ? EAGAIN : pthread_create(__VA_ARGS__))
+#define getline(...) (fault("getline", EIO) ? -1 : getline(__VA_ARGS__))
+#define open_memstream(...) (fault("open_memstream", ENOMEM) ? NULL : open_memstream(__VA_ARGS__))
 #else
 #define TESTING
 #endif
 #include "run.c"
+#ifndef FAULTS  // the rest of the file is the tests
 #undef main
 #undef exit
 #undef mmap
@@ -3899,7 +3945,65 @@ static void test_same_everywhere(void) {
 }
 
 // =================================================================================================
-// 12. Real models, where they are
+// 12. Faults: every function that can fail is made to, once (`make test-faults`)
+// =================================================================================================
+
+static void test_faults(void) {
+    static const char *const names[] = {
+        "realloc", "posix_memalign", "mmap", "open", "fstat", "read", "pread", "write", "pwrite",
+        "fsync", "msync", "rename", "mkstemp", "ftruncate", "posix_fallocate", "fcntl", "fork",
+        "pipe", "pthread_create", "getline", "open_memstream"};
+    if (!getenv("FAULTS")) {
+        skip(1, "faults: `make test-faults` runs them");
+        return;
+    }
+    free(save_tiny().p);
+    save_endless();
+    const char *endless = in_folder("endless.bin"), *out = in_folder("result");
+    const char *text = save("prompt", "abc d abc d cab 12", 18);
+    unlink(in_folder("session"));
+    Ran r = RUN(endless, "-m", "compress", "-f", text, "-o", in_folder("small"), "-q");
+    free_ran(&r);
+    const char *const commands[][16] = {
+        {"-i", "abc", "-n", "5", "-j", "3"}, {"-i", "abc", "-n", "5", "-o", out},
+        {"-i", "abc", "-n", "5", "-k", "3"}, {"-i", "abc", "-n", "5", "-S", in_folder("session")},
+        {"-i", "1+1=", "-n", "3", "-T", "cat"}, {"-i", "abc", "-n", "5", "-d", "lookup"},
+        {"-m", "chat", "-n", "3", "-c", "99"}, {"-m", "eval", "-f", text, "-o", out},
+        {"-m", "compress", "-f", text, "-o", out},
+        {"-m", "decompress", "-f", in_folder("small"), "-o", out},
+        {"-m", "explain", "-i", "abc", "-n", "2", "-c", "99", "-o", out},
+        {"-m", "tokenize", "-f", text}, {"-m", "logits", "-i", "1 2 3"}, {"-i", "abc", "-e", endless}};
+    int injected = 0;
+    for (size_t c = 0; c < sizeof commands / sizeof *commands; c++) {
+        const char *argv[20] = {endless, "-s", "1", "-q"};
+        for (int i = 0; commands[c][i]; i++) argv[4 + i] = commands[c][i];
+        for (size_t f = 0; f < sizeof names / sizeof *names; f++)
+            for (int n = 1; n <= 40; n = n < 8 ? n + 1 : n * 2) {
+                char value[40];
+                snprintf(value, sizeof value, "%s:%d", names[f], n);
+                unlink(out), unlink(in_folder("session"));
+                int files = files_in_folder();
+                setenv("FAULT", value, 1);
+                r = run_program((How){.input = "abc\n/save saved\nd\n"}, argv);
+                unsetenv("FAULT");
+                bool failed_ = r.status == 1;
+                injected += failed_;
+                CHECK(r.signal == 0 && (r.status == 0 || (failed_ && strstr((char *)r.err.p, "run: "))),
+                      "%s with %s: status %d, signal %d, %s", r.command, value, r.status, r.signal,
+                      r.err.p);
+                struct stat st;
+                if (failed_ && stat(in_folder("session"), &st)) CHECK(
+                    access(out, F_OK), "%s with %s leaves no half-written file", r.command, value);
+                unlink(out), unlink(in_folder("session")), unlink("saved");
+                CHECK(files_in_folder() <= files + 2, "nor any other: %s with %s", r.command, value);
+                free_ran(&r);
+            }
+    }
+    printf("  %d failures injected\n", injected);
+}
+
+// =================================================================================================
+// 13. Real models, where they are
 // =================================================================================================
 
 static const char sample_text[] =
@@ -4295,6 +4399,7 @@ int main(int argc, char **argv) {
         {"same-bytes", test_same_everywhere}, {"sampler", test_sampler},
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
         {"decoders", test_decoders}, {"explain", test_explain}, {"compress", test_compression},
+        {"faults", test_faults},
         {"models", test_models}};
     if (argc == 3 && !strcmp(argv[1], "--tiny")) {
         snprintf(folder, sizeof folder, "%s", argv[2]);
@@ -4323,4 +4428,5 @@ int main(int argc, char **argv) {
     finished = true;
     return failed > 0;
 }
+#endif
 #endif
