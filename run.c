@@ -2702,9 +2702,11 @@ typedef struct {
     size_t matched;     // characters of the next such tag that have come
 } Output;
 static char *unfinished_file;  // removed at exit
+static volatile pid_t running_tool;  // ends with the program
 static bool dimmed;            // the terminal writes dimmed text: set back at exit
 
 static void remove_unfinished(void) {
+    if (running_tool > 0) kill(-running_tool, SIGKILL);
     if (unfinished_file) unlink(unfinished_file);
     if (dimmed && write(1, "\033[0m", 4) < 0) {}
     unfinished_file = NULL;
@@ -3241,6 +3243,7 @@ static Text ask_tool(const char *command, Text question) {
         _exit(127);
     }
     setpgid(child, child);
+    running_tool = child;
     close(to[0]), close(from[1]);
     fcntl(to[1], F_SETFL, O_NONBLOCK);
     double deadline = seconds() + 2, left;
@@ -3270,6 +3273,7 @@ static Text ask_tool(const char *command, Text question) {
         else poll(NULL, 0, 1);
     }
     kill(-child, SIGKILL);
+    running_tool = 0;
     if (!done) while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
     while (n && (uint8_t)answer[n - 1] <= ' ') n--;
     if (!why && status) why = "fails";

@@ -4003,7 +4003,76 @@ static void test_faults(void) {
 }
 
 // =================================================================================================
-// 13. Real models, where they are
+// 13. Signals at random moments, in every mode (ROUNDS=500 for more of them)
+// =================================================================================================
+
+// Waits until the program catches SIGINT: before that a signal ends it like any other program.
+static bool catches_signals(pid_t pid) {
+    char path[60], line[200];
+    snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
+    for (int i = 0; i < 2000; i++, usleep(500)) {
+        FILE *f = fopen(path, "r");
+        unsigned long long caught = 0;
+        while (f && fgets(line, sizeof line, f)) sscanf(line, "SigCgt: %llx", &caught);
+        if (f) fclose(f);
+        if (caught >> (SIGINT - 1) & 1) return true;
+        if (!f) return false;
+    }
+    return false;
+}
+
+static void test_signals(void) {
+    if (no_program()) return;
+    free(save_tiny().p);
+    save_endless();
+    const char *endless = in_folder("endless.bin"), *out = in_folder("result");
+    char *big = get(60001, 1);
+    for (int i = 0; i < 60000; i++) big[i] = "abc d ca"[below(8)];
+    const char *text = save("long", big, 60000);
+    free(big);
+    Ran r = RUN(endless, "-m", "compress", "-f", text, "-o", in_folder("small"), "-q");
+    free_ran(&r);
+    const char *const commands[][12] = {
+        {"-i", "abc", "-n", "0", "-j", "2"}, {"-i", "abc", "-n", "100000", "-o", out},
+        {"-i", "abc", "-n", "90000", "-k", "3", "-o", out},
+        {"-i", "abc", "-n", "90000", "-S", in_folder("session"), "-c", "4096"},
+        {"-i", "1+1=", "-n", "3", "-T", "sleep 3"}, {"-i", "abc", "-n", "90000", "-d", "lookup"},
+        {"-m", "chat", "-n", "90000", "-i", "abc"}, {"-m", "eval", "-f", text, "-o", out},
+        {"-m", "compress", "-f", text, "-o", out},
+        {"-m", "decompress", "-f", in_folder("small"), "-o", out},
+        {"-m", "explain", "-i", "abc", "-n", "900", "-c", "999", "-o", out},
+        {"-m", "logits", "-f", save("ids", "1 2 3 4 5 6 7 8 9", 17), "-o", out}};
+    int n = sizeof commands / sizeof *commands, rounds = getenv("ROUNDS") ? atoi(getenv("ROUNDS")) : 60;
+    for (int round = 0; round < rounds; round++) {
+        const char *argv[20] = {program(), endless, "-s", "1", "-q"};
+        for (int i = 0; commands[round % n][i]; i++) argv[5 + i] = commands[round % n][i];
+        unlink(out), unlink(in_folder("session"));
+        int files = files_in_folder();
+        fflush(stdout);
+        pid_t pid = fork();
+        if (pid == 0) {
+            int null = open("/dev/null", O_RDWR);
+            for (int i = 0; i < 3; i++) dup2(null, i);
+            alarm(20);
+            execv(argv[0], (char *const *)(uintptr_t)argv);
+            _exit(98);
+        }
+        int status = 0, kind = below(2) ? SIGINT : SIGTERM;
+        bool caught = catches_signals(pid);
+        usleep((useconds_t)below(30000));
+        if (caught) kill(pid, kind);
+        if (caught && below(3) == 0) usleep((useconds_t)below(2000)), kill(pid, kind);
+        waitpid(pid, &status, 0);
+        int code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+        CHECK(code == 0 || code == 130 || code == 143, "%s %s %s with signal %d ends with %d",
+              argv[5], argv[6], argv[7], kind, WIFSIGNALED(status) ? -WTERMSIG(status) : code);
+        unlink(out), unlink(in_folder("session"));
+        CHECK(files_in_folder() <= files, "and leaves no temporary file");
+    }
+}
+
+// =================================================================================================
+// 14. Real models, where they are
 // =================================================================================================
 
 static const char sample_text[] =
@@ -4399,7 +4468,7 @@ int main(int argc, char **argv) {
         {"same-bytes", test_same_everywhere}, {"sampler", test_sampler},
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
         {"decoders", test_decoders}, {"explain", test_explain}, {"compress", test_compression},
-        {"faults", test_faults},
+        {"faults", test_faults}, {"signals", test_signals},
         {"models", test_models}};
     if (argc == 3 && !strcmp(argv[1], "--tiny")) {
         snprintf(folder, sizeof folder, "%s", argv[2]);
