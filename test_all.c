@@ -4071,6 +4071,29 @@ static void test_signals(void) {
     }
 }
 
+// The map of run.c in README.md: each `name` (number) must stand in that line of run.c.
+static void test_map(void) {
+    Buffer readme = slurp("README.md"), source = slurp("run.c");
+    int seen = 0;
+    for (char *p = (char *)readme.p; readme.n && (p = strstr(p, "` (")); p++) {
+        char *end, *name = p;
+        long number = strtol(p + 3, &end, 10), line = 1;
+        if (end == p + 3 || *end != ')') continue;
+        while (name[-1] != '`') name--;
+        char *at = (char *)source.p;
+        while (at && line < number) at = strchr(at, '\n'), at += at != NULL, line++;
+        size_t length = at ? strcspn(at, "\n") : 0, n = (size_t)(p - name);
+        bool there = false;
+        for (size_t i = 0; i + n <= length; i++) there |= !memcmp(at + i, name, n);
+        CHECK(there, "line %ld of run.c has %.*s, as README.md says (.ci/map corrects it)", number,
+              (int)n, name);
+        seen++;
+    }
+    if (!readme.n || !source.n) skip(1, "README.md's map: not in this folder");
+    else CHECK(seen > 20, "README.md has a map of run.c");
+    free(readme.p), free(source.p);
+}
+
 // =================================================================================================
 // 14. Real models, where they are
 // =================================================================================================
@@ -4469,6 +4492,7 @@ int main(int argc, char **argv) {
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"command line", test_command_line},
         {"decoders", test_decoders}, {"explain", test_explain}, {"compress", test_compression},
         {"faults", test_faults}, {"signals", test_signals},
+        {"map", test_map},
         {"models", test_models}};
     if (argc == 3 && !strcmp(argv[1], "--tiny")) {
         snprintf(folder, sizeof folder, "%s", argv[2]);
