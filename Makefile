@@ -87,6 +87,8 @@ test-faults: test_all
 SECONDS ?= 20
 FUZZ_TARGETS = checkpoint tokenizer encode session chat command
 fuzz: test_all.c run.c
+	@echo 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | \
+		clang -x c -fsanitize=fuzzer,address -o test-fuzz - 2>/dev/null || { echo "no clang with libFuzzer here: skipped"; exit 1; }
 	clang -O1 -g $(MACHINE) $(EXACT) -w -DFUZZ -fsanitize=fuzzer,address,undefined \
 		-fno-sanitize-recover=undefined -o test-fuzz test_all.c -lm
 	@root=$$PWD; failed=0; passed=0; for t in $(FUZZ_TARGETS); do \

@@ -3365,7 +3365,7 @@ typedef struct {
     int done;               // tokens that its cache holds
     double hit;             // moving average: how often a guess is right
     double plain, more;     // seconds of a step without guesses; of each guess on top of that
-    int wait, waited;       // steps without a guess until the next trial
+    double total, lost;     // seconds of all steps; what guesses have cost on balance
     long long proposed, accepted, steps;
 } Draft;
 
@@ -3489,19 +3489,25 @@ static void propose(Machine *w, Decoder *d) {
             most = n;
         }
     }
-    if (most) f->wait = 8, f->waited = 0;
-    else if (++f->waited > f->wait) {  // it does not pay: try again, ever more rarely
-        most = 2, f->waited = 0;
-        if (f->wait < 64) f->wait *= 2;
-    }
+    // Where it does not pay, it is tried again, as long as trials cost under 3% of the time. A small
+    // model must first catch up with the text.
+    double trial = 2 * f->more + (f->m ? 0.3 * f->plain * ((int)d->ids.n - f->done) : 0);
+    if (!most && f->lost + trial < 0.03 * f->total) most = 2;
     if (room > d->budget - 1) room = (int)d->budget - 1;
     if (most > room) most = room;
     if (most > 0) d->n_draft = f->m ? small_model_guesses(w, d, most) : look_back(d, d->draft, most);
     f->proposed += d->n_draft;
 }
 
-// Learns from a step that took so many seconds, in which `accepted` guesses were right.
-static void measure(Draft *f, int proposed, int accepted, double time) {
+// Learns from a step that took so many seconds, in which `accepted` guesses were right. One that
+// computed more than the guesses and the last token is not usual.
+static void measure(Draft *f, int proposed, int accepted, double time, bool usual) {
+    f->steps++;
+    f->accepted += accepted;
+    f->total += time;
+    if (proposed) f->lost += time - f->plain * (1 + accepted);
+    if (f->lost < 0) f->lost = 0;
+    if (!usual) return;
     if (proposed == 0) {
         f->plain += f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
         if (f->more == 0) f->more = 0.3 * time;
@@ -3641,10 +3647,8 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
         }
         live = false;
         for (int i = 0; i < n; i++) d[i].logits = NULL, live |= is_live(&d[i]);
-        w->draft.steps++;
-        w->draft.accepted += d->done - guessed_from;
-        if (w->draft.on && n == 1 && usual)
-            measure(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start);
+        if (w->draft.on && n == 1)
+            measure(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start, usual);
         if (w->draft.done > d->done) w->draft.done = d->done;
     }
 }
