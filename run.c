@@ -2821,20 +2821,26 @@ static void set_thinking(Output *out, bool thinking) {
 // Writes text of the model. What reasoning models write between <think> and </think> is dimmed on a
 // terminal, and left out elsewhere unless it is asked for.
 static void write_reply(Output *out, Text text) {
-    for (; text.len && out->filter; text.s++, text.len--) {
+    while (text.len && out->filter) {
         const char *tag = out->thinking ? "</think>" : "<think>";
-        bool visible = out->terminal || out->keep_thoughts, was_thinking = out->thinking;
-        if (text.s[0] == tag[out->matched]) {
-            if (tag[++out->matched]) continue;
-            if (!was_thinking) set_thinking(out, true);
-            if (visible) write_text(out, (Text){tag, out->matched});
-            if (was_thinking) set_thinking(out, false);
+        bool hidden = out->thinking && !out->terminal && !out->keep_thoughts;
+        size_t n = 0;
+        if (!out->matched) while (n < text.len && text.s[n] != '<') n++;
+        if (n && !hidden) write_text(out, (Text){text.s, n});
+        if (!n && text.s[0] != tag[out->matched]) {  // it was another word after <
+            if (!hidden) write_text(out, (Text){tag, out->matched});
             out->matched = 0;
-            continue;
+        } else if (!n) {
+            n = 1;
+            if (!tag[++out->matched]) {
+                if (!out->thinking) set_thinking(out, true);
+                if (out->terminal || out->keep_thoughts) write_text(out, (Text){tag, out->matched});
+                if (tag[1] == '/') set_thinking(out, false);
+                out->matched = 0;
+            }
         }
-        if (visible || !was_thinking) write_text(out, (Text){tag, out->matched});
-        out->matched = text.s[0] == '<';
-        if (!out->matched && (visible || !was_thinking)) write_text(out, (Text){text.s, 1});
+        text.s += n;
+        text.len -= n;
     }
     write_text(out, text);
 }
