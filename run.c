@@ -3413,9 +3413,10 @@ static void cut(Machine *w, Decoder *d, size_t n) {
 // A full context: the beginning and the newest half stay, what is between them is dropped. The kept
 // tokens have new positions and new neighbours: all but the beginning are computed again.
 static void make_room(Machine *w, Decoder *d) {
-    int half = w->ctx / 2, keep = w->ctx - half - 1;
+    int half = w->ctx > 1 ? w->ctx / 2 : 1, keep = w->ctx - half - 1;
     if ((int)d->ids.n <= w->ctx) return;
     if (keep > d->keep) keep = d->keep;
+    if (keep < 0) keep = 0;
     memmove(d->ids.ids + keep, d->ids.ids + d->ids.n - (size_t)half, (size_t)half * sizeof(int));
     d->ids.n = (size_t)(keep + half);
     if (d->done > keep) d->done = keep;

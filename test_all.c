@@ -2671,18 +2671,19 @@ static void test_full_context(void) {
     Tokenizer t = {0};
     load_model(&m, in_folder("endless.bin"));
     find_tokenizer(&t, NULL, &m);
-    static const int contexts[] = {5, 6, 7, 16, 33, 40, 64};
+    static const int contexts[] = {2, 3, 4, 5, 6, 7, 16, 33, 40, 64};
     for (size_t i = 0; i < sizeof contexts / sizeof *contexts; i++) {
         Options o = {.prompt = "abc d", .steps = 150, .context = contexts[i], .threads = 1,
                      .temperature_given = true, .repeat_penalty = 1, .receipt = true,
                      .quiet = true};
         uint64_t receipt;
+        if (contexts[i] < 5) o.prompt = "a";
         Ids expected = by_hand(&m, &t, o.prompt, contexts[i], 4, 150, &receipt);
         Output out = {.fd = -1};
         Machine w;
         Decoder d;
         open_machine(&w, &d, &o, &m, &t, &out);
-        encode(&t, (Text){o.prompt, 5}, NULL, true, &d.ids);
+        encode(&t, (Text){o.prompt, contexts[i] < 5 ? 1 : 5}, NULL, true, &d.ids);
         d.keep = 4;
         d.budget = 150;
         run_decoders(&w, &d, 1);
@@ -2708,6 +2709,7 @@ static void same_text(const Ran *expected, Ran r, const char *what) {
 }
 
 static void test_samples(const char *endless) {
+    survived(RUN(endless, "-i", "a", "-c", "1", "-n", "9", "-q"), "a context of one token");
     static const char *const settings[][3] = {{"1", "0.9", "0"}, {"0.7", "1", "0"}, {"1", "1", "40"},
                                               {"0", "0.9", "40"}};
     for (int s = 0; s < 4; s++) {
