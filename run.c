@@ -309,7 +309,7 @@ static size_t matrix_bytes(int dtype, int rows, int cols) {
 
 // Opens a file for reading. A missing, unreadable or empty one ends the program.
 static int open_file(const char *path, size_t *size) {
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);  // so that a pipe is an error and not a wait
     struct stat st;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     if (fstat(fd, &st)) die("cannot read %s: %s", path, strerror(errno));
@@ -2702,6 +2702,7 @@ typedef struct {
     size_t matched;     // characters of the next such tag that have come
 } Output;
 static char *unfinished_file;  // removed at exit
+static int unfinished_fd;
 static volatile pid_t running_tool;  // ends with the program
 static bool dimmed;            // the terminal writes dimmed text: set back at exit
 
@@ -2735,6 +2736,8 @@ static Output open_output(const char *path) {
     out.fd = mkstemp(out.temporary);
     if (out.fd < 0) free(out.temporary);
     if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
+    unfinished_fd = out.fd;
+    fcntl(out.fd, F_SETFD, FD_CLOEXEC);
     fchmod(out.fd, exists ? st.st_mode & 0777 : 0666 & ~mask);
     unfinished_file = out.temporary;
     return out;
@@ -2868,6 +2871,12 @@ static void end_text(Output *out) {
     write_output(out, out->held, out->n_held);
     out->n_held = 0;
     write_output(out, "\n", 1);
+}
+
+static bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return a && b && !stat(a, &x) && !stat(b, &y) && S_ISREG(x.st_mode) && x.st_dev == y.st_dev &&
+           x.st_ino == y.st_ino;
 }
 
 // What a mode reads: a file, stdin, or the text of -i.
@@ -3118,7 +3127,8 @@ static const char *check_session(const uint8_t *file, size_t size, const Cache *
     if (memcmp(h->magic, session_magic, 8)) return "is a session of another version";
     if (h->hash != hash64(h, offsetof(SessionHeader, hash))) return "is damaged: its header";
     if (h->model != mine.model) return "is a session of another model";
-    if (h->chunk_bytes != mine.chunk_bytes || h->wide != mine.wide || h->ctx < 1)
+    if (h->chunk_bytes != mine.chunk_bytes || h->wide != mine.wide || h->ctx < 1 ||
+        h->ctx > 1 << 24)
         return "is a session of another version";
     if (ctx_too && h->ctx != kv->ctx) return "was made with another -c: leave that out";
     *state = (SessionState){0};
@@ -3128,11 +3138,11 @@ static const char *check_session(const uint8_t *file, size_t size, const Cache *
         if (right && s->number > state->number) *state = *s;
     }
     if (!state->number || state->n_done < 0 || state->n_ids < state->n_done ||
-        state->n_ids > h->ctx + 1 || state->area < 0 || state->area > 1 || state->keep < 0)
+        state->n_done > h->ctx || state->n_ids > h->ctx + 1 || state->area < 0 || state->area > 1 || state->keep < 0)
         return "is damaged: neither of its states is whole";
     Cache theirs = *kv;
     theirs.ctx = h->ctx;
-    if (size < session_size(&theirs, state->n_done)) return "is truncated";
+    if (state->n_ids && size < session_size(&theirs, state->n_done)) return "is truncated";
     const int *ids = session_ids((uint8_t *)(uintptr_t)file, h->ctx, state->area);
     for (int i = 0; i < state->n_ids; i++)
         if (ids[i] < 0 || ids[i] >= kv->m->c.vocab_size) return "is damaged: its tokens";
@@ -3142,7 +3152,7 @@ static const char *check_session(const uint8_t *file, size_t size, const Cache *
 // The context of an existing session, 0 where there is none yet.
 static int session_context(const char *path) {
     SessionHeader h;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     bool whole = fd >= 0 && read(fd, &h, sizeof h) == (ssize_t)sizeof h;
     if (fd >= 0) close(fd);
     return whole && !memcmp(h.magic, session_magic, 8) && h.ctx > 0 && h.ctx <= 1 << 24 ? h.ctx : 0;
@@ -3170,7 +3180,7 @@ static void open_session(Session *s, const char *path, Cache *kv) {
     struct stat st;
     SessionHeader h = session_header(kv);
     s->path = path;
-    s->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    s->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0644);
     if (s->fd < 0 || fstat(s->fd, &st)) die("cannot open the session %s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("the session %s is not a file", path);
     if (fcntl(s->fd, F_SETLK, &lock)) {
@@ -3186,7 +3196,6 @@ static void open_session(Session *s, const char *path, Cache *kv) {
         seal_state(&first.h.states[1]);
         if (pwrite(s->fd, &first, sizeof first, 0) != (ssize_t)sizeof first)
             die("cannot write the session %s: %s", path, strerror(errno));
-        reserve_session(s, kv, 0);
     } else {
         void *file = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, s->fd, 0);
         if (file == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
@@ -3194,13 +3203,15 @@ static void open_session(Session *s, const char *path, Cache *kv) {
         munmap(file, (size_t)st.st_size);
         if (wrong) die("%s %s", path, wrong);
     }
+    s->reserved = session_size(kv, s->now.n_done);
+    if (s->reserved > (size_t)st.st_size) s->reserved = (size_t)st.st_size;
+    reserve_session(s, kv, s->now.n_done);
     if ((size_t)st.st_size < s->size && ftruncate(s->fd, (off_t)s->size))
         die("cannot make the session %s %zu MiB long: %s", path, s->size >> 20, strerror(errno));
     s->map = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
     if (s->map == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
     if (st.st_size == 0) s->now = ((SessionHeader *)(void *)s->map)->states[1];
     s->written = s->now.n_ids;
-    s->reserved = session_size(kv, s->now.n_done);
     munmap(kv->data, kv->bytes);
     kv->data = s->map + session_cache_at(kv->ctx);
 }
@@ -3209,6 +3220,7 @@ static void open_session(Session *s, const char *path, Cache *kv) {
 static void save_session(Session *s, const Cache *kv, const int *ids, int n_ids, int n_done,
                          int keep, uint64_t rng) {
     if (s->fd < 0) return;
+    if (n_ids > kv->ctx + 1) n_ids = n_done;  // what there is no room for is not part of it yet
     int *area = session_ids(s->map, kv->ctx, s->now.area);
     for (int i = s->written; i < n_ids; i++) area[i] = ids[i];
     s->written = n_ids;
@@ -3245,6 +3257,7 @@ static Text ask_tool(const char *command, Text question) {
         signal(SIGPIPE, SIG_DFL);
         if (dup2(to[0], 0) < 0 || dup2(from[1], 1) < 0) _exit(127);
         close(to[0]), close(to[1]), close(from[0]), close(from[1]);
+        setenv("BC_LINE_LENGTH", "0", 1);  // bc would break long numbers
         execl("/bin/sh", "sh", "-c", command, (char *)NULL);
         _exit(127);
     }
@@ -3278,6 +3291,9 @@ static Text ask_tool(const char *command, Text question) {
         if (seconds() > deadline || interrupted) why = "takes too long";
         else poll(NULL, 0, 1);
     }
+    // It may have ended and left a child behind that keeps the pipe open.
+    if (why && !done && n) done = waitpid(child, &status, WNOHANG);
+    if (why && done > 0 && !status) why = NULL;
     kill(-child, SIGKILL);
     running_tool = 0;
     if (!done) while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
@@ -3308,6 +3324,11 @@ static const char *read_expression(const char *s, int *n_operators) {
     }
 }
 
+// Whether the character at i is a minus that begins a line, with a space behind it.
+static bool is_bullet(Text text, size_t i) {
+    return text.s[i] == '-' && text.s[i + 1] == ' ' && (i == 0 || text.s[i - 1] == '\n');
+}
+
 // The question that a text ends in, and what comes before and after the answer to it. In the text's
 // last line an arithmetic expression and "="; or a <tool_call> with JSON. An empty one: none.
 static Text find_question(Text text, const char **before, const char **after) {
@@ -3326,12 +3347,18 @@ static Text find_question(Text text, const char **before, const char **after) {
     if (!n || text.s[n - 1] != '=') return (Text){"", 0};
     size_t equals = n - 1, first = equals;
     if (n == text.len && equals && text.s[equals - 1] == ' ') *before = " ";
-    while (first && equals - first < 200 && strchr("0123456789.+-*/%^() ", text.s[first - 1])) first--;
-    for (; first < equals; first++) {
+    while (first && equals - first < 200 && text.s[first - 1] &&
+           strchr("0123456789.+-*/%^() ", text.s[first - 1])) first--;
+    if (equals - first == 200) return (Text){"", 0};
+    for (; first < equals; first++) {  // the longest expression that is not part of something else
         int n_operators = 0;
-        char c = first ? text.s[first - 1] : ' ';
-        bool inside = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-        if (text.s[first] == ' ' || inside || c == '.') continue;  // part of a word or number
+        size_t at = first;
+        while (at && text.s[at - 1] == ' ') at--;
+        char c = at ? text.s[at - 1] : '\n';
+        bool word = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+        bool inside = (word && at == first) || (c && strchr(".,(+-*/%^:=_", c));
+        if (c == '-' && is_bullet(text, at - 1)) inside = false;
+        if (text.s[first] == ' ' || inside || is_bullet(text, first)) continue;
         const char *stop = read_expression(text.s + first, &n_operators);
         if (stop == text.s + equals && n_operators)
             return (Text){text.s + first, equals - first};
@@ -3531,6 +3558,12 @@ static void print_receipt(const Decoder *d) {
     fprintf(stderr, "receipt: %016llx\n", (unsigned long long)mix64(d->receipt + d->words));
 }
 
+// Computes all but the last token, so that text and cache can be kept.
+static void settle(Machine *w, Decoder *d) {
+    make_room(w, d);
+    if (d->ids.n) fill(w, w->m, &w->kv, d, d->done, (int)d->ids.n - 1);
+}
+
 static bool is_live(const Decoder *d) { return !d->stopped && d->budget > 0; }
 
 // Computes the logits of all decoders that still draw, in one batch.
@@ -3551,13 +3584,13 @@ static void compute(Machine *w, Decoder *d, int n) {
         w->batch[n_slots++] = (Slot){d[i].ids.ids[n_ids - 1], n_ids - 1, d[i].seq, true};
         for (int j = 0; j < d[i].n_draft; j++)
             w->batch[n_slots++] = (Slot){d[i].draft[j], n_ids + j, d[i].seq, true};
-        d[i].done = n_ids;
         d[i].logits = NULL;
     }
     if (interrupted || !n_slots) return;
     float *logits = forward(w->m, &w->kv, w->batch, (int)n_slots);
     for (int i = 0; i < n; i++) {
         if (!is_live(&d[i])) continue;
+        d[i].done = (int)d[i].ids.n;
         d[i].logits = logits;
         logits += vocab * (size_t)(1 + d[i].n_draft);
     }
@@ -3699,6 +3732,7 @@ static void free_decoder(Decoder *d) {
 }
 
 static void close_machine(Machine *w, Decoder *d) {
+    if (w->session.fd >= 0 && !interrupted) settle(w, d);
     // A token that was drawn last is part of the session; a prompt that was interrupted is not.
     save_decoder(w, d, (int)d->ids.n > d->done + 1 ? d->done : (int)d->ids.n);
     close_session(&w->session, &w->kv);
@@ -3733,7 +3767,8 @@ static Decoder *run_samples(Machine *w, Decoder *trunk, int k, int *best) {
     const Output *so_far = trunk->out;
     compute(w, trunk, 1);
     int n = (int)trunk->ids.n;
-    add_branches(&w->kv, k, n + trunk->budget <= w->ctx ? (int)trunk->budget : w->ctx);
+    bool fits = n + trunk->budget <= w->ctx && !w->o->tool;
+    add_branches(&w->kv, k, fits ? (int)trunk->budget : w->ctx);
     for (int i = 0; i < k; i++) {
         d[i] = *trunk;
         d[i].ids = (Ids){0};
@@ -3773,9 +3808,15 @@ static void print_samples(Machine *w, Decoder *trunk, Decoder *d, int best, Outp
             write_output(out, d[i].out->memory, d[i].out->n);
         }
     }
-    if (w->o->best && w->kv.from[best + 1] == (int)trunk->ids.n)
-        for (size_t i = trunk->ids.n; i < d[best].ids.n; i++) push(&trunk->ids, d[best].ids.ids[i]);
-    if (w->o->best) trunk->s.rng = d[best].s.rng;
+    if (w->o->best) {
+        int same = w->kv.from[best + 1];  // less than the trunk has if the context was full
+        if (same < (int)trunk->ids.n) w->session.now.area ^= 1, w->session.written = 0;
+        if (trunk->done > same) trunk->done = same;
+        trunk->ids.n = (size_t)same;
+        for (size_t i = (size_t)same; i < d[best].ids.n; i++) push(&trunk->ids, d[best].ids.ids[i]);
+        trunk->s.rng = d[best].s.rng;
+        save_decoder(w, trunk, trunk->done);
+    }
     for (int i = 0; i < k; i++) {
         free_decoder(&d[i]);
         free(d[i].out->memory);
@@ -3811,14 +3852,15 @@ static long long start_text(const Options *o, const Model *m, const Tokenizer *t
         die("the prompt has %zu tokens, the context only %d", ids->n - before, ctx);
     if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
     // llama2.c counts positions, the prompt's included, and stays within the context.
-    size_t end = o->steps == 0 || o->steps > ctx ? (size_t)ctx : (size_t)o->steps;
+    size_t end = o->steps == 0 || o->steps > ctx ? (size_t)ctx : before + (size_t)o->steps;
+    if (end > (size_t)ctx) end = (size_t)ctx;
     if (ids->n > end + 1) ids->n = end + 1;
     return (long long)(end + 1 - ids->n);
 }
 
-static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+static void generate(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
+                     Output *out) {
     double start = seconds();
-    Text prompt = input_text(o);
     Output samples = {.fd = -1, .terminal = out->terminal};
     Machine w;
     Decoder d;
@@ -3844,7 +3886,6 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
         if (o->receipt) print_receipt(&d);
     }
     print_statistics(&w, &d, n_prompt, start);
-    free((char *)(uintptr_t)prompt.s);
     close_machine(&w, &d);
 }
 
@@ -3870,12 +3911,12 @@ static double answer_bits(const Model *m, const Tokenizer *t, Text prompt, Text 
 
 // All models answer the prompt; each scores each answer in bits per byte, a measure that does not
 // depend on the tokenizer; the answer with the lowest average is printed.
-static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
+                     Output *out) {
     static Model models[1 + MAX_OTHERS];
     static Tokenizer tokenizers[1 + MAX_OTHERS];
     static Output answers[1 + MAX_OTHERS];
     static volatile int n;
-    Text prompt = input_text(o);
     models[0] = *m, tokenizers[0] = *t, n = 1;
     for (volatile int i = 0; i < o->n_others; i++) {
         jmp_buf failed;
@@ -3889,8 +3930,8 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     }
     for (int i = 0; i < n && !interrupted; i++) {
         if (!o->quiet) fprintf(stderr, "%s%s answers\n", i ? "\n" : "", models[i].path);
-        answers[i] = (Output){.fd = -1, .terminal = out->terminal};
-        generate(o, &models[i], &tokenizers[i], &answers[i]);
+        answers[i] = (Output){.fd = -1};
+        generate(o, &models[i], &tokenizers[i], prompt, &answers[i]);
     }
     int best = 0;
     double lowest = INFINITY;
@@ -3908,31 +3949,34 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     }
     if (!interrupted) {
         if (!o->quiet) fprintf(stderr, "the best answer is %s's\n", models[best].path);
-        write_output(out, answers[best].memory, answers[best].n);
+        write_text(out, (Text){answers[best].memory, answers[best].n});
     }
     for (int i = 0; i < n; i++) {
         free(answers[i].memory);
         if (i) free_tokenizer(&tokenizers[i]), free_model(&models[i]);
     }
-    free((char *)(uintptr_t)prompt.s);
 }
 
 // ---- chat: a conversation, whose keys and values stay in the cache from turn to turn
 
 // Writes the conversation into a file that -S and /load open.
-static void save_conversation(Machine *w, const Decoder *d, const char *path) {
-    SessionHeader h = session_header(&w->kv);
-    size_t cache_at = session_cache_at(w->ctx), kv_bytes = session_size(&w->kv, d->done) - cache_at;
-    uint8_t *head = reserve(cache_at, path);
-    h.states[1] = (SessionState){1, (int)d->ids.n, d->done, d->keep, 0, d->s.rng, 0};
-    seal_state(&h.states[1]);
-    memcpy(head, &h, sizeof h);
-    memcpy(session_ids(head, w->ctx, 0), d->ids.ids, d->ids.n * sizeof(int));
+static void save_conversation(Machine *w, Decoder *d, const char *path) {
+    static union { SessionHeader h; char page[PAGE]; } first;
+    static const char zeros[PAGE];
+    settle(w, d);
+    size_t cache_at = session_cache_at(w->ctx), at = PAGE + d->ids.n * sizeof(int), n;
+    first.h = session_header(&w->kv);
+    first.h.states[1] = (SessionState){1, (int)d->ids.n, d->done, d->keep, 0, d->s.rng, 0};
+    seal_state(&first.h.states[1]);
     Output file = open_output(path);
-    write_output(&file, head, cache_at);
-    write_output(&file, w->kv.data, kv_bytes);
+    write_output(&file, &first, PAGE);
+    write_output(&file, d->ids.ids, d->ids.n * sizeof(int));
+    for (; at < cache_at; at += n) {
+        n = cache_at - at < PAGE ? cache_at - at : PAGE;
+        write_output(&file, zeros, n);
+    }
+    write_output(&file, w->kv.data, session_size(&w->kv, d->done) - cache_at);
     close_output(&file);
-    munmap(head, cache_at);
 }
 
 // Takes the conversation of a file in the place of this one.
@@ -3964,19 +4008,27 @@ static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double 
     jmp_buf failed;
     bool save = !strcmp(name, "/save"), load = !strcmp(name, "/load");
     if ((save || load) && !path) fprintf(stderr, "%s needs a file\n", name);
+    else if ((save || load) && (same_file(path, w->o->session) || same_file(path, w->m->path) ||
+                                same_file(path, w->t->path) || same_file(path, w->o->output)))
+        fprintf(stderr, "%s: %s is in use\n", name, path);
     else if (save || load) {
-        if (setjmp(failed)) {
-            recovery = NULL;
-            char *file = unfinished_file;
+        char *volatile ours = unfinished_file;  // that of -o
+        volatile int fd = unfinished_fd;
+        unfinished_file = NULL;
+        if (!setjmp(failed)) {
+            recovery = &failed;
+            if (save) save_conversation(w, d, path);
+            else load_conversation(w, d, path), turns->n = 0;
+            fprintf(stderr, "%s: %zu tokens\n", path, d->ids.n);
+        } else if (unfinished_file) {
+            char *left = unfinished_file;
             remove_unfinished();
-            free(file);
-            return;
+            close(unfinished_fd);
+            free(left);
         }
-        recovery = &failed;
-        if (save) save_conversation(w, d, path);
-        else load_conversation(w, d, path), turns->n = 0;
         recovery = NULL;
-        fprintf(stderr, "%s: %zu tokens\n", path, d->ids.n);
+        unfinished_file = ours;
+        unfinished_fd = fd;
     } else if (!strcmp(name, "/clear")) cut(w, d, 0), turns->n = 0;
     else if (!strcmp(name, "/undo")) {
         if (!turns->n) fprintf(stderr, "there is no turn to take back\n");
@@ -4010,6 +4062,7 @@ static Text read_line(bool prompt) {
         clearerr(stdin);  // Ctrl-C drops the line; a second one ends the program
         if (prompt) fputs("\n(Ctrl-D ends the chat)\n", stderr);
     }
+    if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
     free(s);
     return (Text){NULL, 0};
 }
@@ -4045,7 +4098,7 @@ static bool add_turn(Machine *w, Decoder *d, Text user, Prompt *p) {
     return true;
 }
 
-static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+static void chat(const Options *o, const Model *m, const Tokenizer *t, Text first, Output *out) {
     if (!t->chat[USER_BEFORE].len && !t->chat[USER_AFTER].len)
         die("%s has no chat format: its model continues texts (-m generate)", t->path);
     if (o->system && !t->chat[SYSTEM_BEFORE].len && !t->chat[USER_BEFORE_SYSTEM].len)
@@ -4061,14 +4114,15 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     tell_seed(&w, &d);
     if (d.ids.n && o->system && !o->quiet)
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
-    bool given = o->prompt || o->prompt_file;
-    for (Text user = given ? input_text(o) : read_line(terminal); user.s && interrupted != SIGTERM;
-         free((char *)(uintptr_t)user.s), user = read_line(terminal)) {
+    for (Text user = first; interrupted != SIGTERM; free((char *)(uintptr_t)user.s)) {
+        bool given = first.s != NULL;
+        first.s = NULL;
+        if (!given) user = read_line(terminal);
+        if (!user.s) break;
         if (user.len && user.s[0] == '/' && !given) {
             chat_command(&w, &d, (char *)(uintptr_t)user.s, &turns, rate);
             continue;
         }
-        given = false;
         size_t start = d.ids.n;
         if (!user.len || !add_turn(&w, &d, user, &p)) continue;
         Output samples = {.fd = -1, .terminal = out->terminal};
@@ -4078,7 +4132,8 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
         d.stopped = false;
         d.n_new = 0;
         d.out = o->samples > 1 ? &samples : out;
-        start_thoughts(d.out, o, !t->llama2c, (Text){p.s, p.n});
+        int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
+        start_thoughts(d.out, o, !t->llama2c, t->chat[after]);
         watch_text(&w, &d, (Text){"", 0});
         if (o->samples > 1) {
             Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
@@ -4652,6 +4707,7 @@ static void write_logits(const Options *o, const Model *m) {
     if (ids.n + (size_t)from > (size_t)w.ctx)
         die("%zu tokens are more than the context of %d", ids.n + (size_t)from, w.ctx);
     for (size_t i = 0; i < ids.n; i++) push(&d.ids, ids.ids[i]);
+    if (from == 0) d.keep = ids.n < 4 ? (int)ids.n : 4;
     Slot batch[MAX_BATCH];
     for (int n; from < (int)d.ids.n && !interrupted; from += n) {
         for (n = 0; n < most && from + n < (int)d.ids.n; n++)
@@ -5673,9 +5729,7 @@ static void parse(Option *options, int argc, char **argv, Options *o) {
 
 // An output that is also an input would be lost: it is refused.
 static void refuse_overwriting(const char *output, const char *input) {
-    struct stat out, in;
-    if (!output || !input || stat(output, &out) || stat(input, &in)) return;
-    if (S_ISREG(out.st_mode) && out.st_dev == in.st_dev && out.st_ino == in.st_ino)
+    if (same_file(output, input))
         usage_error("-o %s would overwrite %s, which is read", output, input);
 }
 
@@ -5825,7 +5879,7 @@ int main(int argc, char **argv) {
         {'j', "threads", "N", INTEGER, &o.threads, 1, 256, "threads (the number of cores)"},
         {'y', "system", "TEXT", STRING, &o.system, 0, 0, "the system turn of a chat"},
         {'k', "samples", "N", INTEGER, &o.samples, 1, MAX_SAMPLES,
-         "N continuations at once, seeds N * 0x9E3779B97F4A7C15 apart"},
+         "N continuations at once, whose seeds are 0x9E3779B97F4A7C15 apart"},
         {'b', "best", "", FLAG, &o.best, 0, 0, "of these only the likeliest"},
         {'e', "ensemble", "MODEL", LIST, o.others, 0, 0,
          "this model answers too, the best answer wins; repeatable"},
@@ -5853,6 +5907,11 @@ int main(int argc, char **argv) {
         {0, NULL, NULL, 0, NULL, 0, 0, NULL},
     };
     double started = seconds();
+    for (int fd = 0; fd <= 2;) {  // a file that we open must not become stdin, stdout or stderr
+        fd = open("/dev/null", O_RDWR);
+        if (fd < 0) break;
+        if (fd > 2) close(fd);
+    }
     check_arithmetic();
     parse(options, argc, argv, &o);
     if (o.help) help(options);
@@ -5904,7 +5963,10 @@ int main(int argc, char **argv) {
     refuse_overwriting(o.output, t.path);
     if (mode == GENERATE || mode == CHAT) {
         Output out = open_output(o.output);
-        (mode == CHAT ? chat : o.n_others ? ensemble : generate)(&o, &m, &t, &out);
+        Text prompt = {NULL, 0};
+        if (mode == GENERATE || o.prompt || o.prompt_file) prompt = input_text(&o);
+        (mode == CHAT ? chat : o.n_others ? ensemble : generate)(&o, &m, &t, prompt, &out);
+        if (mode == GENERATE) free((char *)(uintptr_t)prompt.s);
         close_output(&out);
     }
     if (mode == TOKENIZE) tokenize(&o, &t);

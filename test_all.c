@@ -2965,8 +2965,11 @@ static void test_tools(const char *endless) {
         {"x\n(1+2)*3=", "(1+2)*3", ""}, {"1) 3+4=", "3+4", ""}, {"2*-3=", "2*-3", ""},
         {"1.5*2=", "1.5*2", ""}, {"2^10%7=", "2^10%7", ""}, {"5=", "", ""}, {"x=", "", ""},
         {"=", "", ""}, {"", "", ""}, {"1+1", "", ""}, {"1+1=2", "", ""}, {"1+=", "", ""},
-        {"(1+1=", "1+1", ""}, {"1..2+1=", "", ""}, {"1+1\n=", "", ""}, {"a1+1=", "", ""},
-        {"1+1==", "", ""}, {"$3+4=", "3+4", ""}, {"((((=", "", ""}, {"-1-1=", "-1-1", ""},
+        {"(1+1=", "", ""}, {"1..2+1=", "", ""}, {"1+1\n=", "", ""}, {"a1+1=", "", ""},
+        {"1+1==", "", ""}, {"$3+4=", "3+4", ""}, {"1,234*2=", "", ""},
+        {"- 12*34=", "12*34", ""}, {"sqrt(16)+2*3=", "", ""}, {"3x+2*5=", "", ""},
+        {"y + 2 * 3 =", "", ""}, {"x-3*2=", "", ""}, {"http://a/page/3/2=", "", ""},
+        {"QUJD+12/34=", "", ""}, {"10:30-11=", "", ""}, {"is: -3*2=", "", ""}, {"((((=", "", ""}, {"-1-1=", "-1-1", ""},
         {"say <tool_call>{\"a\": 1}</tool_call>", "{\"a\": 1}", "\n<tool_response>\n"},
         {"{}</tool_call>", "", ""}, {"<tool_call>{}</tool_call> ", "", ""},
         {"<tool_call>a<tool_call>b</tool_call>", "b", "\n<tool_response>\n"}};
@@ -2994,6 +2997,14 @@ static void test_tools(const char *endless) {
         same_text(&alone, r, bad[i]);
     }
     free_ran(&alone);
+    survived(RUN(endless, "-T", "yes 'a b c' | head -c 3000", "-i", "1+1", "-n", "40", "-k", "3", "-q",
+                 "-c", "4000", "-t", "9", "-s", "1"), "samples with long answers of a tool");
+    survived(RUN(endless, "-T", "yes 'a b c' | head -c 3000", "-i", "1+1=", "-n", "1", "-q", "-S",
+                 in_folder("answered"), "-c", "300"), "an answer longer than the context");
+    survived(RUN(endless, "-S", in_folder("answered"), "-n", "9", "-q"), "its session");
+    r = RUN(endless, "-T", "sleep 8 & echo 7", "-i", "1+1=", "-n", "1", "-t", "0", "-q");
+    CHECK(!strncmp((char *)r.out.p, "1+1=7", 5), "a tool may leave a child behind: %s", r.err.p);
+    free_ran(&r);
     r = RUN(endless, "-T", "echo '$(touch x); `ls`'", "-i", "1+1=", "-n", "1", "-t", "0", "-q");
     CHECK(!strncmp((char *)r.out.p, "1+1=$(touch x); `ls`", 20), "an answer is only text: %s", r.out.p);
     free_ran(&r);
@@ -3094,6 +3105,19 @@ static void test_chat(const char *endless) {
     CHECK(r.status == 0 && r.out.n == 0 && one_line(&r), "a turn that cannot fit is left out: %s",
           r.err.p);
     free(longest), free_ran(&r);
+    r = talk(endless, "abc\n/load /nowhere\n/save /nowhere/x\ndef\n", "-o", in_folder("said"));
+    Buffer said = slurp(in_folder("said"));
+    CHECK(r.status == 0 && said.n == two.out.n && !memcmp(said.p, two.out.p, said.n),
+          "-o is whole after commands that failed: %s", r.err.p);
+    free_ran(&r), free(said.p);
+    snprintf(input, sizeof input, "abc\n/save %.300s\n/load %.300s\n/save %.300s\ndef\n",
+             in_folder("session"), in_folder("session"), endless);
+    Buffer before = slurp(endless);
+    unlink(in_folder("session"));
+    same_text(&two, talk(endless, input, "-S", in_folder("session")), "files in use are left alone");
+    Buffer after = slurp(endless);
+    CHECK(before.n == after.n && !memcmp(before.p, after.p, before.n), "and so is the model");
+    free(before.p), free(after.p);
     free_ran(&one), free_ran(&two), free_ran(&other), free(expected.p);
     refused(RUN(in_folder("plain.bin"), "-m", "chat", "-i", "a"), 1, "chat without a chat format");
 }
