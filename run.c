@@ -1989,8 +1989,7 @@ static void start_threads(int n) {
 #ifndef MADV_HUGEPAGE
 static const uint8_t *map_weights(const char *path, size_t *size) { return map_file(path, size); }
 #else
-// Bytes of memory that this process may well use: what is free, and within its control group's
-// limit.
+// Bytes of memory that this process may use: what is free, and within its control group's limit.
 static uint64_t free_memory(void) {
     uint64_t least = UINT64_MAX;
 #ifdef _SC_AVPHYS_PAGES
@@ -2065,6 +2064,7 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
 #endif
 
 #if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
+#define AVX512
 enum { W = 16 };
 #elif defined __AVX2__
 enum { W = 8 };
@@ -2081,8 +2081,7 @@ typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
-#define UNROLL                                                                                     \
-    _Pragma("GCC unroll 32") // for loops over accumulators, so that these stay in registers
+#define UNROLL _Pragma("GCC unroll 32")  // of loops over accumulators: these stay in registers
 #endif
 
 INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
@@ -2095,7 +2094,7 @@ INLINE void prefetch(const uint8_t *p, size_t bytes) {
 }
 INLINE int32_t read_4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
 
-#if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
+#ifdef AVX512
 INLINE vf load_half(const uint16_t *p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
@@ -2115,7 +2114,7 @@ INLINE vf load_half(const uint16_t *p) {
 }
 #endif
 
-#if defined __AVX512VNNI__ && defined __AVX512BW__ && defined __AVX512VL__
+#if defined __AVX512VNNI__ && defined AVX512
 enum { BIAS8 = 128 };
 static const char isa[] = "AVX-512 VNNI";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
@@ -2132,7 +2131,7 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 #elif defined __SSE2__
 enum { BIAS8 = 0 };
 // Bytes become 16-bit numbers, even and odd ones apart; madd multiplies and adds pairs of these.
-#if defined __AVX512BW__ && defined __AVX512VL__
+#ifdef AVX512
 static const char isa[] = "AVX-512";
 #define MADD(a, b) (vi) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
 #elif defined __AVX2__
@@ -2244,16 +2243,12 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
 }
 
 // Writes BODY with T = the tokens that are left, at most 8, as a constant.
+#define TILE_CASE(label, n, BODY) label: { enum { T = n }; BODY; } break;
 #define FOR_TILE(left, BODY)                                                                       \
     switch (left) {                                                                                \
-        case 1: { enum { T = 1 }; BODY; } break;                                                   \
-        case 2: { enum { T = 2 }; BODY; } break;                                                   \
-        case 3: { enum { T = 3 }; BODY; } break;                                                   \
-        case 4: { enum { T = 4 }; BODY; } break;                                                   \
-        case 5: { enum { T = 5 }; BODY; } break;                                                   \
-        case 6: { enum { T = 6 }; BODY; } break;                                                   \
-        case 7: { enum { T = 7 }; BODY; } break;                                                   \
-        default: { enum { T = 8 }; BODY; }                                                         \
+        TILE_CASE(case 1, 1, BODY) TILE_CASE(case 2, 2, BODY) TILE_CASE(case 3, 3, BODY)           \
+        TILE_CASE(case 4, 4, BODY) TILE_CASE(case 5, 5, BODY) TILE_CASE(case 6, 6, BODY)           \
+        TILE_CASE(case 7, 7, BODY) TILE_CASE(default, 8, BODY)                                     \
     }
 static int tile_of(int left) { return left < TILE ? left : TILE; }
 
@@ -2296,7 +2291,7 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *
 // w[i] becomes column i of W rows of float32 that lie one after the other, `cols` apart.
 INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
     for (int r = 0; r < W; r++) w[r] = load(rows + (size_t)(r < n_rows ? r : n_rows - 1) * cols);
-#if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
+#ifdef AVX512
     if (W == 16) {  // transposed by exchanging blocks of 1, 2, 4 and 8
         for (int s = 1; s < W; s *= 2) {
             vi low, high;
@@ -2396,25 +2391,21 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
                                     n == 1 || t || lane ? 0 : panel_bytes(w->dtype, w->cols),
                                     out + t * 16);
     }
-    for (int t = 0; t < n; t++, y += stride) {
+    for (int t = 0; t < n; t++, y += stride)
         if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
         else memcpy(y, out + t * 16, (size_t)rows * sizeof(float));
-    }
 }
 
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
 // of a tile that share a key/value head pass over its keys and values together.
 
-enum {
-    MAX_QUERIES = 32,
-    AHEAD = 8192
-}; // AHEAD: bytes that few queries prefetch, as they wait for memory
+enum { MAX_QUERIES = 32, AHEAD = 8192 };  // bytes that few queries prefetch: they wait for memory
 typedef struct { int slot, n, first, last; } AttendTile;  // slots; positions any of them sees
 typedef struct {
     const Pass *f;
     const AttendTile *tiles;
     int n_tiles, group;        // query heads of a key/value head
-    int parts;                 // into how many the current phase cuts a tile
+    int phase, parts;          // into how many parts the phase cuts a tile
     size_t row, area;          // floats of a query's scores; of a tile's
 } Attend;
 
@@ -2430,22 +2421,13 @@ INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, int 
     }
     UNROLL for (int j = 0; j < Q; j++) store(out + (size_t)j * row + lane, acc[j] * scale);
 }
-#define SCORE_AS(n, wide) score_kernel(n, wide, keys, head_dim, lane, q, n_queries, scale, out, row)
-#define SCORE(n) case n: if (wide) SCORE_AS(n, true); else SCORE_AS(n, false); break
 static void score_block(int n, bool wide, const uint8_t *keys, int head_dim, const float *q,
                         int n_queries, float scale, float *out, size_t row) {
+#define SCORE(n, wide) score_kernel(n, wide, keys, head_dim, lane, q, n_queries, scale, out, row)
+#define CASE(n) case n: if (wide) SCORE(n, true); else SCORE(n, false); break;
     for (int lane = 0; lane < 16; lane += W)
-        switch (n) {
-            SCORE(1);
-            SCORE(2);
-            SCORE(3);
-            SCORE(4);
-            SCORE(5);
-            SCORE(6);
-            SCORE(7);
-            SCORE(8);
-            SCORE(24);
-        }
+        switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(24) }
+#undef CASE
 }
 
 // out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of
@@ -2467,22 +2449,16 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
     UNROLL for (int j = 0; j < Q; j++)
         UNROLL for (int i = 0; i < V; i++) store(out + j * width + i * W, acc[j][i]);
 }
-#define MIX(q, v)                                                                                  \
-    do {                                                                                           \
-        if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out);                     \
-        else mix_kernel(q, v, false, values, width, n, weights, row, out);                         \
-    } while (0)
 // Does as many queries at once as the registers allow, and returns how many.
 static int mix_block(int left, int vectors, bool wide, const uint8_t *values, int width, int n,
                      const float *weights, size_t row, float *out) {
     int most = W == 16 ? 6 : 2, q = left < most ? left : most;
-#define CASE(q)                                                                                    \
-    case q:                                                                                        \
-        if (vectors == 4) MIX(q, 4);                                                               \
-        else if (vectors == 2) MIX(q, 2);                                                          \
-        else MIX(q, 1);                                                                            \
-        break
-    switch (q) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
+#define MIX(q, v)                                                                                  \
+    if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out);                         \
+    else mix_kernel(q, v, false, values, width, n, weights, row, out);                             \
+    break;
+#define CASE(q) case q * 8 + 1: MIX(q, 1) case q * 8 + 2: MIX(q, 2) case q * 8 + 4: MIX(q, 4)
+    switch (q * 8 + vectors) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
     return q;
 }
@@ -2514,16 +2490,11 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
             for (int j = 0, some; j < n; j += some) {
                 some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
-                if (!side)
-                    score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, out,
-                                a->row);
-                else {
-                    score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale, own,
-                                16);
-                    for (int i = 0; i < some; i++)
-                        for (int l = from - pos; l < 16; l++)
-                            out[(size_t)i * a->row + (size_t)l] = own[i * 16 + l];
-                }
+                score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale,
+                            side ? own : out, side ? 16 : a->row);
+                for (int i = 0; i < some && side; i++)
+                    for (int l = from - pos; l < 16; l++)
+                        out[(size_t)i * a->row + (size_t)l] = own[i * 16 + l];
             }
         }
     }
@@ -2581,52 +2552,31 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
     free(out);
 }
 
-// One tile and key/value head, with the thread's own scratch.
-static void attend_all(void *context, int item, int thread) {
+// Phase 0 does a tile and key/value head as a whole, with the thread's own scratch. Where there are
+// few of these, phases 1 to 3 cut each into parts instead: by positions, by queries, by channels.
+enum { PART = 16, CHANNELS = 32 };  // blocks of positions; a cache line of values
+static void attend_part(void *context, int item, int thread) {
     const Attend *a = context;
-    int n_kv = a->f->m->c.n_kv_heads;
-    const AttendTile *tile = &a->tiles[item / n_kv];
-    float *scores = a->f->s->scores + (size_t)thread * a->area;
-    attend_scores(a, tile, item % n_kv, scores, tile->first / 16, tile->last / 16 + 1);
-    for (int j = 0; j < tile->n * a->group; j++) attend_softmax(a, tile, scores, j);
-    attend_mix(a, tile, item % n_kv, scores, 0, round_up(a->f->m->c.head_dim, 16));
-}
-
-// The same in three phases, each cut into parts, for when there are few tiles: by positions, by
-// queries and by channels.
-enum { PART = 16 };  // blocks of positions
-static void scores_part(void *context, int item, int thread) {
-    const Attend *a = context;
-    int pair = item / a->parts, n_kv = a->f->m->c.n_kv_heads;
+    int pair = item / a->parts, part = item % a->parts, n_kv = a->f->m->c.n_kv_heads;
     const AttendTile *tile = &a->tiles[pair / n_kv];
-    int b0 = tile->first / 16 + item % a->parts * PART, end = tile->last / 16 + 1;
-    (void)thread;
-    if (b0 < end) attend_scores(a, tile, pair % n_kv, a->f->s->scores + (size_t)pair * a->area, b0,
-                                b0 + PART < end ? b0 + PART : end);
-}
-static void softmax_part(void *context, int item, int thread) {
-    const Attend *a = context;
-    int pair = item / a->parts, query = item % a->parts;
-    const AttendTile *tile = &a->tiles[pair / a->f->m->c.n_kv_heads];
-    (void)thread;
-    if (query < tile->n * a->group)
-        attend_softmax(a, tile, a->f->s->scores + (size_t)pair * a->area, query);
-}
-static void mix_part(void *context, int item, int thread) {
-    const Attend *a = context;
-    int pair = item / a->parts, n_kv = a->f->m->c.n_kv_heads, c0 = item % a->parts * 32;
-    int width = round_up(a->f->m->c.head_dim, 16);  // 32 channels are a cache line of values
-    (void)thread;
-    attend_mix(a, &a->tiles[pair / n_kv], pair % n_kv, a->f->s->scores + (size_t)pair * a->area, c0,
-               c0 + 32 < width ? c0 + 32 : width);
+    float *scores = a->f->s->scores + (size_t)(a->phase ? pair : thread) * a->area;
+    int b0 = tile->first / 16, b1 = tile->last / 16 + 1, n = tile->n * a->group;
+    int c0 = 0, c1 = round_up(a->f->m->c.head_dim, 16);
+    if (a->phase == 1) b0 += part * PART, b1 = b0 + PART < b1 ? b0 + PART : b1;
+    if (a->phase == 3) c0 = part * CHANNELS, c1 = c0 + CHANNELS < c1 ? c0 + CHANNELS : c1;
+    if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, pair % n_kv, scores, b0, b1);
+    if (a->phase == 0)
+        for (int j = 0; j < n; j++) attend_softmax(a, tile, scores, j);
+    if (a->phase == 2 && part < n) attend_softmax(a, tile, scores, part);
+    if (a->phase == 0 || a->phase == 3) attend_mix(a, tile, pair % n_kv, scores, c0, c1);
 }
 
 static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
     AttendTile tiles[MAX_BATCH];
     Attend a = {.f = f, .tiles = tiles, .group = c->n_heads / c->n_kv_heads};
-    int most = a.group <= 4 ? 8 : MAX_QUERIES / a.group + !(MAX_QUERIES / a.group), longest = 0,
-        widest = 1;
+    int most = a.group <= 4 ? 8 : a.group > MAX_QUERIES ? 1 : MAX_QUERIES / a.group;
+    int longest = 0, widest = 1;
     for (int i = 0; i < f->n; i++) {
         const Slot *slot = &f->batch[i];
         AttendTile *tile = &tiles[a.n_tiles - (a.n_tiles > 0)];
@@ -2650,16 +2600,12 @@ static void attention_fast(const Pass *f) {
         f->s->scores_capacity = need + need / 4;
         f->s->scores = resize(f->s->scores, f->s->scores_capacity, sizeof(float));
     }
-    if (!phases) {
-        parallel(attend_all, &a, pairs);
-        return;
+    int parts[] = {1, (longest - 1) / (16 * PART) + 2, a.group * widest,
+                   (c->head_dim - 1) / CHANNELS + 1};
+    for (a.phase = phases; a.phase <= 3 * phases; a.phase++) {
+        a.parts = parts[a.phase];
+        parallel(attend_part, &a, pairs * a.parts);
     }
-    a.parts = (longest + 16 * PART - 1) / (16 * PART) + 1;
-    parallel(scores_part, &a, pairs * a.parts);
-    a.parts = a.group * widest;
-    parallel(softmax_part, &a, pairs * a.parts);
-    a.parts = round_up(c->head_dim, 32) / 32;
-    parallel(mix_part, &a, pairs * a.parts);
 }
 
 #else
@@ -5426,14 +5372,12 @@ static void observe_norm(void *observer, const char *name, int layer, const floa
     for (int i = 0; i < width; i++) sum += (double)last[i] * (double)last[i];
     double error = fabs(sqrt(sum) - expected) / (expected + 1e-30);
     if (!(error <= check->worst)) check->worst = error;
-    if (check->bad_layer < -1 && !(error <= (double)check->tolerance)) {
-        check->bad_layer = layer;
-        check->norm = sqrt(sum);
-        check->expected = expected;
-    }
+    if (check->bad_layer < -1 && !(error <= (double)check->tolerance))
+        check->bad_layer = layer, check->norm = sqrt(sum), check->expected = expected;
 }
 
-static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
+// Hashes the file and compares with the header's hash.
+static void check_content(const Options *o, const Model *m) {
     if (m->c.version != 3) die("%s is a file of llama2.c, which has no reference values to check; "
                                "export.py makes a version 3 of it that has", m->path);
     uint64_t sum = mix64(m->file_size);
@@ -5444,63 +5388,65 @@ static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
            hash_words(m->file + sizeof blank, m->file_size - sizeof blank, sizeof blank / 8);
     if (sum != m->c.content_hash)
         die("check failed: content: %s has hash %016llx, its header says %016llx: the file is "
-            "damaged",
-            m->path, (unsigned long long)sum, (unsigned long long)m->c.content_hash);
-    if (!o->quiet)
-        fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size,
-                (unsigned long long)sum);
+            "damaged", m->path, (unsigned long long)sum, (unsigned long long)m->c.content_hash);
+    if (!o->quiet) fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size,
+                           (unsigned long long)sum);
+}
 
-    if (t->file) {
-        int n = check_tokenizer(m, t);
-        if (!o->quiet) fprintf(stderr, "tokenizer: %s, %d texts\n", t->path, n);
-    }
+// Runs the stored tokens: the residual stream's norms and the last logits must be near the
+// reference, and the plain functions of part 1 must give the very bits of the fast ones of part 3.
+static void check_layers(const Options *o, const Model *m) {
     int n = m->check_ids.cols / 4, vocab = m->c.vocab_size;
     if (n > MAX_BATCH || n > m->c.seq_len) die("check failed: %d stored tokens", n);
-    if (n) {
-        Slot batch[MAX_BATCH];
-        for (int i = 0; i < n; i++) {
-            batch[i] = (Slot){(int)read_u32(m->check_ids.data + 4 * i), i, 0, i == n - 1};
-            if (batch[i].token < 0 || batch[i].token >= vocab)
-                die("check failed: stored token %d", i);
-        }
-        Cache kv;
-        new_cache(&kv, m, n, 0, 0);
-        bool quantized = m->layers[0].wq.dtype >= Q8;
-        NormCheck norms = {.m = m, .bad_layer = -2, .tolerance = quantized ? 2e-2f : 2e-3f};
-        kv.observe = observe_norm;
-        kv.observer = &norms;
-        const float *logits = forward(m, &kv, batch, n), *expected = vec(&m->check_logits);
-        if (norms.bad_layer >= -1)
-            die("check failed: layer %d: the residual has norm %g, the reference %g",
-                norms.bad_layer, norms.norm, norms.expected);
-        double worst = 0, squares = 0, mean = 0, spread = 0;
-        for (int i = 0; i < vocab; i++) mean += (double)expected[i] / vocab;
-        for (int i = 0; i < vocab; i++) {
-            double error = fabs((double)logits[i] - (double)expected[i]);
-            worst = error > worst ? error : worst;
-            squares += error * error;
-            spread += ((double)expected[i] - mean) * ((double)expected[i] - mean);
-        }
-        double rms = sqrt(squares / vocab) / (sqrt(spread / vocab) + 1e-30);
-        if (!(rms <= (quantized ? 0.3 : 2e-3)))
-            die("check failed: logits: they differ from the reference by %.2g%% (%g at most)",
-                rms * 100, worst);
-        if (!o->quiet)
-            fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the reference\n",
-                    norms.worst, rms);
-        // The plain functions of part 1 must give the very same bits as the fast ones of part 3.
-        float *fast = resize(NULL, (size_t)vocab, sizeof(float));
-        memcpy(fast, logits, (size_t)vocab * sizeof(float));
-        kv.plain = true;
-        kv.observe = NULL;
-        if (memcmp(fast, forward(m, &kv, batch, n), (size_t)vocab * sizeof(float)))
-            die("check failed: this binary's %s code differs from plain C: the compiler may be at "
-                "fault",
-                isa);
-        if (!o->quiet) fprintf(stderr, "%s: the same bits as plain C\n", isa);
-        free(fast);
-        free_cache(&kv);
+    if (!n) return;
+    Slot batch[MAX_BATCH];
+    for (int i = 0; i < n; i++) {
+        batch[i] = (Slot){(int)read_u32(m->check_ids.data + 4 * i), i, 0, i == n - 1};
+        if (batch[i].token < 0 || batch[i].token >= vocab)
+            die("check failed: stored token %d", i);
     }
+    Cache kv;
+    new_cache(&kv, m, n, 0, 0);
+    bool quantized = m->layers[0].wq.dtype >= Q8;
+    NormCheck norms = {.m = m, .bad_layer = -2, .tolerance = quantized ? 2e-2f : 2e-3f};
+    kv.observe = observe_norm;
+    kv.observer = &norms;
+    const float *logits = forward(m, &kv, batch, n), *expected = vec(&m->check_logits);
+    if (norms.bad_layer >= -1)
+        die("check failed: layer %d: the residual has norm %g, the reference %g",
+            norms.bad_layer, norms.norm, norms.expected);
+    double worst = 0, squares = 0, mean = 0, spread = 0;
+    for (int i = 0; i < vocab; i++) mean += (double)expected[i] / vocab;
+    for (int i = 0; i < vocab; i++) {
+        double error = fabs((double)logits[i] - (double)expected[i]);
+        worst = error > worst ? error : worst;
+        squares += error * error;
+        spread += ((double)expected[i] - mean) * ((double)expected[i] - mean);
+    }
+    double rms = sqrt(squares / vocab) / (sqrt(spread / vocab) + 1e-30);
+    if (!(rms <= (quantized ? 0.3 : 2e-3)))
+        die("check failed: logits: they differ from the reference by %.2g%% (%g at most)",
+            rms * 100, worst);
+    if (!o->quiet)
+        fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the reference\n",
+                norms.worst, rms);
+    float *fast = resize(NULL, (size_t)vocab, sizeof(float));
+    memcpy(fast, logits, (size_t)vocab * sizeof(float));
+    kv.plain = true;
+    kv.observe = NULL;
+    if (memcmp(fast, forward(m, &kv, batch, n), (size_t)vocab * sizeof(float)))
+        die("check failed: this binary's %s code differs from plain C: the compiler may be at fault",
+            isa);
+    if (!o->quiet) fprintf(stderr, "%s: the same bits as plain C\n", isa);
+    free(fast);
+    free_cache(&kv);
+}
+
+static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
+    check_content(o, m);
+    int n_texts = t->file ? check_tokenizer(m, t) : 0;
+    if (t->file && !o->quiet) fprintf(stderr, "tokenizer: %s, %d texts\n", t->path, n_texts);
+    check_layers(o, m);
     Output out = open_output(o->output);
     write_output(&out, "ok\n", 3);
     close_output(&out);
@@ -5547,6 +5493,32 @@ static double bench_decode(const Model *m, Cache *kv, int pos, int n) {
         forward(m, kv, &(Slot){(int)(i * 104729LL % 30000 + 5) % m->c.vocab_size, pos + i, 0, true},
                 1);
     return n / (seconds() - start);
+}
+
+// Says why decoding is far from what the memory allows, or above it.
+static void print_verdict(double decode, double limit, int threads) {
+    if (decode > limit)
+        fprintf(stderr, "verdict: above the memory's limit: the model lies in the caches\n");
+    if (decode >= 0.8 * limit) return;
+#ifndef __OPTIMIZE__
+    (void)threads;
+    fprintf(stderr, "verdict: far from the limit: built without optimisation (-O3)\n");
+#elif defined PLAIN
+    (void)threads;
+    fprintf(stderr, "verdict: far from the limit: built with -DPLAIN, without SIMD and threads\n");
+#else
+    double load[1] = {0};
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (threads > cores)
+        fprintf(stderr, "verdict: far from the limit: %d threads on %ld cores\n", threads, cores);
+    else if (getloadavg(load, 1) == 1 && load[0] > (double)cores - threads + 1.3 * threads)
+        fprintf(stderr, "verdict: far from the limit: other programs use the cores (load %.1f)\n",
+                load[0]);
+    else
+        fprintf(stderr, "verdict: %.0f%% of the limit: the model is small beside its fixed costs, "
+                        "or the kernels for %s are slower than the memory\n",
+                100 * decode / limit, isa);
+#endif
 }
 
 static void bench(const Options *o, const Model *m, double started) {
@@ -5604,45 +5576,28 @@ static void bench(const Options *o, const Model *m, double started) {
     }
     if (interrupted) exit(130);
     double gb_s = median(rate[0]), decode = median(rate[1]), limit = gb_s * 1e9 / (double)read;
-    char report[1000];
-    int n = snprintf(report, sizeof report, "model: %s\ndtype: %s\nisa: %s\nthreads: %d\nweights_mb: %.1f\nstream_gb_s: %.1f\n",
-           m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa, threads,
-           (double)read / 1e6, gb_s);
-    n += snprintf(report + n, sizeof report - (size_t)n, "prefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\ndecode_tok_s: %.1f\ndecode_limit_tok_s: "
-           "%.1f\n"
-           "decode_of_limit: %.2f\ndecode_depth4096_tok_s: %.1f\nbatch16_tok_s: %.1f\nstartup_ms: "
-           "%.1f\n",
-           median(rate[2]), rate[4][0], decode, limit, decode / limit, rate[5][0], median(rate[3]),
-           startup * 1000);
+    const struct { const char *name; int decimals; double value; } values[] = {
+        {"weights_mb", 1, (double)read / 1e6}, {"stream_gb_s", 1, gb_s},
+        {"prefill_tok_s", 1, median(rate[2])}, {"prefill4096_tok_s", 1, rate[4][0]},
+        {"decode_tok_s", 1, decode},           {"decode_limit_tok_s", 1, limit},
+        {"decode_of_limit", 2, decode / limit}, {"decode_depth4096_tok_s", 1, rate[5][0]},
+        {"batch16_tok_s", 1, median(rate[3])}, {"startup_ms", 1, startup * 1000},
+    };
+    char line[4400];  // a path is at most 4096 bytes long
     Output out = open_output(o->output);
-    write_output(&out, report, (size_t)n);
+    int n = snprintf(line, sizeof line, "model: %s\ndtype: %s\nisa: %s\nthreads: %d\n",
+                     m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa,
+                     threads);
+    write_output(&out, line, (size_t)n);
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
+        n = snprintf(line, sizeof line, "%s: %.*f\n", values[i].name, values[i].decimals,
+                     values[i].value);
+        write_output(&out, line, (size_t)n);
+    }
     close_output(&out);
     if (depth != 4096 && !o->quiet)
         fprintf(stderr, "the context is short: depth4096 is depth %d here\n", depth);
-    if (decode < 0.8 * limit && !o->quiet) {
-#ifndef __OPTIMIZE__
-        fprintf(stderr, "verdict: far from the limit: built without optimisation (-O3)\n");
-#elif defined PLAIN
-        fprintf(stderr,
-                "verdict: far from the limit: built with -DPLAIN, without SIMD and threads\n");
-#else
-        double load[1] = {0};
-        long cores = sysconf(_SC_NPROCESSORS_ONLN);
-        if (threads > cores)
-            fprintf(stderr, "verdict: far from the limit: %d threads on %ld cores\n", threads,
-                    cores);
-        else if (getloadavg(load, 1) == 1 && load[0] > (double)cores - threads + 1.3 * threads)
-            fprintf(stderr,
-                    "verdict: far from the limit: other programs use the cores (load %.1f)\n",
-                    load[0]);
-        else
-            fprintf(stderr,
-                    "verdict: %.0f%% of the limit: the model is small beside its fixed costs, or "
-                    "the kernels for %s are slower than the memory\n",
-                    100 * decode / limit, isa);
-#endif
-    } else if (decode > limit && !o->quiet)
-        fprintf(stderr, "verdict: above the memory's limit: the model lies in the caches\n");
+    if (!o->quiet) print_verdict(decode, limit, threads);
     munmap((void *)(uintptr_t)stream.data, bytes + 8192);
     free(ids);
     free_cache(&kv);
