@@ -3734,7 +3734,7 @@ static void test_one_file(const Model *m, const Tokenizer *t) {
         free(back.p);
     }
     Buffer whole = squeeze(m, t, &b);
-    CHECK(whole.n < small.n && small.n < b.n / 2, "9000 bytes: %zu in one block, %zu in three",
+    CHECK(whole.n < small.n && small.n < b.n * 3 / 5, "9000 bytes: %zu in one block, %zu in three",
           whole.n, small.n);
     // Blocks in another order, or one of them left out, are found.
     for (size_t cut = 24 + 60; cut < small.n; cut += small.n / 7) {
@@ -3833,7 +3833,7 @@ static void test_compression_files(void) {
     prints(RUN(model, "-m", "decompress", "-f", small, "-o", out, "-q"), "", "... to a file");
     Buffer b = slurp(out), z = slurp(small);
     CHECK(b.n == 10 && !memcmp(b.p, "a bad cab\n", 10), "the file has the text");
-    CHECK(z.n < 64, "10 bytes become %zu", z.n);
+    CHECK(z.n < 68, "10 bytes become %zu", z.n);
     unlink(out);
     int before = files_in_folder();
     z.p[z.n / 2] ^= 1;
@@ -3868,8 +3868,8 @@ static void test_compression(void) {
 
 // The bytes of a compressed file, which every build must write, and read.
 static void test_one_compressed_file(void) {
-    static const uint64_t expected[] = {0xba6b83828982fd39, 0x59bb7325b0ebb984,
-                                        0x938a4ea05d377477, 0x48c6d927397d7349};
+    static const uint64_t expected[] = {0x50cffa9ef52c72b7, 0x8777e96f3f346f9b,
+                                        0xd74da3c26c80d03b, 0x4bc03e1b5b6d0bf6};
     for (int which = 0; which < 4; which++) {
         random_state = (uint64_t)(5000 + which);
         Vocabulary v;
