@@ -4238,10 +4238,9 @@ static const float *watched_pass(Explain *e, const int *ids, int n) {
     parallel(lens_task, e, L);
     float *mean = weights_of(e, L, 0);
     memset(mean, 0, (size_t)n * sizeof(float));
-    for (int l = 0; l < L; l++)
-        for (int h = 0; h < H; h++)
-            if ((l0 < 0 || l == l0) && (h0 < 0 || h == h0))
-                add(mean, weights_of(e, l, h), n), summed++;
+    for (int i = 0; i < L * H; i++)
+        if ((l0 < 0 || i / H == l0) && (h0 < 0 || i % H == h0))
+            add(mean, weights_of(e, 0, i), n), summed++;
     for (int i = 0; i < n; i++) mean[i] /= (float)summed;
     return logits;
 }
@@ -4253,12 +4252,12 @@ static void rank_tokens(Explain *e, int chosen) {
     qsort(c, (size_t)e->s.vocab_size, sizeof *c, by_probability);
     for (e->rank = 0; c[e->rank].token != chosen;) e->rank++;
 }
-// What is listed: the five likeliest, and the chosen one if it is not among them.
-static int n_listed(const Explain *e) {
+// The rank of what is listed i-th, -1 after the last: the five likeliest, and the chosen one if it
+// is not among them.
+static int listed(const Explain *e, int i) {
     int n = e->s.vocab_size < LIKELY ? e->s.vocab_size : LIKELY;
-    return e->rank < n ? n : n + 1;
+    return i < n ? i : i == n && e->rank >= n ? e->rank : -1;
 }
-static int listed(const Explain *e, int i) { return i < LIKELY ? i : e->rank; }
 
 static void put_reason(Explain *e, bool given) {
     const Sampler *s = &e->s;
@@ -4279,10 +4278,10 @@ static void put_reason(Explain *e, bool given) {
 
 static void show_choice(Explain *e) {
     char text[160];
-    for (int i = 0; i < n_listed(e); i++) {
-        Candidate c = e->s.candidates[listed(e, i)];
+    for (int i = 0, rank; (rank = listed(e, i)) >= 0; i++) {
+        Candidate c = e->s.candidates[rank];
         show(e, c.token, text);
-        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", listed(e, i) == e->rank ? '>' : ' ',
+        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", rank == e->rank ? '>' : ' ',
                 (double)c.p * 100, (int)(c.p * 30 + 0.5f), "##############################", text);
     }
     fputs("> ", e->f);
@@ -4498,7 +4497,7 @@ static void page_token(Explain *e, bool given) {
     fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"", chosen, given,
             e->rank < LIKELY ? e->rank : LIKELY);
     put_reason(e, given);
-    for (int i = 0; i < n_listed(e); i++)
+    for (int i = 0; listed(e, i) >= 0; i++)
         fputs(i ? "," : "\",\"likely\":[", e->f), put_share(e, e->s.candidates[listed(e, i)]);
     for (int l = 0; l < L; l++) fputs(l ? "," : "],\"lens\":[", e->f), put_share(e, e->lens[l]);
     fputs("],\"a\":\"", e->f);
@@ -4700,7 +4699,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
     SEGMENTS = 16, SHORTEST = 3500,     // at most so many, of at least so many pieces
-    USUAL_CONTEXT = 1280,               // positions
+    USUAL_CONTEXT = 1024,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
     MAGIC = 0x327a6d6c,                 // "lmz2"
@@ -4778,14 +4777,9 @@ static void start_coder(Coder *c, bool decoding, size_t size) {
     for (int i = 0; i < 8 && decoding; i++) shift_out(c);
     c->low = 0, c->range = UINT64_MAX;
 }
-// Writes the fewest bytes that, zeros behind them, lie in the interval.
+// Writes up to two bytes that, zeros behind them, lie in the interval: its size is 2^48 or more.
 static void finish_coder(Coder *c) {
-    uint64_t low = c->low, rest = UINT64_MAX, number = low;
-    for (; rest; rest >>= 8) {
-        number = low + rest < low ? 0 : (low + rest) & ~rest;
-        if (number >= low && number - low < c->range) break;
-    }
-    for (c->low = rest ? number : low; c->low;) shift_out(c);
+    for (c->low = (c->low + (1ull << 48) - 1) >> 48 << 48; c->low;) shift_out(c);
 }
 
 // These code a value, or return the decoded one.
@@ -4864,10 +4858,9 @@ static void forget(Codec *z) {
 // Positions that all segments share.
 static int prefix_of(const Codec *z) { return z->context / 5; }
 
-// The token before piece first + i + 1 of a segment; before its first, the prefix's last ones.
+// The token before piece first + i + 1 of a segment; before its first, the prefix's last.
 static int input_at(const Codec *z, const Block *b, int first, int i) {
-    size_t at = z->tail.n + (size_t)i;
-    if (i < 0) return at < z->tail.n ? z->tail.ids[at] : 0;
+    if (i < 0) return z->tail.ids[z->tail.n - 1];
     return b->pieces[first + i].token < 0 ? z->start : b->pieces[first + i].token;
 }
 
