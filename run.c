@@ -4254,10 +4254,9 @@ static const float *watched_pass(Explain *e, const int *ids, int n) {
     parallel(lens_task, e, L);
     float *mean = weights_of(e, L, 0);
     memset(mean, 0, (size_t)n * sizeof(float));
-    for (int l = 0; l < L; l++)
-        for (int h = 0; h < H; h++)
-            if ((l0 < 0 || l == l0) && (h0 < 0 || h == h0))
-                add(mean, weights_of(e, l, h), n), summed++;
+    for (int i = 0; i < L * H; i++)
+        if ((l0 < 0 || i / H == l0) && (h0 < 0 || i % H == h0))
+            add(mean, weights_of(e, 0, i), n), summed++;
     for (int i = 0; i < n; i++) mean[i] /= (float)summed;
     return logits;
 }
@@ -4269,12 +4268,12 @@ static void rank_tokens(Explain *e, int chosen) {
     qsort(c, (size_t)e->s.vocab_size, sizeof *c, by_probability);
     for (e->rank = 0; c[e->rank].token != chosen;) e->rank++;
 }
-// What is listed: the five likeliest, and the chosen one if it is not among them.
-static int n_listed(const Explain *e) {
+// The rank of what is listed i-th, -1 after the last: the five likeliest, and the chosen one if it
+// is not among them.
+static int listed(const Explain *e, int i) {
     int n = e->s.vocab_size < LIKELY ? e->s.vocab_size : LIKELY;
-    return e->rank < n ? n : n + 1;
+    return i < n ? i : i == n && e->rank >= n ? e->rank : -1;
 }
-static int listed(const Explain *e, int i) { return i < LIKELY ? i : e->rank; }
 
 static void put_reason(Explain *e, bool given) {
     const Sampler *s = &e->s;
@@ -4295,10 +4294,10 @@ static void put_reason(Explain *e, bool given) {
 
 static void show_choice(Explain *e) {
     char text[160];
-    for (int i = 0; i < n_listed(e); i++) {
-        Candidate c = e->s.candidates[listed(e, i)];
+    for (int i = 0, rank; (rank = listed(e, i)) >= 0; i++) {
+        Candidate c = e->s.candidates[rank];
         show(e, c.token, text);
-        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", listed(e, i) == e->rank ? '>' : ' ',
+        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", rank == e->rank ? '>' : ' ',
                 (double)c.p * 100, (int)(c.p * 30 + 0.5f), "##############################", text);
     }
     fputs("> ", e->f);
@@ -4346,13 +4345,12 @@ static void show_token(Explain *e, const int *ids) {
 
 static const char PAGE_HEAD[] =
     "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
-    "<meta name=viewport content='width=device-width'>\n"
-    "<meta http-equiv=Content-Security-Policy\n"
+    "<meta name=viewport content='width=device-width'><meta http-equiv=Content-Security-Policy\n"
     "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
     "<style>:root{color-scheme:light dark;--a:255,150,40}\n"
     "@media(prefers-color-scheme:dark){:root{--a:180,80,0}}\n"
     "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em}\n"
-    "h1,h2{font-size:1.1em} select{font:inherit}\n"
+    "h1,h2{font-size:1.1em} select{font:inherit} canvas{width:100%;max-width:26em}\n"
     "#text{line-height:2.1;font-family:monospace;overflow-wrap:anywhere}\n"
     "#text button{all:unset;white-space:pre-wrap;cursor:pointer;padding:.25em 0;\n"
     "border-radius:3px;border-bottom:2px solid rgb(var(--a))}\n"
@@ -4363,17 +4361,13 @@ static const char PAGE_HEAD[] =
     "ol{list-style:none;padding:0} li{display:flex;gap:.6em;font:.9em monospace;white-space:pre}\n"
     "li b{width:9em;overflow:hidden;text-overflow:ellipsis} li i{flex:1;margin:.2em 0}\n"
     "li span{display:block;height:.8em;background:rgb(var(--a))} .chosen{background:#8884}\n"
-    "canvas{width:100%;max-width:26em}\n"
-    "#map{image-rendering:pixelated;outline:1px solid #8884}</style>\n"
-    "<h1>Watch it think</h1>\n"
+    "#map{image-rendering:pixelated;outline:1px solid #8884}</style><h1>Watch it think</h1>\n"
     "<p>Choose a token (arrow keys work, too) to see the pass of the model that chose it. It read\n"
     "the tokens before; their shade is the attention it paid to them. Underlined: generated.</p>\n"
     "<div id=text role=group aria-label='The text, token by token'></div>\n"
-    "<p id=why aria-live=polite></p>\n"
-    "<main><section><h2>Likeliest tokens</h2><ol id=likely></ol>\n"
-    "<h2>Position</h2><p id=pos></p>\n"
-    "<canvas id=clocks width=800 height=220 role=img></canvas></section>\n"
-    "<section><h2>Attention</h2><label>layer <select id=layer></select></label>\n"
+    "<p id=why aria-live=polite></p><main><section><h2>Likeliest tokens</h2><ol id=likely></ol>\n"
+    "<h2>Position</h2><p id=pos></p><canvas id=clocks width=800 height=220 role=img></canvas>\n"
+    "</section><section><h2>Attention</h2><label>layer <select id=layer></select></label>\n"
     "<label>head <select id=head></select></label><p id=note></p>\n"
     "<canvas id=map role=img aria-label='Attention of every token'></canvas></section>\n"
     "<section><h2>What each layer would already answer</h2><ol id=lens></ol></section></main>\n"
@@ -4384,11 +4378,8 @@ static const char PAGE_DRAW[] =
     "const T = D.tokens, N = T.length, H = D.heads, percent = p => (100 * p).toFixed(1) + '%';\n"
     "const DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_';\n"
     "let now = 0;\n"
-    "function el(parent, tag, text, properties) {\n"
-    "  const e = Object.assign(document.createElement(tag), properties);\n"
-    "  e.textContent = text;\n"
-    "  return parent.appendChild(e);\n"
-    "}\n"
+    "const el = (parent, tag, text, properties) => parent.appendChild(\n"
+    "  Object.assign(document.createElement(tag), {textContent: text}, properties));\n"
     "// Attention to each token before token i: of one head, or the mean of a layer or of all.\n"
     "function weights(i) {\n"
     "  const layer = +$('layer').value, head = +$('head').value, sum = Array(i).fill(0);\n"
@@ -4421,26 +4412,20 @@ static const char PAGE_DRAW[] =
     "    g.fillStyle = `rgba(${rgb},${Math.sqrt(w)})`;\n"
     "    if (w) g.fillRect(j, i, 1, 1);\n"
     "  }));\n"
-    "  g.fillStyle = '#8888';\n"
-    "  g.fillRect(now, now, N, 1);\n"
+    "  g.fillStyle = '#8888', g.fillRect(now, now, N, 1);\n"
     "}\n"
     "// The angles by which rotary embedding turns some pairs of a query or key at a position.\n"
     "function drawClocks(position) {\n"
-    "  const g = $('clocks').getContext('2d'), layer = Math.max(0, $('layer').value);\n"
-    "  const freqs = D.freqs[D.local[layer]], n = Math.min(8, freqs.length), said = [];\n"
-    "  g.setTransform(2, 0, 0, 2, 0, 0);\n"
-    "  g.clearRect(0, 0, 400, 110);\n"
+    "  const g = $('clocks').getContext('2d'), layer = Math.max(0, $('layer').value), said = [];\n"
+    "  const freqs = D.freqs[D.local[layer]], n = Math.min(8, freqs.length);\n"
+    "  g.setTransform(2, 0, 0, 2, 0, 0), g.clearRect(0, 0, 400, 110);\n"
     "  g.strokeStyle = g.fillStyle = getComputedStyle(document.body).color;\n"
     "  for (let k = 0; k < n; k++) {\n"
     "    const pair = Math.floor(k * freqs.length / n), f = freqs[pair], x = 24 + 50 * k;\n"
     "    const angle = position * f % (2 * Math.PI);\n"
-    "    g.beginPath();\n"
-    "    g.arc(x, 24, 20, 0, 7);\n"
-    "    g.moveTo(x, 24);\n"
-    "    g.lineTo(x + 20 * Math.cos(angle), 24 - 20 * Math.sin(angle));\n"
-    "    g.stroke();\n"
-    "    g.fillText('pair ' + pair, x - 15, 62);\n"
-    "    g.fillText(f.toPrecision(1), x - 15, 78);\n"
+    "    g.beginPath(), g.arc(x, 24, 20, 0, 7), g.moveTo(x, 24);\n"
+    "    g.lineTo(x + 20 * Math.cos(angle), 24 - 20 * Math.sin(angle)), g.stroke();\n"
+    "    g.fillText('pair ' + pair, x - 15, 62), g.fillText(f.toPrecision(1), x - 15, 78);\n"
     "    said.push(`pair ${pair} at ${angle.toFixed(2)}`);\n"
     "  }\n"
     "  g.fillText('radians per position', 9, 98);\n"
@@ -4451,8 +4436,7 @@ static const char PAGE_CHOOSE[] =
     "  now = Math.max(0, Math.min(N - 1, i || 0));\n"
     "  const t = T[now], w = weights(now), buttons = document.querySelectorAll('#text button');\n"
     "  buttons.forEach((b, j) => {\n"
-    "    b.setAttribute('aria-pressed', j == now);\n"
-    "    b.tabIndex = j == now ? 0 : -1;\n"
+    "    b.setAttribute('aria-pressed', j == now), b.tabIndex = j == now ? 0 : -1;\n"
     "    b.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
     "    b.title = w[j] ? 'attention ' + percent(w[j]) : '';\n"
     "  });\n"
@@ -4462,11 +4446,9 @@ static const char PAGE_CHOOSE[] =
     "  $('pos').textContent = now ? `The pass was at position ${now - 1}, where pairs of numbers\n"
     "    in queries and keys are turned by these angles. The KV cache then held the keys and\n"
     "    values of ${now} tokens, ${(now * D.kv / 1024).toFixed(1)} KiB.` : '';\n"
-    "  bars('likely', t.likely || [], t.k);\n"
-    "  bars('lens', t.lens || [], -1, true);\n"
+    "  bars('likely', t.likely || [], t.k), bars('lens', t.lens || [], -1, true);\n"
     "  history.replaceState(null, '', '#t=' + now);\n"
-    "  drawMap();\n"
-    "  drawClocks(Math.max(0, now - 1));\n"
+    "  drawMap(), drawClocks(Math.max(0, now - 1));\n"
     "}\n"
     "for (const [id, n] of [['layer', D.layers], ['head', H]]) {\n"
     "  for (let i = -1; i < n; i++) el($(id), 'option', i < 0 ? 'all (mean)' : i, {value: i});\n"
@@ -4479,9 +4461,7 @@ static const char PAGE_CHOOSE[] =
     "});\n"
     "$('text').onkeydown = e => {\n"
     "  const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: N - 1}[e.key];\n"
-    "  if (to === undefined) return;\n"
-    "  e.preventDefault();\n"
-    "  choose(to, true);\n"
+    "  if (to !== undefined) e.preventDefault(), choose(to, true);\n"
     "};\n"
     "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
     "$('note').textContent = `Each row is a token, each column one before it. Weights under\n"
@@ -4533,7 +4513,7 @@ static void page_token(Explain *e, bool given) {
     fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"", chosen, given,
             e->rank < LIKELY ? e->rank : LIKELY);
     put_reason(e, given);
-    for (int i = 0; i < n_listed(e); i++)
+    for (int i = 0; listed(e, i) >= 0; i++)
         fputs(i ? "," : "\",\"likely\":[", e->f), put_share(e, e->s.candidates[listed(e, i)]);
     for (int l = 0; l < L; l++) fputs(l ? "," : "],\"lens\":[", e->f), put_share(e, e->lens[l]);
     fputs("],\"a\":\"", e->f);
@@ -4730,20 +4710,23 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 // one batch, and all of them learn from each other. Each starts from the same context: the end of
 // the block before, or the first tokens of the text, which are coded alone.
 //
-// The file: a header (magic, context, fingerprints of model and tokenizer), then blocks: text bytes
-// * 4 (+ 2: all that was learned is forgotten before it; + 1: it is the last), pieces, segments,
-// coded bytes (each 7 bits to the byte, low ones first), the text's checksum, the coded bytes, a
-// checksum of all that. The checksums go on from block to block.
+// The file: magic and context, fingerprints of model and tokenizer; then blocks: a BlockHead, the
+// coded bytes, a checksum of all up to here.
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
     SEGMENTS = 16, SHORTEST = 3500,     // at most so many, of at least so many pieces
-    USUAL_CONTEXT = 1280,               // positions
+    USUAL_CONTEXT = 1024,               // positions
     SHORTEST_CONTEXT = 16,
-    ORDERS = 2, CONTEXTS = 1 << 15, FOLLOWERS = 16,  // see Follower
     GROUP = 256,                        // tokens whose frequencies are summed together
-    MAGIC = 0x317a6d6c,
+    MAGIC = 0x327a6d6c,                 // "lmz2"
 };
+
+typedef struct {
+    uint32_t bytes, pieces, coded;  // bytes of text; tokens and raw runs; coded bytes
+    uint16_t segments, last;
+    uint64_t hash;                  // of all text up to here
+} BlockHead;  // coded == bytes: the text is stored as it is
 
 typedef struct { int token; uint32_t start, len; } Piece;  // token -1: len bytes of raw from start
 typedef struct {
@@ -4765,15 +4748,6 @@ typedef struct {
 
 // A bit that is predicted from how often it was set: a probability in 2^-32.
 typedef struct { uint32_t one, seen; } Bit;
-// A token that has followed a context of one or two tokens, which `check` identifies.
-typedef struct { uint32_t check, count; int token; } Follower;
-
-typedef struct {
-    const float *logits;  // of the model; NULL: this segment has ended
-    float mean;           // of the logits, by the probabilities
-    Follower *row[ORDERS];
-    uint32_t check[ORDERS];
-} Lane;  // a segment in this step
 
 typedef struct {
     const Model *m;
@@ -4786,13 +4760,10 @@ typedef struct {
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
-    float scale;      // the logits are multiplied by it
-    float weights[ORDERS][16];  // added to the logit of a follower, by how often it followed
-    Follower *followers;        // (CONTEXTS, FOLLOWERS)
-    Bit escape, more, tree[256];
+    Bit escape[2], tree[256];
+    const float *logits[SEGMENTS];  // the model's for this step; NULL: the segment has ended
     float *p;         // (SEGMENTS, vocab_size) probabilities
     uint32_t *sums;   // (SEGMENTS, n_groups) frequencies of GROUP tokens
-    Lane lanes[SEGMENTS];
     Progress progress;
     double bytes, part, block_part;  // text done; of the file: part done, part that this block is
 } Codec;
@@ -4805,9 +4776,7 @@ static void shift_out(Coder *c) {
         if (c->n == c->size) c->bytes = resize(c->bytes, c->size = c->size * 2 + 4096, 1);
         c->bytes[c->n] = (uint8_t)(c->low >> 56);
     }
-    c->n++;
-    c->low <<= 8;
-    c->range <<= 8;
+    c->n++, c->low <<= 8, c->range <<= 8;
 }
 // The interval becomes `size` units of itself, from the unit `start` on.
 static void narrow(Coder *c, uint64_t start, uint64_t size, uint64_t unit) {
@@ -4825,14 +4794,9 @@ static void start_coder(Coder *c, bool decoding, size_t size) {
     for (int i = 0; i < 8 && decoding; i++) shift_out(c);
     c->low = 0, c->range = UINT64_MAX;
 }
-// Writes the fewest bytes that, zeros behind them, lie in the interval.
+// Writes up to two bytes that, zeros behind them, lie in the interval: its size is 2^48 or more.
 static void finish_coder(Coder *c) {
-    uint64_t low = c->low, rest = UINT64_MAX, number = low;
-    for (; rest; rest >>= 8) {
-        number = low + rest < low ? 0 : (low + rest) & ~rest;
-        if (number >= low && number - low < c->range) break;
-    }
-    for (c->low = rest ? number : low; c->low;) shift_out(c);
+    for (c->low = (c->low + (1ull << 48) - 1) >> 48 << 48; c->low;) shift_out(c);
 }
 
 // These code a value, or return the decoded one.
@@ -4844,19 +4808,12 @@ static int code_bit(Coder *c, Bit *b, int bit) {
     b->seen += b->seen < 255;
     return bit;
 }
-// A byte of what is not text: bit by bit, each predicted from the bits before it.
-static int code_byte(Codec *z, int byte) {
-    int node = 1;
-    for (int i = 7; i >= 0; i--)
-        node = node * 2 + code_bit(&z->coder, &z->tree[node], byte >> i & 1);
-    return node & 255;
-}
 // A token: its share of the interval is its probability in 2^-30, rounded down, plus 1.
 static uint32_t frequency(float p) { return p > 0 ? (uint32_t)(int32_t)(p * 0x1p30f) + 1 : 1; }
-static int code_token(Codec *z, int lane, int token) {
+static int code_token(Codec *z, int s, int token) {
     Coder *c = &z->coder;
-    const float *p = z->p + (size_t)lane * (size_t)z->m->c.vocab_size;
-    const uint32_t *sums = z->sums + (size_t)lane * (size_t)z->n_groups;
+    const float *p = z->p + (size_t)s * (size_t)z->m->c.vocab_size;
+    const uint32_t *sums = z->sums + (size_t)s * (size_t)z->n_groups;
     uint64_t total = 0, start = 0;
     for (int g = 0; g < z->n_groups; g++) total += sums[g];
     uint64_t unit = c->range / total, at = c->decoding ? (c->code - c->low) / unit : 0;
@@ -4869,68 +4826,25 @@ static int code_token(Codec *z, int lane, int token) {
     return i;
 }
 
-// ---- What is learned from the text. The logit of token v is
-//     x[v] = scale * logit[v] + bias[v] + sum of the weights of the contexts that v has followed
-// and each of these parameters moves along the gradient of ln p(token): (v is it) - p[v] for x[v].
+// ---- What is learned from the text: a bias for each token v, which is added to the model's logit.
+// It moves along the gradient of ln p(token), which is (v is the token) - p[v].
 
-// The weight of a follower: by how often it followed, and how many followers its context has.
-static float *follower_weight(Codec *z, int order, const Follower *row, int i) {
-    int others = 0, n = (int)row[i].count;
-    for (int j = 0; j < FOLLOWERS; j++) others += row[j].check == row[i].check;
-    return &z->weights[order][(n < 3 ? n - 1 : n < 5 ? 2 : 3) * 4 +
-                              (others < 2 ? 0 : others < 4 ? 1 : others < 9 ? 2 : 3)];
-}
-
-// Probabilities of a lane's next token, and sums of their frequencies for code_token.
-static void predict_task(void *context, int lane, int thread) {
+// Probabilities of a segment's next token, and sums of their frequencies for code_token.
+static void predict_task(void *context, int s, int thread) {
     Codec *z = context;
-    Lane *l = &z->lanes[lane];
     int vocab = z->m->c.vocab_size;
-    float *p = z->p + (size_t)lane * (size_t)vocab, scale = z->scale, sums[16] = {0};
+    float *p = z->p + (size_t)s * (size_t)vocab;
+    uint32_t *sums = z->sums + (size_t)s * (size_t)z->n_groups;
     (void)thread;
-    if (!l->logits) return;
-    for (int i = 0; i < vocab; i++) p[i] = l->logits[i] * scale + z->bias[i];
-    for (int k = 0; k < ORDERS; k++)
-        for (int i = 0; i < FOLLOWERS; i++)
-            if (l->row[k][i].check == l->check[k])
-                p[l->row[k][i].token] += *follower_weight(z, k, l->row[k], i);
+    if (!z->logits[s]) return;
+    for (int i = 0; i < vocab; i++) p[i] = z->logits[s][i] + z->bias[i];
     softmax(p, 0, vocab);
-    int i = 0;
-    for (; i + 16 <= vocab; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += p[i + j] * l->logits[i + j];
-    for (; i < vocab; i++) sums[i % 16] += p[i] * l->logits[i];
-    l->mean = tree_sum(sums);
-    for (int g = 0; g < z->n_groups; g++) {
-        uint32_t sum = 0;
-        for (i = g * GROUP; i < vocab && i < (g + 1) * GROUP; i++) sum += frequency(p[i]);
-        z->sums[(size_t)lane * (size_t)z->n_groups + (size_t)g] = sum;
-    }
+    memset(sums, 0, (size_t)z->n_groups * sizeof *sums);
+    for (int i = 0; i < vocab; i++) sums[i / GROUP] += frequency(p[i]);
 }
 
-// Learns from the token that a lane turned out to have; its gradient replaces its probabilities.
-static void learn(Codec *z, int lane, int token) {
-    Lane *l = &z->lanes[lane];
-    float *p = z->p + (size_t)lane * (size_t)z->m->c.vocab_size;
-    float gradient = l->logits[token] - l->mean;
-    if (gradient > -50 && gradient < 50) z->scale += 0.0005f * gradient;
-    for (int k = 0; k < ORDERS; k++) {
-        Follower *row = l->row[k], *slot = row;
-        for (int i = 0; i < FOLLOWERS; i++)
-            if (row[i].check == l->check[k])
-                *follower_weight(z, k, row, i) +=
-                    0.005f * ((row[i].token == token ? 1.0f : 0.0f) - p[row[i].token]);
-        for (int i = 0; i < FOLLOWERS; i++) {
-            if (row[i].check == l->check[k] && row[i].token == token) { slot = &row[i]; break; }
-            if (row[i].count < slot->count) slot = &row[i];
-        }
-        if (slot->check != l->check[k] || slot->token != token)
-            *slot = (Follower){l->check[k], 0, token};
-        slot->count++;
-    }
-    p[token] -= 1;
-}
-
-// Moves the biases of GROUP tokens (Adagrad: steps by the root of the sum of squared gradients).
+// Moves the biases of GROUP tokens by the gradients of all segments, of which p now holds minus the
+// values (Adagrad, Duchi et al., 2011: steps by the root of the sum of squared gradients).
 static void bias_task(void *context, int group, int thread) {
     Codec *z = context;
     int vocab = z->m->c.vocab_size, first = group * GROUP;
@@ -4939,7 +4853,7 @@ static void bias_task(void *context, int group, int thread) {
     (void)thread;
     for (int s = 0; s < SEGMENTS; s++) {
         const float *p = z->p + (size_t)s * (size_t)vocab + first;
-        if (!z->lanes[s].logits) continue;
+        if (!z->logits[s]) continue;
         for (int i = 0; i < n; i++) sum[i] += p[i];
         for (int i = 0; i < n; i++) squares[i] += p[i] * p[i];
     }
@@ -4950,11 +4864,8 @@ static void forget(Codec *z) {
     size_t vocab = (size_t)z->m->c.vocab_size;
     memset(z->bias, 0, vocab * sizeof(float));
     memset(z->squares, 0, vocab * sizeof(float));
-    memset(z->followers, 0, (size_t)CONTEXTS * FOLLOWERS * sizeof(Follower));
-    z->scale = 1;
-    for (int k = 0; k < ORDERS; k++) for (int i = 0; i < 16; i++) z->weights[k][i] = 0.3f;
     for (int i = 0; i < 256; i++) z->tree[i] = (Bit){1u << 31, 0};
-    z->escape = (Bit){1u << 24, 0}, z->more = (Bit){1u << 31, 0};
+    z->escape[0] = (Bit){1u << 24, 0}, z->escape[1] = z->tree[0];
     z->tail.n = 0;
     push(&z->tail, z->start);
 }
@@ -4964,10 +4875,9 @@ static void forget(Codec *z) {
 // Positions that all segments share.
 static int prefix_of(const Codec *z) { return z->context / 5; }
 
-// The token before piece first + i + 1 of a segment; before its first, the prefix's last ones.
+// The token before piece first + i + 1 of a segment; before its first, the prefix's last.
 static int input_at(const Codec *z, const Block *b, int first, int i) {
-    size_t at = z->tail.n + (size_t)i;
-    if (i < 0) return at < z->tail.n ? z->tail.ids[at] : 0;
+    if (i < 0) return z->tail.ids[z->tail.n - 1];
     return b->pieces[first + i].token < 0 ? z->start : b->pieces[first + i].token;
 }
 
@@ -4977,10 +4887,9 @@ typedef struct { Block *b; int first, n, length; } Span;
 // Runs the inputs before steps [from, to) of all segments through the model, whose window begins at
 // step `base`.
 static float *feed(Codec *z, const Span *span, int from, int to, int base, bool want) {
-    int n_slots = 0, trunk = (int)z->tail.n - 1, length = span->length;
-    size_t lanes = (size_t)((span->n + length - 1) / length);
-    Slot *slots = resize(NULL, lanes * (size_t)(to - from), sizeof *slots);
-    for (int at = 0, s = 1; at < span->n; at += length, s++)
+    int n_slots = 0, trunk = (int)z->tail.n - 1;
+    Slot *slots = resize(NULL, SEGMENTS * (size_t)(to - from), sizeof *slots);
+    for (int at = 0, s = 1; at < span->n; at += span->length, s++)
         for (int t = from; t < to && at + t < span->n; t++)
             slots[n_slots++] = (Slot){input_at(z, span->b, span->first + at, t - 1),
                                       trunk + t - base, s, want};
@@ -4989,34 +4898,23 @@ static float *feed(Codec *z, const Span *span, int from, int to, int base, bool 
     return logits;
 }
 
-// Codes a lane's piece: a token, or a run of raw bytes.
-static void code_piece(Codec *z, Block *b, int lane, Piece *piece) {
+// Codes a segment's piece: a token, or a run of raw bytes, bit by bit, each predicted from the bits
+// before it in its byte.
+static void code_piece(Codec *z, Block *b, int s, Piece *piece) {
     Coder *c = &z->coder;
-    if (!code_bit(c, &z->escape, piece->token < 0)) {
-        piece->token = code_token(z, lane, piece->token);
-        learn(z, lane, piece->token);
+    if (!code_bit(c, &z->escape[0], piece->token < 0)) {
+        piece->token = code_token(z, s, piece->token);
+        z->p[(size_t)s * (size_t)z->m->c.vocab_size + (size_t)piece->token] -= 1;
         return;
     }
-    z->lanes[lane].logits = NULL;  // nothing to be learned
+    z->logits[s] = NULL;  // nothing to be learned
     if (c->decoding) *piece = (Piece){-1, (uint32_t)b->n_raw, 0};
     for (uint32_t i = 0, more = 1; more; i++) {
-        int byte = code_byte(z, c->decoding ? 0 : b->raw[piece->start + i]);
-        if (c->decoding && b->n_raw < b->n_bytes) {
-            b->raw[b->n_raw++] = (uint8_t)byte;
-            piece->len++;
-        }
-        more = (uint32_t)code_bit(c, &z->more, i + 1 < piece->len);
-        if (c->decoding && b->n_raw == b->n_bytes) break;
-    }
-}
-
-// What a lane's next token is predicted from: its logits and the tokens before it.
-static void look_up(Codec *z, const Block *b, Lane *l, int first, int i) {
-    uint64_t hash = 0;
-    for (int k = 0; k < ORDERS; k++) {
-        hash = mix64(hash * 31 + (uint64_t)input_at(z, b, first, i - 1 - k) + 1);
-        l->row[k] = z->followers + hash % CONTEXTS * FOLLOWERS;
-        l->check[k] = (uint32_t)(hash >> 32) | 1;
+        int byte = c->decoding ? 0 : b->raw[piece->start + i], node = 1;
+        for (int j = 7; j >= 0; j--) node = node * 2 + code_bit(c, &z->tree[node], byte >> j & 1);
+        if (c->decoding && b->n_raw == b->n_bytes) break;  // wrong
+        if (c->decoding) b->raw[b->n_raw++] = (uint8_t)node, piece->len++;
+        more = (uint32_t)code_bit(c, &z->escape[1], i + 1 < piece->len);
     }
 }
 
@@ -5024,38 +4922,36 @@ static void look_up(Codec *z, const Block *b, Lane *l, int first, int i) {
 static void code_step(Codec *z, const Span *span, int t, int from, int some, const float *logits) {
     Block *b = span->b;
     for (int s = 0, at = 0; s < SEGMENTS; s++, at += span->length) {
-        int left = span->n - at < span->length ? span->n - at - from : span->length - from;
-        Lane *l = &z->lanes[s];
-        l->logits = NULL;
+        int left = (span->n - at < span->length ? span->n - at : span->length) - from;
+        z->logits[s] = NULL;
         if (t - from >= left) continue;
-        l->logits = logits + (size_t)(t - from) * (size_t)z->m->c.vocab_size;
+        z->logits[s] = logits + (size_t)(t - from) * (size_t)z->m->c.vocab_size;
         logits += (size_t)(left < some ? left : some) * (size_t)z->m->c.vocab_size;
-        look_up(z, b, l, span->first + at, t);
     }
     parallel(predict_task, z, SEGMENTS);
     for (int s = 0; s < SEGMENTS; s++)
-        if (z->lanes[s].logits) code_piece(z, b, s, &b->pieces[span->first + s * span->length + t]);
+        if (z->logits[s]) code_piece(z, b, s, &b->pieces[span->first + s * span->length + t]);
     parallel(bias_task, z, z->n_groups);
 }
 
 static void code_span(Codec *z, const Span *span) {
-    int n_lanes = (span->n + span->length - 1) / span->length, trunk = (int)z->tail.n - 1, base = 0;
+    int n_segments = (span->n + span->length - 1) / span->length, trunk = (int)z->tail.n - 1;
     int window = z->context - prefix_of(z), most = z->coder.decoding ? 1 : 4 * logits_batch(z->m);
+    most = (most < MAX_BATCH ? most : MAX_BATCH) / n_segments;
+    if (most < 1) most = 1;
     prefill(z->m, &z->kv, 0, z->tail.ids, 0, trunk);
     for (int s = 1; s < z->kv.n_seqs; s++) z->kv.from[s] = trunk;
-    for (int t = 0, some; t < span->length; t += some) {
+    for (int t = 0, base = 0, some; t < span->length; t += some) {
         if (t - base == window) {
             base = t - window / 2;
             feed(z, span, base, t, base, false);
         }
-        some = (most < MAX_BATCH ? most : MAX_BATCH) / n_lanes;
-        if (some < 1) some = 1;
-        if (some > base + window - t) some = base + window - t;
-        if (some > span->length - t) some = span->length - t;
+        some = base + window < span->length ? base + window - t : span->length - t;
+        if (some > most) some = most;
         const float *logits = feed(z, span, t, t + some, base, true);
         for (int k = 0; k < some; k++) code_step(z, span, t + k, t, some, logits);
         if (interrupted) exit(130);
-        double done = (double)(span->first + n_lanes * t) / span->b->n;
+        double done = (double)(span->first + n_segments * t) / span->b->n;
         show_progress(&z->progress, z->part + done * z->block_part,
                       z->bytes + done * (double)span->b->n_bytes);
     }
@@ -5099,8 +4995,7 @@ static void cut_text(const Tokenizer *t, Text text, size_t start, Block *b) {
         }
     }
     add_piece(b, -1, start + at, text.len - at);
-    free(typed);
-    free(ids.ids);
+    free(typed), free(ids.ids);
 }
 
 // Cuts a block's raw bytes into pieces: tokens where there is valid text of some length.
@@ -5114,20 +5009,13 @@ static void cut_block(const Tokenizer *t, Block *b) {
             if (c == 0xfffd && used == 1) break;
             if (c < 32 && c != '\t' && c != '\n' && c != '\r') break;
         }
-        if (end - i >= 16 || end == n) {
-            if (end > i) cut_text(t, (Text){s + i, end - i}, i, b);
-        } else add_piece(b, -1, i, ++end - i);
+        if (end - i >= 16 || end == n) cut_text(t, (Text){s + i, end - i}, i, b);
+        else add_piece(b, -1, i, ++end - i);
     }
 }
 
 // ---- The file
 
-static void put_varint(uint8_t *p, size_t *n, uint64_t number) {
-    for (; number > 127; number >>= 7) p[(*n)++] = (uint8_t)(number | 128);
-    p[(*n)++] = (uint8_t)number;
-}
-
-// Magic "lmz1" and context; what identifies the model, and the tokenizer.
 static void file_header(const Codec *z, uint64_t header[3]) {
     const Model *m = z->m;
     const Tokenizer *t = z->t;
@@ -5137,16 +5025,13 @@ static void file_header(const Codec *z, uint64_t header[3]) {
 }
 
 static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet) {
-    size_t vocab = (size_t)m->c.vocab_size;
-    int start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0;
-    *z = (Codec){.m = m, .t = t, .start = start, .block = BLOCK,
-                 .shortest = SHORTEST};
-    z->n_groups = (m->c.vocab_size + GROUP - 1) / GROUP;
+    size_t vocab = (size_t)m->c.vocab_size, n_groups = (vocab + GROUP - 1) / GROUP;
+    *z = (Codec){.m = m, .t = t, .block = BLOCK, .shortest = SHORTEST, .n_groups = (int)n_groups};
+    z->start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0;
     z->bias = resize(NULL, vocab, sizeof(float));
     z->squares = resize(NULL, vocab, sizeof(float));
     z->p = resize(NULL, SEGMENTS * vocab, sizeof(float));
-    z->sums = resize(NULL, SEGMENTS * (size_t)z->n_groups, sizeof(uint32_t));
-    z->followers = resize(NULL, (size_t)CONTEXTS * FOLLOWERS, sizeof(Follower));
+    z->sums = resize(NULL, SEGMENTS * n_groups, sizeof(uint32_t));
     z->progress = (Progress){.on = !quiet && isatty(2), .began = seconds()};
     forget(z);
 }
@@ -5155,67 +5040,49 @@ static void set_context(Codec *z, int context) {
     new_cache(&z->kv, z->m, prefix_of(z), SEGMENTS, context - prefix_of(z));
 }
 static void free_codec(Codec *z) {
-    void *all[] = {z->bias, z->squares, z->p, z->sums, z->followers, z->tail.ids, z->coder.bytes};
+    void *all[] = {z->bias, z->squares, z->p, z->sums, z->tail.ids, z->coder.bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     if (z->context) free_cache(&z->kv);
 }
 
-static void encode_block(Codec *z, Block *b) {
-    b->segments = b->n / z->shortest + 1 < SEGMENTS ? b->n / z->shortest + 1 : SEGMENTS;
-    start_coder(&z->coder, false, 0);
-    code_block(z, b);
-    finish_coder(&z->coder);
+// The checksum of a file up to a block's end, from that of what is before the block.
+static uint64_t check_block(uint64_t before, const BlockHead *h, const uint8_t *coded) {
+    return mix64(mix64(before + hash64(h, sizeof *h)) + hash64(coded, h->coded));
 }
 
 // Writes a compressed file, and returns its size.
 static uint64_t shrink(Codec *z, Input *in, Output *out) {
-    uint64_t header[3], hash = 0, check, written = sizeof header;
+    uint64_t header[3], check, written = sizeof header;
     file_header(z, header);
     write_output(out, header, sizeof header);
     check = hash64(header, sizeof header);
     Block b = {.raw = resize(NULL, z->block, 1), .pieces = resize(NULL, z->block, sizeof(Piece))};
-    for (bool last = false; !last;) {
-        uint8_t head[40];
-        size_t n = 0;
+    for (BlockHead h = {0}; !h.last;) {
         b.n_bytes = read_input(in, b.raw, z->block);
-        last = b.n_bytes < z->block;
         z->block_part = in->size > 0 ? (double)b.n_bytes / in->size : NAN;
         cut_block(z->t, &b);
-        encode_block(z, &b);
-        bool afresh = z->coder.n > b.n_bytes + 16;  // nothing that the model knows: raw
-        if (afresh) {
-            b.n = 0;
-            add_piece(&b, -1, 0, b.n_bytes);
+        b.segments = b.n / z->shortest + 1 < SEGMENTS ? b.n / z->shortest + 1 : SEGMENTS;
+        start_coder(&z->coder, false, 0);
+        code_block(z, &b);
+        finish_coder(&z->coder);
+        const uint8_t *coded = z->coder.bytes;
+        if (z->coder.n >= b.n_bytes) {  // nothing that the model knows
+            coded = b.raw, z->coder.n = b.n_bytes;
             forget(z);
-            encode_block(z, &b);
         }
-        put_varint(head, &n, b.n_bytes * 4 + afresh * 2u + last);
-        put_varint(head, &n, (uint64_t)b.n);
-        put_varint(head, &n, (uint64_t)b.segments);
-        put_varint(head, &n, z->coder.n);
-        hash = mix64(hash + hash64(b.raw, b.n_bytes));
-        memcpy(head + n, &hash, 8);
-        check = mix64(mix64(check + hash64(head, n + 8)) + hash64(z->coder.bytes, z->coder.n));
-        write_output(out, head, n + 8);
-        write_output(out, z->coder.bytes, z->coder.n);
-        write_output(out, &check, 8);
-        written += n + 16 + z->coder.n;
-        z->bytes += (double)b.n_bytes;
+        h = (BlockHead){(uint32_t)b.n_bytes, (uint32_t)b.n, (uint32_t)z->coder.n,
+                        (uint16_t)b.segments, b.n_bytes < z->block,
+                        mix64(h.hash + hash64(b.raw, b.n_bytes))};
+        check = check_block(check, &h, coded);
+        write_output(out, &h, sizeof h);
+        write_output(out, coded, h.coded);
+        write_output(out, &check, sizeof check);
+        written += sizeof h + h.coded + sizeof check;
+        z->bytes += h.bytes;
         z->part += z->block_part;
     }
     free(b.raw), free(b.pieces);
     return written;
-}
-
-// Reads one number of a block's head; adds its bytes to head.
-static uint64_t get_varint(Input *in, uint8_t *head, size_t *n) {
-    uint64_t number = 0;
-    for (int shift = 0; shift < 35; shift += 7) {
-        if (!read_input(in, &head[*n], 1)) return UINT64_MAX;
-        number |= (uint64_t)(head[*n] & 127) << shift;
-        if (head[(*n)++] < 128) return number;
-    }
-    return UINT64_MAX;
 }
 
 // Puts the text of a decoded block together in `text`; false: it has not the length that it should.
@@ -5249,38 +5116,33 @@ static const char *expand(Codec *z, Input *in, Output *out) {
     Block b = {0};
     char *text = NULL;
     const char *wrong = NULL;
-    for (bool last = false; !last && !wrong;) {
-        uint8_t head[40];
-        size_t n = 0;
-        uint64_t bytes = get_varint(in, head, &n), pieces = get_varint(in, head, &n);
-        uint64_t segments = get_varint(in, head, &n), coded = get_varint(in, head, &n);
-        bool afresh = bytes & 2;
-        last = bytes & 1;
-        bytes /= 4;
+    for (BlockHead h = {0}; !h.last && !wrong;) {
         wrong = "is truncated or damaged";
-        if (bytes > BLOCK || pieces > bytes || !segments || segments > SEGMENTS) break;
-        if (coded > 2 * bytes + 64) break;
-        z->coder.bytes = resize(z->coder.bytes, coded, 1);
-        if (read_input(in, head + n, 8) < 8 || read_input(in, z->coder.bytes, coded) < coded ||
-            read_input(in, &its_check, 8) < 8) break;
-        check = mix64(mix64(check + hash64(head, n + 8)) + hash64(z->coder.bytes, coded));
-        if (check != its_check) break;
-        b.n = (int)pieces, b.segments = (int)segments, b.n_bytes = bytes, b.n_raw = 0;
-        b.raw = resize(b.raw, bytes, 1);
-        b.pieces = resize(b.pieces, pieces, sizeof(Piece));
-        memset(b.pieces, 0, pieces * sizeof(Piece));
-        text = resize(text, bytes, 1);
-        z->block_part = in->size > 0 ? (double)coded / in->size : NAN;
-        start_coder(&z->coder, true, coded);
-        if (afresh) forget(z);
-        code_block(z, &b);
+        if (read_input(in, &h, sizeof h) < sizeof h || h.bytes > BLOCK || h.pieces > h.bytes ||
+            !h.segments || h.segments > SEGMENTS || h.coded > h.bytes) break;
+        z->coder.bytes = resize(z->coder.bytes, h.coded, 1);
+        if (read_input(in, z->coder.bytes, h.coded) < h.coded) break;
+        check = check_block(check, &h, z->coder.bytes);
+        if (read_input(in, &its_check, 8) < 8 || check != its_check) break;
+        z->block_part = in->size > 0 ? (double)h.coded / in->size : NAN;
         wrong = "does not give its text: this program computes other numbers; try -m check";
-        if (!join_block(z->t, &b, text)) break;
-        hash = mix64(hash + hash64(text, bytes));
-        if (memcmp(&hash, head + n, 8)) break;
+        text = resize(text, h.bytes, 1);
+        if (h.coded == h.bytes) {
+            memcpy(text, z->coder.bytes, h.bytes);
+            forget(z);
+        } else {
+            b = (Block){resize(b.pieces, h.pieces, sizeof(Piece)), (int)h.pieces, h.segments,
+                        resize(b.raw, h.bytes, 1), 0, h.bytes};
+            memset(b.pieces, 0, h.pieces * sizeof(Piece));
+            start_coder(&z->coder, true, h.coded);
+            code_block(z, &b);
+            if (!join_block(z->t, &b, text)) break;
+        }
+        hash = mix64(hash + hash64(text, h.bytes));
+        if (hash != h.hash) break;
         wrong = NULL;
-        write_output(out, text, bytes);
-        z->bytes += (double)bytes;
+        write_output(out, text, h.bytes);
+        z->bytes += h.bytes;
         z->part += z->block_part;
     }
     free(b.raw), free(b.pieces), free(text);
@@ -5288,34 +5150,28 @@ static const char *expand(Codec *z, Input *in, Output *out) {
     return wrong;
 }
 
-static void compress(const Options *o, const Model *m, const Tokenizer *t) {
+// Both modes.
+static void compress(const Options *o, const Model *m, const Tokenizer *t, bool back) {
     Codec z;
     int context = context_of(o, m);
-    if (context < SHORTEST_CONTEXT) die("a context of %d is too short to compress with", context);
+    if (!back && context < SHORTEST_CONTEXT)
+        die("a context of %d is too short to compress with", context);
     open_codec(&z, m, t, o->quiet);
-    set_context(&z, o->context || context < USUAL_CONTEXT ? context : USUAL_CONTEXT);
+    if (!back) set_context(&z, o->context || context < USUAL_CONTEXT ? context : USUAL_CONTEXT);
     Input in = open_input(o);
     Output out = open_output(o->output);
-    double written = (double)shrink(&z, &in, &out), took = seconds() - z.progress.began;
-    end_progress(&z.progress);
-    close_output(&out);
-    if (!o->quiet)
-        fprintf(stderr, "%.0f bytes -> %.0f bytes: %.4f bits per byte, %.1f s\n", z.bytes, written,
-                8 * written / (z.bytes > 0 ? z.bytes : 1), took);
-    close_input(&in);
-    free_codec(&z);
-}
-
-static void decompress(const Options *o, const Model *m, const Tokenizer *t) {
-    Codec z;
-    open_codec(&z, m, t, o->quiet);
-    Input in = open_input(o);
-    Output out = open_output(o->output);
-    const char *wrong = expand(&z, &in, &out);
+    const char *wrong = NULL;
+    double written = 0;
+    if (back) wrong = expand(&z, &in, &out);
+    else written = (double)shrink(&z, &in, &out);
+    double took = seconds() - z.progress.began;
     end_progress(&z.progress);
     if (wrong) die("%s %s", in.name, wrong);
     close_output(&out);
-    if (!o->quiet) fprintf(stderr, "%.0f bytes, %.1f s\n", z.bytes, seconds() - z.progress.began);
+    if (!o->quiet && back) fprintf(stderr, "%.0f bytes, %.1f s\n", z.bytes, took);
+    else if (!o->quiet)
+        fprintf(stderr, "%.0f bytes -> %.0f bytes: %.4f bits per byte, %.1f s\n", z.bytes, written,
+                8 * written / (z.bytes > 0 ? z.bytes : 1), took);
     close_input(&in);
     free_codec(&z);
 }
@@ -5930,8 +5786,7 @@ int main(int argc, char **argv) {
     if (mode == CHECK) check_model(&o, &m, &t);
     if (mode == BENCH) bench(&o, &m, started);
     if (mode == EXPLAIN) explain(&o, &m, &t);
-    if (mode == COMPRESS) compress(&o, &m, &t);
-    if (mode == DECOMPRESS) decompress(&o, &m, &t);
+    if (mode == COMPRESS || mode == DECOMPRESS) compress(&o, &m, &t, mode == DECOMPRESS);
     if (t.file) free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;
