@@ -40,6 +40,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -1292,6 +1293,10 @@ typedef struct {
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 bytes");
 
+// A hash table from texts to numbers (open addressing); an empty entry has no text.
+typedef struct { const char *s; uint32_t len; int number; } Named;
+typedef struct { Named *entries; size_t mask; } Index;
+
 typedef struct {
     TokenizerHeader h;
     bool llama2c;             // read from llama2.c's layout
@@ -1299,11 +1304,8 @@ typedef struct {
     const uint8_t *file;
     size_t file_size;
     Token *tokens;            // (vocab_size)
-    uint32_t *index;          // hash table of tokens by text: token + 1, 0 empty
-    size_t index_mask;
-    const uint8_t *merges;    // (n_merges, 2) uint32 tokens, best first
-    uint32_t *merge_index;    // hash table of merges by pair: rank + 1, 0 empty
-    size_t merge_mask;
+    Index by_text;            // tokens
+    Index merges;             // ranks of pairs of tokens, two uint32
     const uint8_t *ranges;    // (n_ranges) Range
     uint8_t ascii[128];       // class of the first characters
     size_t special[256];      // longest control or user-defined token that starts with this byte
@@ -1332,52 +1334,54 @@ static uint64_t text_hash(Text t) {
     for (size_t i = 0; i < t.len; i++) h = hash_byte(h, t.s[i]);
     return h;
 }
-// The token with this text and hash, or -1. Byte and unused tokens are not found by their text.
-static int find_hashed(const Tokenizer *t, Text text, uint64_t h) {
-    for (size_t i = (size_t)(h ^ h >> 32);; i++) {
-        uint32_t entry = t->index[i & t->index_mask];
-        if (!entry) return -1;
-        const Text *found = &t->tokens[entry - 1].text;
-        if (found->len == text.len && !memcmp(found->s, text.s, text.len)) return (int)entry - 1;
-    }
-}
-static int find_token(const Tokenizer *t, Text text) { return find_hashed(t, text, text_hash(text)); }
-// The rank of joining tokens a and b, or -1.
-static int find_merge(const Tokenizer *t, uint32_t a, uint32_t b) {
-    for (uint64_t i = mix64((uint64_t)a << 32 | b);; i++) {
-        uint32_t entry = t->merge_index[i & t->merge_mask];
-        if (!entry) return -1;
-        const uint8_t *pair = t->merges + (size_t)(entry - 1) * 8;
-        if (read_u32(pair) == a && read_u32(pair + 4) == b) return (int)entry - 1;
-    }
-}
-static uint32_t *new_index(size_t n, size_t *mask) {
-    for (*mask = 1; *mask < 2 * n; *mask *= 2) {}
-    uint32_t *index = resize(NULL, *mask, sizeof *index);
-    memset(index, 0, *mask * sizeof *index);
-    (*mask)--;
+static Index new_index(size_t n) {
+    Index index = {.mask = 1};
+    while (index.mask < 2 * n) index.mask *= 2;
+    index.entries = zeros(index.mask--, sizeof(Named));
     return index;
+}
+// The entry of a text with this hash, or the empty one that it would have.
+static Named *entry_of(const Index *index, Text text, uint64_t h) {
+    for (size_t i = (size_t)(h ^ h >> 32);; i++) {
+        Named *e = &index->entries[i & index->mask];
+        if (!e->len || (e->len == text.len && !memcmp(e->s, text.s, text.len))) return e;
+    }
+}
+static void add_entry(const Index *index, Text text, int number) {
+    Named *e = entry_of(index, text, text_hash(text));
+    if (!e->len) *e = (Named){text.s, (uint32_t)text.len, number};  // of equal texts the first counts
+}
+// The number of a text, or -1.
+static int find_hashed(const Index *index, Text text, uint64_t h) {
+    const Named *e = entry_of(index, text, h);
+    return e->len ? e->number : -1;
+}
+// The token with this text, or -1. Byte and unused tokens are not found by their text.
+static int find_token(const Tokenizer *t, Text text) {
+    return find_hashed(&t->by_text, text, text_hash(text));
+}
+// The rank of joining tokens a and b, or -1.
+static int find_merge(const Tokenizer *t, int a, int b) {
+    int pair[] = {a, b};
+    Text text = {(const char *)pair, sizeof pair};
+    return find_hashed(&t->merges, text, text_hash(text));
 }
 
 // Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
 static uint32_t next_char(const char *s, size_t len, size_t *used) {
     const uint8_t *p = (const uint8_t *)s;
-    int more = p[0] < 0x80   ? 0
-               : p[0] < 0xc2 ? -1
-               : p[0] < 0xe0 ? 1
-               : p[0] < 0xf0 ? 2
-               : p[0] < 0xf5 ? 3
-                             : -1;
     static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
+    size_t more = (size_t)((p[0] >= 0xc2) + (p[0] >= 0xe0) + (p[0] >= 0xf0));  // bytes that follow
     *used = 1;
-    if (more < 0 || (size_t)more >= len) return 0xfffd;
-    uint32_t c = more ? p[0] & (0x3fu >> more) : p[0];
-    for (int i = 1; i <= more; i++) {
+    if (p[0] < 0x80) return p[0];
+    if (!more || more >= len || p[0] > 0xf4) return 0xfffd;
+    uint32_t c = p[0] & (0x3fu >> more);
+    for (size_t i = 1; i <= more; i++) {
         if ((p[i] & 0xc0) != 0x80) return 0xfffd;
         c = c << 6 | (p[i] & 0x3f);
     }
     if (c < least[more] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000)) return 0xfffd;
-    *used = (size_t)more + 1;
+    *used = more + 1;
     return c;
 }
 
@@ -1400,24 +1404,15 @@ static uint32_t class_of(const Tokenizer *t, const char *s, size_t len, size_t *
 
 // ---- Opening a tokenizer
 
-static void add_to_index(Tokenizer *t, int id) {
-    Text text = t->tokens[id].text;
-    uint64_t h = text_hash(text);
-    size_t i = (size_t)(h ^ h >> 32);
-    if (find_hashed(t, text, h) >= 0) return;  // of two equal texts the first counts
-    while (t->index[i & t->index_mask]) i++;
-    t->index[i & t->index_mask] = (uint32_t)id + 1;
-}
-
 // Builds the tables that both layouts need.
 static void index_tokens(Tokenizer *t) {
-    t->index = new_index((size_t)t->h.vocab_size, &t->index_mask);
+    t->by_text = new_index((size_t)t->h.vocab_size);
     memset(t->byte_token, -1, sizeof t->byte_token);
     for (int id = 0; id < t->h.vocab_size; id++) {
         const Token *k = &t->tokens[id];
         if (!k->text.len || k->type == UNUSED) continue;
         uint8_t first = (uint8_t)k->text.s[0];
-        if (k->type != BYTE) add_to_index(t, id);
+        if (k->type != BYTE) add_entry(&t->by_text, k->text, id);
         if (k->type == CONTROL || k->type == USER_DEFINED) {
             if (k->text.len > t->special[first]) t->special[first] = k->text.len;
         } else if (k->text.len == 1 && t->byte_token[first] < 0 &&
@@ -1427,11 +1422,12 @@ static void index_tokens(Tokenizer *t) {
 }
 
 // The byte that a piece of the form <0xHH> stands for, or -1.
-static int byte_piece(const char *s) {
-    static const char digits[] = "0123456789ABCDEF";
-    const char *high = memchr(digits, s[3], 16), *low = memchr(digits, s[4], 16);
-    if (memcmp(s, "<0x", 3) || s[5] != '>' || !high || !low) return -1;
-    return (int)(high - digits) * 16 + (int)(low - digits);
+static int byte_piece(Text text) {
+    char piece[7] = "", again[16];
+    unsigned byte;
+    if (text.len != 6 || sscanf(memcpy(piece, text.s, 6), "<0x%2X", &byte) != 1) return -1;
+    snprintf(again, sizeof again, "<0x%02X>", byte);
+    return strcmp(piece, again) ? -1 : (int)byte;
 }
 
 // llama2.c's layout: the longest token's length, then for each token score, length and text. It
@@ -1452,13 +1448,12 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
         if (k->text.len > t->file_size - at) return "is truncated or damaged";
         k->text.s = (const char *)t->file + at;
         at += k->text.len;
+        int byte = byte_piece(k->text);
+        static char bytes[256];
         if (id < 3) k->type = CONTROL;
-        int byte = k->text.len == 6 ? byte_piece(k->text.s) : -1;  // <0x00> to <0xFF>
-        if (id >= 3 && byte >= 0) {
-            static char bytes[256];
+        else if (byte >= 0) {
             bytes[byte] = (char)byte;
-            k->type = BYTE;
-            k->text = (Text){&bytes[byte], 1};
+            *k = (Token){{&bytes[byte], 1}, k->score, BYTE};
         }
     }
     return at == t->file_size ? NULL : "has more tokens than the model";
@@ -1492,8 +1487,8 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
         (uint64_t)h->n_merges * 8 + (uint64_t)h->n_ranges * 12 + (uint64_t)h->n_stops * 4 >
             (uint64_t)(end - p))
         return "is truncated";
-    t->merges = p;
-    t->ranges = t->merges + (size_t)h->n_merges * 8;
+    const uint8_t *merges = p;  // (n_merges, 2) uint32 tokens, best first
+    t->ranges = merges + (size_t)h->n_merges * 8;
     t->stops = t->ranges + (size_t)h->n_ranges * 12;
     p = t->stops + (size_t)h->n_stops * 4;
     for (uint32_t i = 0; i < h->n_chat; i++) {
@@ -1502,15 +1497,11 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
         p += 4 + t->chat[i].len;
     }
     if (p != end) return "is damaged: its end is not where it should be";
-    t->merge_index = new_index(h->n_merges, &t->merge_mask);
-    for (uint32_t rank = 0; rank < h->n_merges; rank++) {
-        uint32_t a = read_u32(t->merges + (size_t)rank * 8),
-                 b = read_u32(t->merges + (size_t)rank * 8 + 4);
-        if (a >= (uint32_t)h->vocab_size || b >= (uint32_t)h->vocab_size) return "is damaged";
-        uint64_t i = mix64((uint64_t)a << 32 | b);
-        if (find_merge(t, a, b) >= 0) continue;
-        while (t->merge_index[i & t->merge_mask]) i++;
-        t->merge_index[i & t->merge_mask] = rank + 1;
+    t->merges = new_index(h->n_merges);
+    for (uint32_t rank = 0; rank < h->n_merges; rank++, merges += 8) {
+        if (read_u32(merges) >= (uint32_t)h->vocab_size ||
+            read_u32(merges + 4) >= (uint32_t)h->vocab_size) return "is damaged";
+        add_entry(&t->merges, (Text){(const char *)merges, 8}, (int)rank);
     }
     return NULL;
 }
@@ -1518,8 +1509,8 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
 static void free_tokenizer(Tokenizer *t) {
     if (t->file) munmap((void *)(uintptr_t)t->file, t->file_size);
     free(t->tokens);
-    free(t->index);
-    free(t->merge_index);
+    free(t->by_text.entries);
+    free(t->merges.entries);
     free(t->path);
     *t = (Tokenizer){0};
 }
@@ -1530,8 +1521,7 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     *t = (Tokenizer){.path = resize(NULL, strlen(path) + 1, 1)};
     strcpy(t->path, path);
     t->file = map_file(path, &t->file_size);
-    t->tokens = resize(NULL, (size_t)m->c.vocab_size, sizeof *t->tokens);
-    memset(t->tokens, 0, (size_t)m->c.vocab_size * sizeof *t->tokens);
+    t->tokens = zeros((size_t)m->c.vocab_size, sizeof *t->tokens);
     if (t->file_size < 8) return "is truncated";
     bool own = read_u32(t->file) == 0x336b6f74;
     const char *wrong = own ? load_own_tokenizer(t, m->c.vocab_size)
@@ -1548,29 +1538,28 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
     const char *slash = strrchr(m->path, '/'), *dot = strrchr(m->path, '.');
     int folder = slash ? (int)(slash - m->path) + 1 : 0;
     int stem = dot && dot > m->path + folder ? (int)(dot - m->path) : (int)strlen(m->path);
-    size_t size = strlen(m->path) + 32, used = 0;
-    char *paths = resize(NULL, 3 * size, 1), *seen = resize(NULL, 3 * size + 300, 1);
-    snprintf(paths, size, "%.*s.tok", stem, m->path);
-    snprintf(paths + size, size, "%.*stokenizer.bin", folder, m->path);
-    snprintf(paths + 2 * size, size, "tokenizer.bin");
-    seen[0] = 0;
-    for (size_t i = 0; i < (named ? 1 : folder ? 3 : 2); i++) {
-        const char *path = named ? named : paths + i * size;
+    size_t size = strlen(m->path) + 100;
+    char *path = resize(NULL, size, 1), *seen = resize(NULL, 3 * size, 1);
+    *seen = 0;
+    for (int i = named ? 3 : 0; i < 4 - !named; i++) {
+        snprintf(path, size, "%.*s%s", i == 0 ? stem : i == 1 ? folder : 0, m->path,
+                 i == 0 ? ".tok" : "tokenizer.bin");
         struct stat st;
-        if (!named && stat(path, &st)) continue;
+        if ((i == 2 && !folder) || (i < 3 && stat(path, &st))) continue;
         bool usable = named || (S_ISREG(st.st_mode) && st.st_size > 0 && !access(path, R_OK));
-        const char *wrong = usable ? load_tokenizer(t, path, m) : "cannot be read or is empty";
+        const char *wrong = usable ? load_tokenizer(t, named ? named : path, m)
+                                   : "cannot be read or is empty";
+        if (wrong && named) die("%s %s", named, wrong);
         if (!wrong) {
             free(seen);
-            free(paths);
+            free(path);
             return;
         }
-        if (named) die("%s %s", path, wrong);
-        used += (size_t)snprintf(seen + used, size + 100, "%s%s %s", used ? "; " : "", path, wrong);
+        sprintf(seen + strlen(seen), "%s%s %s", *seen ? "; " : "", path, wrong);
         free_tokenizer(t);
     }
     die("no tokenizer for %s: %s; name one with -z", m->path,
-        used ? seen : "there is neither a .tok file nor a tokenizer.bin beside it");
+        *seen ? seen : "there is neither a .tok file nor a tokenizer.bin beside it");
 }
 
 // ---- Encoding
@@ -1598,7 +1587,7 @@ static void push_pair(Merger *m, int left) {
     const Symbol *b = &m->symbols[a->next];
     Pair p = {0, left, -1, a->len + b->len};
     if (t->h.kind == BYTE_LEVEL) {
-        int rank = a->id < 0 || b->id < 0 ? -1 : find_merge(t, (uint32_t)a->id, (uint32_t)b->id);
+        int rank = find_merge(t, a->id, b->id);
         if (rank < 0) return;
         p.priority = (float)-rank;
     }
@@ -1676,11 +1665,8 @@ static void encode_word(Merger *m, Text word, Ids *out) {
 static size_t contraction(const char *s, size_t len, bool any_case) {
     static const char *const ends[] = {"s", "t", "re", "ve", "m", "ll", "d"};
     for (size_t i = 0; i < 7 && len && s[0] == '\''; i++) {
-        size_t n = strlen(ends[i]), same = 0;
-        while (same < n && 1 + same < len &&
-               (s[1 + same] == ends[i][same] || (any_case && (s[1 + same] | 32) == ends[i][same])))
-            same++;
-        if (same == n) return n + 1;
+        size_t n = strlen(ends[i]);
+        if (n < len && !(any_case ? strncasecmp : strncmp)(s + 1, ends[i], n)) return n + 1;
     }
     return 0;
 }
@@ -1756,7 +1742,7 @@ static int special_at(const Tokenizer *t, const char *s, size_t len, const char 
     int found = -1;
     for (size_t n = 1; n <= longest && n <= len; n++) {
         h = hash_byte(h, s[n - 1]);
-        int id = find_hashed(t, (Text){s, n}, h);
+        int id = find_hashed(&t->by_text, (Text){s, n}, h);
         if (id < 0) continue;
         if (t->tokens[id].type == USER_DEFINED) found = id;
         if (t->tokens[id].type == CONTROL && !(typed && memchr(typed, 1, n))) found = id;
