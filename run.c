@@ -72,40 +72,20 @@
 //         xb = norm(x)
 //         x += w_down (act(w_gate xb) * w_up xb)   feed-forward: each token thinks by itself
 //     logits (vocab_size) = classifier norm(x) a score for every token of the vocabulary
-//     next token                               drawn by lot from e^logits, in the sampler
+//     next token                               drawn by lot with probabilities softmax(logits)
 //
 // x is the residual stream. A layer does not replace it but adds to it: what the layers before it
 // wrote stays readable, and each one has only to learn what is still missing.
 //
 // All that a model knows is in its matrices. They began as random numbers. Training showed it text,
-// token after token, and each time moved every number a little to where the token that really came
-// next would have been likelier, over trillions of tokens. What a layer does with a text was
-// learned in this way, not written by anyone; this part is only the frame.
+// and for each token moved every number a little to where the token that really came next would
+// have been likelier, again and again. What the layers do with a text was learned in this way, and
+// written by nobody; this part is only the frame.
 //
-// Read on to "Details", which can wait: number formats, memory, and how checkpoints lie in files.
+// What comes under "Details" can wait: number formats, memory, how checkpoints lie in files.
 
-// ---- Errors: one line on stderr says what, where and what to do; the exit status is 1.
-
-static _Thread_local jmp_buf *recovery;  // where to go on after an error, where that is possible
-
-static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    if (recovery) longjmp(*recovery, 1);
-    exit(1);
-}
-
-// realloc that does not return NULL; count * size is checked against overflow.
-static void *resize(void *old, size_t count, size_t size) {
-    if (size && count > SIZE_MAX / 2 / size) die("out of memory: %zu x %zu bytes", count, size);
-    void *p = realloc(old, count && size ? count * size : 1);
-    if (!p) die("out of memory: cannot get %zu bytes", count * size);
-    return p;
-}
+static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...);
+static void *resize(void *old, size_t count, size_t size);  // realloc that does not return NULL
 
 // ---- The parameters. A checkpoint is a file with the sizes in front and the matrices behind. To
 // load it is to map it into memory and to note where each matrix begins: load_model, in Details.
@@ -191,12 +171,14 @@ static bool is_local(const Config *c, int layer) {
 }
 
 // ---- The mathematics: five functions. Part 3 has faster versions of panel_plain and, below, of
-// attend_plain, with equal results. exp_ and cos_sin, in Details, are made from + - * / alone.
+// attend_plain, with equal results. The functions declared here are in Details.
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 static inline float exp_(float x);                             // e^x
 static void cos_sin(double x, float *cosine, float *sine);
+static inline float sum16(const float *x, int first, int n, bool squares);  // of x[first..n)
+static float largest(const float *x, int first, int n);
 static float weight(const Matrix *w, int r, int c);            // the parameter w[r][c]
 
 // Activations rounded to int8 by blocks of 32, x = d * q, for quantized weights: within a block the
@@ -223,24 +205,11 @@ static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride
         }
 }
 
-// A sum of many numbers is made of 16 partial sums, number i in sum i mod 16: a SIMD unit does them
-// side by side, and the order is the same on every machine, as rounding depends on it.
-static float tree_sum(float *p) {
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) p[i] += p[i + width];
-    return p[0];
-}
-
 // 2. RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It brings a vector
 // to a standard length, whatever the layers have added up, and weights each number. out may be x.
 static void rmsnorm(float *out, const float *x, const float *w, int n, float eps) {
-    float sums[16] = {0};
-    int i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
-    for (; i < n; i++) sums[i % 16] += x[i] * x[i];
-    float scale = 1.0f / sqrtf(tree_sum(sums) / (float)n + eps);
-    for (int j = 0; j < n; j++) out[j] = w[j] * (scale * x[j]);
+    float scale = 1.0f / sqrtf(sum16(x, 0, n, true) / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = w[i] * (scale * x[i]);
 }
 
 // 3. Softmax of x[first..n) turns scores into positive weights that add up to 1:
@@ -248,24 +217,14 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
 // A score that is larger by 1 weighs e = 2.7 times as much. To subtract the maximum changes nothing
 // in the quotient, but e^x of a large x would overflow.
 static void softmax(float *x, int first, int n) {
-    float max = x[first], maxima[16], sums[16] = {0};
-    int i = first;
-    for (int j = 0; j < 16; j++) maxima[j] = max;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
-    for (; i < n; i++) maxima[0] = x[i] > maxima[0] ? x[i] : maxima[0];
-    for (int j = 0; j < 16; j++) max = maxima[j] > max ? maxima[j] : max;
-    for (i = first; i < n; i++) x[i] = exp_(x[i] - max);
-    for (i = first; i < n && i % 16; i++) sums[i % 16] += x[i];
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += x[i + j];
-    for (; i < n; i++) sums[i % 16] += x[i];
-    float scale = 1.0f / tree_sum(sums);
-    for (i = first; i < n; i++) x[i] *= scale;
+    float max = largest(x, first, n);
+    for (int i = first; i < n; i++) x[i] = exp_(x[i] - max);
+    float scale = 1.0f / sum16(x, first, n, false);
+    for (int i = first; i < n; i++) x[i] *= scale;
 }
 
-// 4. RoPE (arXiv:2104.09864), rotary positions. Attention is a sum over the tokens before, and a
-// sum has no order: "dog bites man" would be "man bites dog". So each pair (a, b) of numbers of a
+// 4. RoPE (arXiv:2104.09864), rotary positions. Attention is an average over tokens, and does not
+// see their order: "dog bites man" would be "man bites dog". So each pair (a, b) of numbers of a
 // query or key is turned, as the hand of a clock, by an angle that grows with the token's position:
 //     angle = pos * freq[j],  freq[j] = theta^(-2j / head_dim)   for pair j
 //     (a, b) becomes (a cos - b sin, b cos + a sin)
@@ -292,7 +251,7 @@ static void rope(float *head, const float *table, int head_dim) {
 
 // 5. The gated activation (SwiGLU, arXiv:2002.05202): gate[i] = act(gate[i]) * up[i]. The act is
 // near x for x > 0 and near 0 for x < 0, so a number of gate says whether a number of up counts:
-// an if, learned. Without such a bend all matrices would collapse into one.
+// an if, learned. Without such a bend the layer's two steps could as well be one matrix.
 //     SiLU(x) = x / (1 + e^-x);  GELU(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3), the
 // tanh form of arXiv:1606.08415.
 static void gated_activation(float *gate, const float *up, int n, bool gelu) {
@@ -482,7 +441,7 @@ static void embed(const Pass *f, int i) {
     for (int j = 0; j < c->dim; j++)
         x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
     for (int t = 0; t < 2; t++)
-        rope_angles(f->s->rope[t] + (size_t)i * 2 * (size_t)c->head_dim, vec(&f->m->rope_freqs[t]),
+        rope_angles(row_of(f->s->rope[t], i, 2 * c->head_dim), vec(&f->m->rope_freqs[t]),
                     f->batch[i].pos, c->head_dim);
 }
 
@@ -519,7 +478,7 @@ static void rope_and_cache(const Pass *f, int i) {
     int hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd, at;
     float *q = row_of(f->s->q, i, q_dim), *k = row_of(f->s->k, i, kv_dim);
     float *v = row_of(f->s->v, i, kv_dim);
-    const float *angles = f->s->rope[is_local(c, f->layer)] + (size_t)i * 2 * (size_t)hd;
+    const float *angles = row_of(f->s->rope[is_local(c, f->layer)], i, 2 * hd);
     if (l->bq.data) add(q, vec(&l->bq), q_dim), add(k, vec(&l->bk), kv_dim);
     if (l->bv.data) add(v, vec(&l->bv), kv_dim);
     for (int h = 0; h < c->n_heads; h++, q += hd) {
@@ -570,7 +529,8 @@ static int forward_batch(Pass *f, size_t done) {
         // Attention: tokens talk. What a token asks, offers and passes on is read off its x; what
         // the heads bring back, side by side, goes through wo to the residual stream.
         normalize(f, &l->attn_norm, "xb = attn_norm(x)");
-        matmul(f, n, s->xb, (Product[]){{&l->wq, s->q, 0}, {&l->wk, s->k, 0}, {&l->wv, s->v, 0}}, 3);
+        matmul(f, n, s->xb,
+               (Product[]){{&l->wq, s->q, 0}, {&l->wk, s->k, 0}, {&l->wv, s->v, 0}}, 3);
         each(f, rope_and_cache, n);
         observe(f, "q = rope(wq xb)", s->q, q_dim);
         observe(f, "k = rope(wk xb)", s->k, kv_dim);
@@ -580,8 +540,8 @@ static int forward_batch(Pass *f, size_t done) {
         matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, 0}}, 1);
         observe(f, "xb = wo att_out", s->xb, c->dim);
         add_to_stream(f, &l->post_attn_norm, "x += xb");
-        // Feed-forward: each token thinks by itself. A row of w_gate looks for something in x; where
-        // it is found, a column of w_down adds what is known about it. Most parameters are here.
+        // Feed-forward: each token thinks by itself. A row of w_gate looks for something in x;
+        // where it is found, a column of w_down adds what is known about it.
         normalize(f, &l->ffn_norm, "xb = ffn_norm(x)");
         matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, 0}, {&l->w_up, s->up, 0}}, 2);
         observe(f, "gate = w_gate xb", s->gate, c->hidden_dim);
@@ -659,46 +619,9 @@ static int argmax(const float *x, int n) {
     for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
     return best;
 }
-static int by_probability(const void *a, const void *b) {
-    const Candidate *x = a, *y = b;
-    if (x->p != y->p) return x->p > y->p ? -1 : 1;
-    return (x->token > y->token) - (x->token < y->token);
-}
-
-// Draws from the candidates: the smallest number of the likeliest tokens that all the limits allow.
-// The many others are unlikely each, but together they would be drawn now and then, and spoil the
-// text. The probabilities left do not add up to 1: the random number is scaled to their sum.
-static int sample_candidates(Sampler *s, float coin) {
-    Candidate *c = s->candidates;
-    int n = 0, kept = 0;
-    bool nucleus = s->top_p > 0 && s->top_p < 1;
-    // Tokens below a cutoff cannot be drawn: they need not be sorted. Of the k likeliest, it is what
-    // a count of the probabilities' exponents leaves.
-    float cutoff = nucleus ? (1.0f - s->top_p) / (float)(s->vocab_size - 1) : 0;
-    float min = s->min_p * s->p[argmax(s->p, s->vocab_size)];
-    if (s->top_k) {
-        int counts[256] = {0}, exponent = 255;
-        for (int i = 0; i < s->vocab_size; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
-        for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
-        float least = float_of((uint32_t)exponent << 23);
-        cutoff = least > cutoff ? least : cutoff;
-    }
-    cutoff = min > cutoff ? min : cutoff;
-    for (int i = 0; i < s->vocab_size; i++)
-        if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
-    if (n == 0) return argmax(s->p, s->vocab_size);
-    qsort(c, (size_t)n, sizeof *c, by_probability);
-    if (s->top_k && n > s->top_k) n = s->top_k;
-    float sum = 0, cdf = 0;
-    while (kept < n && (!kept || c[kept].p >= s->min_p * c[0].p) && !(nucleus && sum > s->top_p))
-        sum += c[kept++].p;
-    s->kept = kept;
-    for (int i = 0; i < kept; i++) {
-        cdf += c[i].p;
-        if (coin * sum < cdf) return c[i].token;
-    }
-    return c[kept - 1].token;
-}
+// The limits: draws from the smallest number of the likeliest tokens that all of them allow. The
+// many others are unlikely each, but together they would be drawn now and then, and spoil the text.
+static int sample_candidates(Sampler *s, float coin);
 
 // Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
 // Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum. Two tokens
@@ -734,6 +657,47 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
 //         token = pos + 1 < n_prompt ? prompt[pos + 1] : sample(sampler, logits, NULL, 0);
 //         print(decode(token));
 //     }
+
+// ---- Details: the sampler's limits
+
+static int by_probability(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    if (x->p != y->p) return x->p > y->p ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+// The probabilities left do not add up to 1: the random number is scaled to their sum.
+static int sample_candidates(Sampler *s, float coin) {
+    Candidate *c = s->candidates;
+    int n = 0, kept = 0;
+    bool nucleus = s->top_p > 0 && s->top_p < 1;
+    // Tokens below a cutoff cannot be drawn: they need not be sorted. For the k likeliest, it is
+    // what a count of the probabilities' exponents leaves.
+    float cutoff = nucleus ? (1.0f - s->top_p) / (float)(s->vocab_size - 1) : 0;
+    float min = s->min_p * s->p[argmax(s->p, s->vocab_size)];
+    if (s->top_k) {
+        int counts[256] = {0}, exponent = 255;
+        for (int i = 0; i < s->vocab_size; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
+        for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
+        float least = float_of((uint32_t)exponent << 23);
+        cutoff = least > cutoff ? least : cutoff;
+    }
+    cutoff = min > cutoff ? min : cutoff;
+    for (int i = 0; i < s->vocab_size; i++)
+        if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
+    if (n == 0) return argmax(s->p, s->vocab_size);
+    qsort(c, (size_t)n, sizeof *c, by_probability);
+    if (s->top_k && n > s->top_k) n = s->top_k;
+    float sum = 0, cdf = 0;
+    while (kept < n && (!kept || c[kept].p >= s->min_p * c[0].p) && !(nucleus && sum > s->top_p))
+        sum += c[kept++].p;
+    s->kept = kept;
+    for (int i = 0; i < kept; i++) {
+        cdf += c[i].p;
+        if (coin * sum < cdf) return c[i].token;
+    }
+    return c[kept - 1].token;
+}
 
 // ---- Details: numbers. Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere.
 
@@ -772,6 +736,33 @@ static double exp_double(double x) {
     for (int i = 1; i < 14; i++) sum += term *= y / i;
     for (int i = 0; i < 10; i++) sum *= sum;
     return sum;
+}
+
+// A sum of many numbers is made of 16 partial sums, number i in sum i mod 16: a SIMD unit does them
+// side by side, and the order is the same on every machine, as rounding depends on it.
+static float tree_sum(float *p) {
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) p[i] += p[i + width];
+    return p[0];
+}
+static inline float sum16(const float *x, int first, int n, bool squares) {
+    float sums[16] = {0};
+    int i = first;
+    for (; i < n && i % 16; i++) sums[i % 16] += squares ? x[i] * x[i] : x[i];
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += squares ? x[i + j] * x[i + j] : x[i + j];
+    for (; i < n; i++) sums[i % 16] += squares ? x[i] * x[i] : x[i];
+    return tree_sum(sums);
+}
+static float largest(const float *x, int first, int n) {
+    float max[16];
+    int i = first;
+    for (int j = 0; j < 16; j++) max[j] = x[first];
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
+    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
+    for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    return max[0];
 }
 
 // Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant.
@@ -842,7 +833,8 @@ static float quantized_row(const Matrix *w, int r, const Quantized *x, int token
     for (int b = 0; b * 32 < w->cols; b++, block += block_bytes(w->dtype)) {
         size_t at = block_at(x, token, b);
         int dot = 0;
-        for (int c = 0; c < 32; c++) dot += quant(w->dtype, block, r, c) * x->q[at * 32 + (size_t)c];
+        const int8_t *q = x->q + at * 32;
+        for (int c = 0; c < 32; c++) dot += quant(w->dtype, block, r, c) * q[c];
         sum += (float)dot * half_to_float(halves(block)[r]) * x->d[at];
         if (w->dtype == Q4A) sum += half_to_float(halves(block)[16 + r]) * x->dsum[at];
     }
@@ -878,7 +870,30 @@ static void quantize(Quantized *out, int token, const float *x, int n) {
     }
 }
 
-// ---- Details: memory
+
+// ---- Details: errors and memory. An error is one line on stderr that says what, where and what to
+// do; the exit status is 1.
+
+static _Thread_local jmp_buf *recovery;  // where to go on after an error, where that is possible
+
+static void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("run: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    if (recovery) longjmp(*recovery, 1);
+    exit(1);
+}
+
+// count * size is checked against overflow.
+static void *resize(void *old, size_t count, size_t size) {
+    if (size && count > SIZE_MAX / 2 / size) die("out of memory: %zu x %zu bytes", count, size);
+    void *p = realloc(old, count && size ? count * size : 1);
+    if (!p) die("out of memory: cannot get %zu bytes", count * size);
+    return p;
+}
 
 // Zeroed memory that is not touched before it is used, so that it costs nothing until then.
 static void *reserve(size_t bytes, const char *what) {
@@ -924,20 +939,19 @@ static State *get_state(Cache *kv, int n) {
     State *s = kv->state;
     if (n <= s->capacity) return s;
     while (s->n_owned) free(s->owned[--s->n_owned]);
-    size_t rows = (size_t)round_up(n, TILE), dim = (size_t)padded(c->dim);
-    size_t hidden = (size_t)padded(c->hidden_dim), q_dim = (size_t)padded(c->n_heads * c->head_dim);
-    size_t kv_dim = (size_t)padded(c->n_kv_heads * c->head_dim);
-    size_t widest = dim > hidden ? dim : hidden;
-    size_t blocks = rows * ((widest > q_dim ? widest : q_dim) / 32 + 1);
-    s->x = own(s, rows * dim, 4);
-    s->xb = own(s, rows * dim, 4);
-    s->q = own(s, rows * q_dim, 4);
-    s->k = own(s, rows * kv_dim, 4);
-    s->v = own(s, rows * kv_dim, 4);
-    s->att_out = own(s, rows * q_dim, 4);
-    s->gate = own(s, rows * hidden, 4);
-    s->up = own(s, rows * hidden, 4);
-    for (int i = 0; i < 2; i++) s->rope[i] = own(s, rows * (size_t)c->head_dim, 8);
+    size_t rows = (size_t)round_up(n, TILE), widest = 0;
+    int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
+    struct { float **array; int width; } arrays[] = {
+        {&s->x, c->dim}, {&s->xb, c->dim}, {&s->q, q_dim}, {&s->k, kv_dim}, {&s->v, kv_dim},
+        {&s->att_out, q_dim}, {&s->gate, c->hidden_dim}, {&s->up, c->hidden_dim},
+        {&s->rope[0], 2 * c->head_dim}, {&s->rope[1], 2 * c->head_dim},
+    };
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+        size_t width = (size_t)padded(arrays[i].width);
+        *arrays[i].array = own(s, rows * width, sizeof(float));
+        widest = width > widest ? width : widest;
+    }
+    size_t blocks = rows * (widest / 32 + 1);
     s->xq = (Quantized){own(s, blocks, 32), own(s, blocks, 4), own(s, blocks, 4),
                         own(s, blocks, 4), 0};
     s->capacity = (int)rows;
@@ -1201,10 +1215,11 @@ static void load_v3(Model *m) {
     TENSOR(ROWS, rope_freqs[0], 1, head / 2);
     m->rope_freqs[1] = m->rope_freqs[0];
     if (c->flags & LOCAL_ROPE) TENSOR(ROWS, rope_freqs[1], 1, head / 2);
-    for (int i = 0; i < head / 2; i++)
-        for (int t = 0; t < 2; t++)
-            if (!(vec(&m->rope_freqs[t])[i] >= 0 && vec(&m->rope_freqs[t])[i] <= 1))
-                die("%s: damaged: an inverse frequency is not from 0 to 1", m->path);
+    for (int i = 0; i < head; i++) {
+        float freq = vec(&m->rope_freqs[i % 2])[i / 2];
+        if (!(freq >= 0 && freq <= 1))
+            die("%s: damaged: an inverse frequency is not from 0 to 1", m->path);
+    }
     TENSOR(F32, token_embedding, c->vocab_size, dim);
     m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
     for (int l = 0; l < c->n_layers; l++) {
@@ -1349,7 +1364,7 @@ static Named *entry_of(const Index *index, Text text, uint64_t h) {
 }
 static void add_entry(const Index *index, Text text, int number) {
     Named *e = entry_of(index, text, text_hash(text));
-    if (!e->len) *e = (Named){text.s, (uint32_t)text.len, number};  // of equal texts the first counts
+    if (!e->len) *e = (Named){text.s, (uint32_t)text.len, number};  // the first of equal texts
 }
 // The number of a text, or -1.
 static int find_hashed(const Index *index, Text text, uint64_t h) {
@@ -1585,15 +1600,11 @@ static void push_pair(Merger *m, int left) {
     const Symbol *a = &m->symbols[left];
     if (left < 0 || a->next < 0) return;
     const Symbol *b = &m->symbols[a->next];
-    Pair p = {0, left, -1, a->len + b->len};
-    if (t->h.kind == BYTE_LEVEL) {
-        int rank = find_merge(t, a->id, b->id);
-        if (rank < 0) return;
-        p.priority = (float)-rank;
-    }
-    p.id = find_token(t, (Text){m->text + a->start, p.len});
-    if (p.id < 0 || (t->h.kind == SENTENCEPIECE && t->tokens[p.id].type != NORMAL)) return;
-    if (t->h.kind == SENTENCEPIECE) p.priority = t->tokens[p.id].score;
+    bool ranked = t->h.kind == BYTE_LEVEL;
+    int rank = ranked ? find_merge(t, a->id, b->id) : 0;
+    int id = rank < 0 ? -1 : find_token(t, (Text){m->text + a->start, a->len + b->len});
+    if (id < 0 || (!ranked && t->tokens[id].type != NORMAL)) return;
+    Pair p = {ranked ? (float)-rank : t->tokens[id].score, left, id, a->len + b->len};
     size_t i = m->n_heap++;
     for (; i && better(&p, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
         m->heap[i] = m->heap[(i - 1) / 2];
@@ -1719,12 +1730,11 @@ static void encode_plain(Merger *m, Text text, Ids *out) {
     }
     while (text.len) {
         size_t piece = text.len, used;
-        if (t->h.isolate_digits)  // a digit is a word; the rest is cut as if it stood alone
+        if (t->h.isolate_digits) {  // a digit is a word; the rest is cut as if it stood alone
             for (piece = 0; piece < text.len; piece += used)
-                if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) {
-                    if (!piece) piece = used;
-                    break;
-                }
+                if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) break;
+            if (!piece) piece = used;
+        }
         for (size_t i = 0, n; i < piece; i += n) {
             n = next_word(t, text.s + i, piece - i);
             encode_word(m, (Text){text.s + i, n}, out);
