@@ -351,7 +351,8 @@ typedef struct State {     // the activations: arrays of n rows, padded(width) n
     float *scores;         // scratch of attention
     size_t logits_capacity, scores_capacity;
     void *owned[16];       // the memory of all but these two
-    int n_owned, capacity; // slots
+    int n_owned;
+    int capacity;          // slots
 } State;
 static State *get_state(Cache *kv, int n);  // with room for n slots
 static int padded(int width);               // width rounded up; the rest is zero
@@ -619,6 +620,7 @@ static int argmax(const float *x, int n) {
     for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
     return best;
 }
+
 // The limits: draws from the smallest number of the likeliest tokens that all of them allow. The
 // many others are unlikely each, but together they would be drawn now and then, and spoil the text.
 static int sample_candidates(Sampler *s, float coin);
@@ -870,7 +872,6 @@ static void quantize(Quantized *out, int token, const float *x, int n) {
     }
 }
 
-
 // ---- Details: errors and memory. An error is one line on stderr that says what, where and what to
 // do; the exit status is 1.
 
@@ -938,6 +939,7 @@ static State *get_state(Cache *kv, int n) {
     if (!kv->state) kv->state = zeros(1, sizeof *kv->state);
     State *s = kv->state;
     if (n <= s->capacity) return s;
+    s->capacity = 0;
     while (s->n_owned) free(s->owned[--s->n_owned]);
     size_t rows = (size_t)round_up(n, TILE), widest = 0;
     int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
@@ -1693,9 +1695,8 @@ static size_t run_of(const Tokenizer *t, const char *s, size_t len, uint32_t cla
 // Length of the first word of a text, as the regular expressions of GPT-2 (split 1) and of cl100k
 // (split 2: Llama 3, Qwen) cut it:
 //   1: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
-//   ?[^\s\p{L}\p{N}]+[\r\n]*
-//      |\s*[\r\n]+|\s+(?!\S)|\s+
+//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}
+//      | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 static size_t next_word(const Tokenizer *t, const char *s, size_t len) {
     bool gpt2 = t->h.split == 1;
     size_t n = contraction(s, len, !gpt2), used, first = 0, unlimited = SIZE_MAX;
