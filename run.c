@@ -40,6 +40,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -58,170 +59,48 @@
 // =================================================================================================
 // Part 1. The model
 // =================================================================================================
+//
+// How the next token comes about, with the shapes of what is computed (in the default model: dim
+// 576, 30 layers, 9 query heads and 3 key/value heads of head_dim 64, vocab_size 49152):
+//
+//     token                                    a number that stands for a piece of text
+//     x (dim) = its row of the embedding       what the token means, as a vector
+//     in each layer:
+//         xb = norm(x)
+//         q, k, v = wq xb, wk xb, wv xb        query, key and value, for each head (head_dim)
+//         x += wo attention(q, k, v)           tokens talk: each looks back at those before it
+//         xb = norm(x)
+//         x += w_down (act(w_gate xb) * w_up xb)   feed-forward: each token thinks by itself
+//     logits (vocab_size) = classifier norm(x) a score for every token of the vocabulary
+//     next token                               drawn by lot with probabilities softmax(logits)
+//
+// x is the residual stream. A layer does not replace it but adds to it: what the layers before it
+// wrote stays readable, and each one has only to learn what is still missing.
+//
+// All that a model knows is in its matrices. They began as random numbers. Training showed it text,
+// and for each token moved every number a little to where the token that really came next would
+// have been likelier, again and again. What the layers do with a text was learned in this way, and
+// written by nobody; this part is only the frame.
+//
+// What comes under "Details" can wait: number formats, memory, how checkpoints lie in files.
 
-// ---- Errors and memory: one line on stderr says what, where and what to do; the exit status is 1.
+static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...);
+static void *resize(void *old, size_t count, size_t size);  // realloc that does not return NULL
 
-static _Thread_local jmp_buf *recovery;  // where to go on after an error, where that is possible
+// ---- The parameters. A checkpoint is a file with the sizes in front and the matrices behind. To
+// load it is to map it into memory and to note where each matrix begins: load_model, in Details.
 
-static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    if (recovery) longjmp(*recovery, 1);
-    exit(1);
-}
-
-// realloc that does not return NULL; count * size is checked against overflow.
-static void *resize(void *old, size_t count, size_t size) {
-    if (size && count > SIZE_MAX / 2 / size) die("out of memory: %zu x %zu bytes", count, size);
-    void *p = realloc(old, count && size ? count * size : 1);
-    if (!p) die("out of memory: cannot get %zu bytes", count * size);
-    return p;
-}
-
-// Zeroed memory that is not touched before it is used, so that it costs nothing until then.
-static void *reserve(size_t bytes, const char *what) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    void *p = mmap(NULL, bytes + !bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (p == MAP_FAILED) die("out of memory: %zu MiB for %s", bytes >> 20, what);
-    return p;
-}
-
-// Asks for pages of 2 MiB where the system has them.
-static void large_pages(const void *p, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    madvise((void *)(uintptr_t)p, bytes, MADV_HUGEPAGE);
-#else
-    (void)p, (void)bytes;
-#endif
-}
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// ---- Numbers. Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere.
-
-static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-
-// Half precision to float: exponent and mantissa move over, a product with 2^112 mends the exponent
-// (and makes subnormal halves normal); infinity and NaN keep an exponent of all ones.
-static inline float half_to_float(uint16_t h) {
-    float x = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
-    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
-    return float_of(bits_of(x) | special | (uint32_t)(h & 0x8000) << 16);
-}
-
-// Float to half precision, to nearest even, saturating at 65504 (NaN becomes 65504).
-static inline uint16_t float_to_half(float x) {
-    x = x < 65504.0f ? x : 65504.0f;
-    x = x > -65504.0f ? x : -65504.0f;
-    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
-    uint32_t normal = (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13;
-    uint32_t small = bits_of(float_of(a) + 0.5f) - 0x3f000000;  // below 2^-14: multiples of 2^-24
-    return (uint16_t)(sign | (a < 0x38800000 ? small : normal));
-}
-
-// e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial.
-static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    float n = shifted - 12582912.0f;
-    float r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return float_of(bits_of(p) + ((bits_of(shifted) - 0x4b400000u) << 23));
-}
-
-// e^x in double for |x| < 700: (e^(x/1024))^1024 with a short Taylor series.
-static double exp_double(double x) {
-    double y = x / 1024, term = 1, sum = 1;
-    for (int i = 1; i < 14; i++) sum += term *= y / i;
-    for (int i = 0; i < 10; i++) sum *= sum;
-    return sum;
-}
-
-// Natural logarithm of x > 0: x = 2^e m, ln m = 2 artanh((m - 1) / (m + 1)).
-static double log_(double x) {
-    int e;
-    double m = frexp(x, &e);
-    if (m < 0.70710678118654752) m *= 2, e--;
-    double f = (m - 1) / (m + 1), f2 = f * f, sum = 0;
-    for (int i = 21; i > 0; i -= 2) sum = sum * f2 + 1.0 / i;
-    return 2 * f * sum + e * 0.69314718055994531;
-}
-
-// Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant.
-static void cos_sin(double x, float *cosine, float *sine) {
-    double k = x * 0.63661977236758134 + 6755399441055744.0 - 6755399441055744.0;
-    double r = x - k * 1.57079632673412561417 - k * 6.07710050650619224932e-11, r2 = r * r;
-    double s = 0, c = 0;
-    for (int i = 15; i > 1; i -= 2) s = (s + 1) * -r2 / (i * (i - 1));
-    for (int i = 16; i > 1; i -= 2) c = (c + 1) * -r2 / (i * (i - 1));
-    s = r * (s + 1), c = c + 1;
-    int quadrant = (int)((int64_t)k & 3);
-    *cosine = (float)(quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s);
-    *sine = (float)(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c);
-}
-
-// 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first`
-// is the place of the first word: a hash over pieces is the sum of the pieces' sums.
-static uint64_t mix64(uint64_t z) {
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-}
-static uint64_t hash_words(const void *data, size_t bytes, uint64_t first) {
-    uint64_t sum = 0;
-    for (size_t i = 0; i < bytes; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const char *)data + i, bytes - i < 8 ? bytes - i : 8);
-        sum += mix64(word + (first + i / 8 + 1) * 0x9E3779B97F4A7C15u);
-    }
-    return sum;
-}
-static uint64_t hash64(const void *data, size_t bytes) {
-    return mix64(bytes) + hash_words(data, bytes, 0);
-}
-
-// ---- The checkpoint: the parameters as they lie in the file, which is mapped into memory.
-
-// How a matrix is stored. ROWS is plain float32, row by row (vectors, and llama2.c's files). All
-// others come in panels of 16 rows, so that 16 rows can be summed side by side, each in column
-// order. The quantized ones are cut into blocks of 32 columns. In a block each row has a
-// half-precision scale (and for Q4A a minimum): first the scales of the 16 rows, [16], then minima,
-// then quants, 4 columns of a row side by side: Q8 int8 [8][16][4]; Q4, Q4A [4][16][4], low halves
-// columns 0 to 15, high halves columns 16 to 31.
-enum {
-    ROWS,   // float32 [rows][cols]
-    F32,    // float32 [panel][cols][16]
-    BF16,   // upper half of a float32, [panel][cols/2][16][2]
-    Q8,     // w = scale * q, q = -127..127
-    Q4,     // w = scale * (q - 8), q = 0..15
+enum {      // how the numbers of a matrix are stored; weight(), in Details, reads them all
+    ROWS,   // float32, row by row: vectors, and llama2.c's files
+    F32,    // float32, but 16 rows side by side, as all that follow
+    BF16,   // the upper half of a float32
+    Q8,     // w = scale * q, q = -127..127, a scale for each 32 numbers of a row
+    Q4,     // w = scale * q, q = -8..7
     Q4A,    // w = scale * q + minimum, q = 0..15
     BYTES,  // not a matrix: bytes
     N_DTYPES
 };
-
-static const char *const dtype_names[N_DTYPES] = {"f32", "f32", "bf16", "q8", "q4", "q4a", "bytes"};
-
-typedef struct {
-    int dtype, rows, cols;
-    const uint8_t *data;
-} Matrix;  // y = W x: y[r] = sum over c of w[r][c] * x[c]
+typedef struct { int dtype, rows, cols; const uint8_t *data; } Matrix;
 
 typedef struct {             // the first 256 bytes of a version 3 checkpoint
     uint32_t magic;          // 0x616b3432, "ak42" as in llama2.c
@@ -255,23 +134,19 @@ enum { TIED_EMBEDDING = 1, QKV_BIAS = 2, QK_NORM = 4, SANDWICH_NORM = 8, LOCAL_R
        ALL_FLAGS = 31 };
 enum { MAX_LAYERS = 256 };
 
-typedef struct {
-    uint32_t dtype, rows, cols, zero;
-    uint64_t offset, bytes;
-} Entry;  // the directory behind the header: one entry for each tensor
-
+// What only some families of models have is NULL (its data) in the others.
 typedef struct {
     Matrix attn_norm;       // (dim)
     Matrix wq;              // (n_heads * head_dim, dim)
     Matrix wk, wv;          // (n_kv_heads * head_dim, dim)
-    Matrix bq, bk, bv;      // biases of the three, where the family has them (Qwen2)
-    Matrix q_norm, k_norm;  // (head_dim), where the family has them (Qwen3, Gemma 3)
+    Matrix bq, bk, bv;      // biases of the three (Qwen2)
+    Matrix q_norm, k_norm;  // (head_dim), of each query and key (Qwen3, Gemma 3)
     Matrix wo;              // (dim, n_heads * head_dim)
-    Matrix post_attn_norm;  // (dim), where the family has it (Gemma 3)
+    Matrix post_attn_norm;  // (dim) (Gemma 3)
     Matrix ffn_norm;        // (dim)
     Matrix w_gate, w_up;    // (hidden_dim, dim)
     Matrix w_down;          // (dim, hidden_dim)
-    Matrix post_ffn_norm;   // (dim), where the family has it
+    Matrix post_ffn_norm;   // (dim) (Gemma 3)
 } Layer;
 
 typedef struct {
@@ -288,12 +163,631 @@ typedef struct {
     float *own_freqs;        // inverse frequencies of llama2.c's files, which do not hold them
 } Model;
 
-static const float *vec(const Matrix *w) { return (const float *)(const void *)w->data; }
+static const float *floats(const void *p) { return p; }
+static const uint16_t *halves(const void *p) { return p; }
+static const float *vec(const Matrix *w) { return floats(w->data); }
 static bool is_local(const Config *c, int layer) {
     return c->sliding_window && c->local_layers[layer / 8] >> layer % 8 & 1;
 }
 
-// Bytes of a block's scales and minima; of a block; of a panel of 16 rows.
+// ---- The mathematics: five functions. Part 3 has faster versions of panel_plain and, below, of
+// attend_plain, with equal results. The functions declared here are in Details.
+
+static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float exp_(float x);                             // e^x
+static void cos_sin(double x, float *cosine, float *sine);
+static inline float sum16(const float *x, int first, int n, bool squares);  // of x[first..n)
+static float largest(const float *x, int first, int n);
+static float weight(const Matrix *w, int r, int c);            // the parameter w[r][c]
+
+// Activations rounded to int8 by blocks of 32, x = d * q, for quantized weights: within a block the
+// products are then of integers. See quantize.
+typedef struct {
+    int8_t *q;        // (blocks, 32)
+    float *d;         // (blocks) scale
+    float *dsum;      // (blocks) d * sum of q, for weights with a minimum
+    int32_t *minus8;  // (blocks) -8 * sum of q, for weights with an offset of 8
+    int n_blocks;     // of one token
+} Quantized;
+static float quantized_row(const Matrix *w, int r, const Quantized *x, int token);
+
+// 1. The matrix product, y = W x: y[r] = sum over c of w[r][c] * x[c]. A row of W says how much of
+// each number of x goes into one number of y. Nearly all parameters and all time are here. This
+// does a panel, 16 rows of W, for n inputs, x_stride and stride numbers apart.
+static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride,
+                        const Quantized *xq, int n, float *y, int stride) {
+    for (int t = 0; t < n; t++, x += x_stride, y += stride)
+        for (int r = panel * 16; r < w->rows && r < panel * 16 + 16; r++) {
+            float sum = 0;
+            for (int c = 0; c < w->cols && w->dtype < Q8; c++) sum += weight(w, r, c) * x[c];
+            y[r % 16] = w->dtype < Q8 ? sum : quantized_row(w, r, xq, t);
+        }
+}
+
+// 2. RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It brings a vector
+// to a standard length, whatever the layers have added up, and weights each number. out may be x.
+static void rmsnorm(float *out, const float *x, const float *w, int n, float eps) {
+    float scale = 1.0f / sqrtf(sum16(x, 0, n, true) / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = w[i] * (scale * x[i]);
+}
+
+// 3. Softmax of x[first..n) turns scores into positive weights that add up to 1:
+//     x[i] = e^(x[i] - max) / sum over j of e^(x[j] - max)
+// A score that is larger by 1 weighs e = 2.7 times as much. To subtract the maximum changes nothing
+// in the quotient, but e^x of a large x would overflow.
+static void softmax(float *x, int first, int n) {
+    float max = largest(x, first, n);
+    for (int i = first; i < n; i++) x[i] = exp_(x[i] - max);
+    float scale = 1.0f / sum16(x, first, n, false);
+    for (int i = first; i < n; i++) x[i] *= scale;
+}
+
+// 4. RoPE (arXiv:2104.09864), rotary positions. Attention is an average over tokens, and does not
+// see their order: "dog bites man" would be "man bites dog". So each pair (a, b) of numbers of a
+// query or key is turned, as the hand of a clock, by an angle that grows with the token's position:
+//     angle = pos * freq[j],  freq[j] = theta^(-2j / head_dim)   for pair j
+//     (a, b) becomes (a cos - b sin, b cos + a sin)
+// The product of a query and a key then depends on how far apart they are. The first pair turns by
+// 1 radian per position, the last hardly: theta, 10000 or more, sets how far it can tell distances.
+// Checkpoints hold the frequencies. The table has cos, cos, ... and -sin, sin, ... for a head.
+static void rope_angles(float *table, const float *freq, int pos, int head_dim) {
+    float *cosine = table, *sine = table + head_dim;
+    for (int i = 0; i < head_dim; i += 2) {
+        cos_sin((float)pos * freq[i / 2], &cosine[i], &sine[i + 1]);
+        cosine[i + 1] = cosine[i];
+        sine[i] = -sine[i + 1];
+    }
+}
+// (With a minus in it, GCC 12 makes a fused fmaddsub of this even under -ffp-contract=off.)
+static void rope(float *head, const float *table, int head_dim) {
+    const float *cosine = table, *sine = table + head_dim;
+    for (int i = 0; i < head_dim; i += 2) {
+        float a = head[i], b = head[i + 1];
+        head[i] = a * cosine[i] + b * sine[i];
+        head[i + 1] = b * cosine[i + 1] + a * sine[i + 1];
+    }
+}
+
+// 5. The gated activation (SwiGLU, arXiv:2002.05202): gate[i] = act(gate[i]) * up[i]. The act is
+// near x for x > 0 and near 0 for x < 0, so a number of gate says whether a number of up counts:
+// an if, learned. Without such a bend the layer's two steps could as well be one matrix.
+//     SiLU(x) = x / (1 + e^-x);  GELU(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3), the
+// tanh form of arXiv:1606.08415.
+static void gated_activation(float *gate, const float *up, int n, bool gelu) {
+    if (!gelu)
+        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-gate[i])) * up[i];
+    else
+        for (int i = 0; i < n; i++) {
+            float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
+            gate[i] = x / (1.0f + exp_(-2.0f * u)) * up[i];
+        }
+}
+
+static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
+
+// ---- Attention, and the KV cache: the keys and values of all positions so far. A token looks only
+// at itself and the tokens before it. So what it computed, its keys and values in every layer, will
+// never change when the text grows: they are kept, and a new token costs one pass, not the whole
+// text again.
+
+// One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which
+// reads the positions before from[s] from the trunk, and stores only its own: many continuations of
+// one prompt share it. Details has the layout.
+typedef struct {
+    const Model *m;
+    int n_seqs, ctx;      // ctx: positions of the trunk
+    bool wide;            // float32 (for float32 checkpoints), else half precision
+    int *from;            // (n_seqs)
+    size_t k_bytes;       // keys of a chunk of one head: [CHUNK / 16][head_dim][16]
+    size_t head_bytes;    // ... and its values: [CHUNK][head_dim rounded up to 16]
+    size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
+    size_t branch_bytes;  // of one branch
+    uint8_t *data;        // the trunk
+    uint8_t *branches;
+    size_t bytes;         // of the trunk
+    struct State *state;  // activations of forward
+    bool plain;  // compute with the plain functions of part 1 even where part 3 has faster ones
+    bool plain_attention;  // or attention alone, so that its weights can be observed
+    // When set, forward calls it with the values of each stage, (n, width), rows padded(width)
+    // apart: "x" is the residual stream before and after each layer, the other names are equations.
+    // "attention" is the weights of one head, n = slot * n_heads + head, and comes from any thread.
+    void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
+    void *observer;
+} Cache;
+
+typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
+
+// The chunk of the cache that holds a position, which is in it at *at; in a chunk, number d of the
+// key and value that are at `at`; puts a head's key and value (head_dim) there.
+static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *at);
+static float cached_key(const Cache *kv, const uint8_t *chunk, int at, int d);
+static float cached_value(const Cache *kv, const uint8_t *chunk, int at, int d);
+static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, const float *v);
+
+// Attention of one query head (arXiv:1706.03762). The query says what this token looks for, a key
+// what a token offers, a value what it passes on. Query times key is large where the two fit; by
+// softmax these scores become weights; the result is the average of the values by these weights:
+//     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
+// Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
+// while another looks at the word before. Query heads can share a key/value head, to keep the cache
+// small. Local layers see a window of positions only. weights is scratch of pos + 1 numbers.
+static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
+                         float *weights, float *out) {
+    const Config *c = &kv->m->c;
+    int kv_head = head / (c->n_heads / c->n_kv_heads), first = 0, at;
+    if (is_local(c, layer) && slot->pos >= c->sliding_window)
+        first = slot->pos - c->sliding_window + 1;
+    for (int t = 0; t < first; t++) weights[t] = 0;
+    for (int t = first; t <= slot->pos; t++) {
+        const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
+        float score = 0;
+        for (int d = 0; d < c->head_dim; d++) score += q[d] * cached_key(kv, chunk, at, d);
+        weights[t] = score * c->attn_scale;
+    }
+    softmax(weights, first, slot->pos + 1);
+    for (int d = 0; d < c->head_dim; d++) out[d] = 0;
+    for (int t = first; t <= slot->pos; t++) {
+        const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
+        for (int d = 0; d < c->head_dim; d++)
+            out[d] += weights[t] * cached_value(kv, chunk, at, d);
+    }
+}
+
+// ---- forward computes a batch of n positions together: one token to go on, or a prompt, or the
+// newest tokens of many sequences. Each weight is then fetched from memory once for all of them.
+
+enum { MAX_BATCH = 256, TILE = 8 };  // slots computed at once; tokens that pass a weight together
+
+typedef struct State {     // the activations: arrays of n rows, padded(width) numbers apart
+    float *x;              // (n, dim)      the residual stream: what the layers read and add to
+    float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
+    float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
+    float *att_out;        // (n, n_heads * head_dim)
+    float *gate, *up;      // (n, hidden_dim)
+    float *rope[2];        // (n, 2, head_dim) cosines and sines, for global and for local layers
+    Quantized xq;          // the input of a matrix product
+    float *logits;         // (slots that want them, vocab_size)
+    float *scores;         // scratch of attention
+    size_t logits_capacity, scores_capacity;
+    void *owned[16];       // the memory of all but these two
+    int n_owned;
+    int capacity;          // slots
+} State;
+static State *get_state(Cache *kv, int n);  // with room for n slots
+static int padded(int width);               // width rounded up; the rest is zero
+static float *row_of(float *x, int i, int width) { return x + (size_t)i * (size_t)padded(width); }
+
+typedef struct { const Matrix *w; float *y; int stride; } Product;
+typedef struct {              // a batch on its way through the layers
+    const Model *m;
+    Cache *kv;
+    State *s;
+    const Slot *batch;
+    int n, layer;
+    const Layer *l;
+    const Matrix *norm;       // of the stage that runs
+    const float *in;          // input of matmul
+    const Product *products;  // ... and what it makes of it
+} Pass;
+
+// Calls task(context, item, thread) for each item, on all threads, in any order: part 3.
+typedef void Task(void *context, int item, int thread);
+static void parallel(Task *task, void *context, int n_items);
+#ifdef PLAIN
+static void parallel(Task *task, void *context, int n_items) {
+    for (int i = 0; i < n_items; i++) task(context, i, 0);
+}
+#define panel_fast panel_plain
+static void attention_fast(const Pass *f) { (void)f; }
+enum { FAST = 0 };
+#else
+static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
+                       const Quantized *xq, int n, float *y, int stride);
+static void attention_fast(const Pass *f);
+enum { FAST = 1 };
+#endif
+
+// Runs a stage of forward for each slot (or head, or panel).
+typedef void Stage(const Pass *f, int i);
+typedef struct { const Pass *f; Stage *stage; } Job;
+static void stage_task(void *context, int i, int thread) {
+    const Job *job = context;
+    (void)thread;
+    job->stage(job->f, i);
+}
+static void each(const Pass *f, Stage *stage, int n) {
+    parallel(stage_task, &(Job){f, stage}, n);
+}
+
+// Shows a stage to whoever watches. The name says what was computed.
+static void observe(const Pass *f, const char *name, const float *x, int width) {
+    if (f->kv->observe) f->kv->observe(f->kv->observer, name, f->layer, x, f->n, width);
+}
+
+// Matrix products of the whole batch, y (n, rows) = x (n, cols) W^T, the rows of y `stride` numbers
+// apart (0: padded). The panels of all matrices that share the input are dealt out to the threads.
+static void quantize(Quantized *out, int token, const float *x, int n);
+static void quantize_stage(const Pass *f, int i) {
+    int cols = f->products[0].w->cols;
+    quantize(&f->s->xq, i, f->in + (size_t)i * (size_t)padded(cols), cols);
+}
+static void panel_stage(const Pass *f, int panel) {
+    const Product *p = f->products;
+    for (; panel >= (p->w->rows + 15) / 16; p++) panel -= (p->w->rows + 15) / 16;
+    (f->kv->plain ? panel_plain : panel_fast)(p->w, panel, f->in, padded(p->w->cols), &f->s->xq,
+                                              f->n, p->y + panel * 16,
+                                              p->stride ? p->stride : padded(p->w->rows));
+}
+static void matmul(const Pass *pass, int n, const float *x, const Product *products,
+                   int n_products) {
+    Pass f = *pass;
+    int panels = 0;
+    bool quantized = false;
+    for (int i = 0; i < n_products; i++) {
+        panels += (products[i].w->rows + 15) / 16;
+        quantized |= products[i].w->dtype >= Q8;
+    }
+    f.n = n, f.in = x, f.products = products;
+    f.s->xq.n_blocks = (products[0].w->cols + 31) / 32;
+    if (quantized) each(&f, quantize_stage, n);
+    each(&f, panel_stage, panels);
+}
+
+// A token becomes a vector: its row of the embedding matrix. The angles of its position are
+// computed here too, for use in every layer.
+static void embed(const Pass *f, int i) {
+    const Config *c = &f->m->c;
+    float *x = row_of(f->s->x, i, c->dim);
+    for (int j = 0; j < c->dim; j++)
+        x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
+    for (int t = 0; t < 2; t++)
+        rope_angles(row_of(f->s->rope[t], i, 2 * c->head_dim), vec(&f->m->rope_freqs[t]),
+                    f->batch[i].pos, c->head_dim);
+}
+
+// xb = norm(x), before the attention and the feed-forward layer.
+static void norm_stage(const Pass *f, int i) {
+    int dim = f->m->c.dim;
+    rmsnorm(row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), vec(f->norm), dim, f->m->c.norm_eps);
+}
+static void normalize(Pass *f, const Matrix *w, const char *name) {
+    f->norm = w;
+    each(f, norm_stage, f->n);
+    observe(f, name, f->s->xb, f->m->c.dim);
+}
+
+// x += xb: what a layer found is added to the residual stream (Gemma 3 brings it to a standard
+// length first).
+static void add_stage(const Pass *f, int i) {
+    int dim = f->m->c.dim;
+    float *xb = row_of(f->s->xb, i, dim);
+    if (f->norm->data) rmsnorm(xb, xb, vec(f->norm), dim, f->m->c.norm_eps);
+    add(row_of(f->s->x, i, dim), xb, dim);
+}
+static void add_to_stream(Pass *f, const Matrix *post_norm, const char *name) {
+    f->norm = post_norm;
+    each(f, add_stage, f->n);
+    observe(f, name, f->s->x, f->m->c.dim);
+}
+
+// Finishes queries and keys (bias, norm, position), and puts key and value into the cache.
+static void rope_and_cache(const Pass *f, int i) {
+    const Config *c = &f->m->c;
+    const Layer *l = f->l;
+    const Slot *slot = &f->batch[i];
+    int hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd, at;
+    float *q = row_of(f->s->q, i, q_dim), *k = row_of(f->s->k, i, kv_dim);
+    float *v = row_of(f->s->v, i, kv_dim);
+    const float *angles = row_of(f->s->rope[is_local(c, f->layer)], i, 2 * hd);
+    if (l->bq.data) add(q, vec(&l->bq), q_dim), add(k, vec(&l->bk), kv_dim);
+    if (l->bv.data) add(v, vec(&l->bv), kv_dim);
+    for (int h = 0; h < c->n_heads; h++, q += hd) {
+        if (l->q_norm.data) rmsnorm(q, q, vec(&l->q_norm), hd, c->norm_eps);
+        rope(q, angles, hd);
+    }
+    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
+        if (l->k_norm.data) rmsnorm(k, k, vec(&l->k_norm), hd, c->norm_eps);
+        rope(k, angles, hd);
+        uint8_t *chunk = cache_chunk(f->kv, slot->seq, slot->pos, f->layer, h, &at);
+        cache_put(f->kv, chunk, at, k, v);
+    }
+}
+
+static void attend_stage(const Pass *f, int item) {
+    const Config *c = &f->m->c;
+    int i = item / c->n_heads, h = item % c->n_heads, q_dim = c->n_heads * c->head_dim;
+    float *weights = resize(NULL, (size_t)f->batch[i].pos + 1, sizeof(float));
+    attend_plain(f->kv, f->layer, &f->batch[i], h, row_of(f->s->q, i, q_dim) + h * c->head_dim,
+                 weights, row_of(f->s->att_out, i, q_dim) + h * c->head_dim);
+    if (f->kv->observe)
+        f->kv->observe(f->kv->observer, "attention", f->layer, weights, item, f->batch[i].pos + 1);
+    free(weights);
+}
+static void attention(Pass *f) {
+    if (FAST && !f->kv->plain && !f->kv->plain_attention) attention_fast(f);
+    else each(f, attend_stage, f->n * f->m->c.n_heads);
+}
+
+static void activation_stage(const Pass *f, int i) {
+    int hidden = f->m->c.hidden_dim;
+    gated_activation(row_of(f->s->gate, i, hidden), row_of(f->s->up, i, hidden), hidden,
+                     f->m->c.activation);
+}
+
+// Runs up to MAX_BATCH slots through the layers. Writes the logits that are wanted behind those of
+// `done` slots, and returns how many slots these were. The texts are the equations of each stage.
+static int forward_batch(Pass *f, size_t done) {
+    const Config *c = &f->m->c;
+    State *s = f->s;
+    int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim, n = f->n;
+
+    f->layer = -1;
+    each(f, embed, n);
+    observe(f, "x", s->x, c->dim);
+    for (f->layer = 0; f->layer < c->n_layers; f->layer++) {
+        const Layer *l = f->l = &f->m->layers[f->layer];
+        // Attention: tokens talk. What a token asks, offers and passes on is read off its x; what
+        // the heads bring back, side by side, goes through wo to the residual stream.
+        normalize(f, &l->attn_norm, "xb = attn_norm(x)");
+        matmul(f, n, s->xb,
+               (Product[]){{&l->wq, s->q, 0}, {&l->wk, s->k, 0}, {&l->wv, s->v, 0}}, 3);
+        each(f, rope_and_cache, n);
+        observe(f, "q = rope(wq xb)", s->q, q_dim);
+        observe(f, "k = rope(wk xb)", s->k, kv_dim);
+        observe(f, "v = wv xb", s->v, kv_dim);
+        attention(f);
+        observe(f, "att_out = attention v", s->att_out, q_dim);
+        matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, 0}}, 1);
+        observe(f, "xb = wo att_out", s->xb, c->dim);
+        add_to_stream(f, &l->post_attn_norm, "x += xb");
+        // Feed-forward: each token thinks by itself. A row of w_gate looks for something in x;
+        // where it is found, a column of w_down adds what is known about it.
+        normalize(f, &l->ffn_norm, "xb = ffn_norm(x)");
+        matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, 0}, {&l->w_up, s->up, 0}}, 2);
+        observe(f, "gate = w_gate xb", s->gate, c->hidden_dim);
+        observe(f, "up = w_up xb", s->up, c->hidden_dim);
+        each(f, activation_stage, n);
+        observe(f, "gate = activation(gate) * up", s->gate, c->hidden_dim);
+        matmul(f, n, s->gate, (Product[]){{&l->w_down, s->xb, 0}}, 1);
+        observe(f, "xb = w_down gate", s->xb, c->dim);
+        add_to_stream(f, &l->post_ffn_norm, "x");
+    }
+    // The classifier: every token of the vocabulary has a row, and the better it fits the x that
+    // the layers have made of the last token, the higher its logit.
+    int wanted = 0;
+    for (int i = 0; i < n; i++)
+        if (f->batch[i].want_logits)
+            rmsnorm(row_of(s->xb, wanted++, c->dim), row_of(s->x, i, c->dim),
+                    vec(&f->m->final_norm), c->dim, c->norm_eps);
+    if (!wanted) return 0;
+    float *logits = s->logits + done * (size_t)c->vocab_size;
+    matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
+    for (size_t i = 0; i < (size_t)wanted * (size_t)c->vocab_size; i++)
+        if (!isfinite(logits[i]))
+            die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
+                "try -m check", f->m->path);
+    return wanted;
+}
+
+// The model: returns the logits of the slots that want them, (wanted, vocab_size), in the batch's
+// order; they are valid until the next call. The positions before a slot's own must be in the cache
+// or in the batch. A sequence's slots must be in ascending order.
+static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
+    size_t wanted = 0, done = 0;
+    for (int i = 0; i < n; i++) wanted += batch[i].want_logits;
+    State *s = get_state(kv, n < MAX_BATCH ? n : MAX_BATCH);
+    if (wanted > s->logits_capacity) {
+        s->logits = resize(s->logits, wanted * (size_t)m->c.vocab_size, sizeof(float));
+        s->logits_capacity = wanted;
+    }
+    for (int i = 0; i < n; i += MAX_BATCH) {
+        int some = n - i < MAX_BATCH ? n - i : MAX_BATCH;
+        Pass f = {.m = m, .kv = kv, .s = s, .batch = batch + i, .n = some};
+        done += (size_t)forward_batch(&f, done);
+    }
+    return s->logits;
+}
+
+// ---- The sampler: draws the next token. With the same seed it draws what llama2.c draws.
+
+typedef struct { float p; int token; } Candidate;
+typedef struct {
+    float temperature;      // 0: always the likeliest token; 1: as the model says; more: bolder
+    float top_p;            // of the likeliest tokens that together exceed this probability; 1: off
+    int top_k;              // of the k likeliest; 0: off
+    float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
+    float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
+    uint64_t rng;           // state of the random generator
+    float coin;             // the random number of the last draw, and from how many candidates
+    int kept;               // it drew; 0: from all tokens, in the order of their ids
+    float *p;               // (vocab_size) probabilities
+    Candidate *candidates;  // (vocab_size)
+    int vocab_size;
+} Sampler;
+
+// xorshift* (https://en.wikipedia.org/wiki/Xorshift#xorshift*): 32 random bits; a float in [0, 1).
+static uint32_t random_u32(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return (uint32_t)(*state * 0x2545F4914F6CDD1Du >> 32);
+}
+static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
+
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
+    return best;
+}
+
+// The limits: draws from the smallest number of the likeliest tokens that all of them allow. The
+// many others are unlikely each, but together they would be drawn now and then, and spoil the text.
+static int sample_candidates(Sampler *s, float coin);
+
+// Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
+// Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum. Two tokens
+// with logits 2 and 1 are drawn with 73% and 27%; at T = 0.5, with logits 4 and 2, with 88% and
+// 12%; at T = 2 with 62% and 38%. So a low temperature sharpens, a high one levels.
+static int sample(Sampler *s, const float *logits, const int *text, int n) {
+    memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
+    if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
+        for (int i = 0; i < n; i++) {
+            float l = logits[text[i]];
+            s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
+        }
+    int best = argmax(s->p, s->vocab_size);
+    if (s->temperature == 0) return best;
+    float max = s->p[best];
+    for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
+    softmax(s->p, 0, s->vocab_size);
+    float coin = s->coin = random_f32(&s->rng), cdf = 0;
+    s->kept = 0;
+    if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0)
+        return sample_candidates(s, coin);
+    for (int i = 0; i < s->vocab_size; i++) {
+        cdf += s->p[i];
+        if (coin < cdf) return i;
+    }
+    return s->vocab_size - 1;
+}
+
+// And so a text grows; part 4 does this with streaming, stopping and many decoders at once:
+//
+//     for (int pos = 0; pos < steps; pos++) {
+//         float *logits = forward(model, cache, &(Slot){token, pos, 0, true}, 1);
+//         token = pos + 1 < n_prompt ? prompt[pos + 1] : sample(sampler, logits, NULL, 0);
+//         print(decode(token));
+//     }
+
+// ---- Details: the sampler's limits
+
+static int by_probability(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    if (x->p != y->p) return x->p > y->p ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+// The probabilities left do not add up to 1: the random number is scaled to their sum.
+static int sample_candidates(Sampler *s, float coin) {
+    Candidate *c = s->candidates;
+    int n = 0, kept = 0;
+    bool nucleus = s->top_p > 0 && s->top_p < 1;
+    // Tokens below a cutoff cannot be drawn: they need not be sorted. For the k likeliest, it is
+    // what a count of the probabilities' exponents leaves.
+    float cutoff = nucleus ? (1.0f - s->top_p) / (float)(s->vocab_size - 1) : 0;
+    float min = s->min_p * s->p[argmax(s->p, s->vocab_size)];
+    if (s->top_k) {
+        int counts[256] = {0}, exponent = 255;
+        for (int i = 0; i < s->vocab_size; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
+        for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
+        float least = float_of((uint32_t)exponent << 23);
+        cutoff = least > cutoff ? least : cutoff;
+    }
+    cutoff = min > cutoff ? min : cutoff;
+    for (int i = 0; i < s->vocab_size; i++)
+        if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
+    if (n == 0) return argmax(s->p, s->vocab_size);
+    qsort(c, (size_t)n, sizeof *c, by_probability);
+    if (s->top_k && n > s->top_k) n = s->top_k;
+    float sum = 0, cdf = 0;
+    while (kept < n && (!kept || c[kept].p >= s->min_p * c[0].p) && !(nucleus && sum > s->top_p))
+        sum += c[kept++].p;
+    s->kept = kept;
+    for (int i = 0; i < kept; i++) {
+        cdf += c[i].p;
+        if (coin * sum < cdf) return c[i].token;
+    }
+    return c[kept - 1].token;
+}
+
+// ---- Details: numbers. Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere.
+
+// Half precision to float: exponent and mantissa move over, a product with 2^112 mends the exponent
+// (and makes subnormal halves normal); infinity and NaN keep an exponent of all ones.
+static inline float half_to_float(uint16_t h) {
+    float x = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    return float_of(bits_of(x) | special | (uint32_t)(h & 0x8000) << 16);
+}
+
+// Float to half precision, to nearest even, saturating at 65504 (NaN becomes 65504).
+static inline uint16_t float_to_half(float x) {
+    x = x < 65504.0f ? x : 65504.0f;
+    x = x > -65504.0f ? x : -65504.0f;
+    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    uint32_t normal = (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13;
+    uint32_t small = bits_of(float_of(a) + 0.5f) - 0x3f000000;  // below 2^-14: multiples of 2^-24
+    return (uint16_t)(sign | (a < 0x38800000 ? small : normal));
+}
+
+// e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial.
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    float n = shifted - 12582912.0f, r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r;
+    p = (((p + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r);
+    return float_of(bits_of(p + r + 1.0f) + ((bits_of(shifted) - 0x4b400000u) << 23));
+}
+
+// e^x in double for |x| < 700: (e^(x/1024))^1024 with a short Taylor series.
+static double exp_double(double x) {
+    double y = x / 1024, term = 1, sum = 1;
+    for (int i = 1; i < 14; i++) sum += term *= y / i;
+    for (int i = 0; i < 10; i++) sum *= sum;
+    return sum;
+}
+
+// A sum of many numbers is made of 16 partial sums, number i in sum i mod 16: a SIMD unit does them
+// side by side, and the order is the same on every machine, as rounding depends on it.
+static float tree_sum(float *p) {
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) p[i] += p[i + width];
+    return p[0];
+}
+static inline float sum16(const float *x, int first, int n, bool squares) {
+    float sums[16] = {0};
+    int i = first;
+    for (; i < n && i % 16; i++) sums[i % 16] += squares ? x[i] * x[i] : x[i];
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += squares ? x[i + j] * x[i + j] : x[i + j];
+    for (; i < n; i++) sums[i % 16] += squares ? x[i] * x[i] : x[i];
+    return tree_sum(sums);
+}
+static float largest(const float *x, int first, int n) {
+    float max[16];
+    int i = first;
+    for (int j = 0; j < 16; j++) max[j] = x[first];
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
+    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
+    for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    return max[0];
+}
+
+// Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant.
+static void cos_sin(double x, float *cosine, float *sine) {
+    double k = x * 0.63661977236758134 + 6755399441055744.0 - 6755399441055744.0;
+    double r = x - k * 1.57079632673412561417 - k * 6.07710050650619224932e-11, r2 = r * r;
+    double s = 0, c = 0;
+    for (int i = 15; i > 1; i -= 2) s = (s + 1) * -r2 / (i * (i - 1));
+    for (int i = 16; i > 1; i -= 2) c = (c + 1) * -r2 / (i * (i - 1));
+    s = r * (s + 1), c = c + 1;
+    int quadrant = (int)((int64_t)k & 3);
+    *cosine = (float)(quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s);
+    *sine = (float)(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c);
+}
+
+// ---- Details: how a matrix lies in memory. Vectors (and llama2.c's matrices) are ROWS. All other
+// dtypes come in panels of 16 rows, a number of each row side by side, so that a SIMD unit sums 16
+// rows at once, each in column order: F32 [cols][16], BF16 [cols / 2][16][2]. Quantized panels are
+// cut into blocks of 32 columns: first the half-precision scales of the 16 rows, [16], for Q4A then
+// minima, [16], then quants, 4 columns of a row side by side: Q8 int8 [8][16][4]; Q4 and Q4A
+// [4][16][4], low halves of the bytes columns 0 to 15, high halves columns 16 to 31.
+
+static const char *const dtype_names[N_DTYPES] = {"f32", "f32", "bf16", "q8", "q4", "q4a", "bytes"};
 static int scale_bytes(int dtype) { return dtype == Q4A ? 64 : 32; }
 static int block_bytes(int dtype) { return scale_bytes(dtype) + (dtype == Q8 ? 512 : 256); }
 static size_t panel_bytes(int dtype, int cols) {
@@ -305,6 +799,278 @@ static size_t matrix_bytes(int dtype, int rows, int cols) {
     if (dtype == BYTES) return (size_t)cols;
     if (dtype == ROWS) return (size_t)rows * (size_t)cols * 4;
     return ((size_t)rows + 15) / 16 * panel_bytes(dtype, cols);
+}
+
+// The integer of column c (0 to 31) of a block for row r (0 to 15) of its panel.
+static int quant(int dtype, const uint8_t *block, int r, int c) {
+    const uint8_t *q = block + scale_bytes(dtype) + r * 4 + c % 4;
+    if (dtype == Q8) return (int8_t)q[c / 4 * 64];
+    uint8_t pair = q[c % 16 / 4 * 64];
+    return (c < 16 ? pair & 15 : pair >> 4) - (dtype == Q4 ? 8 : 0);
+}
+static float weight(const Matrix *w, int r, int c) {
+    size_t i = (size_t)c;
+    if (w->dtype == ROWS) return vec(w)[(size_t)r * (size_t)w->cols + i];
+    const uint8_t *panel = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
+    r %= 16;
+    if (w->dtype == F32) return floats(panel)[i * 16 + (size_t)r];
+    if (w->dtype == BF16)
+        return float_of((uint32_t)halves(panel)[(i / 2 * 16 + (size_t)r) * 2 + i % 2] << 16);
+    const uint8_t *block = panel + i / 32 * (size_t)block_bytes(w->dtype);
+    float x = half_to_float(halves(block)[r]) * (float)quant(w->dtype, block, r, c % 32);
+    return w->dtype == Q4A ? x + half_to_float(halves(block)[16 + r]) : x;
+}
+
+// Activations of 8 tokens lie side by side, block by block.
+static size_t block_at(const Quantized *x, int token, int block) {
+    return (size_t)((token / TILE * x->n_blocks + block) * TILE + token % TILE);
+}
+
+// One row of a quantized matrix times the rounded activations of a token: in integers within a
+// block, then times the weight's scale, times the activation's.
+static float quantized_row(const Matrix *w, int r, const Quantized *x, int token) {
+    const uint8_t *block = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
+    float sum = 0;
+    r %= 16;
+    for (int b = 0; b * 32 < w->cols; b++, block += block_bytes(w->dtype)) {
+        size_t at = block_at(x, token, b);
+        int dot = 0;
+        const int8_t *q = x->q + at * 32;
+        for (int c = 0; c < 32; c++) dot += quant(w->dtype, block, r, c) * q[c];
+        sum += (float)dot * half_to_float(halves(block)[r]) * x->d[at];
+        if (w->dtype == Q4A) sum += half_to_float(halves(block)[16 + r]) * x->dsum[at];
+    }
+    return sum;
+}
+
+// Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even. A block whose
+// scale would be zero or subnormal is zero; one with an infinity or NaN has scale NaN, so that the
+// logits show it.
+static void quantize(Quantized *out, int token, const float *x, int n) {
+    for (int b = 0; b * 32 < n; b++, x += 32) {
+        size_t at = block_at(out, token, b);
+        uint32_t max = 0;
+        for (int i = 0; i < 32; i++) {
+            uint32_t a = bits_of(x[i]) & 0x7fffffff;
+            max = a > max ? a : max;
+        }
+        float d = float_of(max) / 127.0f;
+        if (d < FLT_MIN) d = 0;
+        if (max >= 0x7f800000) d = NAN;
+        float inverse = d > 0 ? 1.0f / d : 0.0f;
+        int8_t *q = out->q + at * 32;
+        int32_t sum = 0;
+        for (int i = 0; i < 32; i++) {
+            float y = d > 0 ? x[i] * inverse : 0.0f;
+            int32_t v = (int32_t)(bits_of(y + 12582912.0f) - 0x4b400000u);
+            q[i] = (int8_t)v;
+            sum += v;
+        }
+        out->d[at] = d;
+        out->minus8[at] = -8 * sum;
+        out->dsum[at] = d * (float)sum;
+    }
+}
+
+// ---- Details: errors and memory. An error is one line on stderr that says what, where and what to
+// do; the exit status is 1.
+
+static _Thread_local jmp_buf *recovery;  // where to go on after an error, where that is possible
+
+static void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("run: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    if (recovery) longjmp(*recovery, 1);
+    exit(1);
+}
+
+// count * size is checked against overflow.
+static void *resize(void *old, size_t count, size_t size) {
+    if (size && count > SIZE_MAX / 2 / size) die("out of memory: %zu x %zu bytes", count, size);
+    void *p = realloc(old, count && size ? count * size : 1);
+    if (!p) die("out of memory: cannot get %zu bytes", count * size);
+    return p;
+}
+
+// Zeroed memory that is not touched before it is used, so that it costs nothing until then.
+static void *reserve(size_t bytes, const char *what) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *p = mmap(NULL, bytes + !bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (p == MAP_FAILED) die("out of memory: %zu MiB for %s", bytes >> 20, what);
+    return p;
+}
+
+// Asks for pages of 2 MiB where the system has them.
+static void large_pages(const void *p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    madvise((void *)(uintptr_t)p, bytes, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
+// Zeroed memory at the start of a cache line, to be freed.
+static void *zeros(size_t count, size_t size) {
+    void *p = NULL;
+    if (count > SIZE_MAX / 2 / size || posix_memalign(&p, 64, count * size + 64))
+        die("out of memory: %zu x %zu bytes", count, size);
+    return memset(p, 0, count * size + 64);
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int round_up(int n, int to) { return (n + to - 1) / to * to; }
+// (An odd number of cache lines, so that a column does not fall into a few sets of the cache.)
+static int padded(int width) { return round_up(width, 32) + 16; }
+
+static void *own(State *s, size_t count, size_t size) {
+    return s->owned[s->n_owned++] = zeros(count, size);
+}
+static State *get_state(Cache *kv, int n) {
+    const Config *c = &kv->m->c;
+    if (!kv->state) kv->state = zeros(1, sizeof *kv->state);
+    State *s = kv->state;
+    if (n <= s->capacity) return s;
+    s->capacity = 0;
+    while (s->n_owned) free(s->owned[--s->n_owned]);
+    size_t rows = (size_t)round_up(n, TILE), widest = 0;
+    int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
+    struct { float **array; int width; } arrays[] = {
+        {&s->x, c->dim}, {&s->xb, c->dim}, {&s->q, q_dim}, {&s->k, kv_dim}, {&s->v, kv_dim},
+        {&s->att_out, q_dim}, {&s->gate, c->hidden_dim}, {&s->up, c->hidden_dim},
+        {&s->rope[0], 2 * c->head_dim}, {&s->rope[1], 2 * c->head_dim},
+    };
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+        size_t width = (size_t)padded(arrays[i].width);
+        *arrays[i].array = own(s, rows * width, sizeof(float));
+        widest = width > widest ? width : widest;
+    }
+    size_t blocks = rows * (widest / 32 + 1);
+    s->xq = (Quantized){own(s, blocks, 32), own(s, blocks, 4), own(s, blocks, 4),
+                        own(s, blocks, 4), 0};
+    s->capacity = (int)rows;
+    return s;
+}
+
+// ---- Details: how the KV cache lies in memory. 256 positions of a head lie together in a chunk:
+// keys transposed in blocks of 16 positions, [CHUNK / 16][head_dim][16], so that a SIMD unit scores
+// 16 positions at once; then values, [CHUNK][head_dim rounded up to 16].
+
+enum { CHUNK = 256 };
+
+// A branch's storage starts at from[s] rounded down to a block of 16.
+static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *at) {
+    uint8_t *base = kv->data;
+    if (seq > 0 && pos >= kv->from[seq]) {
+        base = kv->branches + (size_t)(seq - 1) * kv->branch_bytes;
+        pos -= kv->from[seq] & ~15;
+    }
+    *at = pos % CHUNK;
+    return base + (size_t)(pos / CHUNK) * kv->chunk_bytes +
+           ((size_t)layer * (size_t)kv->m->c.n_kv_heads + (size_t)head) * kv->head_bytes;
+}
+// Element numbers, within the chunk, of a position's key (its dimension d is 16 * d further) and
+// value.
+static size_t key_at(const Cache *kv, int at) {
+    return (size_t)(at / 16 * kv->m->c.head_dim * 16 + at % 16);
+}
+static size_t value_at(const Cache *kv, int at) {
+    return (size_t)at * (size_t)round_up(kv->m->c.head_dim, 16);
+}
+static float cache_get(const Cache *kv, const uint8_t *p, size_t i) {
+    return kv->wide ? floats(p)[i] : half_to_float(halves(p)[i]);
+}
+static float cached_key(const Cache *kv, const uint8_t *chunk, int at, int d) {
+    return cache_get(kv, chunk, key_at(kv, at) + (size_t)d * 16);
+}
+static float cached_value(const Cache *kv, const uint8_t *chunk, int at, int d) {
+    return cache_get(kv, chunk + kv->k_bytes, value_at(kv, at) + (size_t)d);
+}
+// Stores n numbers from element i on, `step` apart.
+static void store_numbers(const Cache *kv, void *p, size_t i, size_t step, const float *x, int n) {
+    for (int j = 0; j < n; j++, i += step) {
+        if (kv->wide) ((float *)p)[i] = x[j];
+        else ((uint16_t *)p)[i] = float_to_half(x[j]);
+    }
+}
+static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, const float *v) {
+    int hd = kv->m->c.head_dim;
+    store_numbers(kv, chunk, key_at(kv, at), 16, k, hd);
+    store_numbers(kv, chunk + kv->k_bytes, value_at(kv, at), 1, v, hd);
+}
+
+// Makes n branches with room for `extra` positions each, in the place of those that there are.
+static void add_branches(Cache *kv, int n, int extra) {
+    size_t chunks = ((size_t)extra + 15 + CHUNK - 1) / CHUNK;
+    if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
+    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes / (size_t)n)
+        die("out of memory: %d sequences of %d positions need more than there can be", n, extra);
+    kv->branch_bytes = chunks * kv->chunk_bytes;
+    kv->branches = reserve((size_t)n * kv->branch_bytes, "the KV cache of several sequences");
+    kv->n_seqs = n + 1;
+    free(kv->from);
+    kv->from = zeros((size_t)kv->n_seqs, sizeof(int));
+}
+
+// Room for ctx positions in the trunk and `extra` more in each of n_branches branches.
+static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int extra) {
+    const Config *c = &m->c;
+    *kv = (Cache){.m = m, .n_seqs = 1, .ctx = ctx, .from = zeros(1, sizeof(int))};
+    kv->wide = m->token_embedding.dtype == ROWS || m->token_embedding.dtype == F32;
+    size_t size = kv->wide ? 4 : 2, chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
+    kv->k_bytes = CHUNK * (size_t)c->head_dim * size;
+    kv->head_bytes = kv->k_bytes + CHUNK * (size_t)round_up(c->head_dim, 16) * size;
+    kv->chunk_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
+    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes)
+        die("out of memory: a context of %d positions needs more than there can be; use -c", ctx);
+    kv->bytes = chunks * kv->chunk_bytes;
+    kv->data = reserve(kv->bytes, "the KV cache (-c N makes the context shorter)");
+    if (kv->chunk_bytes < 8 << 20) large_pages(kv->data, kv->bytes);
+    if (n_branches) add_branches(kv, n_branches, extra);
+}
+
+static void free_cache(Cache *kv) {
+    State *s = kv->state;
+    if (s) {
+        while (s->n_owned) free(s->owned[--s->n_owned]);
+        free(s->logits);
+        free(s->scores);
+        free(s);
+    }
+    if (kv->data) munmap(kv->data, kv->bytes);
+    if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
+    free(kv->from);
+    *kv = (Cache){0};
+}
+
+// ---- Details: how checkpoints lie in files
+
+// 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first`
+// is the place of the first word: a hash over pieces is the sum of the pieces' sums.
+static uint64_t mix64(uint64_t z) {
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+static uint64_t hash_words(const void *data, size_t bytes, uint64_t first) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < bytes; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)data + i, bytes - i < 8 ? bytes - i : 8);
+        sum += mix64(word + (first + i / 8 + 1) * 0x9E3779B97F4A7C15u);
+    }
+    return sum;
+}
+static uint64_t hash64(const void *data, size_t bytes) {
+    return mix64(bytes) + hash_words(data, bytes, 0);
 }
 
 // Opens a file for reading. A missing, unreadable or empty one ends the program.
@@ -328,11 +1094,10 @@ static const uint8_t *map_file(const char *path, size_t *size) {
     close(fd);
     return data;
 }
-
 #ifdef PLAIN
-static const uint8_t *map_weights(const char *path, size_t *size) { return map_file(path, size); }
+#define map_weights map_file
 #else
-static const uint8_t *map_weights(const char *path, size_t *size);
+static const uint8_t *map_weights(const char *path, size_t *size);  // the same in large pages
 #endif
 
 // Ends the program unless every size is in a range in which nothing below can overflow.
@@ -353,21 +1118,15 @@ static void check_config(const Config *c, const char *path) {
             path, c->n_heads, c->n_kv_heads, c->head_dim);
 }
 
-// The next matrix of one of llama2.c's files, which are float32 row by row without any names.
-static Matrix next_rows(const uint8_t **p, int rows, int cols) {
-    Matrix w = {ROWS, rows, cols, *p};
-    *p += matrix_bytes(ROWS, rows, cols);
-    return w;
-}
-
-// llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1.
+// llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1: float32 row by
+// row, without any names.
 static void load_llama2c(Model *m, bool v1) {
     Config *c = &m->c;
     int32_t h[7];
-    size_t start = v1 ? 256 : 28;
-    if (m->file_size < start) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
+    size_t at = v1 ? 256 : 28, end = at;
+    if (m->file_size < at) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
     memcpy(h, m->file + (v1 ? 8 : 0), sizeof h);
-    bool tied = v1 ? m->file[36] != 0 : h[5] > 0;
+    bool v0 = !v1, tied = v1 ? m->file[36] != 0 : h[5] > 0;
     if (h[3] < 1 || h[0] % h[3] || h[5] == INT32_MIN || (v1 && h[5] < 1))
         die("%s: not a checkpoint, or a damaged one: dim = %d, n_heads = %d, vocab_size = %d",
             m->path, h[0], h[3], h[5]);
@@ -377,46 +1136,41 @@ static void load_llama2c(Model *m, bool v1) {
     check_config(c, m->path);
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
     int dim = c->dim, hidden = c->hidden_dim, kv_dim = c->n_kv_heads * c->head_dim, n = c->n_layers;
-    uint64_t floats = (uint64_t)dim * (uint64_t)c->vocab_size * (tied ? 1 : 2) + (uint64_t)dim +
-        (uint64_t)n * (uint64_t)dim * (2 + 2 * (uint64_t)dim + 2 * (uint64_t)kv_dim +
-                                       3 * (uint64_t)hidden);
-    if (!v1) floats += (uint64_t)c->seq_len * (uint64_t)c->head_dim; // once RoPE tables, now unused
-    if (m->file_size != start + 4 * floats)
-        die("%s is %s: its header asks for %llu bytes, it has %zu", m->path,
-            m->file_size < start + 4 * floats ? "truncated, or not a checkpoint" : "too long",
-            (unsigned long long)(start + 4 * floats), m->file_size);
+    int vocab = c->vocab_size, half = c->head_dim / 2;
 
-    m->layers = resize(NULL, (size_t)n, sizeof *m->layers);
-    memset(m->layers, 0, (size_t)n * sizeof *m->layers);
-    const uint8_t *p = m->file + start;
-    if (!v1) m->token_embedding = next_rows(&p, c->vocab_size, dim);
-    for (int l = 0; l < n; l++) m->layers[l].attn_norm = next_rows(&p, 1, dim);
-    if (v1) {
-        for (int l = 0; l < n; l++) m->layers[l].ffn_norm = next_rows(&p, 1, dim);
-        m->final_norm = next_rows(&p, 1, dim);
-        m->token_embedding = next_rows(&p, c->vocab_size, dim);
-    }
-    for (int l = 0; l < n; l++) m->layers[l].wq = next_rows(&p, dim, dim);
-    for (int l = 0; l < n; l++) m->layers[l].wk = next_rows(&p, kv_dim, dim);
-    for (int l = 0; l < n; l++) m->layers[l].wv = next_rows(&p, kv_dim, dim);
-    for (int l = 0; l < n; l++) m->layers[l].wo = next_rows(&p, dim, dim);
-    for (int l = 0; l < n && !v1; l++) m->layers[l].ffn_norm = next_rows(&p, 1, dim);
-    for (int l = 0; l < n; l++) m->layers[l].w_gate = next_rows(&p, hidden, dim);
-    for (int l = 0; l < n; l++) m->layers[l].w_down = next_rows(&p, dim, hidden);
-    for (int l = 0; l < n; l++) m->layers[l].w_up = next_rows(&p, hidden, dim);
-    if (!v1) {
-        m->final_norm = next_rows(&p, 1, dim);
-        p += (size_t)c->seq_len * (size_t)c->head_dim * 4;
-    }
-    m->classifier = tied ? m->token_embedding : next_rows(&p, c->vocab_size, dim);
-
-    int half = c->head_dim / 2;
+    Layer *l = m->layers = zeros((size_t)n, sizeof *l);
+    Matrix unused;                 // once tables of cosines and sines
+    struct { bool there; Matrix *w; int n, rows, cols; } order[] = {  // n: one in each layer
+        {v0, &m->token_embedding, 1, vocab, dim}, {true, &l->attn_norm, n, 1, dim},
+        {v1, &l->ffn_norm, n, 1, dim}, {v1, &m->final_norm, 1, 1, dim},
+        {v1, &m->token_embedding, 1, vocab, dim}, {true, &l->wq, n, dim, dim},
+        {true, &l->wk, n, kv_dim, dim}, {true, &l->wv, n, kv_dim, dim}, {true, &l->wo, n, dim, dim},
+        {v0, &l->ffn_norm, n, 1, dim}, {true, &l->w_gate, n, hidden, dim},
+        {true, &l->w_down, n, dim, hidden}, {true, &l->w_up, n, hidden, dim},
+        {v0, &m->final_norm, 1, 1, dim}, {v0, &unused, 1, c->seq_len, c->head_dim},
+        {!tied, &m->classifier, 1, vocab, dim},
+    };
+    for (size_t i = 0; i < sizeof order / sizeof *order; i++)
+        for (int j = 0; j < order[i].n && order[i].there; j++) {
+            Matrix *w = (Matrix *)(void *)((char *)order[i].w + (size_t)j * sizeof(Layer));
+            *w = (Matrix){ROWS, order[i].rows, order[i].cols, m->file + end};
+            end += matrix_bytes(ROWS, order[i].rows, order[i].cols);
+        }
+    if (m->file_size != end)
+        die("%s is %s: its header asks for %zu bytes, it has %zu", m->path,
+            m->file_size < end ? "truncated, or not a checkpoint" : "too long", end, m->file_size);
+    if (tied) m->classifier = m->token_embedding;
     m->own_freqs = resize(NULL, (size_t)half, sizeof(float));
     for (int i = 0; i < half; i++)
         m->own_freqs[i] = (float)exp_double(-9.21034037197618274 * i / half);  // 10000^(-i/half)
     m->rope_freqs[0] = m->rope_freqs[1] =
         (Matrix){ROWS, 1, half, (const uint8_t *)(const void *)m->own_freqs};
 }
+
+typedef struct {
+    uint32_t dtype, rows, cols, zero;
+    uint64_t offset, bytes;
+} Entry;  // the directory behind the header of version 3: one entry for each tensor
 
 // The next tensor of the directory, which must have the shape that the header implies. `kind` is
 // ROWS for a vector, BYTES for bytes (of any number), F32 for a matrix of any matrix dtype.
@@ -444,11 +1198,11 @@ static void load_v3(Model *m) {
         die("%s is %s: its header says %llu bytes, it has %zu", m->path,
             c->file_size > m->file_size ? "truncated" : "damaged or too long",
             (unsigned long long)c->file_size, m->file_size);
-    if (c->n_tensors > 20 * MAX_LAYERS || sizeof *c + c->n_tensors * sizeof(Entry) > m->file_size)
+    size_t directory = c->n_tensors * sizeof(Entry), next = 0;
+    if (c->n_tensors > 20 * MAX_LAYERS || sizeof *c + directory > m->file_size)
         die("%s: damaged: its header has %u tensors", m->path, c->n_tensors);
     Config blank = *c;
     blank.content_hash = blank.header_hash = 0;
-    size_t directory = c->n_tensors * sizeof(Entry);
     if (mix64(sizeof blank + directory) + hash_words(&blank, sizeof blank, 0) +
         hash_words(m->file + sizeof blank, directory, sizeof blank / 8) != c->header_hash)
         die("%s: damaged: its header does not have the hash that it states", m->path);
@@ -457,28 +1211,29 @@ static void load_v3(Model *m) {
         die("%s needs a newer version of this program: its header has flags %x", m->path, c->flags);
     c->name[sizeof c->name - 1] = 0;
 
-    size_t next = 0;
     int dim = c->dim, hidden = c->hidden_dim, head = c->head_dim;
     int q_dim = c->n_heads * head, kv_dim = c->n_kv_heads * head;
 #define TENSOR(kind, field, rows, cols) m->field = next_tensor(m, &next, #field, kind, rows, cols)
     TENSOR(ROWS, rope_freqs[0], 1, head / 2);
     m->rope_freqs[1] = m->rope_freqs[0];
     if (c->flags & LOCAL_ROPE) TENSOR(ROWS, rope_freqs[1], 1, head / 2);
-    for (int i = 0; i < head / 2; i++)
-        for (int t = 0; t < 2; t++)
-            if (!(vec(&m->rope_freqs[t])[i] >= 0 && vec(&m->rope_freqs[t])[i] <= 1))
-                die("%s: damaged: an inverse frequency is not from 0 to 1", m->path);
+    for (int i = 0; i < head; i++) {
+        float freq = vec(&m->rope_freqs[i % 2])[i / 2];
+        if (!(freq >= 0 && freq <= 1))
+            die("%s: damaged: an inverse frequency is not from 0 to 1", m->path);
+    }
     TENSOR(F32, token_embedding, c->vocab_size, dim);
-    m->layers = resize(NULL, (size_t)c->n_layers, sizeof *m->layers);
-    memset(m->layers, 0, (size_t)c->n_layers * sizeof *m->layers);
+    m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
     for (int l = 0; l < c->n_layers; l++) {
         TENSOR(ROWS, layers[l].attn_norm, 1, dim);
         TENSOR(F32, layers[l].wq, q_dim, dim);
         TENSOR(F32, layers[l].wk, kv_dim, dim);
         TENSOR(F32, layers[l].wv, kv_dim, dim);
-        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bq, 1, q_dim);
-        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bk, 1, kv_dim);
-        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bv, 1, kv_dim);
+        if (c->flags & QKV_BIAS) {
+            TENSOR(ROWS, layers[l].bq, 1, q_dim);
+            TENSOR(ROWS, layers[l].bk, 1, kv_dim);
+            TENSOR(ROWS, layers[l].bv, 1, kv_dim);
+        }
         if (c->flags & QK_NORM) TENSOR(ROWS, layers[l].q_norm, 1, head);
         if (c->flags & QK_NORM) TENSOR(ROWS, layers[l].k_norm, 1, head);
         TENSOR(F32, layers[l].wo, dim, q_dim);
@@ -523,750 +1278,6 @@ static void free_model(Model *m) {
     *m = (Model){0};
 }
 
-// ---- The KV cache: the keys and values of all positions so far. A token's key and value depend on
-// the tokens before it only, so they are computed once and kept; a new token looks at them all.
-
-enum { CHUNK = 256 };  // positions that lie together; keys are transposed in blocks of 16 positions
-
-// One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which
-// reads the positions before from[s] from the trunk, and stores only its own.
-typedef struct {
-    const Model *m;
-    int n_seqs, ctx;      // ctx: positions of the trunk
-    bool wide;            // float32 (for float32 checkpoints), else half precision
-    int *from;            // (n_seqs)
-    size_t k_bytes;       // keys of a chunk of one head: [CHUNK / 16][head_dim][16]
-    size_t head_bytes;    // ... and its values: [CHUNK][head_dim rounded up to 16]
-    size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
-    size_t branch_bytes;  // of one branch
-    uint8_t *data;        // the trunk
-    uint8_t *branches;
-    size_t bytes;         // of the trunk
-    struct State *state;  // activations of forward
-    bool plain; // compute with the plain functions of part 1 even where part 3 has faster ones
-    bool plain_attention;  // or attention alone, so that its weights can be observed
-    // When set, forward calls it with the values of each stage, (n, width), rows padded(width)
-    // apart: "x" is the residual stream before and after each layer, the other names are equations.
-    // "attention" is the weights of one head, n = slot * n_heads + head, and comes from any thread.
-    void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
-    void *observer;
-} Cache;
-
-static int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-// The chunk that holds a position of a sequence, for one layer and key/value head. *in_chunk is the
-// position's place in it. A branch's storage starts at from[s] rounded down to a block of 16.
-static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *in_chunk) {
-    uint8_t *base = kv->data;
-    if (seq > 0 && pos >= kv->from[seq]) {
-        base = kv->branches + (size_t)(seq - 1) * kv->branch_bytes;
-        pos -= kv->from[seq] & ~15;
-    }
-    *in_chunk = pos % CHUNK;
-    return base + (size_t)(pos / CHUNK) * kv->chunk_bytes +
-           ((size_t)layer * (size_t)kv->m->c.n_kv_heads + (size_t)head) * kv->head_bytes;
-}
-// Element numbers, within the chunk, of a position's key (its dimension d is 16 * d further) and
-// value.
-static size_t key_at(const Cache *kv, int in_chunk) {
-    return (size_t)(in_chunk / 16 * kv->m->c.head_dim * 16 + in_chunk % 16);
-}
-static size_t value_at(const Cache *kv, int in_chunk) {
-    return (size_t)in_chunk * (size_t)round_up(kv->m->c.head_dim, 16);
-}
-static float cache_get(const Cache *kv, const uint8_t *p, size_t i) {
-    return kv->wide ? ((const float *)(const void *)p)[i]
-                    : half_to_float(((const uint16_t *)(const void *)p)[i]);
-}
-// Stores n numbers from element i on, `step` apart.
-static void cache_put(const Cache *kv, uint8_t *p, size_t i, size_t step, const float *x, int n) {
-    float *wide = (float *)(void *)p + i;
-    uint16_t *half = (uint16_t *)(void *)p + i, halves[16];
-    for (int j = 0; j < n && kv->wide; j++) wide[(size_t)j * step] = x[j];
-    for (int j = 0; j < n && !kv->wide; j += 16, x += 16) {
-        int some = n - j < 16 ? n - j : 16;
-        for (int l = 0; l < some; l++) halves[l] = float_to_half(x[l]);
-        for (int l = 0; l < some; l++) half[(size_t)(j + l) * step] = halves[l];
-    }
-}
-
-// Makes n branches with room for `extra` positions each, in the place of those that there are.
-static void add_branches(Cache *kv, int n, int extra) {
-    size_t chunks = ((size_t)extra + 15 + CHUNK - 1) / CHUNK;
-    if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
-    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes / (size_t)n)
-        die("out of memory: %d sequences of %d positions need more than there can be", n, extra);
-    kv->branch_bytes = chunks * kv->chunk_bytes;
-    kv->branches = reserve((size_t)n * kv->branch_bytes, "the KV cache of several sequences");
-    kv->from = resize(kv->from, (size_t)n + 1, sizeof(int));
-    memset(kv->from, 0, ((size_t)n + 1) * sizeof(int));
-    kv->n_seqs = n + 1;
-}
-
-// Room for ctx positions in the trunk and `extra` more in each of n_branches branches.
-static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int extra) {
-    const Config *c = &m->c;
-    *kv = (Cache){.m = m, .n_seqs = 1, .ctx = ctx};
-    kv->wide = m->token_embedding.dtype == ROWS || m->token_embedding.dtype == F32;
-    kv->from = resize(NULL, 1, sizeof(int));
-    kv->from[0] = 0;
-    size_t size = kv->wide ? 4 : 2, width = (size_t)round_up(c->head_dim, 16);
-    kv->k_bytes = CHUNK * (size_t)c->head_dim * size;
-    kv->head_bytes = kv->k_bytes + CHUNK * width * size;
-    kv->chunk_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
-    size_t chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
-    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes)
-        die("out of memory: a context of %d positions needs more than there can be; use -c", ctx);
-    kv->bytes = chunks * kv->chunk_bytes;
-    kv->data = reserve(kv->bytes, "the KV cache (-c N makes the context shorter)");
-    if (kv->chunk_bytes < 8 << 20) large_pages(kv->data, kv->bytes);
-    if (n_branches) add_branches(kv, n_branches, extra);
-}
-
-// ---- Activations. A batch of n positions is computed together; every array is (n, width), with
-// the width rounded up and the rest zero.
-
-typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
-
-enum { MAX_BATCH = 256, TILE = 8 };  // slots computed at once; tokens that pass a weight together
-
-// Activations rounded to int8 by blocks of 32, x = d * q, for quantized weights. Blocks of 8 tokens
-// lie side by side: block b of token t is number ((t / 8) * n_blocks + b) * 8 + t % 8.
-typedef struct {
-    int8_t *q;      // (blocks, 32)
-    float *d;       // (blocks) scale
-    float *dsum;    // (blocks) d * sum of q, for weights with a minimum
-    int32_t *minus8;  // (blocks) -8 * sum of q, for weights with an offset of 8
-    int n_blocks;   // of one token
-} Quantized;
-
-typedef struct State {
-    int capacity;          // slots
-    float *x;              // (n, dim)      the residual stream: what the layers read and add to
-    float *xb;             // (n, dim)      x after a norm
-    float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
-    float *att_out;        // (n, n_heads * head_dim)
-    float *gate, *up;      // (n, hidden_dim)
-    float *rope[2];        // (n, 2, head_dim) cosines and sines, for global and for local layers
-    Quantized xq;
-    float *logits;         // (slots that want them, vocab_size)
-    size_t logits_capacity;
-    float *scores;         // scratch of attention
-    size_t scores_capacity;
-} State;
-
-// (An odd number of cache lines, so that a column does not fall into a few sets of the cache.)
-static int padded(int width) { return round_up(width, 32) + 16; }
-static size_t block_at(const Quantized *x, int token, int block) {
-    return ((size_t)(token / TILE) * (size_t)x->n_blocks + (size_t)block) * TILE +
-           (size_t)(token % TILE);
-}
-
-static void *zeros(void *old, size_t count, size_t size) {
-    free(old);
-    void *p = NULL;
-    if (count > SIZE_MAX / 2 / size || posix_memalign(&p, 64, count * size + 64))
-        die("out of memory: %zu x %zu bytes for activations", count, size);
-    return memset(p, 0, count * size + 64);
-}
-
-// Makes room for n slots.
-static State *get_state(Cache *kv, int n) {
-    const Config *c = &kv->m->c;
-    if (!kv->state) {
-        kv->state = zeros(NULL, 1, sizeof *kv->state);
-    }
-    State *s = kv->state;
-    if (n <= s->capacity) return s;
-    size_t rows = (size_t)round_up(n, TILE), dim = (size_t)padded(c->dim);
-    size_t hidden = (size_t)padded(c->hidden_dim), q_dim = (size_t)padded(c->n_heads * c->head_dim);
-    size_t kv_dim = (size_t)padded(c->n_kv_heads * c->head_dim);
-    size_t widest = dim > hidden ? dim : hidden,
-           blocks = (widest > q_dim ? widest : q_dim) / 32 + 1;
-    s->x = zeros(s->x, rows * dim, 4);
-    s->xb = zeros(s->xb, rows * dim, 4);
-    s->q = zeros(s->q, rows * q_dim, 4);
-    s->k = zeros(s->k, rows * kv_dim, 4);
-    s->v = zeros(s->v, rows * kv_dim, 4);
-    s->att_out = zeros(s->att_out, rows * q_dim, 4);
-    s->gate = zeros(s->gate, rows * hidden, 4);
-    s->up = zeros(s->up, rows * hidden, 4);
-    for (int i = 0; i < 2; i++) s->rope[i] = zeros(s->rope[i], rows * (size_t)c->head_dim, 8);
-    s->xq.q = zeros(s->xq.q, rows * blocks, 32);
-    s->xq.d = zeros(s->xq.d, rows * blocks, 4);
-    s->xq.dsum = zeros(s->xq.dsum, rows * blocks, 4);
-    s->xq.minus8 = zeros(s->xq.minus8, rows * blocks, 4);
-    s->capacity = (int)rows;
-    return s;
-}
-
-static void free_cache(Cache *kv) {
-    State *s = kv->state;
-    if (s) {
-        void *all[] = {s->x,       s->xb,        s->q,       s->k,       s->v,    s->att_out,
-                       s->gate,    s->up,        s->rope[0], s->rope[1], s->xq.q, s->xq.d,
-                       s->xq.dsum, s->xq.minus8, s->logits,  s->scores};
-        for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-        free(s);
-    }
-    if (kv->data) munmap(kv->data, kv->bytes);
-    if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
-    free(kv->from);
-    *kv = (Cache){0};
-}
-
-// ---- The mathematics. Part 3 has faster versions of panel_plain and attend_plain, with equal
-// results.
-
-typedef void Task(void *context, int item, int thread);
-#ifdef PLAIN
-static void parallel(Task *task, void *context, int n_items) {
-    for (int i = 0; i < n_items; i++) task(context, i, 0);
-}
-#else
-// Calls task(context, item, thread) for each item, on all threads, in any order. Part 3.
-static void parallel(Task *task, void *context, int n_items);
-#endif
-
-// Adds up 16 partial sums in a fixed order: a tree.
-static float tree_sum(float *p) {
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) p[i] += p[i + width];
-    return p[0];
-}
-
-// RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It keeps the size of
-// the numbers in check. Element i of the squares goes to the partial sum i mod 16. out may be x.
-static void rmsnorm(float *out, const float *x, const float *w, int n, float eps) {
-    float sums[16] = {0};
-    int i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
-    for (; i < n; i++) sums[i % 16] += x[i] * x[i];
-    float scale = 1.0f / sqrtf(tree_sum(sums) / (float)n + eps);
-    for (int j = 0; j < n; j++) out[j] = w[j] * (scale * x[j]);
-}
-
-// Softmax of x[first..n): turns scores into positive weights that add up to 1,
-// x[i] = e^x[i] / sum over j of e^x[j]. The maximum is subtracted first, which changes nothing in
-// the quotient and keeps e^x from overflowing. Element i goes to the partial sum i mod 16.
-static void softmax(float *x, int first, int n) {
-    float max = x[first], maxima[16], sums[16] = {0};
-    int i = first;
-    for (int j = 0; j < 16; j++) maxima[j] = max;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
-    for (; i < n; i++) maxima[0] = x[i] > maxima[0] ? x[i] : maxima[0];
-    for (int j = 0; j < 16; j++) max = maxima[j] > max ? maxima[j] : max;
-    for (i = first; i < n && i % 16; i++) sums[i % 16] += x[i] = exp_(x[i] - max);
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += x[i + j] = exp_(x[i + j] - max);
-    for (; i < n; i++) sums[i % 16] += x[i] = exp_(x[i] - max);
-    float scale = 1.0f / tree_sum(sums);
-    for (int j = first; j < n; j++) x[j] *= scale;
-}
-
-// Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even. A block whose
-// scale would be zero or subnormal is zero; one with an infinity or NaN has scale NaN, so that the
-// logits show it.
-static void quantize(Quantized *out, int token, const float *x, int n) {
-    for (int b = 0; b * 32 < n; b++, x += 32) {
-        size_t at = block_at(out, token, b);
-        uint32_t max = 0;
-        for (int i = 0; i < 32; i++) {
-            uint32_t a = bits_of(x[i]) & 0x7fffffff;
-            max = a > max ? a : max;
-        }
-        float d = float_of(max) / 127.0f;
-        if (d < FLT_MIN) d = 0;
-        if (max >= 0x7f800000) d = NAN;
-        float inverse = d > 0 ? 1.0f / d : 0.0f;
-        int8_t *q = out->q + at * 32;
-        int32_t sum = 0;
-        for (int i = 0; i < 32; i++) {
-            float y = d > 0 ? x[i] * inverse : 0.0f;
-            int32_t v = (int32_t)(bits_of(y + 12582912.0f) - 0x4b400000u);
-            q[i] = (int8_t)v;
-            sum += v;
-        }
-        out->d[at] = d;
-        out->minus8[at] = -8 * sum;
-        out->dsum[at] = d * (float)sum;
-    }
-}
-
-// The parameter w[r][c]; shows how each dtype is laid out.
-static float weight(const Matrix *w, int r, int c) {
-    size_t cols = (size_t)w->cols, column = (size_t)c, lane = (size_t)r % 16, i = column % 32;
-    if (w->dtype == ROWS) return vec(w)[(size_t)r * cols + column];
-    const uint8_t *panel = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
-    const uint16_t *halves = (const uint16_t *)(const void *)panel;
-    if (w->dtype == F32) return ((const float *)(const void *)panel)[column * 16 + lane];
-    if (w->dtype == BF16)
-        return float_of((uint32_t)halves[(column / 2 * 16 + lane) * 2 + column % 2] << 16);
-    const uint8_t *block = panel + column / 32 * (size_t)block_bytes(w->dtype);
-    const uint8_t *quants = block + scale_bytes(w->dtype);
-    halves = (const uint16_t *)(const void *)block;
-    float scale = half_to_float(halves[lane]);
-    if (w->dtype == Q8) return scale * (float)(int8_t)quants[(i / 4 * 16 + lane) * 4 + i % 4];
-    uint8_t pair = quants[(i % 16 / 4 * 16 + lane) * 4 + i % 4];
-    int q = i < 16 ? pair & 15 : pair >> 4;
-    return w->dtype == Q4 ? scale * (float)(q - 8)
-                          : scale * (float)q + half_to_float(halves[16 + lane]);
-}
-
-// One panel of a matrix times n activations: y[t * stride + r] = sum over c of w[r][c] * x[t][c]
-// for the panel's 16 rows r. Floats are summed column by column. Quantized weights are summed block
-// by block: within a block in integers, then times the weight's scale, times the activation's
-// scale.
-static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride,
-                        const Quantized *xq, int n, float *y, int stride) {
-    int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16, cols = w->cols;
-    size_t blocks = ((size_t)cols + 31) / 32;
-    const uint8_t *p = w->data + (size_t)panel * panel_bytes(w->dtype, cols);
-    const float *f = (const float *)(const void *)p;
-    const uint16_t *h = (const uint16_t *)(const void *)p;
-    for (int t = 0; t < n; t++, x += x_stride) {
-        float acc[16] = {0};
-        if (w->dtype == ROWS) {
-            for (int r = 0; r < rows; r++)
-                for (int c = 0; c < cols; c++)
-                    acc[r] += f[(size_t)r * (size_t)cols + (size_t)c] * x[c];
-        } else if (w->dtype == F32) {
-            for (int c = 0; c < cols; c++)
-                for (int r = 0; r < 16; r++) acc[r] += f[c * 16 + r] * x[c];
-        } else if (w->dtype == BF16) {
-            for (int c = 0; c < cols; c++)
-                for (int r = 0; r < 16; r++)
-                    acc[r] += float_of((uint32_t)h[(c / 2 * 16 + r) * 2 + c % 2] << 16) * x[c];
-        } else for (size_t b = 0; b < blocks; b++) {
-            const uint8_t *block = p + b * (size_t)block_bytes(w->dtype);
-            size_t at = block_at(xq, t, (int)b);
-            int sum[16] = {0}, half = w->dtype == Q8 ? 32 : 16;
-            for (int i = 0; i < 32; i++) {
-                const uint8_t *q = block + scale_bytes(w->dtype) + i % half / 4 * 64 + i % 4;
-                int xi = xq->q[at * 32 + (size_t)i];
-                for (int r = 0; r < 16; r++)
-                    sum[r] += xi * (w->dtype == Q8 ? (int8_t)q[r * 4]
-                                    : i < 16 ? q[r * 4] & 15 : q[r * 4] >> 4);
-            }
-            h = (const uint16_t *)(const void *)block;
-            for (int r = 0; r < 16; r++) {
-                int s = w->dtype == Q4 ? sum[r] + xq->minus8[at] : sum[r];
-                acc[r] += (float)s * half_to_float(h[r]) * xq->d[at];
-                if (w->dtype == Q4A) acc[r] += half_to_float(h[16 + r]) * xq->dsum[at];
-            }
-        }
-        memcpy(y + (size_t)t * (size_t)stride, acc, (size_t)rows * sizeof(float));
-    }
-}
-
-// Attention of one slot's query head (arXiv:1706.03762): score each earlier position by query times
-// key, turn the scores into weights by softmax, and take the weighted average of the values:
-//     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
-// weights is scratch of pos + 1 numbers.
-static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
-                         float *weights, float *out) {
-    const Config *c = &kv->m->c;
-    int kv_head = head / (c->n_heads / c->n_kv_heads), first = 0, at;
-    if (is_local(c, layer) && slot->pos >= c->sliding_window)
-        first = slot->pos - c->sliding_window + 1;
-    for (int t = 0; t < first; t++) weights[t] = 0;
-    for (int t = first; t <= slot->pos; t++) {
-        const uint8_t *keys = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
-        float score = 0;
-        for (int d = 0; d < c->head_dim; d++)
-            score += q[d] * cache_get(kv, keys, key_at(kv, at) + (size_t)d * 16);
-        weights[t] = score * c->attn_scale;
-    }
-    softmax(weights, first, slot->pos + 1);
-    for (int d = 0; d < c->head_dim; d++) out[d] = 0;
-    for (int t = first; t <= slot->pos; t++) {
-        const uint8_t *values = cache_chunk(kv, slot->seq, t, layer, kv_head, &at) + kv->k_bytes;
-        for (int d = 0; d < c->head_dim; d++)
-            out[d] += weights[t] * cache_get(kv, values, value_at(kv, at) + (size_t)d);
-    }
-}
-
-// ---- forward. Each stage below does one slot of the batch; forward runs the stages in order.
-
-typedef struct {
-    const Model *m;
-    Cache *kv;
-    State *s;
-    const Slot *batch;
-    int n, layer;
-    const Layer *l;
-} Pass;
-
-#ifdef PLAIN
-#define panel_fast panel_plain
-static void attention_fast(const Pass *f) { (void)f; }
-enum { FAST = 0 };
-#else
-static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
-                       const Quantized *xq, int n, float *y, int stride);
-static void attention_fast(const Pass *f);
-enum { FAST = 1 };
-#endif
-
-// A matrix product of the whole batch, y (n, rows) = x (n, cols) W^T. Up to three matrices that
-// share the input x are done together: the panels of all of them are dealt out to the threads.
-typedef struct { const Matrix *w; float *y; int stride; } Product;
-typedef struct {
-    const Pass *f;
-    const Product *products;
-    int n_products, n;
-    const float *x;
-    int x_stride;
-} MatMul;
-
-static void quantize_task(void *context, int token, int thread) {
-    const MatMul *mm = context;
-    (void)thread;
-    quantize(&mm->f->s->xq, token, mm->x + (size_t)token * (size_t)mm->x_stride,
-             mm->products[0].w->cols);
-}
-static void panel_task(void *context, int panel, int thread) {
-    const MatMul *mm = context;
-    const Product *p = mm->products;
-    (void)thread;
-    for (; panel >= (p->w->rows + 15) / 16; p++) panel -= (p->w->rows + 15) / 16;
-    (mm->f->kv->plain ? panel_plain : panel_fast)(p->w, panel, mm->x, mm->x_stride, &mm->f->s->xq,
-                                                  mm->n, p->y + panel * 16, p->stride);
-}
-static void matmul(const Pass *f, int n, const float *x, const Product *products, int n_products) {
-    int cols = products[0].w->cols, panels = 0;
-    bool quantized = false;
-    for (int i = 0; i < n_products; i++) {
-        panels += (products[i].w->rows + 15) / 16;
-        quantized |= products[i].w->dtype >= Q8;
-    }
-    MatMul mm = {f, products, n_products, n, x, padded(cols)};
-    f->s->xq.n_blocks = (cols + 31) / 32;
-    if (quantized) parallel(quantize_task, &mm, n);
-    parallel(panel_task, &mm, panels);
-}
-
-static float *row_of(float *x, int i, int width) { return x + (size_t)i * (size_t)padded(width); }
-static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
-
-// A token becomes a vector: its row of the embedding matrix. The angles of its position are
-// computed here too, for use in every layer.
-static void embed_token(void *context, int i, int thread) {
-    const Pass *f = context;
-    const Config *c = &f->m->c;
-    float *x = row_of(f->s->x, i, c->dim);
-    (void)thread;
-    for (int j = 0; j < c->dim; j++)
-        x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
-    for (int t = 0; t < 2; t++)
-        for (int j = 0; j < c->head_dim / 2; j++) {
-            float *cosine = f->s->rope[t] + (size_t)(2 * i * c->head_dim + 2 * j);
-            float *sine = cosine + c->head_dim,
-                  angle = (float)f->batch[i].pos * vec(&f->m->rope_freqs[t])[j];
-            cos_sin(angle, cosine, sine + 1);
-            cosine[1] = cosine[0];
-            sine[0] = -sine[1];
-        }
-}
-
-static void attention_norm(void *context, int i, int thread) {
-    const Pass *f = context;
-    const Config *c = &f->m->c;
-    (void)thread;
-    rmsnorm(row_of(f->s->xb, i, c->dim), row_of(f->s->x, i, c->dim), vec(&f->l->attn_norm), c->dim,
-            c->norm_eps);
-}
-
-// RoPE (arXiv:2104.09864): attention itself does not see the order of its inputs. So each pair (a,
-// b) of numbers of a query or key is turned by an angle that grows with its position, to (a cos - b
-// sin, b cos + a sin); the product of a query and a key then depends on how far apart their
-// positions are. The table holds cos, cos, ... and -sin, sin, ... for the head's numbers. (Written
-// with a minus, GCC 12 fuses it to fmaddsub even under -ffp-contract=off.)
-static void rope(float *head, const float *table, int head_dim) {
-    const float *cosine = table, *sine = table + head_dim;
-    for (int j = 0; j < head_dim; j += 2) {
-        float a = head[j], b = head[j + 1];
-        head[j] = a * cosine[j] + b * sine[j];
-        head[j + 1] = b * cosine[j + 1] + a * sine[j + 1];
-    }
-}
-
-// Finishes queries and keys (bias, norm, position), and puts key and value into the cache.
-static void rope_and_cache(void *context, int i, int thread) {
-    const Pass *f = context;
-    const Config *c = &f->m->c;
-    const Slot *slot = &f->batch[i];
-    int hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
-    float *q = row_of(f->s->q, i, q_dim), *k = row_of(f->s->k, i, kv_dim);
-    float *v = row_of(f->s->v, i, kv_dim);
-    const float *table = f->s->rope[is_local(c, f->layer)] + (size_t)(2 * i * hd);
-    (void)thread;
-    if (c->flags & QKV_BIAS) {
-        add(q, vec(&f->l->bq), q_dim);
-        add(k, vec(&f->l->bk), kv_dim);
-        add(v, vec(&f->l->bv), kv_dim);
-    }
-    for (int h = 0; h < c->n_heads; h++) {
-        if (c->flags & QK_NORM)
-            rmsnorm(q + h * hd, q + h * hd, vec(&f->l->q_norm), hd, c->norm_eps);
-        rope(q + h * hd, table, hd);
-    }
-    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
-        if (c->flags & QK_NORM) rmsnorm(k, k, vec(&f->l->k_norm), hd, c->norm_eps);
-        rope(k, table, hd);
-        int at;
-        uint8_t *chunk = cache_chunk(f->kv, slot->seq, slot->pos, f->layer, h, &at);
-        cache_put(f->kv, chunk, key_at(f->kv, at), 16, k, hd);
-        cache_put(f->kv, chunk + f->kv->k_bytes, value_at(f->kv, at), 1, v, hd);
-    }
-}
-
-static void attend_task(void *context, int item, int thread) {
-    const Pass *f = context;
-    const Config *c = &f->m->c;
-    int i = item / c->n_heads, h = item % c->n_heads, q_dim = c->n_heads * c->head_dim;
-    (void)thread;
-    float *scores = resize(NULL, (size_t)f->batch[i].pos + 1, sizeof(float));
-    attend_plain(f->kv, f->layer, &f->batch[i], h, row_of(f->s->q, i, q_dim) + h * c->head_dim,
-                 scores, row_of(f->s->att_out, i, q_dim) + h * c->head_dim);
-    if (f->kv->observe)
-        f->kv->observe(f->kv->observer, "attention", f->layer, scores, item, f->batch[i].pos + 1);
-    free(scores);
-}
-static void attention(Pass *f) {
-    if (FAST && !f->kv->plain && !f->kv->plain_attention) attention_fast(f);
-    else parallel(attend_task, f, f->n * f->m->c.n_heads);
-}
-
-// What attention found is added to the residual stream; then the norm before the feed-forward
-// layer.
-static void add_attention(void *context, int i, int thread) {
-    const Pass *f = context;
-    const Config *c = &f->m->c;
-    float *x = row_of(f->s->x, i, c->dim), *xb = row_of(f->s->xb, i, c->dim);
-    (void)thread;
-    if (c->flags & SANDWICH_NORM) rmsnorm(xb, xb, vec(&f->l->post_attn_norm), c->dim, c->norm_eps);
-    add(x, xb, c->dim);
-    rmsnorm(xb, x, vec(&f->l->ffn_norm), c->dim, c->norm_eps);
-}
-
-// SwiGLU (arXiv:2002.05202): act(gate) * up. SiLU(x) = x / (1 + e^-x);
-// GELU(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3), the tanh form of arXiv:1606.08415.
-static void gated_activation(void *context, int i, int thread) {
-    const Pass *f = context;
-    int hidden = f->m->c.hidden_dim;
-    float *gate = row_of(f->s->gate, i, hidden), *up = row_of(f->s->up, i, hidden);
-    (void)thread;
-    if (f->m->c.activation == 0)
-        for (int j = 0; j < hidden; j++) gate[j] = gate[j] / (1.0f + exp_(-gate[j])) * up[j];
-    else
-        for (int j = 0; j < hidden; j++) {
-            float x = gate[j], u = 0.797884561f * (x + 0.044715f * (x * x * x));
-            gate[j] = x / (1.0f + exp_(-2.0f * u)) * up[j];
-        }
-}
-
-static void add_ffn(void *context, int i, int thread) {
-    const Pass *f = context;
-    const Config *c = &f->m->c;
-    float *xb = row_of(f->s->xb, i, c->dim);
-    (void)thread;
-    if (c->flags & SANDWICH_NORM) rmsnorm(xb, xb, vec(&f->l->post_ffn_norm), c->dim, c->norm_eps);
-    add(row_of(f->s->x, i, c->dim), xb, c->dim);
-}
-
-// Shows a stage of forward to whoever watches. The name says what was computed.
-static void observe(const Pass *f, const char *name, const float *x, int width) {
-    if (f->kv->observe) f->kv->observe(f->kv->observer, name, f->layer, x, f->n, width);
-}
-
-// Runs up to MAX_BATCH slots through the layers and writes the logits that are wanted.
-static void forward_batch(Pass *f, float *logits) {
-    const Config *c = &f->m->c;
-    State *s = f->s;
-    int dim = c->dim, hidden = c->hidden_dim, q_dim = c->n_heads * c->head_dim;
-    int kv_dim = c->n_kv_heads * c->head_dim, n = f->n;
-
-    f->layer = -1;
-    parallel(embed_token, f, n);
-    observe(f, "x", s->x, dim);
-    for (f->layer = 0; f->layer < c->n_layers; f->layer++) {
-        const Layer *l = f->l = &f->m->layers[f->layer];
-        // Attention: the tokens exchange information.
-        parallel(attention_norm, f, n);
-        observe(f, "xb = attn_norm(x)", s->xb, dim);
-        matmul(f, n, s->xb,
-               (Product[]){{&l->wq, s->q, padded(q_dim)},
-                           {&l->wk, s->k, padded(kv_dim)},
-                           {&l->wv, s->v, padded(kv_dim)}},
-               3);
-        parallel(rope_and_cache, f, n);
-        observe(f, "q = rope(wq xb)", s->q, q_dim);
-        observe(f, "k = rope(wk xb)", s->k, kv_dim);
-        observe(f, "v = wv xb", s->v, kv_dim);
-        attention(f);
-        observe(f, "att_out = attention v", s->att_out, q_dim);
-        matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, padded(dim)}}, 1);
-        observe(f, "xb = wo att_out", s->xb, dim);
-        parallel(add_attention, f, n);
-        observe(f, "x += xb", s->x, dim);
-        observe(f, "xb = ffn_norm(x)", s->xb, dim);
-        // Feed-forward: each token computes for itself.
-        matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, padded(hidden)},
-                                        {&l->w_up, s->up, padded(hidden)}}, 2);
-        observe(f, "gate = w_gate xb", s->gate, hidden);
-        observe(f, "up = w_up xb", s->up, hidden);
-        parallel(gated_activation, f, n);
-        observe(f, "gate = activation(gate) * up", s->gate, hidden);
-        matmul(f, n, s->gate, (Product[]){{&l->w_down, s->xb, padded(dim)}}, 1);
-        observe(f, "xb = w_down gate", s->xb, dim);
-        parallel(add_ffn, f, n);
-        observe(f, "x", s->x, dim);
-    }
-    // The classifier compares the result with every token of the vocabulary.
-    int wanted = 0;
-    for (int i = 0; i < n; i++)
-        if (f->batch[i].want_logits)
-            rmsnorm(row_of(s->xb, wanted++, dim), row_of(s->x, i, dim), vec(&f->m->final_norm), dim,
-                    c->norm_eps);
-    if (!wanted) return;
-    matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
-    for (size_t i = 0; i < (size_t)wanted * (size_t)c->vocab_size; i++)
-        if ((bits_of(logits[i]) & 0x7f800000) == 0x7f800000)
-            die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
-                "try -m check", f->m->path);
-}
-
-// The model: returns the logits of the slots that want them, (wanted, vocab_size), in the batch's
-// order; they are valid until the next call. The positions before a slot's own must be in the cache
-// or in the batch. A sequence's slots must be in ascending order.
-static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
-    size_t wanted = 0, vocab = (size_t)m->c.vocab_size;
-    for (int i = 0; i < n; i++) wanted += batch[i].want_logits;
-    State *s = get_state(kv, n < MAX_BATCH ? n : MAX_BATCH);
-    if (wanted > s->logits_capacity) {
-        s->logits = resize(s->logits, wanted * vocab, sizeof(float));
-        s->logits_capacity = wanted;
-    }
-    size_t done = 0;
-    for (int i = 0; i < n; i += MAX_BATCH) {
-        Pass f = {.m = m,
-                  .kv = kv,
-                  .s = s,
-                  .batch = batch + i,
-                  .n = n - i < MAX_BATCH ? n - i : MAX_BATCH};
-        forward_batch(&f, wanted ? s->logits + done * vocab : NULL);
-        for (int j = 0; j < f.n; j++) done += batch[i + j].want_logits;
-    }
-    return s->logits;
-}
-
-// ---- The sampler: draws the next token. With the same seed it draws what llama2.c draws.
-
-typedef struct { float p; int token; } Candidate;
-typedef struct {
-    float temperature;      // 0: always the likeliest token; 1: as the model says; more: bolder
-    float top_p;            // of the likeliest tokens that together exceed this probability; 1: off
-    int top_k;              // of the k likeliest; 0: off
-    float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
-    float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
-    uint64_t rng;           // state of the random generator
-    float coin;             // the random number of the last draw, and from how many candidates
-    int kept;               // it drew; 0: from all tokens, in the order of their ids
-    float *p;               // (vocab_size) probabilities
-    Candidate *candidates;  // (vocab_size)
-    int vocab_size;
-} Sampler;
-
-// xorshift* (https://en.wikipedia.org/wiki/Xorshift#xorshift*): 32 random bits, and a float in [0,
-// 1).
-static uint32_t random_u32(uint64_t *state) {
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
-    return (uint32_t)(*state * 0x2545F4914F6CDD1Du >> 32);
-}
-static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
-
-static int by_probability(const void *a, const void *b) {
-    const Candidate *x = a, *y = b;
-    if (x->p != y->p) return x->p > y->p ? -1 : 1;
-    return (x->token > y->token) - (x->token < y->token);
-}
-
-static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
-    return best;
-}
-
-// Draws from the candidates: the smallest number of the likeliest tokens that all the limits allow.
-// Their probabilities need not add up to 1: the random number is scaled to their sum.
-static int sample_candidates(Sampler *s, float coin) {
-    Candidate *c = s->candidates;
-    int n = 0;
-    bool nucleus = s->top_p > 0 && s->top_p < 1;
-    // Tokens below a cutoff cannot be drawn: they need not be sorted. Of the k likeliest, it is what
-    // a count of the probabilities' exponents leaves.
-    float cutoff = nucleus ? (1.0f - s->top_p) / (float)(s->vocab_size - 1) : 0;
-    float min = s->min_p * s->p[argmax(s->p, s->vocab_size)];
-    if (s->top_k) {
-        int counts[256] = {0}, exponent = 255;
-        for (int i = 0; i < s->vocab_size; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
-        for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
-        float least = float_of((uint32_t)exponent << 23);
-        cutoff = least > cutoff ? least : cutoff;
-    }
-    cutoff = min > cutoff ? min : cutoff;
-    for (int i = 0; i < s->vocab_size; i++)
-        if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
-    if (n == 0) return argmax(s->p, s->vocab_size);
-    qsort(c, (size_t)n, sizeof *c, by_probability);
-    if (s->top_k && n > s->top_k) n = s->top_k;
-    float sum = 0, limit = s->min_p * c[0].p;
-    for (int i = 0; i < n; i++) {
-        if (i && c[i].p < limit) n = i;
-        else {
-            sum += c[i].p;
-            if (nucleus && sum > s->top_p) n = i + 1;
-        }
-    }
-    s->kept = n;
-    float r = coin * sum, cdf = 0;
-    for (int i = 0; i < n; i++) {
-        cdf += c[i].p;
-        if (r < cdf) return c[i].token;
-    }
-    return c[n - 1].token;
-}
-
-// Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
-// Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum.
-static int sample(Sampler *s, const float *logits, const int *text, int n) {
-    memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
-    if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
-        for (int i = 0; i < n; i++) {
-            float l = logits[text[i]];
-            s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-        }
-    int best = argmax(s->p, s->vocab_size);
-    if (s->temperature == 0) return best;
-    float max = s->p[best];
-    for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
-    softmax(s->p, 0, s->vocab_size);
-    float coin = s->coin = random_f32(&s->rng), cdf = 0;
-    s->kept = 0;
-    if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0)
-        return sample_candidates(s, coin);
-    for (int i = 0; i < s->vocab_size; i++) {
-        cdf += s->p[i];
-        if (coin < cdf) return i;
-    }
-    return s->vocab_size - 1;
-}
-
 // =================================================================================================
 // Part 2. The tokenizer: text <-> tokens
 // =================================================================================================
@@ -1299,6 +1310,10 @@ typedef struct {
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 bytes");
 
+// A hash table from texts to numbers (open addressing); an empty entry has no text.
+typedef struct { const char *s; uint32_t len; int number; } Named;
+typedef struct { Named *entries; size_t mask; } Index;
+
 typedef struct {
     TokenizerHeader h;
     bool llama2c;             // read from llama2.c's layout
@@ -1306,11 +1321,8 @@ typedef struct {
     const uint8_t *file;
     size_t file_size;
     Token *tokens;            // (vocab_size)
-    uint32_t *index;          // hash table of tokens by text: token + 1, 0 empty
-    size_t index_mask;
-    const uint8_t *merges;    // (n_merges, 2) uint32 tokens, best first
-    uint32_t *merge_index;    // hash table of merges by pair: rank + 1, 0 empty
-    size_t merge_mask;
+    Index by_text;            // tokens
+    Index merges;             // ranks of pairs of tokens, two uint32
     const uint8_t *ranges;    // (n_ranges) Range
     uint8_t ascii[128];       // class of the first characters
     size_t special[256];      // longest control or user-defined token that starts with this byte
@@ -1339,52 +1351,54 @@ static uint64_t text_hash(Text t) {
     for (size_t i = 0; i < t.len; i++) h = hash_byte(h, t.s[i]);
     return h;
 }
-// The token with this text and hash, or -1. Byte and unused tokens are not found by their text.
-static int find_hashed(const Tokenizer *t, Text text, uint64_t h) {
-    for (size_t i = (size_t)(h ^ h >> 32);; i++) {
-        uint32_t entry = t->index[i & t->index_mask];
-        if (!entry) return -1;
-        const Text *found = &t->tokens[entry - 1].text;
-        if (found->len == text.len && !memcmp(found->s, text.s, text.len)) return (int)entry - 1;
-    }
-}
-static int find_token(const Tokenizer *t, Text text) { return find_hashed(t, text, text_hash(text)); }
-// The rank of joining tokens a and b, or -1.
-static int find_merge(const Tokenizer *t, uint32_t a, uint32_t b) {
-    for (uint64_t i = mix64((uint64_t)a << 32 | b);; i++) {
-        uint32_t entry = t->merge_index[i & t->merge_mask];
-        if (!entry) return -1;
-        const uint8_t *pair = t->merges + (size_t)(entry - 1) * 8;
-        if (read_u32(pair) == a && read_u32(pair + 4) == b) return (int)entry - 1;
-    }
-}
-static uint32_t *new_index(size_t n, size_t *mask) {
-    for (*mask = 1; *mask < 2 * n; *mask *= 2) {}
-    uint32_t *index = resize(NULL, *mask, sizeof *index);
-    memset(index, 0, *mask * sizeof *index);
-    (*mask)--;
+static Index new_index(size_t n) {
+    Index index = {.mask = 1};
+    while (index.mask < 2 * n) index.mask *= 2;
+    index.entries = zeros(index.mask--, sizeof(Named));
     return index;
+}
+// The entry of a text with this hash, or the empty one that it would have.
+static Named *entry_of(const Index *index, Text text, uint64_t h) {
+    for (size_t i = (size_t)(h ^ h >> 32);; i++) {
+        Named *e = &index->entries[i & index->mask];
+        if (!e->len || (e->len == text.len && !memcmp(e->s, text.s, text.len))) return e;
+    }
+}
+static void add_entry(const Index *index, Text text, int number) {
+    Named *e = entry_of(index, text, text_hash(text));
+    if (!e->len) *e = (Named){text.s, (uint32_t)text.len, number};  // the first of equal texts
+}
+// The number of a text, or -1.
+static int find_hashed(const Index *index, Text text, uint64_t h) {
+    const Named *e = entry_of(index, text, h);
+    return e->len ? e->number : -1;
+}
+// The token with this text, or -1. Byte and unused tokens are not found by their text.
+static int find_token(const Tokenizer *t, Text text) {
+    return find_hashed(&t->by_text, text, text_hash(text));
+}
+// The rank of joining tokens a and b, or -1.
+static int find_merge(const Tokenizer *t, int a, int b) {
+    int pair[] = {a, b};
+    Text text = {(const char *)pair, sizeof pair};
+    return find_hashed(&t->merges, text, text_hash(text));
 }
 
 // Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
 static uint32_t next_char(const char *s, size_t len, size_t *used) {
     const uint8_t *p = (const uint8_t *)s;
-    int more = p[0] < 0x80   ? 0
-               : p[0] < 0xc2 ? -1
-               : p[0] < 0xe0 ? 1
-               : p[0] < 0xf0 ? 2
-               : p[0] < 0xf5 ? 3
-                             : -1;
     static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
+    size_t more = (size_t)((p[0] >= 0xc2) + (p[0] >= 0xe0) + (p[0] >= 0xf0));  // bytes that follow
     *used = 1;
-    if (more < 0 || (size_t)more >= len) return 0xfffd;
-    uint32_t c = more ? p[0] & (0x3fu >> more) : p[0];
-    for (int i = 1; i <= more; i++) {
+    if (p[0] < 0x80) return p[0];
+    if (!more || more >= len || p[0] > 0xf4) return 0xfffd;
+    uint32_t c = p[0] & (0x3fu >> more);
+    for (size_t i = 1; i <= more; i++) {
         if ((p[i] & 0xc0) != 0x80) return 0xfffd;
         c = c << 6 | (p[i] & 0x3f);
     }
     if (c < least[more] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000)) return 0xfffd;
-    *used = (size_t)more + 1;
+    *used = more + 1;
     return c;
 }
 
@@ -1407,24 +1421,15 @@ static uint32_t class_of(const Tokenizer *t, const char *s, size_t len, size_t *
 
 // ---- Opening a tokenizer
 
-static void add_to_index(Tokenizer *t, int id) {
-    Text text = t->tokens[id].text;
-    uint64_t h = text_hash(text);
-    size_t i = (size_t)(h ^ h >> 32);
-    if (find_hashed(t, text, h) >= 0) return;  // of two equal texts the first counts
-    while (t->index[i & t->index_mask]) i++;
-    t->index[i & t->index_mask] = (uint32_t)id + 1;
-}
-
 // Builds the tables that both layouts need.
 static void index_tokens(Tokenizer *t) {
-    t->index = new_index((size_t)t->h.vocab_size, &t->index_mask);
+    t->by_text = new_index((size_t)t->h.vocab_size);
     memset(t->byte_token, -1, sizeof t->byte_token);
     for (int id = 0; id < t->h.vocab_size; id++) {
         const Token *k = &t->tokens[id];
         if (!k->text.len || k->type == UNUSED) continue;
         uint8_t first = (uint8_t)k->text.s[0];
-        if (k->type != BYTE) add_to_index(t, id);
+        if (k->type != BYTE) add_entry(&t->by_text, k->text, id);
         if (k->type == CONTROL || k->type == USER_DEFINED) {
             if (k->text.len > t->special[first]) t->special[first] = k->text.len;
         } else if (k->text.len == 1 && t->byte_token[first] < 0 &&
@@ -1434,11 +1439,12 @@ static void index_tokens(Tokenizer *t) {
 }
 
 // The byte that a piece of the form <0xHH> stands for, or -1.
-static int byte_piece(const char *s) {
-    static const char digits[] = "0123456789ABCDEF";
-    const char *high = memchr(digits, s[3], 16), *low = memchr(digits, s[4], 16);
-    if (memcmp(s, "<0x", 3) || s[5] != '>' || !high || !low) return -1;
-    return (int)(high - digits) * 16 + (int)(low - digits);
+static int byte_piece(Text text) {
+    char piece[7] = "", again[16];
+    unsigned byte;
+    if (text.len != 6 || sscanf(memcpy(piece, text.s, 6), "<0x%2X", &byte) != 1) return -1;
+    snprintf(again, sizeof again, "<0x%02X>", byte);
+    return strcmp(piece, again) ? -1 : (int)byte;
 }
 
 // llama2.c's layout: the longest token's length, then for each token score, length and text. It
@@ -1459,13 +1465,12 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
         if (k->text.len > t->file_size - at) return "is truncated or damaged";
         k->text.s = (const char *)t->file + at;
         at += k->text.len;
+        int byte = byte_piece(k->text);
+        static char bytes[256];
         if (id < 3) k->type = CONTROL;
-        int byte = k->text.len == 6 ? byte_piece(k->text.s) : -1;  // <0x00> to <0xFF>
-        if (id >= 3 && byte >= 0) {
-            static char bytes[256];
+        else if (byte >= 0) {
             bytes[byte] = (char)byte;
-            k->type = BYTE;
-            k->text = (Text){&bytes[byte], 1};
+            *k = (Token){{&bytes[byte], 1}, k->score, BYTE};
         }
     }
     return at == t->file_size ? NULL : "has more tokens than the model";
@@ -1499,8 +1504,8 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
         (uint64_t)h->n_merges * 8 + (uint64_t)h->n_ranges * 12 + (uint64_t)h->n_stops * 4 >
             (uint64_t)(end - p))
         return "is truncated";
-    t->merges = p;
-    t->ranges = t->merges + (size_t)h->n_merges * 8;
+    const uint8_t *merges = p;  // (n_merges, 2) uint32 tokens, best first
+    t->ranges = merges + (size_t)h->n_merges * 8;
     t->stops = t->ranges + (size_t)h->n_ranges * 12;
     p = t->stops + (size_t)h->n_stops * 4;
     for (uint32_t i = 0; i < h->n_chat; i++) {
@@ -1509,15 +1514,11 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
         p += 4 + t->chat[i].len;
     }
     if (p != end) return "is damaged: its end is not where it should be";
-    t->merge_index = new_index(h->n_merges, &t->merge_mask);
-    for (uint32_t rank = 0; rank < h->n_merges; rank++) {
-        uint32_t a = read_u32(t->merges + (size_t)rank * 8),
-                 b = read_u32(t->merges + (size_t)rank * 8 + 4);
-        if (a >= (uint32_t)h->vocab_size || b >= (uint32_t)h->vocab_size) return "is damaged";
-        uint64_t i = mix64((uint64_t)a << 32 | b);
-        if (find_merge(t, a, b) >= 0) continue;
-        while (t->merge_index[i & t->merge_mask]) i++;
-        t->merge_index[i & t->merge_mask] = rank + 1;
+    t->merges = new_index(h->n_merges);
+    for (uint32_t rank = 0; rank < h->n_merges; rank++, merges += 8) {
+        if (read_u32(merges) >= (uint32_t)h->vocab_size ||
+            read_u32(merges + 4) >= (uint32_t)h->vocab_size) return "is damaged";
+        add_entry(&t->merges, (Text){(const char *)merges, 8}, (int)rank);
     }
     return NULL;
 }
@@ -1525,8 +1526,8 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
 static void free_tokenizer(Tokenizer *t) {
     if (t->file) munmap((void *)(uintptr_t)t->file, t->file_size);
     free(t->tokens);
-    free(t->index);
-    free(t->merge_index);
+    free(t->by_text.entries);
+    free(t->merges.entries);
     free(t->path);
     *t = (Tokenizer){0};
 }
@@ -1537,8 +1538,7 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     *t = (Tokenizer){.path = resize(NULL, strlen(path) + 1, 1)};
     strcpy(t->path, path);
     t->file = map_file(path, &t->file_size);
-    t->tokens = resize(NULL, (size_t)m->c.vocab_size, sizeof *t->tokens);
-    memset(t->tokens, 0, (size_t)m->c.vocab_size * sizeof *t->tokens);
+    t->tokens = zeros((size_t)m->c.vocab_size, sizeof *t->tokens);
     if (t->file_size < 8) return "is truncated";
     bool own = read_u32(t->file) == 0x336b6f74;
     const char *wrong = own ? load_own_tokenizer(t, m->c.vocab_size)
@@ -1555,29 +1555,28 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
     const char *slash = strrchr(m->path, '/'), *dot = strrchr(m->path, '.');
     int folder = slash ? (int)(slash - m->path) + 1 : 0;
     int stem = dot && dot > m->path + folder ? (int)(dot - m->path) : (int)strlen(m->path);
-    size_t size = strlen(m->path) + 32, used = 0;
-    char *paths = resize(NULL, 3 * size, 1), *seen = resize(NULL, 3 * size + 300, 1);
-    snprintf(paths, size, "%.*s.tok", stem, m->path);
-    snprintf(paths + size, size, "%.*stokenizer.bin", folder, m->path);
-    snprintf(paths + 2 * size, size, "tokenizer.bin");
-    seen[0] = 0;
-    for (size_t i = 0; i < (named ? 1 : folder ? 3 : 2); i++) {
-        const char *path = named ? named : paths + i * size;
+    size_t size = strlen(m->path) + 100;
+    char *path = resize(NULL, size, 1), *seen = resize(NULL, 3 * size, 1);
+    *seen = 0;
+    for (int i = named ? 3 : 0; i < 4 - !named; i++) {
+        snprintf(path, size, "%.*s%s", i == 0 ? stem : i == 1 ? folder : 0, m->path,
+                 i == 0 ? ".tok" : "tokenizer.bin");
         struct stat st;
-        if (!named && stat(path, &st)) continue;
+        if ((i == 2 && !folder) || (i < 3 && stat(path, &st))) continue;
         bool usable = named || (S_ISREG(st.st_mode) && st.st_size > 0 && !access(path, R_OK));
-        const char *wrong = usable ? load_tokenizer(t, path, m) : "cannot be read or is empty";
+        const char *wrong = usable ? load_tokenizer(t, named ? named : path, m)
+                                   : "cannot be read or is empty";
+        if (wrong && named) die("%s %s", named, wrong);
         if (!wrong) {
             free(seen);
-            free(paths);
+            free(path);
             return;
         }
-        if (named) die("%s %s", path, wrong);
-        used += (size_t)snprintf(seen + used, size + 100, "%s%s %s", used ? "; " : "", path, wrong);
+        sprintf(seen + strlen(seen), "%s%s %s", *seen ? "; " : "", path, wrong);
         free_tokenizer(t);
     }
     die("no tokenizer for %s: %s; name one with -z", m->path,
-        used ? seen : "there is neither a .tok file nor a tokenizer.bin beside it");
+        *seen ? seen : "there is neither a .tok file nor a tokenizer.bin beside it");
 }
 
 // ---- Encoding
@@ -1603,15 +1602,11 @@ static void push_pair(Merger *m, int left) {
     const Symbol *a = &m->symbols[left];
     if (left < 0 || a->next < 0) return;
     const Symbol *b = &m->symbols[a->next];
-    Pair p = {0, left, -1, a->len + b->len};
-    if (t->h.kind == BYTE_LEVEL) {
-        int rank = a->id < 0 || b->id < 0 ? -1 : find_merge(t, (uint32_t)a->id, (uint32_t)b->id);
-        if (rank < 0) return;
-        p.priority = (float)-rank;
-    }
-    p.id = find_token(t, (Text){m->text + a->start, p.len});
-    if (p.id < 0 || (t->h.kind == SENTENCEPIECE && t->tokens[p.id].type != NORMAL)) return;
-    if (t->h.kind == SENTENCEPIECE) p.priority = t->tokens[p.id].score;
+    bool ranked = t->h.kind == BYTE_LEVEL;
+    int rank = ranked ? find_merge(t, a->id, b->id) : 0;
+    int id = rank < 0 ? -1 : find_token(t, (Text){m->text + a->start, a->len + b->len});
+    if (id < 0 || (!ranked && t->tokens[id].type != NORMAL)) return;
+    Pair p = {ranked ? (float)-rank : t->tokens[id].score, left, id, a->len + b->len};
     size_t i = m->n_heap++;
     for (; i && better(&p, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
         m->heap[i] = m->heap[(i - 1) / 2];
@@ -1683,11 +1678,8 @@ static void encode_word(Merger *m, Text word, Ids *out) {
 static size_t contraction(const char *s, size_t len, bool any_case) {
     static const char *const ends[] = {"s", "t", "re", "ve", "m", "ll", "d"};
     for (size_t i = 0; i < 7 && len && s[0] == '\''; i++) {
-        size_t n = strlen(ends[i]), same = 0;
-        while (same < n && 1 + same < len &&
-               (s[1 + same] == ends[i][same] || (any_case && (s[1 + same] | 32) == ends[i][same])))
-            same++;
-        if (same == n) return n + 1;
+        size_t n = strlen(ends[i]);
+        if (n < len && !(any_case ? strncasecmp : strncmp)(s + 1, ends[i], n)) return n + 1;
     }
     return 0;
 }
@@ -1703,9 +1695,8 @@ static size_t run_of(const Tokenizer *t, const char *s, size_t len, uint32_t cla
 // Length of the first word of a text, as the regular expressions of GPT-2 (split 1) and of cl100k
 // (split 2: Llama 3, Qwen) cut it:
 //   1: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
-//   ?[^\s\p{L}\p{N}]+[\r\n]*
-//      |\s*[\r\n]+|\s+(?!\S)|\s+
+//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}
+//      | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 static size_t next_word(const Tokenizer *t, const char *s, size_t len) {
     bool gpt2 = t->h.split == 1;
     size_t n = contraction(s, len, !gpt2), used, first = 0, unlimited = SIZE_MAX;
@@ -1740,12 +1731,11 @@ static void encode_plain(Merger *m, Text text, Ids *out) {
     }
     while (text.len) {
         size_t piece = text.len, used;
-        if (t->h.isolate_digits)  // a digit is a word; the rest is cut as if it stood alone
+        if (t->h.isolate_digits) {  // a digit is a word; the rest is cut as if it stood alone
             for (piece = 0; piece < text.len; piece += used)
-                if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) {
-                    if (!piece) piece = used;
-                    break;
-                }
+                if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) break;
+            if (!piece) piece = used;
+        }
         for (size_t i = 0, n; i < piece; i += n) {
             n = next_word(t, text.s + i, piece - i);
             encode_word(m, (Text){text.s + i, n}, out);
@@ -1763,7 +1753,7 @@ static int special_at(const Tokenizer *t, const char *s, size_t len, const char 
     int found = -1;
     for (size_t n = 1; n <= longest && n <= len; n++) {
         h = hash_byte(h, s[n - 1]);
-        int id = find_hashed(t, (Text){s, n}, h);
+        int id = find_hashed(&t->by_text, (Text){s, n}, h);
         if (id < 0) continue;
         if (t->tokens[id].type == USER_DEFINED) found = id;
         if (t->tokens[id].type == CONTROL && !(typed && memchr(typed, 1, n))) found = id;
@@ -2967,6 +2957,16 @@ static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
 }
 
 // ---- How likely a text is
+
+// Natural logarithm of x > 0: x = 2^e m, ln m = 2 artanh((m - 1) / (m + 1)).
+static double log_(double x) {
+    int e;
+    double m = frexp(x, &e);
+    if (m < 0.70710678118654752) m *= 2, e--;
+    double f = (m - 1) / (m + 1), f2 = f * f, sum = 0;
+    for (int i = 21; i > 0; i -= 2) sum = sum * f2 + 1.0 / i;
+    return 2 * f * sum + e * 0.69314718055994531;
+}
 
 // -ln p(target) from logits (n): ln(sum of e^(x - max)) - (x[target] - max).
 static double surprise(const float *logits, int n, int target) {
