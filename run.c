@@ -4716,7 +4716,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
     SEGMENTS = 16, SHORTEST = 3500,     // at most so many, of at least so many pieces
-    USUAL_CONTEXT = 1024,               // positions
+    USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
     MAGIC = 0x327a6d6c,                 // "lmz2"
