@@ -3021,7 +3021,7 @@ static double score_window(const Model *m, Cache *kv, const int *ids, int from, 
 typedef struct {
     uint64_t number;        // of the state
     int32_t n_ids, n_done;  // tokens; how many of them the cache holds
-    int32_t keep, area;     // tokens that stay when the context is full; which area holds the tokens
+    int32_t keep, area; // tokens that stay when the context is full; which area holds the tokens
     uint64_t rng;           // state of the random generator
     uint64_t hash;          // of the above
 } SessionState;
@@ -3084,7 +3084,8 @@ static const char *check_session(const uint8_t *file, size_t size, const Cache *
         if (right && s->number > state->number) *state = *s;
     }
     if (!state->number || state->n_done < 0 || state->n_ids < state->n_done ||
-        state->n_done > h->ctx || state->n_ids > h->ctx + 1 || state->area < 0 || state->area > 1 || state->keep < 0)
+        state->n_done > h->ctx || state->n_ids > h->ctx + 1 || state->area < 0 || state->area > 1 ||
+        state->keep < 0)
         return "is damaged: neither of its states is whole";
     Cache theirs = *kv;
     theirs.ctx = h->ctx;
@@ -3127,7 +3128,8 @@ static void open_session(Session *s, const char *path, Cache *kv) {
     SessionHeader h = session_header(kv);
     s->path = path;
     s->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0644);
-    if (s->fd < 0 || fstat(s->fd, &st)) die("cannot open the session %s: %s", path, strerror(errno));
+    if (s->fd < 0 || fstat(s->fd, &st))
+        die("cannot open the session %s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("the session %s is not a file", path);
     if (fcntl(s->fd, F_SETLK, &lock)) {
         if (errno == EACCES || errno == EAGAIN) die("the session %s is in use", path);
@@ -3189,7 +3191,8 @@ static void close_session(Session *s, Cache *kv) {
 // ---- Tools: text that the model writes can be a question to a program
 
 // Runs CMD with the question as its input; returns its answer, at most 4000 bytes, without white
-// space at the end, or an empty one, after a word on stderr, when it fails, or takes over 2 seconds.
+// space at the end, or an empty one, after a word on stderr, when it fails, or takes over 2
+// seconds.
 static Text ask_tool(const char *command, Text question) {
     static char answer[4001];
     int to[2], from[2], status = 0;
@@ -3217,7 +3220,10 @@ static Text ask_tool(const char *command, Text question) {
     for (;;) {
         if (fds[1].fd >= 0 && !question.len) close(to[1]), fds[1].fd = -1;
         left = deadline - seconds();
-        if (left <= 0 || interrupted) { why = interrupted ? "is stopped" : "takes too long"; break; }
+        if (left <= 0 || interrupted) {
+            why = interrupted ? "is stopped" : "takes too long";
+            break;
+        }
         if (poll(fds, 2, (int)(left * 1000) + 1) <= 0) continue;
         if (fds[1].fd >= 0 && fds[1].revents) {
             ssize_t wrote = write(to[1], question.s, question.len);
@@ -3407,7 +3413,8 @@ static int fill(Machine *w, const Model *m, Cache *kv, Decoder *d, int done, int
     Slot batch[MAX_BATCH];
     while (done < to && !interrupted) {
         int n = to - done < MAX_BATCH ? to - done : MAX_BATCH;
-        for (int i = 0; i < n; i++) batch[i] = (Slot){d->ids.ids[done + i], done + i, d->seq, false};
+        for (int i = 0; i < n; i++)
+            batch[i] = (Slot){d->ids.ids[done + i], done + i, d->seq, false};
         if (kv == &w->kv && d->seq == 0) reserve_session(&w->session, kv, done + n);
         forward(m, kv, batch, n);
         done += n;
@@ -3469,13 +3476,14 @@ static void propose(Machine *w, Decoder *d) {
             most = n;
         }
     }
-    // Where it does not pay, it is tried again, as long as trials cost under 3% of the time. A small
-    // model must first catch up with the text.
+    // Where it does not pay, it is tried again, as long as trials cost under 3% of the time. A
+    // small model must first catch up with the text.
     double trial = 2 * f->more + (f->m ? 0.3 * f->plain * ((int)d->ids.n - f->done) : 0);
     if (!most && f->lost + trial < 0.03 * f->total) most = 2;
     if (room > d->budget - 1) room = (int)d->budget - 1;
     if (most > room) most = room;
-    if (most > 0) d->n_draft = f->m ? small_model_guesses(w, d, most) : look_back(d, d->draft, most);
+    if (most > 0)
+        d->n_draft = f->m ? small_model_guesses(w, d, most) : look_back(d, d->draft, most);
     f->proposed += d->n_draft;
 }
 
@@ -3489,7 +3497,8 @@ static void measure(Draft *f, int proposed, int accepted, double time, bool usua
     if (f->lost < 0) f->lost = 0;
     if (!usual) return;
     if (proposed == 0) {
-        f->plain += f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
+        f->plain +=
+            f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
         if (f->more == 0) f->more = 0.3 * time;
         return;
     }
@@ -3984,10 +3993,11 @@ static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double 
                 d->ids.n, w->ctx,
                 (double)(session_size(&w->kv, d->done) - session_cache_at(w->ctx)) / 1e6, rate);
     } else
-        fprintf(stderr, "/clear       forget the conversation\n/undo        take the last turn back\n"
-                        "/save FILE   keep the conversation in a file\n"
-                        "/load FILE   go on with one from a file\n/stats       its size and speed\n"
-                        "Ctrl-C ends an answer, Ctrl-D the chat\n");
+        fprintf(stderr,
+                "/clear       forget the conversation\n/undo        take the last turn back\n"
+                "/save FILE   keep the conversation in a file\n"
+                "/load FILE   go on with one from a file\n/stats       its size and speed\n"
+                "Ctrl-C ends an answer, Ctrl-D the chat\n");
 }
 
 // The next line of stdin without its end; one with s NULL at the end of stdin.
@@ -5291,7 +5301,8 @@ static void check_layers(const Options *o, const Model *m) {
     kv.plain = true;
     kv.observe = NULL;
     if (memcmp(fast, forward(m, &kv, batch, n), (size_t)vocab * sizeof(float)))
-        die("check failed: this binary's %s code differs from plain C: the compiler may be at fault",
+        die("check failed: this binary's %s code differs from plain C: the compiler may be at "
+            "fault",
             isa);
     if (!o->quiet) fprintf(stderr, "%s: the same bits as plain C\n", isa);
     free(fast);
@@ -5562,8 +5573,10 @@ static void check_combinations(const Options *o, int mode, const char *mode_name
     for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
         if (clashes[i].both) usage_error("%s and %s cannot be used together", clashes[i].a,
                                          clashes[i].b);
-    if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k N%s%s", "", "");
-    if (k && mode == 6 && !o->best) usage_error("-k in a chat needs -b: one answer goes on%s%s", "", "");
+    if (o->best && !k)
+        usage_error("-b picks the best of several samples: it needs -k N%s%s", "", "");
+    if (k && mode == 6 && !o->best)
+        usage_error("-k in a chat needs -b: one answer goes on%s%s", "", "");
 }
 
 static void help(const Option *options) {
@@ -5675,7 +5688,8 @@ int main(int argc, char **argv) {
         {'f', "file", "PATH", STRING, &o.prompt_file, 0, 0,
          "read the prompt from a file; - is stdin"},
         {'o', "output", "PATH", STRING, &o.output, 0, 0, "write there instead of to stdout"},
-        {'n', "steps", "N", INTEGER, &o.steps, 0, 1e9, "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
+        {'n', "steps", "N", INTEGER, &o.steps, 0, 1e9,
+         "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
         {'m', "mode", "MODE", STRING, &o.mode, 0, 0, "what to do, see below"},
         {'t', "temperature", "T", NUMBER_OPTION, &o.temperature, 0, 1e30,
          "0: the likeliest token; 1 (default): as the model says"},
@@ -5696,10 +5710,12 @@ int main(int argc, char **argv) {
          "this model answers too, the best answer wins; repeatable"},
         {'d', "draft", "MODEL", STRING, &o.draft, 0, 0,
          "speculate with a small model, or \"lookup\": in the text so far"},
-        {'S', "session", "FILE", STRING, &o.session, 0, 0, "the text goes on from, and stays in, FILE"},
+        {'S', "session", "FILE", STRING, &o.session, 0, 0,
+         "the text goes on from, and stays in, FILE"},
         {'T', "tool", "CMD", STRING, &o.tool, 0, 0,
          "answers arithmetic (12*34=) and tool calls on its stdin"},
-        {0, "think", "", FLAG, &o.think, 0, 0, "keep <think> ... </think> where stdout is no terminal"},
+        {0, "think", "", FLAG, &o.think, 0, 0,
+         "keep <think> ... </think> where stdout is no terminal"},
         {'q', "quiet", "", FLAG, &o.quiet, 0, 0, "no statistics and no progress on stderr"},
         {0, "top-k", "K", INTEGER, &o.top_k, 0, 1 << 24, "draw from the K likeliest tokens"},
         {0, "min-p", "P", NUMBER_OPTION, &o.min_p, 0, 1,

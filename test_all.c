@@ -20,7 +20,8 @@ static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, lo
 #define mmap fuzz_mmap
 #define atexit(function) ((void)(function))
 #define main run_main
-#elif defined FAULTS  // the program itself, in which FAULT=name:n makes the nth call of a function fail
+#elif defined                                                                                      \
+    FAULTS // the program itself, in which FAULT=name:n makes the nth call of a function fail
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -58,7 +59,8 @@ static int fault(const char *name, int error) {
 #define rename(...) (fault("rename", EACCES) ? -1 : rename(__VA_ARGS__))
 #define mkstemp(...) (fault("mkstemp", EACCES) ? -1 : mkstemp(__VA_ARGS__))
 #define ftruncate(...) (fault("ftruncate", ENOSPC) ? -1 : ftruncate(__VA_ARGS__))
-#define posix_fallocate(...) (fault("posix_fallocate", ENOSPC) ? ENOSPC : posix_fallocate(__VA_ARGS__))
+#define posix_fallocate(...)                                                                       \
+    (fault("posix_fallocate", ENOSPC) ? ENOSPC : posix_fallocate(__VA_ARGS__))
 #define fcntl(...) (fault("fcntl", ENOLCK) ? -1 : fcntl(__VA_ARGS__))
 #define fork() (fault("fork", EAGAIN) ? -1 : fork())
 #define pipe(...) (fault("pipe", EMFILE) ? -1 : pipe(__VA_ARGS__))
@@ -2454,7 +2456,8 @@ static void test_output_file(const char *model) {
           "and writes there what it writes to stdout");
     free_ran(&r);
     Buffer whole = slurp(model);
-    refused(RUN(model, "-m", "logits", "-i", "1 2 3", "-o", model), 2, "an output that is the model");
+    refused(RUN(model, "-m", "logits", "-i", "1 2 3", "-o", model), 2,
+            "an output that is the model");
     Buffer still = slurp(model);
     CHECK(still.n == whole.n && !memcmp(still.p, whole.p, whole.n), "and the model is untouched");
     free(whole.p), free(still.p);
@@ -2710,8 +2713,8 @@ static void same_text(const Ran *expected, Ran r, const char *what) {
 
 static void test_samples(const char *endless) {
     survived(RUN(endless, "-i", "a", "-c", "1", "-n", "9", "-q"), "a context of one token");
-    static const char *const settings[][3] = {{"1", "0.9", "0"}, {"0.7", "1", "0"}, {"1", "1", "40"},
-                                              {"0", "0.9", "40"}};
+    static const char *const settings[][3] = {
+        {"1", "0.9", "0"}, {"0.7", "1", "0"}, {"1", "1", "40"}, {"0", "0.9", "40"}};
     for (int s = 0; s < 4; s++) {
         const char *t = settings[s][0], *p = settings[s][1], *c = settings[s][2];
         Ran all = RUN(endless, "-i", "abc", "-n", "70", "-s", "77", "-t", t, "-p", p, "-c", c, "-k",
@@ -2842,7 +2845,8 @@ static void test_sessions(const char *endless) {
     free_ran(&rest);
     rest = RUN(endless, "-m", "logits", "-S", kv, "-i", "4 5 6 7");
     CHECK(all.n + rest.out.n == whole.out.n && !memcmp(whole.out.p, all.p, all.n) &&
-              !memcmp(whole.out.p + all.n, rest.out.p, rest.out.n), "logits in two runs are the same");
+              !memcmp(whole.out.p + all.n, rest.out.p, rest.out.n),
+          "logits in two runs are the same");
     free_ran(&rest), free_ran(&whole), free(all.p);
 
     Ran r = RUN(endless, "-S", kv, "-k", "3", "-b", "-n", "20", "-s", "3");
@@ -2882,10 +2886,11 @@ static void test_sessions(const char *endless) {
     free_ran(&right);
     for (size_t cut = 1; cut < 30000 && cut < before.n; cut = cut * 3 + 1) {
         save("damaged", before.p, cut);
-        refused(RUN(endless, "-S", in_folder("damaged"), "-n", "5", "-q"), 1, "a truncated session");
+        refused(RUN(endless, "-S", in_folder("damaged"), "-n", "5", "-q"), 1,
+                "a truncated session");
     }
-    refused(RUN_AS(((How){.file_size = 20000}), endless, "-S", in_folder("new"), "-n", "3", "-q"), 1,
-            "a session on a full disk");
+    refused(RUN_AS(((How){.file_size = 20000}), endless, "-S", in_folder("new"), "-n", "3", "-q"),
+            1, "a session on a full disk");
     free(before.p);
 }
 
@@ -2921,7 +2926,8 @@ static void test_kills(const char *endless) {
         SessionHeader h;
         SessionState s;
         const char *wrong = check_session(file.p, file.n, &cache, false, &h, &s);
-        CHECK(r.status == 0 && !wrong, "a killed session opens: %s %s", r.err.p, wrong ? wrong : "");
+        CHECK(r.status == 0 && !wrong, "a killed session opens: %s %s", r.err.p,
+              wrong ? wrong : "");
         free_ran(&r);
         const int *ids = wrong ? NULL : session_ids(file.p, h.ctx, s.area);
         bool begun = !wrong && s.n_ids > 3 && !memcmp(ids, expected.ids, 3 * sizeof(int));
@@ -2960,25 +2966,51 @@ static void test_kills(const char *endless) {
 }
 
 static void test_tools(const char *endless) {
-    static const struct { const char *text, *question, *before; } cases[] = {
-        {"1234*4321=", "1234*4321", ""}, {"so 12 + 30 =", "12 + 30 ", " "}, {"1+1= ", "1+1", ""},
-        {"x\n(1+2)*3=", "(1+2)*3", ""}, {"1) 3+4=", "3+4", ""}, {"2*-3=", "2*-3", ""},
-        {"1.5*2=", "1.5*2", ""}, {"2^10%7=", "2^10%7", ""}, {"5=", "", ""}, {"x=", "", ""},
-        {"=", "", ""}, {"", "", ""}, {"1+1", "", ""}, {"1+1=2", "", ""}, {"1+=", "", ""},
-        {"(1+1=", "", ""}, {"1..2+1=", "", ""}, {"1+1\n=", "", ""}, {"a1+1=", "", ""},
-        {"1+1==", "", ""}, {"$3+4=", "3+4", ""}, {"1,234*2=", "", ""},
-        {"- 12*34=", "12*34", ""}, {"sqrt(16)+2*3=", "", ""}, {"3x+2*5=", "", ""},
-        {"y + 2 * 3 =", "", ""}, {"x-3*2=", "", ""}, {"http://a/page/3/2=", "", ""},
-        {"QUJD+12/34=", "", ""}, {"10:30-11=", "", ""}, {"is: -3*2=", "", ""}, {"((((=", "", ""}, {"-1-1=", "-1-1", ""},
-        {"say <tool_call>{\"a\": 1}</tool_call>", "{\"a\": 1}", "\n<tool_response>\n"},
-        {"{}</tool_call>", "", ""}, {"<tool_call>{}</tool_call> ", "", ""},
-        {"<tool_call>a<tool_call>b</tool_call>", "b", "\n<tool_response>\n"}};
+    static const struct { const char *text, *question, *before;
+    } cases[] = {{"1234*4321=", "1234*4321", ""},
+                 {"so 12 + 30 =", "12 + 30 ", " "},
+                 {"1+1= ", "1+1", ""},
+                 {"x\n(1+2)*3=", "(1+2)*3", ""},
+                 {"1) 3+4=", "3+4", ""},
+                 {"2*-3=", "2*-3", ""},
+                 {"1.5*2=", "1.5*2", ""},
+                 {"2^10%7=", "2^10%7", ""},
+                 {"5=", "", ""},
+                 {"x=", "", ""},
+                 {"=", "", ""},
+                 {"", "", ""},
+                 {"1+1", "", ""},
+                 {"1+1=2", "", ""},
+                 {"1+=", "", ""},
+                 {"(1+1=", "", ""},
+                 {"1..2+1=", "", ""},
+                 {"1+1\n=", "", ""},
+                 {"a1+1=", "", ""},
+                 {"1+1==", "", ""},
+                 {"$3+4=", "3+4", ""},
+                 {"1,234*2=", "", ""},
+                 {"- 12*34=", "12*34", ""},
+                 {"sqrt(16)+2*3=", "", ""},
+                 {"3x+2*5=", "", ""},
+                 {"y + 2 * 3 =", "", ""},
+                 {"x-3*2=", "", ""},
+                 {"http://a/page/3/2=", "", ""},
+                 {"QUJD+12/34=", "", ""},
+                 {"10:30-11=", "", ""},
+                 {"is: -3*2=", "", ""},
+                 {"((((=", "", ""},
+                 {"-1-1=", "-1-1", ""},
+                 {"say <tool_call>{\"a\": 1}</tool_call>", "{\"a\": 1}", "\n<tool_response>\n"},
+                 {"{}</tool_call>", "", ""},
+                 {"<tool_call>{}</tool_call> ", "", ""},
+                 {"<tool_call>a<tool_call>b</tool_call>", "b", "\n<tool_response>\n"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const char *before, *after;
         Text q = find_question((Text){cases[i].text, strlen(cases[i].text)}, &before, &after);
         CHECK(q.len == strlen(cases[i].question) && !memcmp(q.s, cases[i].question, q.len) &&
                   (!q.len || !strcmp(before, cases[i].before)),
-              "\"%s\" asks \"%s\", not \"%.*s\"", cases[i].text, cases[i].question, (int)q.len, q.s);
+              "\"%s\" asks \"%s\", not \"%.*s\"", cases[i].text, cases[i].question, (int)q.len,
+              q.s);
     }
     Ran r = RUN(endless, "-T", "sed 's/.*/<&>/'", "-i", "12*34=", "-n", "5", "-t", "0", "-q");
     CHECK(r.status == 0 && !strncmp((char *)r.out.p, "12*34=<12*34>", 13),
@@ -2987,8 +3019,9 @@ static void test_tools(const char *endless) {
     same_text(&same, r, "the model goes on from the answer");
     free_ran(&same);
     Ran alone = RUN(endless, "-i", "12*34=", "-n", "9", "-t", "0", "-q");
-    static const char *const bad[] = {"exit 3", "true", "cat >/dev/null", "sleep 30", "/nonexistent",
-                                      "yes", "kill -9 $$", "echo; exec >&-; sleep 30"};
+    static const char *const bad[] = {
+        "exit 3",       "true", "cat >/dev/null", "sleep 30",
+        "/nonexistent", "yes",  "kill -9 $$",     "echo; exec >&-; sleep 30"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         double start = seconds();
         r = RUN(endless, "-T", bad[i], "-i", "12*34=", "-n", "9", "-t", "0", "-q");
@@ -2997,8 +3030,9 @@ static void test_tools(const char *endless) {
         same_text(&alone, r, bad[i]);
     }
     free_ran(&alone);
-    survived(RUN(endless, "-T", "yes 'a b c' | head -c 3000", "-i", "1+1", "-n", "40", "-k", "3", "-q",
-                 "-c", "4000", "-t", "9", "-s", "1"), "samples with long answers of a tool");
+    survived(RUN(endless, "-T", "yes 'a b c' | head -c 3000", "-i", "1+1", "-n", "40", "-k", "3",
+                 "-q", "-c", "4000", "-t", "9", "-s", "1"),
+             "samples with long answers of a tool");
     survived(RUN(endless, "-T", "yes 'a b c' | head -c 3000", "-i", "1+1=", "-n", "1", "-q", "-S",
                  in_folder("answered"), "-c", "300"), "an answer longer than the context");
     survived(RUN(endless, "-S", in_folder("answered"), "-n", "9", "-q"), "its session");
@@ -3006,14 +3040,20 @@ static void test_tools(const char *endless) {
     CHECK(!strncmp((char *)r.out.p, "1+1=7", 5), "a tool may leave a child behind: %s", r.err.p);
     free_ran(&r);
     r = RUN(endless, "-T", "echo '$(touch x); `ls`'", "-i", "1+1=", "-n", "1", "-t", "0", "-q");
-    CHECK(!strncmp((char *)r.out.p, "1+1=$(touch x); `ls`", 20), "an answer is only text: %s", r.out.p);
+    CHECK(!strncmp((char *)r.out.p, "1+1=$(touch x); `ls`", 20), "an answer is only text: %s",
+          r.out.p);
     free_ran(&r);
 
     Model m;
     Tokenizer t = {0};
     load_model(&m, endless);
     find_tokenizer(&t, NULL, &m);
-    Options o = {.prompt = "", .steps = 5, .threads = 1, .context = 500, .tool = "echo '<s> 7'", .quiet = true};
+    Options o = {.prompt = "",
+                 .steps = 5,
+                 .threads = 1,
+                 .context = 500,
+                 .tool = "echo '<s> 7'",
+                 .quiet = true};
     Output out = {.fd = -1};
     Machine w;
     Decoder d;
@@ -3050,7 +3090,8 @@ static void test_chat(const char *endless) {
           "-y is its system turn");
     free_ran(&r), free_ran(&direct);
     Ran two = talk(endless, "abc\ndef\n", "-s", "1");
-    CHECK(two.out.n > one.out.n && !memcmp(two.out.p, one.out.p, one.out.n), "a second turn follows");
+    CHECK(two.out.n > one.out.n && !memcmp(two.out.p, one.out.p, one.out.n),
+          "a second turn follows");
     same_text(&two, talk(endless, "abc\r\n\ndef", "-s", "1"), "empty lines and a missing newline");
     same_text(&two, talk(endless, "def\n", "-i", "abc"), "-i is the first turn");
     Buffer expected = {0};
@@ -3086,9 +3127,10 @@ static void test_chat(const char *endless) {
     free_ran(&r);
     same_text(&two, talk(endless, "abc\ndef\n", "-d", "lookup"), "speculation in a chat");
     r = talk(endless, "abc\n/load /nowhere\n/save /nowhere/x\n/help\n/bad\ndef\n", "-s", "1");
-    CHECK(strstr((char *)r.err.p, "run: cannot open /nowhere") && strstr((char *)r.err.p, "Ctrl-D") &&
-          strstr((char *)r.err.p, "run: cannot write /nowhere/x"), "wrong commands are answered: %s",
-          r.err.p);
+    CHECK(strstr((char *)r.err.p, "run: cannot open /nowhere") &&
+              strstr((char *)r.err.p, "Ctrl-D") &&
+              strstr((char *)r.err.p, "run: cannot write /nowhere/x"),
+          "wrong commands are answered: %s", r.err.p);
     same_text(&two, r, "and the chat goes on");
     r = RUN_AS(((How){.input = "abc\ndef\n"}), endless, "-m", "chat", "-n", "12", "-s", "5", "-k",
                "4", "-b", "-q");
@@ -3114,7 +3156,8 @@ static void test_chat(const char *endless) {
              in_folder("session"), in_folder("session"), endless);
     Buffer before = slurp(endless);
     unlink(in_folder("session"));
-    same_text(&two, talk(endless, input, "-S", in_folder("session")), "files in use are left alone");
+    same_text(&two, talk(endless, input, "-S", in_folder("session")),
+              "files in use are left alone");
     Buffer after = slurp(endless);
     CHECK(before.n == after.n && !memcmp(before.p, after.p, before.n), "and so is the model");
     free(before.p), free(after.p);
@@ -3148,7 +3191,11 @@ static void test_display(void) {
     shows("x<think>", true, false, "x\033[2m<think>\033[0m\n");
     shows("\033[31mred\033[0m\a\r\n\t\x7f", true, false, "^[[31mred^[[0m^G^M\n\t^?\n");
     shows("\033[31mred", false, false, "\033[31mred\n");
-    shows("\xc2\x9b""1m \xc3\x9b \xe2\x82\xac", true, false, "\xc2\xa0""1m \xc3\x9b \xe2\x82\xac\n");
+    shows("\xc2\x9b"
+          "1m \xc3\x9b \xe2\x82\xac",
+          true, false,
+          "\xc2\xa0"
+          "1m \xc3\x9b \xe2\x82\xac\n");
     shows("caf\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f", false, false,
           "caf\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f\n");
     Options o = {0};
@@ -3164,7 +3211,8 @@ static void test_ensemble(const char *endless) {
     const char *tiny = in_folder("tiny.bin");
     Ran first = RUN(endless, "-i", "abc", "-n", "20", "-s", "2", "-q");
     Ran second = RUN(tiny, "-i", "abc", "-n", "20", "-s", "2", "-q");
-    Ran r = RUN(endless, "-i", "abc", "-n", "20", "-s", "2", "-e", tiny, "-e", in_folder("nothing"));
+    Ran r =
+        RUN(endless, "-i", "abc", "-n", "20", "-s", "2", "-e", tiny, "-e", in_folder("nothing"));
     CHECK(r.status == 0 && ((r.out.n == first.out.n && !memcmp(r.out.p, first.out.p, r.out.n)) ||
                             (r.out.n == second.out.n && !memcmp(r.out.p, second.out.p, r.out.n))),
           "an ensemble prints one of the models' own answers: %s", r.err.p);
@@ -3210,12 +3258,22 @@ static void test_ensemble(const char *endless) {
 }
 
 static void test_combinations(const char *endless) {
-    static const char *const wrong[][6] = {
-        {"-b"}, {"-k", "2", "-e", "x"}, {"-k", "2", "-d", "lookup"}, {"-e", "x", "-S", "y"},
-        {"-e", "x", "-d", "lookup"}, {"-k", "0"}, {"-k", "257"}, {"-y", "x"}, {"-m", "eval", "-k", "2"},
-        {"-m", "chat", "-k", "2"}, {"-m", "chat", "-e", "x"}, {"-m", "logits", "-d", "lookup"},
-        {"-m", "bench", "-S", "x"}, {"-m", "check", "-T", "x"}, {"-m", "tokenize", "--think"},
-        {"-m", "logits", "--receipt"}};
+    static const char *const wrong[][6] = {{"-b"},
+                                           {"-k", "2", "-e", "x"},
+                                           {"-k", "2", "-d", "lookup"},
+                                           {"-e", "x", "-S", "y"},
+                                           {"-e", "x", "-d", "lookup"},
+                                           {"-k", "0"},
+                                           {"-k", "257"},
+                                           {"-y", "x"},
+                                           {"-m", "eval", "-k", "2"},
+                                           {"-m", "chat", "-k", "2"},
+                                           {"-m", "chat", "-e", "x"},
+                                           {"-m", "logits", "-d", "lookup"},
+                                           {"-m", "bench", "-S", "x"},
+                                           {"-m", "check", "-T", "x"},
+                                           {"-m", "tokenize", "--think"},
+                                           {"-m", "logits", "--receipt"}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         const char *argv[10] = {endless};
         int n = 1;
@@ -3827,7 +3885,8 @@ static void test_noise_after_text(const Model *m, const Tokenizer *t) {
     while (b.n < 3584) put(&b, "a bad cab, dad\n", 16);
     Buffer small = squeeze_with(m, t, &b, 128, false);
     const char *wrong = unsqueeze(m, t, &small, small.n, &back);
-    CHECK(!wrong && equal(&b, &back), "noise between texts comes back: %s", wrong ? wrong : "other");
+    CHECK(!wrong && equal(&b, &back), "noise between texts comes back: %s",
+          wrong ? wrong : "other");
     free(b.p), free(back.p), free(small.p);
 }
 
@@ -3991,14 +4050,20 @@ static void test_faults(void) {
     Ran r = RUN(endless, "-m", "compress", "-f", text, "-o", in_folder("small"), "-q");
     free_ran(&r);
     const char *const commands[][16] = {
-        {"-i", "abc", "-n", "5", "-j", "3"}, {"-i", "abc", "-n", "5", "-o", out},
-        {"-i", "abc", "-n", "5", "-k", "3"}, {"-i", "abc", "-n", "5", "-S", in_folder("session")},
-        {"-i", "1+1=", "-n", "3", "-T", "cat"}, {"-i", "abc", "-n", "5", "-d", "lookup"},
-        {"-m", "chat", "-n", "3", "-c", "99"}, {"-m", "eval", "-f", text, "-o", out},
+        {"-i", "abc", "-n", "5", "-j", "3"},
+        {"-i", "abc", "-n", "5", "-o", out},
+        {"-i", "abc", "-n", "5", "-k", "3"},
+        {"-i", "abc", "-n", "5", "-S", in_folder("session")},
+        {"-i", "1+1=", "-n", "3", "-T", "cat"},
+        {"-i", "abc", "-n", "5", "-d", "lookup"},
+        {"-m", "chat", "-n", "3", "-c", "99"},
+        {"-m", "eval", "-f", text, "-o", out},
         {"-m", "compress", "-f", text, "-o", out},
         {"-m", "decompress", "-f", in_folder("small"), "-o", out},
         {"-m", "explain", "-i", "abc", "-n", "2", "-c", "99", "-o", out},
-        {"-m", "tokenize", "-f", text}, {"-m", "logits", "-i", "1 2 3"}, {"-i", "abc", "-e", endless}};
+        {"-m", "tokenize", "-f", text},
+        {"-m", "logits", "-i", "1 2 3"},
+        {"-i", "abc", "-e", endless}};
     int injected = 0;
     for (size_t c = 0; c < sizeof commands / sizeof *commands; c++) {
         const char *argv[20] = {endless, "-s", "1", "-q"};
@@ -4014,14 +4079,16 @@ static void test_faults(void) {
                 unsetenv("FAULT");
                 bool failed_ = r.status == 1;
                 injected += failed_;
-                CHECK(r.signal == 0 && (r.status == 0 || (failed_ && strstr((char *)r.err.p, "run: "))),
+                CHECK(r.signal == 0 &&
+                          (r.status == 0 || (failed_ && strstr((char *)r.err.p, "run: "))),
                       "%s with %s: status %d, signal %d, %s", r.command, value, r.status, r.signal,
                       r.err.p);
                 struct stat st;
                 if (failed_ && stat(in_folder("session"), &st)) CHECK(
                     access(out, F_OK), "%s with %s leaves no half-written file", r.command, value);
                 unlink(out), unlink(in_folder("session")), unlink("saved");
-                CHECK(files_in_folder() <= files + 2, "nor any other: %s with %s", r.command, value);
+                CHECK(files_in_folder() <= files + 2, "nor any other: %s with %s", r.command,
+                      value);
                 free_ran(&r);
             }
     }
@@ -4068,7 +4135,8 @@ static void test_signals(void) {
         {"-m", "decompress", "-f", in_folder("small"), "-o", out},
         {"-m", "explain", "-i", "abc", "-n", "900", "-c", "999", "-o", out},
         {"-m", "logits", "-f", save("ids", "1 2 3 4 5 6 7 8 9", 17), "-o", out}};
-    int n = sizeof commands / sizeof *commands, rounds = getenv("ROUNDS") ? atoi(getenv("ROUNDS")) : 60;
+    int n = sizeof commands / sizeof *commands,
+        rounds = getenv("ROUNDS") ? atoi(getenv("ROUNDS")) : 60;
     for (int round = 0; round < rounds; round++) {
         const char *argv[20] = {program(), endless, "-s", "1", "-q"};
         for (int i = 0; commands[round % n][i]; i++) argv[5 + i] = commands[round % n][i];
