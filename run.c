@@ -2646,7 +2646,6 @@ static void remove_unfinished(void) {
     if (running_tool > 0) kill(-running_tool, SIGKILL);
     if (unfinished_file) unlink(unfinished_file);
     if (dimmed && write(1, "\033[0m", 4) < 0) {}
-    unfinished_file = NULL;
 }
 
 static const char suffix[] = ".XXXXXX";
