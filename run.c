@@ -441,7 +441,7 @@ static void embed(const Pass *f, int i) {
     float *x = row_of(f->s->x, i, c->dim);
     for (int j = 0; j < c->dim; j++)
         x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
-    for (int t = 0; t < 2; t++)
+    for (int t = 0; t < (c->sliding_window ? 2 : 1); t++)  // global and local layers
         rope_angles(row_of(f->s->rope[t], i, 2 * c->head_dim), vec(&f->m->rope_freqs[t]),
                     f->batch[i].pos, c->head_dim);
 }
@@ -676,7 +676,7 @@ static int sample_candidates(Sampler *s, float coin) {
     // Tokens below a cutoff cannot be drawn: they need not be sorted. For the k likeliest, it is
     // what a count of the probabilities' exponents leaves.
     float cutoff = nucleus ? (1.0f - s->top_p) / (float)(s->vocab_size - 1) : 0;
-    float min = s->min_p * s->p[argmax(s->p, s->vocab_size)];
+    float min = s->min_p > 0 ? s->min_p * largest(s->p, 0, s->vocab_size) : 0;
     if (s->top_k) {
         int counts[256] = {0}, exponent = 255;
         for (int i = 0; i < s->vocab_size; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
@@ -3095,15 +3095,6 @@ static const char *check_session(const uint8_t *file, size_t size, const Cache *
     return NULL;
 }
 
-// The context of an existing session, 0 where there is none yet.
-static int session_context(const char *path) {
-    SessionHeader h;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    bool whole = fd >= 0 && read(fd, &h, sizeof h) == (ssize_t)sizeof h;
-    if (fd >= 0) close(fd);
-    return whole && !memcmp(h.magic, session_magic, 8) && h.ctx > 0 && h.ctx <= 1 << 24 ? h.ctx : 0;
-}
-
 // Sets disk space aside for n positions, so that a full disk is an error and not a signal.
 static void reserve_session(Session *s, const Cache *kv, int n) {
     size_t need = session_size(kv, n < kv->ctx ? n : kv->ctx);
@@ -3120,11 +3111,12 @@ static void reserve_session(Session *s, const Cache *kv, int n) {
     s->reserved = need;
 }
 
-// Opens or makes the session and puts its file in the place of the cache's trunk.
-static void open_session(Session *s, const char *path, Cache *kv) {
+// Opens or makes a session's file, for this program alone. Returns the context of the session that
+// it holds, or 0.
+static int open_session(Session *s, const char *path) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     struct stat st;
-    SessionHeader h = session_header(kv);
+    SessionHeader h;
     s->path = path;
     s->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0644);
     if (s->fd < 0 || fstat(s->fd, &st))
@@ -3134,9 +3126,18 @@ static void open_session(Session *s, const char *path, Cache *kv) {
         if (errno == EACCES || errno == EAGAIN) die("the session %s is in use", path);
         die("cannot lock the session %s: %s", path, strerror(errno));
     }
+    s->size = (size_t)st.st_size;
+    bool whole = pread(s->fd, &h, sizeof h, 0) == (ssize_t)sizeof h;
+    return whole && !memcmp(h.magic, session_magic, 8) && h.ctx > 0 && h.ctx <= 1 << 24 ? h.ctx : 0;
+}
+
+// Puts the file in the place of the cache's trunk.
+static void map_session(Session *s, Cache *kv) {
+    const char *path = s->path;
+    size_t had = s->size;
+    SessionHeader h = session_header(kv);
     s->size = session_size(kv, kv->ctx);
-    const char *wrong = NULL;
-    if (st.st_size == 0) {  // a new one: its first page makes it a session
+    if (had == 0) {  // a new one: its first page makes it a session
         static union { SessionHeader h; char page[PAGE]; } first;
         first.h = h;
         first.h.states[1].number = 1;
@@ -3144,20 +3145,20 @@ static void open_session(Session *s, const char *path, Cache *kv) {
         if (pwrite(s->fd, &first, sizeof first, 0) != (ssize_t)sizeof first)
             die("cannot write the session %s: %s", path, strerror(errno));
     } else {
-        void *file = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, s->fd, 0);
+        void *file = mmap(NULL, had, PROT_READ, MAP_SHARED, s->fd, 0);
         if (file == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
-        wrong = check_session(file, (size_t)st.st_size, kv, true, &h, &s->now);
-        munmap(file, (size_t)st.st_size);
+        const char *wrong = check_session(file, had, kv, true, &h, &s->now);
+        munmap(file, had);
         if (wrong) die("%s %s", path, wrong);
     }
     s->reserved = session_size(kv, s->now.n_done);
-    if (s->reserved > (size_t)st.st_size) s->reserved = (size_t)st.st_size;
+    if (s->reserved > had) s->reserved = had;
     reserve_session(s, kv, s->now.n_done);
-    if ((size_t)st.st_size < s->size && ftruncate(s->fd, (off_t)s->size))
+    if (had < s->size && ftruncate(s->fd, (off_t)s->size))
         die("cannot make the session %s %zu MiB long: %s", path, s->size >> 20, strerror(errno));
     s->map = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
     if (s->map == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
-    if (st.st_size == 0) s->now = ((SessionHeader *)(void *)s->map)->states[1];
+    if (had == 0) s->now = ((SessionHeader *)(void *)s->map)->states[1];
     s->written = s->now.n_ids;
     munmap(kv->data, kv->bytes);
     kv->data = s->map + session_cache_at(kv->ctx);
@@ -3196,58 +3197,46 @@ static Text ask_tool(const char *command, Text question) {
     static char answer[4001];
     int to[2], from[2], status = 0;
     size_t n = 0;
-    if (pipe(to)) die("cannot make a pipe: %s", strerror(errno));
-    if (pipe(from)) die("cannot make a pipe: %s", strerror(errno));
-    pid_t child = fork();
+    pid_t child = 0, done = 0;
+    const char *why = question.len > 4096 ? "is asked too long a question" : NULL;
+    if (pipe(to) || pipe(from)) die("cannot make a pipe: %s", strerror(errno));
+    // A pipe holds this much without waiting for its reader.
+    if (!why && write(to[1], question.s, question.len) < 0) why = "cannot be asked";
+    close(to[1]);
+    if (!why) child = running_tool = fork();
     if (child < 0) die("cannot start the tool %s: %s", command, strerror(errno));
-    if (child == 0) {
+    if (!why && child == 0) {
         setpgid(0, 0);
         signal(SIGPIPE, SIG_DFL);
         if (dup2(to[0], 0) < 0 || dup2(from[1], 1) < 0) _exit(127);
-        close(to[0]), close(to[1]), close(from[0]), close(from[1]);
+        close(to[0]), close(from[0]), close(from[1]);
         setenv("BC_LINE_LENGTH", "0", 1);  // bc would break long numbers
         execl("/bin/sh", "sh", "-c", command, (char *)NULL);
         _exit(127);
     }
-    setpgid(child, child);
-    running_tool = child;
+    if (child) setpgid(child, child);
     close(to[0]), close(from[1]);
-    fcntl(to[1], F_SETFL, O_NONBLOCK);
-    double deadline = seconds() + 2, left;
-    const char *why = NULL;
-    struct pollfd fds[2] = {{from[0], POLLIN, 0}, {to[1], POLLOUT, 0}};
-    for (;;) {
-        if (fds[1].fd >= 0 && !question.len) close(to[1]), fds[1].fd = -1;
-        left = deadline - seconds();
-        if (left <= 0 || interrupted) {
-            why = interrupted ? "is stopped" : "takes too long";
-            break;
-        }
-        if (poll(fds, 2, (int)(left * 1000) + 1) <= 0) continue;
-        if (fds[1].fd >= 0 && fds[1].revents) {
-            ssize_t wrote = write(to[1], question.s, question.len);
-            if (wrote < 0 && errno != EAGAIN && errno != EINTR) wrote = (ssize_t)question.len;
-            if (wrote > 0) question.s += wrote, question.len -= (size_t)wrote;
-        }
-        if (!fds[0].revents) continue;
-        ssize_t got = read(from[0], answer + n, sizeof answer - 1 - n);
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) break;
-        if ((n += (size_t)got) == sizeof answer - 1) { why = "says too much"; break; }
+    double deadline = seconds() + 2;
+    for (bool open = true; !why && !done;) {  // until it has closed its output, and ended
+        int left = (int)(1000 * (deadline - seconds()));
+        struct pollfd ready = {open ? from[0] : -1, POLLIN, 0};
+        if (interrupted) why = "is stopped";
+        else if (left <= 0) why = "takes too long";
+        else if (poll(&ready, 1, open ? left : 1) > 0) {
+            ssize_t got = read(from[0], answer + n, sizeof answer - 1 - n);
+            if (got < 0 && errno == EINTR) continue;
+            open = got > 0;
+            n += got > 0 ? (size_t)got : 0;
+            if (n == sizeof answer - 1) why = "says too much";
+        } else if (!open) done = waitpid(child, &status, WNOHANG);
     }
-    if (fds[1].fd >= 0) close(to[1]);
     close(from[0]);
-    pid_t done = 0;
-    while (!why && (done = waitpid(child, &status, WNOHANG)) == 0) {
-        if (seconds() > deadline || interrupted) why = "takes too long";
-        else poll(NULL, 0, 1);
-    }
     // It may have ended and left a child behind that keeps the pipe open.
-    if (why && !done && n) done = waitpid(child, &status, WNOHANG);
+    if (why && child && n) done = waitpid(child, &status, WNOHANG);
     if (why && done > 0 && !status) why = NULL;
-    kill(-child, SIGKILL);
+    if (child) kill(-child, SIGKILL);
     running_tool = 0;
-    if (!done) while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
+    if (child && !done) while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
     while (n && (uint8_t)answer[n - 1] <= ' ') n--;
     if (!why && status) why = "fails";
     if (!why && !n) why = "prints nothing";
@@ -3543,7 +3532,7 @@ static void compute(Machine *w, Decoder *d, int n) {
     if (interrupted || !n_slots) return;
     float *logits = forward(w->m, &w->kv, w->batch, (int)n_slots);
     for (int i = 0; i < n; i++) {
-        if (!is_live(&d[i])) continue;
+        if (!is_live(&d[i]) || d[i].logits) continue;
         d[i].done = (int)d[i].ids.n;
         d[i].logits = logits;
         logits += vocab * (size_t)(1 + d[i].n_draft);
@@ -3653,14 +3642,14 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
     *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m)};
     *d = (Decoder){.s = new_sampler(o, m, t), .out = out, .drawn = -1};
     w->session.fd = -1;
-    int theirs = o->session && !o->context ? session_context(o->session) : 0;
-    if (theirs) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
+    int theirs = o->session ? open_session(&w->session, o->session) : 0;
+    if (theirs && !o->context) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
     new_cache(&w->kv, m, w->ctx, 0, 0);
     size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
     d->s.p = w->p = reserve(vocab * sizeof *w->p, "the sampler");
     d->s.candidates = w->candidates = reserve(vocab * sizeof *w->candidates, "the sampler");
     if (o->session) {
-        open_session(&w->session, o->session, &w->kv);
+        map_session(&w->session, &w->kv);
         const SessionState *s = &w->session.now;
         const int *ids = session_ids(w->session.map, w->ctx, s->area);
         for (int i = 0; i < s->n_ids; i++) push(&d->ids, ids[i]);
@@ -5554,28 +5543,44 @@ static void refuse_overwriting(const char *output, const char *input) {
         usage_error("-o %s would overwrite %s, which is read", output, input);
 }
 
-// Options that have no meaning together, or in a mode, are refused.
-static void check_combinations(const Options *o, int mode, const char *mode_name) {
-    enum { GENERATE = 1, LOGITS = 4, CHAT = 64 };
-    bool k = o->samples > 1, e = o->n_others, d = o->draft, s = o->session;
+enum { GENERATE, CHAT, EXPLAIN, TOKENIZE, LOGITS, EVAL, COMPRESS, DECOMPRESS, CHECK, BENCH,
+       N_MODES };
+static const char *const mode_names[N_MODES] = {
+    "generate", "chat", "explain", "tokenize", "logits", "eval", "compress", "decompress", "check",
+    "bench"};
+
+// Returns the mode. Options that have no meaning in it, or together, are refused.
+static int check_options(const Options *o) {
+    if (!o->model) usage_error("there is no model%s%s", "", "");
+    int mode = 0;
+    while (mode < N_MODES && strcmp(o->mode, mode_names[mode])) mode++;
+    if (mode == N_MODES) usage_error("unknown mode %s%s", o->mode, "");
+    enum { TALK = 1 << GENERATE | 1 << CHAT, SHOW = 1 << EXPLAIN };
+    bool k = o->samples > 1, e = o->n_others, d = o->draft, s = o->session, layer = o->layer >= 0;
     struct { bool given; const char *name; int modes; } uses[] = {
-        {o->samples, "-k", GENERATE | CHAT}, {o->best, "-b", GENERATE | CHAT},
-        {e, "-e", GENERATE}, {d, "-d", GENERATE | CHAT}, {s, "-S", GENERATE | CHAT | LOGITS},
-        {o->tool, "-T", GENERATE | CHAT}, {o->system, "-y", CHAT},
-        {o->think, "--think", GENERATE | CHAT}, {o->receipt, "--receipt", GENERATE | CHAT}};
+        {o->samples, "-k", TALK}, {o->best, "-b", TALK}, {e, "-e", 1 << GENERATE}, {d, "-d", TALK},
+        {s, "-S", TALK | 1 << LOGITS}, {o->tool, "-T", TALK}, {o->system, "-y", 1 << CHAT},
+        {o->think, "--think", TALK}, {o->receipt, "--receipt", TALK}, {o->trace, "--trace", SHOW},
+        {layer, "--layer", SHOW}, {o->head >= 0, "--head", SHOW}};
     for (size_t i = 0; i < sizeof uses / sizeof *uses; i++)
         if (uses[i].given && !(uses[i].modes >> mode & 1))
-            usage_error("%s means nothing in mode %s", uses[i].name, mode_name);
+            usage_error("%s means nothing in mode %s", uses[i].name, o->mode);
     struct { bool both; const char *a, *b; } clashes[] = {
-        {k && e, "-k", "-e"}, {k && d, "-k", "-d"}, {e && d, "-e", "-d"}, {e && s, "-e", "-S"},
-        {e && o->receipt, "-e", "--receipt"}};
+        {o->prompt && o->prompt_file, "-i", "-f"}, {k && e, "-k", "-e"}, {k && d, "-k", "-d"},
+        {e && d, "-e", "-d"}, {e && s, "-e", "-S"}, {e && o->receipt, "-e", "--receipt"},
+        {layer && o->output && !o->trace, "--layer", "a page (-o), which shows all,"}};
     for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
-        if (clashes[i].both) usage_error("%s and %s cannot be used together", clashes[i].a,
-                                         clashes[i].b);
-    if (o->best && !k)
-        usage_error("-b picks the best of several samples: it needs -k N%s%s", "", "");
-    if (k && mode == 6 && !o->best)
-        usage_error("-k in a chat needs -b: one answer goes on%s%s", "", "");
+        if (clashes[i].both)
+            usage_error("%s and %s cannot be used together", clashes[i].a, clashes[i].b);
+    if (o->best && !k) usage_error("%s picks the best of several samples: it needs %s", "-b", "-k");
+    if (k && mode == CHAT && !o->best) usage_error("%s in a chat needs %s", "-k", "-b");
+    if (o->head >= 0 && !layer) usage_error("%s needs %s", "--head", "--layer");
+    if (mode == COMPRESS && !o->output && isatty(1))
+        usage_error("the terminal is no place for a compressed file: use %s or a pipe%s", "-o", "");
+    const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft};
+    for (int i = 0; i < 5; i++) refuse_overwriting(o->output, inputs[i]);
+    for (int i = 0; i < o->n_others; i++) refuse_overwriting(o->output, o->others[i]);
+    return mode;
 }
 
 static void help(const Option *options) {
@@ -5746,32 +5751,8 @@ int main(int argc, char **argv) {
         if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
         return 0;
     }
-    if (!o.model) usage_error("there is no model%s%s", "", "");
-    if (o.prompt && o.prompt_file) usage_error("-i and -f are two prompts%s%s", "", "");
-
-    static const char *const modes[] = {"generate", "tokenize", "logits", "eval", "check", "bench",
-                                        "chat", "explain", "compress", "decompress"};
-    enum { GENERATE, TOKENIZE, LOGITS, EVAL, CHECK, BENCH, CHAT, EXPLAIN,
-           COMPRESS, DECOMPRESS };
-    int mode = 0, n_modes = sizeof modes / sizeof *modes;
-    while (mode < n_modes && strcmp(o.mode, modes[mode])) mode++;
-    if (mode == n_modes) usage_error("unknown mode %s%s", o.mode, "");
-    check_combinations(&o, mode, modes[mode]);
-    if (mode != EXPLAIN && (o.trace || o.layer >= 0 || o.head >= 0))
-        usage_error("%s is for -m explain%s",
-                    o.trace ? "--trace" : o.layer >= 0 ? "--layer" : "--head", "");
-    if (o.head >= 0 && o.layer < 0) usage_error("--head needs --layer%s%s", "", "");
-    if (o.layer >= 0 && o.output && !o.trace)
-        usage_error("--layer is for the terminal: the page %s shows all%s", o.output, "");
-    if (mode == COMPRESS && !o.output && isatty(1))
-        usage_error("the terminal is no place for a compressed file: use -o or a pipe%s%s", "", "");
+    int mode = check_options(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
-    refuse_overwriting(o.output, o.model);
-    refuse_overwriting(o.output, o.tokenizer);
-    refuse_overwriting(o.output, o.prompt_file);
-    refuse_overwriting(o.output, o.session);
-    refuse_overwriting(o.output, strcmp(o.draft ? o.draft : "lookup", "lookup") ? o.draft : NULL);
-    for (int i = 0; i < o.n_others; i++) refuse_overwriting(o.output, o.others[i]);
 
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is an error of write
