@@ -85,7 +85,7 @@ test-faults: test_all
 
 # Feeds random inputs to everything that reads files or text (clang's libFuzzer), SECONDS for each target.
 SECONDS ?= 20
-FUZZ_TARGETS = checkpoint tokenizer encode session chat command
+FUZZ_TARGETS = checkpoint tokenizer encode session compressed chat command
 fuzz: test_all.c run.c
 	@echo 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | \
 		clang -x c -fsanitize=fuzzer,address -o test-fuzz - 2>/dev/null || { echo "no clang with libFuzzer here: skipped"; exit 1; }
