@@ -16,8 +16,10 @@
 #include <sys/mman.h>
 static __attribute__((noreturn)) void fuzz_exit(int status);
 static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, long offset);
+static int fuzz_munmap(void *at, size_t n);
 #define exit fuzz_exit
 #define mmap fuzz_mmap
+#define munmap fuzz_munmap
 #define atexit(function) ((void)(function))
 #define main run_main
 #elif defined                                                                                      \
@@ -75,6 +77,7 @@ static int fault(const char *name, int error) {
 #undef main
 #undef exit
 #undef mmap
+#undef munmap
 #undef atexit
 #include <dirent.h>
 #include <sys/resource.h>
@@ -3114,8 +3117,8 @@ static void test_tools(const char *endless) {
         same_text(&alone, r, bad[i]);
     }
     free_ran(&alone);
-    // The first sample with this seed draws "=" at once: what the tool says is longer than the rest.
-    static const char *const seeds[] = {"485356618176329109", "11886071437499527594"};
+    // The first sample draws "=" at once: what the tool says is longer than all the rest.
+    static const char *const seeds[] = {"505", "11400714819323198990"};
     Ran both = RUN(endless, "-T", "yes 'a b c' | head -c 3000", "-i", "1+1", "-n", "4", "-k", "2",
                    "-c", "4000", "-t", "9", "-p", "1", "-s", seeds[0], "--receipt", "-q");
     Buffer singles[2] = {{0}, {0}};
@@ -4471,6 +4474,11 @@ static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, lo
     if (p != MAP_FAILED && n_mapped < 64) mapped[n_mapped].at = p, mapped[n_mapped++].n = n;
     return p;
 }
+static int fuzz_munmap(void *at, size_t n) {
+    for (int i = n_mapped; i--;)
+        if (mapped[i].at == at) mapped[i] = mapped[--n_mapped];
+    return munmap(at, n);
+}
 static void fuzz_exit(int status) {
     if (status != 0 && status != 1 && status != 2 && status != 130) abort();
     longjmp(fuzz_end, 1);
@@ -4586,7 +4594,8 @@ static void fuzz_command(const uint8_t *data, size_t n) {
 
 static const struct { const char *name; void (*run)(const uint8_t *, size_t); } targets[] = {
     {"checkpoint", fuzz_checkpoint}, {"tokenizer", fuzz_tokenizer_file}, {"encode", fuzz_encode},
-    {"session", fuzz_session}, {"compressed", fuzz_compressed}, {"chat", fuzz_chat}, {"command", fuzz_command}};
+    {"session", fuzz_session}, {"compressed", fuzz_compressed}, {"chat", fuzz_chat},
+    {"command", fuzz_command}};
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++)
