@@ -4464,7 +4464,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
 
 static jmp_buf fuzz_end;
 static struct { void *at; size_t n; } mapped[64];  // what an exit leaves mapped
-static int n_mapped, first_fd;
+static int n_mapped;
 static const char *target;
 static Model fuzz_model;
 static Tokenizer fuzz_tokenizer, real_tokenizer;
@@ -4485,13 +4485,16 @@ static void fuzz_exit(int status) {
 }
 // Runs one input; unmaps and closes what an error left behind.
 static void guarded(void (*run)(const uint8_t *, size_t), const uint8_t *data, size_t n) {
+    bool ours[64];
+    for (int fd = 0; fd < 64; fd++) ours[fd] = fcntl(fd, F_GETFD) >= 0;
     n_mapped = 0;
     interrupted = 0;
     if (!setjmp(fuzz_end)) run(data, n);
     recovery = NULL;
     remove_unfinished();
     for (int i = 0; i < n_mapped; i++) munmap(mapped[i].at, mapped[i].n);
-    for (int fd = first_fd; fd < first_fd + 32; fd++) close(fd);
+    for (int fd = 0; fd < 64; fd++)
+        if (!ours[fd]) close(fd);
 }
 
 static void fuzz_checkpoint(const uint8_t *data, size_t n) {
@@ -4713,7 +4716,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const char *path = getenv("FUZZ_TOKENIZER");
     if (path && load_tokenizer(&real_tokenizer, path, &real)) abort();
     if (getenv("FUZZ_SEEDS")) seed_corpus(getenv("FUZZ_SEEDS")), _exit(0);
-    first_fd = open("/dev/null", O_RDONLY);
     return 0;
 }
 #else
