@@ -2389,7 +2389,7 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
 // of a tile that share a key/value head pass over its keys and values together.
 
-enum { MAX_QUERIES = 32, AHEAD = 8192 };  // bytes that few queries prefetch: they wait for memory
+enum { MAX_QUERIES = 32, AHEAD = 64 };  // positions that few queries prefetch: they wait for memory
 typedef struct { int slot, n, first, last; } AttendTile;  // slots; positions any of them sees
 typedef struct {
     const Pass *f;
@@ -2399,21 +2399,23 @@ typedef struct {
     size_t row, area;          // floats of a query's scores; of a tile's
 } Attend;
 
-INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, int head_dim, int lane,
-                         const float *queries, int n_queries, float scale, float *out, size_t row) {
+INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, const uint8_t *next,
+                         int head_dim, int lane, const float *queries, int n_queries, float scale,
+                         float *out, size_t row) {
     vf acc[24];
     UNROLL for (int j = 0; j < Q; j++) acc[j] = (vf){0};
     for (int d = 0; d < head_dim; d++) {
-        if (Q < 4) __builtin_prefetch(keys + d * (wide ? 64 : 32) + AHEAD, 0, 2);
+        if (Q <= 4) __builtin_prefetch(next + d * (wide ? 64 : 32), 0, 2);
         vf k = wide ? load((const float *)(const void *)keys + d * 16 + lane)
                     : load_half((const uint16_t *)(const void *)keys + d * 16 + lane);
         UNROLL for (int j = 0; j < Q; j++) acc[j] += k * queries[d * n_queries + j];
     }
     UNROLL for (int j = 0; j < Q; j++) store(out + (size_t)j * row + lane, acc[j] * scale);
 }
-static void score_block(int n, bool wide, const uint8_t *keys, int head_dim, const float *q,
-                        int n_queries, float scale, float *out, size_t row) {
-#define SCORE(n, wide) score_kernel(n, wide, keys, head_dim, lane, q, n_queries, scale, out, row)
+static void score_block(int n, bool wide, const uint8_t *keys, const uint8_t *next, int head_dim,
+                        const float *q, int n_queries, float scale, float *out, size_t row) {
+#define SCORE(n, wide)                                                                             \
+    score_kernel(n, wide, keys, next, head_dim, lane, q, n_queries, scale, out, row)
 #define CASE(n) case n: if (wide) SCORE(n, true); else SCORE(n, false); break;
     for (int lane = 0; lane < 16; lane += W)
         switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(24) }
@@ -2422,15 +2424,16 @@ static void score_block(int n, bool wide, const uint8_t *keys, int head_dim, con
 
 // out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of
 // channels.
-INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t *values, int width,
-                       int n, const float *weights, size_t row, float *out) {
+INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t *values,
+                       const uint8_t *next, int width, int n, const float *weights, size_t row,
+                       float *out) {
     vf acc[6][4];
     UNROLL for (int j = 0; j < Q; j++)
         UNROLL for (int i = 0; i < V; i++) acc[j][i] = load(out + j * width + i * W);
     for (int t = 0; t < n; t++)
         UNROLL for (int i = 0; i < V; i++) {
             int at = t * width + i * W;
-            if (Q < 4) __builtin_prefetch(values + (size_t)at * (wide ? 4 : 2) + AHEAD, 0, 2);
+            if (Q <= 4) __builtin_prefetch(next + (size_t)at * (wide ? 4 : 2), 0, 2);
             vf v = wide ? load((const float *)(const void *)values + at)
                         : load_half((const uint16_t *)(const void *)values + at);
             UNROLL for (int j = 0; j < Q; j++) acc[j][i] +=
@@ -2440,12 +2443,12 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
         UNROLL for (int i = 0; i < V; i++) store(out + j * width + i * W, acc[j][i]);
 }
 // Does as many queries at once as the registers allow, and returns how many.
-static int mix_block(int left, int vectors, bool wide, const uint8_t *values, int width, int n,
-                     const float *weights, size_t row, float *out) {
+static int mix_block(int left, int vectors, bool wide, const uint8_t *values, const uint8_t *next,
+                     int width, int n, const float *weights, size_t row, float *out) {
     int most = W == 16 ? 6 : 2, q = left < most ? left : most;
 #define MIX(q, v)                                                                                  \
-    if (wide) mix_kernel(q, v, true, values, width, n, weights, row, out);                         \
-    else mix_kernel(q, v, false, values, width, n, weights, row, out);                             \
+    if (wide) mix_kernel(q, v, true, values, next, width, n, weights, row, out);                   \
+    else mix_kernel(q, v, false, values, next, width, n, weights, row, out);                       \
     break;
 #define CASE(q) case q * 8 + 1: MIX(q, 1) case q * 8 + 2: MIX(q, 2) case q * 8 + 4: MIX(q, 4)
     switch (q * 8 + vectors) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
@@ -2458,7 +2461,7 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
                           int b0, int b1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
-    int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
+    int hd = c->head_dim, n = tile->n * a->group, at, ahead, seq = f->batch[tile->slot].seq;
     size_t element = f->kv->wide ? 4 : 2;
     size_t key_bytes = 16 * (size_t)hd * element;  // of a block
     float *queries = resize(NULL, (size_t)(hd * n), sizeof(float));  // (head_dim, n)
@@ -2474,13 +2477,16 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         for (int side = 0; side <= split; side++) {
             const uint8_t *chunk =
                 cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
-            const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element;
+            const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element, *next = keys;
+            if (n < 8 && pos + AHEAD <= tile->last)
+                next = cache_chunk(f->kv, seq, pos + AHEAD, f->layer, kv_head, &ahead),
+                next += key_at(f->kv, ahead & ~15) * element;
             if (n < 8 && tile->last < 512)  // the values will be needed soon
                 prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, key_bytes);
             for (int j = 0, some; j < n; j += some) {
                 some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
-                score_block(some, f->kv->wide, keys, hd, queries + j, n, c->attn_scale,
+                score_block(some, f->kv->wide, keys, next, hd, queries + j, n, c->attn_scale,
                             side ? own : out, side ? 16 : a->row);
                 for (int i = 0; i < some && side; i++)
                     for (int l = from - pos; l < 16; l++)
@@ -2520,8 +2526,12 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
                                 f->kv->k_bytes + value_at(f->kv, at) * element;
         run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
         if (t < from && t + run > from) run = from - t;
+        run = run < WIDEN ? run : WIDEN;
+        const uint8_t *next = values;
+        if (!widen && t + AHEAD <= tile->last)
+            next = cache_chunk(f->kv, seq, t + AHEAD, f->layer, kv_head, &at) + f->kv->k_bytes,
+            next += value_at(f->kv, at) * element;
         if (widen) {
-            run = run < WIDEN ? run : WIDEN;
             for (int i = 0; i < run * width; i += W)
                 store(widened + i, load_half((const uint16_t *)(const void *)values + i));
             values = (const uint8_t *)widened;
@@ -2530,7 +2540,8 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
             v = c1 - ch >= 4 * W ? 4 : c1 - ch >= 2 * W ? 2 : 1;
             for (int j = 0; j < n;)
                 j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element),
-                               width, run, scores + (size_t)j * a->row + (size_t)t, a->row,
+                               next + (size_t)ch * element, width, run,
+                               scores + (size_t)j * a->row + (size_t)t, a->row,
                                out + j * width + ch);
         }
     }
