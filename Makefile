@@ -78,6 +78,24 @@ test-debug: debug test_all.c
 		-o test-debug-all test_all.c -lm
 	RUN=./run-debug ./test-debug-all
 
+# ThreadSanitizer, and valgrind (which knows no AVX-512): these take long, so GROUPS names some of the tests.
+test-threads: GROUPS ?= attention forward same-bytes decoders explain compress signals
+test-threads: test_all.c run.c
+	$(CC) -O1 -g $(MACHINE) $(EXACT) -fsanitize=thread -o test-run-threads run.c -lm
+	$(CC) -O1 -g $(MACHINE) $(EXACT) -fsanitize=thread -o test-threads test_all.c -lm
+	@$(call groups,PATIENCE=30 RUN=./test-run-threads ./test-threads)
+
+test-valgrind: GROUPS ?= numbers quantize attention sampler tokenizer explain
+test-valgrind: test_all.c run.c
+	$(CC) -O1 -g -march=x86-64-v3 $(EXACT) -o test-run-v3 run.c -lm
+	$(CC) -O1 -g -march=x86-64-v3 $(EXACT) -o test-v3 test_all.c -lm
+	@$(call groups,PATIENCE=30 RUN=./test-run-v3 valgrind -q --trace-children=yes --error-exitcode=9 ./test-v3)
+
+groups = for g in $(GROUPS); do $(1) $$g >test-group.log 2>&1 || cat test-group.log; \
+	echo "$$g: $$(tail -n 1 test-group.log)"; cat test-group.log >>test-groups.log; done; \
+	awk '/^[0-9]+ passed, / {p += $$1; f += $$3} /WARNING: ThreadSan|^==[0-9]+== [A-Z]/ {f++} \
+		END {print p + 0 " passed, " f + 0 " failed"; exit f > 0 || !p}' test-groups.log; status=$$?; rm -f test-groups.log; exit $$status
+
 # The program with functions that can be made to fail, and the tests that make them.
 test-faults: test_all
 	$(CC) -O1 -g $(MACHINE) $(EXACT) -DFAULTS -fsanitize=address,undefined -o test-faults-run test_all.c -lm
@@ -135,4 +153,4 @@ help:
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-isa test-cross test-debug test-page test-faults fuzz plain debug bench install clean help
+.PHONY: demo test test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz plain debug bench install clean help

@@ -88,6 +88,11 @@ static int fault(const char *name, int error) {
 // =================================================================================================
 
 static int passed, failed, skipped;
+
+// Seconds after which something hangs; under a tool that slows it down, PATIENCE times as many.
+static unsigned patience(unsigned seconds_) {
+    return seconds_ * (getenv("PATIENCE") ? (unsigned)atoi(getenv("PATIENCE")) : 1);
+}
 static const char *group = "";
 
 // Counts one check. The sentence says what is true when it passes; values follow when it fails.
@@ -730,7 +735,6 @@ static void test_numbers(void) {
           worst_norm);
     CHECK(worst_soft < 1e-6, "softmax gives e^x / sum of e^x, and only from first on: off by %g",
           worst_soft);
-    rmsnorm(x, x, w, 700, 1e-5f);
     CHECK(bits_of(tree_sum((float[16]){1e8f, 1, 0, 0, 0, 0, 0, 0, -1e8f, 1})) == bits_of(2),
           "tree_sum adds element i and i + 8 first");
 }
@@ -1942,7 +1946,7 @@ static Ran run_program(How how, const char *const *arguments) {
         limit = (struct rlimit){how.file_size, how.file_size};
         if (how.file_size) setrlimit(RLIMIT_FSIZE, &limit);
         signal(SIGPIPE, SIG_DFL);
-        alarm(10);
+        alarm(patience(10));
         execv(argv[0], (char *const *)(uintptr_t)argv);
         _exit(98);
     }
@@ -4248,7 +4252,7 @@ static void test_signals(void) {
         if (pid == 0) {
             int null = open("/dev/null", O_RDWR);
             for (int i = 0; i < 3; i++) dup2(null, i);
-            alarm(20);
+            alarm(patience(20));
             setenv("ASAN_OPTIONS", "detect_leaks=0", 1);  // an exit in the middle frees nothing
             execv(argv[0], (char *const *)(uintptr_t)argv);
             _exit(98);
@@ -4745,7 +4749,7 @@ int main(int argc, char **argv) {
         double start = seconds();
         group = groups[i].name;
         random_state = i + 1;
-        alarm(300);
+        alarm(patience(300));
         groups[i].test();
         printf("%-13s %5d passed, %d failed, %d skipped  %5.1f s\n", group, passed - passed_before,
                failed - failed_before, skipped - skipped_before, seconds() - start);
