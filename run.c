@@ -5627,7 +5627,7 @@ static void on_interrupt(int signal_number) {
         remove_unfinished();
         _exit(128 + signal_number);
     }
-    interrupted = signal_number;
+    interrupted = signal_number == SIGHUP ? SIGTERM : signal_number;
 }
 static void on_bus_error(int signal_number) {
     static const char line[] =
@@ -5771,6 +5771,7 @@ int main(int argc, char **argv) {
     struct sigaction action = {.sa_handler = on_interrupt};  // without SA_RESTART: a read ends
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL);  // but under nohup
     atexit(remove_unfinished);
     Model m;
     Tokenizer t = {0};
