@@ -5588,8 +5588,9 @@ static int check_options(const Options *o) {
     if (o->head >= 0 && !layer) usage_error("%s needs %s", "--head", "--layer");
     if (mode == COMPRESS && !o->output && isatty(1))
         usage_error("the terminal is no place for a compressed file: use %s or a pipe%s", "-o", "");
-    const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft};
-    for (int i = 0; i < 5; i++) refuse_overwriting(o->output, inputs[i]);
+    const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft,
+                            "/dev/stdin"};
+    for (int i = 0; i < 6; i++) refuse_overwriting(o->output, inputs[i]);
     for (int i = 0; i < o->n_others; i++) refuse_overwriting(o->output, o->others[i]);
     return mode;
 }

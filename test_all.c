@@ -2520,6 +2520,8 @@ static void test_input(const char *model) {
     refused(RUN(model, "-i", "eeeeeeeeee", "-c", "5"), 1, "a prompt longer than -c");
     refused(RUN(model, "-i", "e", "-c", "701"), 1, "a context longer than the model's");
     free(more);
+    refused(RUN_AS(how, model, "-m", "tokenize", "-f", "-", "-o", in_folder("stdin")), 2,
+            "an output that is the file behind stdin");
     static const char *const bad[] = {"1 2 x", "-1", "278", "1 2 99999999999999999999", "1,2", "",
                                       "1.5", "0x10"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
