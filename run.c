@@ -2838,7 +2838,7 @@ static Input open_input(const Options *o) {
     Input in = {.name = path};
     struct stat st;
     if (!strcmp(path, "-")) in.name = "stdin";
-    else if (!o->prompt_file) in.text = (Text){path, strlen(path)};
+    else if (!o->prompt_file) in.text = (Text){path, strlen(path)}, in.name = "the text of -i";
     else if ((in.fd = open(path, O_RDONLY)) < 0) die("cannot open %s: %s", path, strerror(errno));
     if (!in.text.s && !fstat(in.fd, &st) && S_ISREG(st.st_mode)) in.size = (double)st.st_size;
     return in;

@@ -2527,6 +2527,7 @@ static void test_input(const char *model) {
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         refused(RUN(model, "-m", "logits", "-i", bad[i]), 1, "logits of what is not a list of ids");
     refused(RUN(model, "-m", "eval"), 1, "evaluation of nothing");
+    refused(RUN(model, "-m", "decompress", "-i", "a\nb"), 1, "a text of two lines to decompress");
 }
 
 static void test_generation(const char *model) {
