@@ -5583,6 +5583,7 @@ static int check_options(const Options *o) {
     for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
         if (clashes[i].both)
             usage_error("%s and %s cannot be used together", clashes[i].a, clashes[i].b);
+    if (o->output && !*o->output) usage_error("%s needs a path%s", "-o", "");
     if (o->best && !k) usage_error("%s picks the best of several samples: it needs %s", "-b", "-k");
     if (k && mode == CHAT && !o->best) usage_error("%s in a chat needs %s", "-k", "-b");
     if (o->head >= 0 && !layer) usage_error("%s needs %s", "--head", "--layer");

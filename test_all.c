@@ -2436,6 +2436,7 @@ static void test_refused_options(const char *model) {
         {"--repeat-penalty", "nan"}, {"-x"}, {"--unknown"}, {"--"}, {"-ii"}, {"--steps=x"},
         {"--steps="}, {"--quiet=1"}, {"--step", "5"}, {"another.bin"}, {"-m", "unknown"},
         {"-m", ""}, {"-m", "Generate"}, {"-i", "a", "-f", "b"},
+        {"-i", "a", "-o", ""},
     };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         const char *arguments[8] = {model};
