@@ -2838,7 +2838,7 @@ static Input open_input(const Options *o) {
     Input in = {.name = path};
     struct stat st;
     if (!strcmp(path, "-")) in.name = "stdin";
-    else if (!o->prompt_file) in.text = (Text){path, strlen(path)};
+    else if (!o->prompt_file) in.text = (Text){path, strlen(path)}, in.name = "the text of -i";
     else if ((in.fd = open(path, O_RDONLY)) < 0) die("cannot open %s: %s", path, strerror(errno));
     if (!in.text.s && !fstat(in.fd, &st) && S_ISREG(st.st_mode)) in.size = (double)st.st_size;
     return in;
@@ -5583,13 +5583,15 @@ static int check_options(const Options *o) {
     for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
         if (clashes[i].both)
             usage_error("%s and %s cannot be used together", clashes[i].a, clashes[i].b);
+    if (o->output && !*o->output) usage_error("%s needs a path%s", "-o", "");
     if (o->best && !k) usage_error("%s picks the best of several samples: it needs %s", "-b", "-k");
     if (k && mode == CHAT && !o->best) usage_error("%s in a chat needs %s", "-k", "-b");
     if (o->head >= 0 && !layer) usage_error("%s needs %s", "--head", "--layer");
     if (mode == COMPRESS && !o->output && isatty(1))
         usage_error("the terminal is no place for a compressed file: use %s or a pipe%s", "-o", "");
-    const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft};
-    for (int i = 0; i < 5; i++) refuse_overwriting(o->output, inputs[i]);
+    const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft,
+                            "/dev/stdin"};
+    for (int i = 0; i < 6; i++) refuse_overwriting(o->output, inputs[i]);
     for (int i = 0; i < o->n_others; i++) refuse_overwriting(o->output, o->others[i]);
     return mode;
 }
@@ -5627,7 +5629,7 @@ static void on_interrupt(int signal_number) {
         remove_unfinished();
         _exit(128 + signal_number);
     }
-    interrupted = signal_number;
+    interrupted = signal_number == SIGHUP ? SIGTERM : signal_number;
 }
 static void on_bus_error(int signal_number) {
     static const char line[] =
@@ -5771,6 +5773,7 @@ int main(int argc, char **argv) {
     struct sigaction action = {.sa_handler = on_interrupt};  // without SA_RESTART: a read ends
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL);  // but under nohup
     atexit(remove_unfinished);
     Model m;
     Tokenizer t = {0};
