@@ -1111,7 +1111,7 @@ static void check_config(const Config *c, const char *path) {
     };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].low || limits[i].value > limits[i].high)
-            die("%s: not a checkpoint, or a damaged one: %s = %ld in its header",
+            die("%s is not a model (export.py makes one), or damaged: %s = %ld in its header",
                 path, limits[i].name, limits[i].value);
     if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || c->n_heads * c->head_dim > 1 << 20)
         die("%s: damaged: its header has %d query heads, %d key/value heads of size %d",
@@ -1128,7 +1128,7 @@ static void load_llama2c(Model *m, bool v1) {
     memcpy(h, m->file + (v1 ? 8 : 0), sizeof h);
     bool v0 = !v1, tied = v1 ? m->file[36] != 0 : h[5] > 0;
     if (h[3] < 1 || h[0] % h[3] || h[5] == INT32_MIN || (v1 && h[5] < 1))
-        die("%s: not a checkpoint, or a damaged one: dim = %d, n_heads = %d, vocab_size = %d",
+        die("%s is not a model (export.py makes one), or damaged: dim %d, %d heads, vocabulary %d",
             m->path, h[0], h[3], h[5]);
     *c = (Config){.version = v1, .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3],
                   .n_kv_heads = h[4], .vocab_size = abs(h[5]), .seq_len = h[6],
@@ -3311,8 +3311,9 @@ static Text find_question(Text text, const char **before, const char **after) {
         if (c == '-' && is_bullet(text, at - 1)) inside = false;
         if (text.s[first] == ' ' || inside || is_bullet(text, first)) continue;
         const char *stop = read_expression(text.s + first, &n_operators);
-        if (stop == text.s + equals && n_operators)
-            return (Text){text.s + first, equals - first};
+        if (stop != text.s + equals || !n_operators) continue;
+        *after = "\n";  // or the model might add digits
+        return (Text){text.s + first, equals - first};
     }
     return (Text){"", 0};
 }
@@ -3803,7 +3804,8 @@ static long long start_text(const Options *o, const Model *m, const Tokenizer *t
     if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
     if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
     if (ids->n - before > (size_t)ctx)
-        die("the prompt has %zu tokens, the context only %d", ids->n - before, ctx);
+        die("the prompt has %zu tokens, the context only %d: shorten it, or see -c",
+            ids->n - before, ctx);
     if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
     // llama2.c counts positions, the prompt's included, and stays within the context.
     size_t end = o->steps == 0 || o->steps > ctx ? (size_t)ctx : before + (size_t)o->steps;
@@ -3902,7 +3904,8 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
         if (sum < lowest) lowest = sum, best = i;
     }
     if (!interrupted) {
-        if (!o->quiet) fprintf(stderr, "the best answer is %s's\n", models[best].path);
+        if (!o->quiet && n > 1)
+            fprintf(stderr, "the best answer is %s's\n", models[best].path);
         write_text(out, (Text){answers[best].memory, answers[best].n});
     }
     for (int i = 0; i < n; i++) {
@@ -3917,6 +3920,15 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
 static void save_conversation(Machine *w, Decoder *d, const char *path) {
     static union { SessionHeader h; char page[PAGE]; } first;
     static const char zeros[PAGE];
+    struct stat st;
+    if (!stat(path, &st) && st.st_size) {
+        char magic[sizeof session_magic] = "";
+        FILE *old = fopen(path, "rb");
+        size_t got = old ? fread(magic, 1, sizeof magic, old) : 0;
+        if (old) fclose(old);
+        if (got < sizeof magic || memcmp(magic, session_magic, 7))
+            die("%s is not a session: it is left as it is", path);
+    }
     settle(w, d);
     size_t cache_at = session_cache_at(w->ctx), at = PAGE + d->ids.n * sizeof(int), n;
     first.h = session_header(&w->kv);
@@ -3991,12 +4003,13 @@ static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double 
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
                 d->ids.n, w->ctx,
                 (double)(session_size(&w->kv, d->done) - session_cache_at(w->ctx)) / 1e6, rate);
-    } else
-        fprintf(stderr,
-                "/clear       forget the conversation\n/undo        take the last turn back\n"
-                "/save FILE   keep the conversation in a file\n"
-                "/load FILE   go on with one from a file\n/stats       its size and speed\n"
-                "Ctrl-C ends an answer, Ctrl-D the chat\n");
+    } else {
+        if (strcmp(name, "/help")) fprintf(stderr, "%s is not a command; these are:\n", name);
+        fputs("/clear       forget the conversation\n/undo        take the last turn back\n"
+              "/save FILE   keep the conversation in a file\n"
+              "/load FILE   go on with one from a file\n/stats       its size and speed\n"
+              "Ctrl-C ends an answer, Ctrl-D the chat\n", stderr);
+    }
 }
 
 // The next line of stdin without its end; one with s NULL at the end of stdin.
@@ -4537,7 +4550,8 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     Text prompt = input_text(o);
     Ids ids = {0};
     if (o->layer >= c->n_layers || o->head >= c->n_heads)
-        die("--layer goes to %d and --head to %d in %s", c->n_layers - 1, c->n_heads - 1, m->path);
+        die("--layer goes from 0 to %d and --head to %d in %s", c->n_layers - 1, c->n_heads - 1,
+            m->path);
     int ctx = context_of(o, m);
     long long budget = start_text(o, m, t, ctx, prompt, &ids);
     int n_prompt = (int)ids.n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
@@ -4588,6 +4602,8 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
         ids.n = (size_t)n;
         push(&ids, next);
     }
+    if (n > ctx && budget > n - n_prompt && !o->quiet)
+        fprintf(stderr, "the context of %d positions is full: explain ends here\n", ctx);
     if (e.page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
     if (ferror(e.f) | fclose(e.f)) die("out of memory for the page");
     if (e.page) write_output(&out, shown, size);
@@ -5164,7 +5180,8 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, bool 
     Codec z;
     int context = context_of(o, m);
     if (!back && context < SHORTEST_CONTEXT)
-        die("a context of %d is too short to compress with", context);
+        die("a context of %d is too short to compress with: -c %d is the least", context,
+            SHORTEST_CONTEXT);
     open_codec(&z, m, t, o->quiet);
     if (!back) set_context(&z, o->context || context < USUAL_CONTEXT ? context : USUAL_CONTEXT);
     Input in = open_input(o);
@@ -5493,7 +5510,7 @@ static void usage_error(const char *format, const char *a, const char *b) {
 }
 
 static void parse_value(const Option *option, const char *name, const char *s) {
-    char *end = NULL, range[80];
+    char *end = NULL, range[100];
     double number = 0;
     errno = 0;
     if (option->kind == STRING) *(const char **)option->value = s;
@@ -5503,11 +5520,12 @@ static void parse_value(const Option *option, const char *name, const char *s) {
     if (option->kind == SEED) *(unsigned long long *)option->value = strtoull(s, &end, 10);
     if (option->kind == STRING) return;
     bool minus = option->kind == SEED && strchr(s, '-');
-    bool range_error = errno == ERANGE && option->kind != NUMBER_OPTION;
-    if (end == s || *end || minus || range_error || (s[0] >= '\t' && s[0] <= ' '))
+    if (end == s || *end || (s[0] >= '\t' && s[0] <= ' '))
         usage_error("%s needs a number, not \"%s\"", name, s);
+    if (option->kind == SEED && (minus || errno))
+        usage_error("%s goes from 0 to 18446744073709551615, not %s", name, s);
     if (option->kind != SEED && !(number >= option->low && number <= option->high)) {
-        snprintf(range, sizeof range, "%g to %g, not %.40s", option->low, option->high, s);
+        snprintf(range, sizeof range, "%.10g to %.10g, not %.40s", option->low, option->high, s);
         usage_error("%s goes from %s", name, range);
     }
 }
@@ -5562,7 +5580,7 @@ static const char *const mode_names[N_MODES] = {
 
 // Returns the mode. Options that have no meaning in it, or together, are refused.
 static int check_options(const Options *o) {
-    if (!o->model) usage_error("there is no model%s%s", "", "");
+    if (!o->model) usage_error("no model is named; `make demo` fetches %s%s", "model.bin", "");
     int mode = 0;
     while (mode < N_MODES && strcmp(o->mode, mode_names[mode])) mode++;
     if (mode == N_MODES) usage_error("unknown mode %s%s", o->mode, "");
