@@ -147,6 +147,8 @@ help:
 	@echo "make test     build and run every test"
 	@echo "make test-isa, test-cross, test-debug   the same bytes in other builds; on arm64; sanitizers"
 	@echo "make test-page  the page of -m explain in a headless Chromium"
+	@echo "make test-faults, fuzz   functions that fail; random inputs"
+	@echo "make test-threads, test-valgrind   ThreadSanitizer; valgrind"
 	@echo "make bench    measure this machine"
 	@echo "make plain    ./run-plain: part 1 alone, without SIMD and threads"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
