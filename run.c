@@ -3825,7 +3825,8 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Text 
     d.budget = start_text(o, m, t, w.ctx, prompt, &d.ids);
     if (before == 0) d.keep = d.ids.n < 4 ? (int)d.ids.n : 4;
     if (t->llama2c)
-        for (size_t i = 1; i < d.ids.n; i++) write_token(d.out, t, d.ids.ids[i - 1], d.ids.ids[i]);
+        for (size_t i = before ? before : 1; i < d.ids.n; i++)
+            write_token(d.out, t, d.ids.ids[i - 1], d.ids.ids[i]);
     else write_text(d.out, prompt);
     int n_prompt = (int)(d.ids.n - before), best;
     start_thoughts(d.out, o, !t->llama2c, prompt);

@@ -2936,6 +2936,11 @@ static void test_sessions(const char *endless) {
                               "-q"));
     CHECK(parts.n > at_once.n && !memcmp(parts.p, at_once.p, at_once.n),
           "a session of llama2.c's file goes on");
+    at_once.n = 0;
+    add_printed(&at_once, RUN(old, "-z", old_tok, "-i", "abc", "-n", "60", "-t", "0.5", "-s", "5",
+                              "-q"));
+    CHECK(parts.n <= at_once.n && !memcmp(parts.p, at_once.p, parts.n),
+          "and prints only what is new");
     free(once.p), free(again.p), free(parts.p), free(at_once.p), free(before.p);
 }
 
@@ -3049,9 +3054,13 @@ static void test_kills(const char *endless) {
         CHECK(whole_session(kv, &m, CTX, &expected, &n),
               "a session is whole after signal %d: %d tokens, %d before", number, n, before);
         cut += n > before && n < before + 500;
+        if (n < 3) {  // within the prompt, of which the rest would be missing
+            unlink(kv), n = 0;
+            continue;
+        }
         Ran r = RUN(endless, "-S", kv, "-i", n ? "" : "abc", "-n", "2", "-t", "0", "-q");
-        CHECK(r.status == 0 && whole_session(kv, &m, CTX, &expected, &n), "and goes on: %s",
-              r.err.p);
+        CHECK(r.status == 0 && whole_session(kv, &m, CTX, &expected, &n),
+              "and goes on after %d tokens: status %d, %s", n, r.status, r.err.p);
         free_ran(&r);
     }
     CHECK(cut > 3, "sessions were cut while they were written: %d", cut);
@@ -3420,11 +3429,11 @@ static void test_decoders(void) {
     Buffer t = tokenizer_file(v), model = slurp(endless);
     save("plain.bin", model.p, model.n), save("plain.tok", t.p, t.n);
     Shape s = family(LLAMA, ROWS);
-    s.vocab = 278, s.layers = 1, s.seq_len = 200;
+    s.vocab = 266, s.layers = 1, s.seq_len = 200;
     Made old = make_weights(&s);
-    Buffer bytes = llama2c_file(&old, 0);
-    save("llama.bin", bytes.p, bytes.n), save("llama.tok", t.p, t.n);
-    free(bytes.p), free_made(&old);
+    Buffer bytes = llama2c_file(&old, 0), words = llama2c_tokenizer(story_words, 7);
+    save("llama.bin", bytes.p, bytes.n), save("llama.tok", words.p, words.n);
+    free(bytes.p), free(words.p), free_made(&old);
     free(t.p), free(model.p), free_vocabulary(v);
     test_display();
     test_full_context();
