@@ -109,14 +109,14 @@ fuzz: test_all.c run.c
 		clang -x c -fsanitize=fuzzer,address -o test-fuzz - 2>/dev/null || { echo "no clang with libFuzzer here: skipped"; exit 1; }
 	clang -O1 -g $(MACHINE) $(EXACT) -w -DFUZZ -fsanitize=fuzzer,address,undefined \
 		-fno-sanitize-recover=undefined -o test-fuzz test_all.c -lm
-	@root=$$PWD; failed=0; passed=0; for t in $(FUZZ_TARGETS); do \
+	@root=$$PWD; failed=0; passed=0; export TMPDIR=$$(mktemp -d); for t in $(FUZZ_TARGETS); do \
 		mkdir -p test-corpus/$$t; export ASAN_OPTIONS=detect_leaks=0 FUZZ=$$t FUZZ_TOKENIZER=$$root/tokenizer.bin; \
 		FUZZ_SEEDS=$$root/test-corpus/$$t $$root/test-fuzz >/dev/null 2>&1; \
 		if $$root/test-fuzz -fork=1 -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096 -max_len=65536 \
 			-artifact_prefix=$$root/test-found-$$t- $$root/test-corpus/$$t >test-fuzz.log 2>&1; \
 		then passed=$$((passed + 1)); else failed=$$((failed + 1)); grep -aE 'ERROR|SUMMARY|Test unit' test-fuzz.log; fi; \
-		echo "$$t: $$(grep -E '^#[0-9]+' test-fuzz.log | tail -n 1)"; rm -rf /tmp/fuzz.??????; \
-	done; echo "$$passed passed, $$failed failed"; [ $$failed = 0 ]
+		echo "$$t: $$(grep -E '^#[0-9]+' test-fuzz.log | tail -n 1)"; \
+	done; rm -rf "$$TMPDIR"; echo "$$passed passed, $$failed failed"; [ $$failed = 0 ]
 
 # The page of -m explain in a headless browser (Debian: chromium).
 test-page: run

@@ -22,8 +22,7 @@ static int fuzz_munmap(void *at, size_t n);
 #define munmap fuzz_munmap
 #define atexit(function) ((void)(function))
 #define main run_main
-#elif defined                                                                                      \
-    FAULTS // the program itself, in which FAULT=name:n makes the nth call of a function fail
+#elif defined FAULTS  // the program itself; FAULT=name:n makes the nth call of a function fail
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -4730,7 +4729,8 @@ static void seed_corpus(const char *where) {
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     target = getenv("FUZZ");
-    strcpy(folder, "/tmp/fuzz.XXXXXX");
+    const char *temporary = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%.200s/fuzz.XXXXXX", temporary ? temporary : "/tmp");
     if (!target || !mkdtemp(folder) || chdir(folder)) fprintf(stderr, "FUZZ=target?\n"), _exit(1);
     Buffer b = save_tiny();
     free(b.p);
