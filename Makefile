@@ -8,7 +8,8 @@ WARN = -Wall -Wextra -Wpedantic -Wshadow
 MACHINE := $(shell echo | $(CC) -march=$(ARCH) -E - >/dev/null 2>&1 && echo -march=$(ARCH) || echo -mcpu=$(ARCH))
 CFLAGS = $(OPT) $(MACHINE) $(WARN)
 # Not to be overridden: fused multiply-adds would change the bits of the results.
-EXACT = -std=gnu11 -ffp-contract=off -pthread
+# (What follows -ffp-contract only says that nobody looks at exception flags and errno.)
+EXACT = -std=gnu11 -ffp-contract=off -fno-trapping-math -fno-math-errno -pthread
 PREFIX ?= /usr/local
 PYTHON ?= python3
 

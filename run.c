@@ -2118,24 +2118,49 @@ static const char isa[] = "AVX2 VNNI";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
     return (vi)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(read_4(x)));
 }
-#elif defined __SSE2__
+#elif defined __AVX2__
+// maddubs multiplies unsigned by signed bytes and adds pairs of the products to 16 bits, which hold
+// the sum of a whole block of 4-bit weights: 32 / 2 * 15 * 127 < 2^15. (The empty asm keeps GCC from
+// adding up in another order, for which the registers would not do.)
 enum { BIAS8 = 0 };
-// Bytes become 16-bit numbers, even and odd ones apart; madd multiplies and adds pairs of these.
+#define SHORT_SUMS 1
 #ifdef AVX512
 static const char isa[] = "AVX-512";
+#define MADDUBS(w, x) (vi) _mm512_maddubs_epi16((__m512i)(w), (__m512i)(x))
 #define MADD(a, b) (vi) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
-#elif defined __AVX2__
-static const char isa[] = "AVX2";
-#define MADD(a, b) (vi) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#define ABS(w) _mm512_abs_epi8((__m512i)(w))
+INLINE vi sign(vi x, vu w) {
+    return (vi)_mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w),
+                                    _mm512_setzero_si512(), (__m512i)x);
+}
 #else
-static const char isa[] = "SSE2";
-#define MADD(a, b) (vi) _mm_madd_epi16((__m128i)(a), (__m128i)(b))
+static const char isa[] = "AVX2";
+#define MADDUBS(w, x) (vi) _mm256_maddubs_epi16((__m256i)(w), (__m256i)(x))
+#define MADD(a, b) (vi) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#define ABS(w) _mm256_abs_epi8((__m256i)(w))
+INLINE vi sign(vi x, vu w) { return (vi)_mm256_sign_epi8((__m256i)x, (__m256i)w); }
 #endif
+typedef int16_t vs __attribute__((vector_size(4 * W)));
+INLINE vi add_pairs(vi sums) { return MADD(sums, splat_i(0x00010001)); }
+INLINE vi dot_4bit(vi sums, vu w, const int8_t *x) {
+    vs sum = (vs)sums + (vs)MADDUBS(w, splat_i(read_4(x)));
+    __asm__("" : "+x"(sum));
+    return (vi)sum;
+}
+INLINE vi dot(vi acc, vu w, const int8_t *x) {
+    acc += add_pairs(MADDUBS(ABS(w), sign(splat_i(read_4(x)), w)));
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+#elif defined __SSE2__
+// Bytes become 16-bit numbers, even and odd ones apart; madd multiplies and adds pairs of these.
+enum { BIAS8 = 0 };
+static const char isa[] = "SSE2";
 typedef int16_t vs __attribute__((vector_size(4 * W)));
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
     vs xs = (vs)splat_i(read_4(x));
-    acc += MADD((vs)((vs)w << 8) >> 8, (vs)(xs << 8) >> 8);
-    return acc + MADD((vs)w >> 8, xs >> 8);
+    acc += (vi)_mm_madd_epi16((__m128i)((vs)((vs)w << 8) >> 8), (__m128i)((vs)(xs << 8) >> 8));
+    return acc + (vi)_mm_madd_epi16((__m128i)((vs)w >> 8), (__m128i)(xs >> 8));
 }
 #elif defined __ARM_FEATURE_DOTPROD
 enum { BIAS8 = 0 };
@@ -2162,6 +2187,12 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 }
 #endif
 
+#ifndef SHORT_SUMS
+#define SHORT_SUMS 0
+#define dot_4bit dot
+INLINE vi add_pairs(vi sums) { return sums; }
+#endif
+
 // ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is
 // inlined. A single token reads the weights as they lie in the file: `blocks`. For more,
 // unpack_panel first makes plain bytes and float scales of them; `blocks` are then those of the
@@ -2176,42 +2207,53 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
                          const Unpacked *u, int lane, const Quantized *xq, int t0, int b0,
                          int n_blocks, float *out) {
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
+    const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
-    vf acc[TILE];
-    for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
+    enum { MOST = TILE > 16 / W ? TILE : 16 / W };
+    const int H = packed ? 16 / W : 1;            // vectors of rows; accumulator t * H + h
+    vf acc[MOST];
+    for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
-        const uint8_t *quants = packed ? block + scale_bytes(dtype) : block;
+        const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
         const uint16_t *halves = (const uint16_t *)(const void *)block;
         if (!packed && blocks) prefetch(blocks + b * size, (size_t)size);
-        vi sum[TILE];
-        for (int t = 0; t < T; t++)
-            sum[t] = splat_i(bias8 ? xq->minus8[at + (size_t)t] : 0) * (bias8 + !bias8);
+        vi sum[MOST];
+        for (int i = 0; i < T * H; i++)
+            sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
+                     (bias8 + !bias8);
         if (packed && dtype != Q8) {
-            for (int g = 0; g < 4; g++) {
-                vu w = load_u(quants + g * 64 + lane * 4);
-                vu low = w & 0x0f0f0f0f, high = w >> 4 & 0x0f0f0f0f;
-                for (int t = 0; t < T; t++) sum[t] = dot(sum[t], low, x + t * 32 + g * 4);
-                for (int t = 0; t < T; t++) sum[t] = dot(sum[t], high, x + t * 32 + 16 + g * 4);
+            UNROLL for (int g = 0; g < 4 * H; g++) {
+                const int8_t *from = x + g / H * 4;
+                vu w = load_u(quants + g / H * 64 + g % H * W * 4);
+                sum[g % H] = dot_4bit(sum[g % H], w & 0x0f0f0f0f, from);
+                sum[g % H] = dot_4bit(sum[g % H], w >> 4 & 0x0f0f0f0f, from + 16);
             }
         } else {
-            for (int g = 0; g < 8; g++) {
-                vu w = load_u(quants + g * 64 + lane * 4);
+            UNROLL for (int g = 0; g < 8 * H; g++) {
+                vu w = load_u(quants + g / H * 64 + g % H * W * 4);
                 if (packed && BIAS8 != 0) w ^= 0x80808080;
-                for (int t = 0; t < T; t++) sum[t] = dot(sum[t], w, x + t * 32 + g * 4);
+                for (int t = 0; t < T; t++) {
+                    const int8_t *from = x + t * 32 + g / H * 4;
+                    vi *to = &sum[t * H + g % H];
+                    *to = dtype == Q8 ? dot(*to, w, from) : dot_4bit(*to, w, from);
+                }
             }
         }
-        vf scale = packed ? load_half(halves + lane) : load(u->scales[b] + lane);
-        for (int t = 0; t < T; t++)
-            acc[t] += __builtin_convertvector(sum[t], vf) * scale * xq->d[at + (size_t)t];
-        if (dtype == Q4A) {
-            vf minimum = packed ? load_half(halves + 16 + lane) : load(u->minima[b] + lane);
-            for (int t = 0; t < T; t++) acc[t] += minimum * xq->dsum[at + (size_t)t];
+        for (int i = 0; i < T * H; i++) {
+            int h = lane + i % H * W;
+            size_t t = at + (size_t)(i / H);
+            if (late) sum[i] = add_pairs(sum[i]) + (bias8 ? xq->minus8[t] : 0);
+            vf scale = packed ? load_half(halves + h) : load(u->scales[b] + h);
+            acc[i] += __builtin_convertvector(sum[i], vf) * scale * xq->d[t];
+            if (dtype != Q4A) continue;
+            vf minimum = packed ? load_half(halves + 16 + h) : load(u->minima[b] + h);
+            acc[i] += minimum * xq->dsum[t];
         }
     }
-    for (int t = 0; t < T; t++) store(out + t * 16 + lane, acc[t]);
+    for (int i = 0; i < T * H; i++) store(out + i / H * 16 + lane + i % H * W, acc[i]);
 }
 
 static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blocks) {
@@ -2255,13 +2297,11 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *
                         float *out) {
     int blocks = (w->cols + 31) / 32;
     if (n == 1) {
-        for (int lane = 0; lane < 16; lane += W) {
-#define KERNEL(type) quant_kernel(1, type, true, panel, NULL, lane, xq, 0, 0, blocks, out)
-            if (w->dtype == Q8) KERNEL(Q8);
-            else if (w->dtype == Q4) KERNEL(Q4);
-            else KERNEL(Q4A);
+#define KERNEL(type) quant_kernel(1, type, true, panel, NULL, 0, xq, 0, 0, blocks, out)
+        if (w->dtype == Q8) KERNEL(Q8);
+        else if (w->dtype == Q4) KERNEL(Q4);
+        else KERNEL(Q4A);
 #undef KERNEL
-        }
         return;
     }
     for (int b = 0; b < blocks; b += 64) {
@@ -3350,6 +3390,8 @@ typedef struct {
     int done;               // tokens that its cache holds
     double hit;             // moving average: how often a guess is right
     double plain, more;     // seconds of a step without guesses; of each guess on top of that
+    double token;           // seconds of a small model's token
+    double catching_up;     // seconds in which the small model read what it did not know yet
     double total, lost;     // seconds of all steps; what guesses have cost on balance
     long long proposed, accepted, steps;
 } Draft;
@@ -3447,7 +3489,10 @@ static int small_model_guesses(Machine *w, Decoder *d, int most) {
     size_t n = d->ids.n;
     int made = 0;
     if ((int)n + most > f->kv.ctx) return 0;
-    f->done = fill(w, f->m, &f->kv, d, f->done, (int)n - 1);
+    double start = seconds();
+    f->done = fill(w, f->m, &f->kv, d, f->done, (int)n - 2);
+    f->catching_up = seconds() - start;
+    f->done = fill(w, f->m, &f->kv, d, f->done, (int)n - 1);  // after guesses that were all right
     while (made < most && !interrupted) {
         int at = f->done++;
         float *logits = forward(f->m, &f->kv, &(Slot){d->ids.ids[at], at, 0, true}, 1);
@@ -3466,9 +3511,17 @@ static int small_model_guesses(Machine *w, Decoder *d, int most) {
 static void propose(Machine *w, Decoder *d) {
     Draft *f = &w->draft;
     int most = 0, room = w->ctx - (int)d->ids.n, limit = f->m ? TILE - 1 : MAX_DRAFT;
-    double tokens = 1, power = 1, best = 1 / f->plain;
+    double tokens = 1, power = 1, best = 1.03 / f->plain;
     d->n_draft = 0;
     if (!f->on || f->plain == 0) return;  // the first step measures the time without guesses
+    if (f->m && f->more == 0) {  // the small model's second token tells what its guesses will cost
+        if ((int)d->ids.n < 3 || f->kv.ctx < 3) return;
+        f->done = fill(w, f->m, &f->kv, d, 0, 1);
+        double start = seconds();
+        f->done = fill(w, f->m, &f->kv, d, 1, 2);
+        f->token = seconds() - start;
+    }
+    if (f->more == 0) f->more = f->token + 0.3 * f->plain;
     for (int n = 1; n <= limit; n++) {
         tokens += power *= f->hit;
         if (tokens / (f->plain + n * f->more) > best) {
@@ -3476,10 +3529,12 @@ static void propose(Machine *w, Decoder *d) {
             most = n;
         }
     }
-    // Where it does not pay, it is tried again, as long as trials cost under 3% of the time. A
-    // small model must first catch up with the text.
-    double trial = 2 * f->more + (f->m ? 0.3 * f->plain * ((int)d->ids.n - f->done) : 0);
-    if (!most && f->lost + trial < 0.03 * f->total) most = 2;
+    // A small model must first catch up with the text, and the tokens to come must win that back.
+    // Where guesses do not pay they are tried again, as long as trials cost under 3% of the time.
+    double behind = 0.5 * f->token * ((int)d->ids.n - f->done);
+    double ahead = (double)(d->budget < 256 ? d->budget : 256);
+    if (behind > ahead * (f->plain - 1 / best)) most = 0;
+    if (!most && f->lost + 2 * f->more + behind < 0.03 * (f->total + ahead * f->plain)) most = 2;
     if (room > d->budget - 1) room = (int)d->budget - 1;
     if (most > room) most = room;
     if (most > 0)
@@ -3496,10 +3551,10 @@ static void measure(Draft *f, int proposed, int accepted, double time, bool usua
     if (proposed) f->lost += time - f->plain * (1 + accepted);
     if (f->lost < 0) f->lost = 0;
     if (!usual) return;
+    time -= f->catching_up;
     if (proposed == 0) {
         f->plain +=
             f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
-        if (f->more == 0) f->more = 0.3 * time;
         return;
     }
     double more = (time - f->plain) / proposed, least = 0.02 * f->plain;
@@ -3625,11 +3680,12 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
     w->all = d;
     for (bool live = true; live && !interrupted;) {
         double start = seconds();
-        int before = d->done, theirs = w->draft.done;
+        int before = d->done;
+        w->draft.catching_up = 0;
         compute(w, d, n);
         if (interrupted) break;
         for (int i = 0; i < n; i++) d[i].drawing = is_live(&d[i]);
-        bool usual = d->done - before <= 1 && (!w->draft.m || !d->n_draft || theirs >= before - 1);
+        bool usual = d->done - before <= 1;
         int guessed_from = d->done;
         w->step = 0;
         for (bool drawing = true; drawing; w->step++) {
