@@ -62,7 +62,7 @@ test-isa: test_all.c run.c
 test-cross: test_all.c run.c run test_all
 	@rm -rf test-tiny && mkdir test-tiny && ./test_all --tiny test-tiny
 	@./run test-tiny/tiny.bin -q -m compress -f LICENSE -o test-tiny/small
-	@for march in armv8-a armv8.2-a+dotprod; do \
+	@for march in armv8-a armv8.2-a+fp16+dotprod; do \
 		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-arm64 test_all.c -lm || exit 1; \
 		qemu-aarch64 ./test-arm64 $(ONLY) >test-arm64.log; status=$$?; \
 		echo "$$march: $$(tail -n 1 test-arm64.log)"; \

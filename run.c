@@ -49,7 +49,8 @@
 
 #define VERSION "1.0"
 
-#if defined __FAST_MATH__ || FLT_EVAL_METHOD != 0
+// (16 is 0 on machines that have half-precision arithmetic as well.)
+#if defined __FAST_MATH__ || (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16)
 #error "run.c needs IEEE float32 arithmetic: no -ffast-math; on 32-bit x86 add -msse2 -mfpmath=sse"
 #endif
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -2439,27 +2440,33 @@ typedef struct {
     size_t row, area;          // floats of a query's scores; of a tile's
 } Attend;
 
+enum { HALVES = 16 / W };  // vectors of 16 positions
 INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, const uint8_t *next,
-                         int head_dim, int lane, const float *queries, int n_queries, float scale,
+                         int head_dim, const float *queries, int n_queries, float scale,
                          float *out, size_t row) {
-    vf acc[24];
-    UNROLL for (int j = 0; j < Q; j++) acc[j] = (vf){0};
+    vf acc[24 * HALVES], k[HALVES];
+    UNROLL for (int j = 0; j < Q * HALVES; j++) acc[j] = (vf){0};
     for (int d = 0; d < head_dim; d++) {
         if (Q <= 4) __builtin_prefetch(next + d * (wide ? 64 : 32), 0, 2);
-        vf k = wide ? load((const float *)(const void *)keys + d * 16 + lane)
-                    : load_half((const uint16_t *)(const void *)keys + d * 16 + lane);
-        UNROLL for (int j = 0; j < Q; j++) acc[j] += k * queries[d * n_queries + j];
+        UNROLL for (int h = 0; h < HALVES; h++)
+            k[h] = wide ? load((const float *)(const void *)keys + d * 16 + h * W)
+                        : load_half((const uint16_t *)(const void *)keys + d * 16 + h * W);
+        UNROLL for (int j = 0; j < Q * HALVES; j++)
+            acc[j] += k[j % HALVES] * queries[d * n_queries + j / HALVES];
     }
-    UNROLL for (int j = 0; j < Q; j++) store(out + (size_t)j * row + lane, acc[j] * scale);
+    UNROLL for (int j = 0; j < Q * HALVES; j++)
+        store(out + (size_t)(j / HALVES) * row + j % HALVES * W, acc[j] * scale);
 }
-static void score_block(int n, bool wide, const uint8_t *keys, const uint8_t *next, int head_dim,
-                        const float *q, int n_queries, float scale, float *out, size_t row) {
-#define SCORE(n, wide)                                                                             \
-    score_kernel(n, wide, keys, next, head_dim, lane, q, n_queries, scale, out, row)
+// Does as many queries at once as the registers allow, and returns how many.
+static int score_block(int left, bool wide, const uint8_t *keys, const uint8_t *next, int head_dim,
+                       const float *q, int n_queries, float scale, float *out, size_t row) {
+    int most = W == 16 ? 8 : 12 / HALVES, n = left < most ? left : most;
+    if (W == 16 && left >= 24) n = 24;
+#define SCORE(n, wide) score_kernel(n, wide, keys, next, head_dim, q, n_queries, scale, out, row)
 #define CASE(n) case n: if (wide) SCORE(n, true); else SCORE(n, false); break;
-    for (int lane = 0; lane < 16; lane += W)
-        switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(24) }
+    switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(24) }
 #undef CASE
+    return n;
 }
 
 // out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of
@@ -2485,7 +2492,7 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
 // Does as many queries at once as the registers allow, and returns how many.
 static int mix_block(int left, int vectors, bool wide, const uint8_t *values, const uint8_t *next,
                      int width, int n, const float *weights, size_t row, float *out) {
-    int most = W == 16 ? 6 : 2, q = left < most ? left : most;
+    int most = W == 16 ? 6 : 4, q = left < most ? left : most;
 #define MIX(q, v)                                                                                  \
     if (wide) mix_kernel(q, v, true, values, next, width, n, weights, row, out);                   \
     else mix_kernel(q, v, false, values, next, width, n, weights, row, out);                       \
@@ -2524,10 +2531,9 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
             if (n < 8 && tile->last < 512)  // the values will be needed soon
                 prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, key_bytes);
             for (int j = 0, some; j < n; j += some) {
-                some = W == 16 && n - j >= 24 ? 24 : n - j < 8 ? n - j : 8;
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
-                score_block(some, f->kv->wide, keys, next, hd, queries + j, n, c->attn_scale,
-                            side ? own : out, side ? 16 : a->row);
+                some = score_block(n - j, f->kv->wide, keys, next, hd, queries + j, n,
+                                   c->attn_scale, side ? own : out, side ? 16 : a->row);
                 for (int i = 0; i < some && side; i++)
                     for (int l = from - pos; l < 16; l++)
                         out[(size_t)i * a->row + (size_t)l] = own[i * 16 + l];
@@ -2576,8 +2582,9 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
                 store(widened + i, load_half((const uint16_t *)(const void *)values + i));
             values = (const uint8_t *)widened;
         }
+        int most = W == 16 ? 4 : 2;
         for (int ch = c0, v; ch < c1; ch += v * W) {
-            v = c1 - ch >= 4 * W ? 4 : c1 - ch >= 2 * W ? 2 : 1;
+            v = c1 - ch >= most * W ? most : c1 - ch >= 2 * W ? 2 : 1;
             for (int j = 0; j < n;)
                 j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element),
                                next + (size_t)ch * element, width, run,
