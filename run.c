@@ -2063,6 +2063,7 @@ enum { W = 8 };
 enum { W = 4 };
 #endif
 
+enum { HALVES = 16 / W };  // vectors of 16 rows or positions
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
@@ -2121,8 +2122,8 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 }
 #elif defined __AVX2__
 // maddubs multiplies unsigned by signed bytes and adds pairs of the products to 16 bits, which hold
-// the sum of a whole block of 4-bit weights: 32 / 2 * 15 * 127 < 2^15. (The empty asm keeps GCC from
-// adding up in another order, for which the registers would not do.)
+// the sum of a whole block of 4-bit weights: 32 / 2 * 15 * 127 < 2^15. (The empty asm keeps GCC
+// from adding up in another order, for which the registers would not do.)
 enum { BIAS8 = 0 };
 #define SHORT_SUMS 1
 #ifdef AVX512
@@ -2210,9 +2211,8 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
-    enum { MOST = TILE > 16 / W ? TILE : 16 / W };
-    const int H = packed ? 16 / W : 1;            // vectors of rows; accumulator t * H + h
-    vf acc[MOST];
+    const int H = packed ? HALVES : 1;            // vectors of rows; accumulator t * H + h
+    vf acc[TILE];
     for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
@@ -2221,7 +2221,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
         const uint16_t *halves = (const uint16_t *)(const void *)block;
         if (!packed && blocks) prefetch(blocks + b * size, (size_t)size);
-        vi sum[MOST];
+        vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
                      (bias8 + !bias8);
@@ -2346,28 +2346,36 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
         }
 }
 
+// Sums that do not wait for each other are what a processor needs for few tokens; 12 or 16 of them
+// fit into its registers.
+INLINE int rows_at_once(int dtype, int T) { return dtype != ROWS && T * HALVES <= 12 ? 16 : W; }
+
 // Adds the products of the columns from c to end to out. With `ahead`, fetches the same columns of
 // the next panel, so many bytes further, meanwhile.
 INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int cols, int n_rows,
                          int lane, int c, int end, const float *x, int x_stride, size_t ahead,
                          float *out) {
+    const int H = rows_at_once(dtype, T) / W;
     vf acc[16];
     const float *f = (const float *)(const void *)panel;
-    UNROLL for (int t = 0; t < T; t++) acc[t] = load(out + t * 16 + lane);
+    UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
     if (dtype == F32) {
         for (; c < end; c++) {
             if (ahead) prefetch(panel + ahead + (size_t)c * 64, 64);
-            vf w = load(f + c * 16 + lane);
-            UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
+            UNROLL for (int i = 0; i < T * H; i++)
+                acc[i] += load(f + c * 16 + lane + i % H * W) * x[i / H * x_stride + c];
         }
     } else if (dtype == BF16) {
         for (; c < end; c += 2) {
             if (ahead) prefetch(panel + ahead + (size_t)c * 32, 64);
-            vu pair = load_u(panel + (size_t)c * 32 + (size_t)lane * 4);
-            vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000);
-            UNROLL for (int t = 0; t < T; t++) acc[t] += even * x[t * x_stride + c];
+            vu pair[HALVES];
+            UNROLL for (int h = 0; h < H; h++)
+                pair[h] = load_u(panel + (size_t)c * 32 + (size_t)(lane + h * W) * 4);
+            UNROLL for (int i = 0; i < T * H; i++)
+                acc[i] += (vf)(pair[i % H] << 16) * x[i / H * x_stride + c];
             if (c + 1 == end) break;  // an odd last column has padding beside it
-            UNROLL for (int t = 0; t < T; t++) acc[t] += odd * x[t * x_stride + c + 1];
+            UNROLL for (int i = 0; i < T * H; i++)
+                acc[i] += (vf)(pair[i % H] & 0xffff0000) * x[i / H * x_stride + c + 1];
         }
     } else {
         const float *rows = f + (size_t)lane * (size_t)cols;
@@ -2384,13 +2392,14 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
             UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
         }
     }
-    UNROLL for (int t = 0; t < T; t++) store(out + t * 16 + lane, acc[t]);
+    UNROLL for (int i = 0; i < T * H; i++) store(out + i / H * 16 + lane + i % H * W, acc[i]);
 }
 
 // Does as many tokens as the registers allow, and returns how many.
-static int float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int lane, int c, int end,
+static int float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int c, int end,
                       const float *x, int x_stride, int left, size_t ahead, float *out) {
 #define KERNEL(type)                                                                               \
+    for (int lane = 0; lane < n_rows; lane += rows_at_once(type, T), ahead = 0)                    \
     float_kernel(T, type, panel, w->cols, n_rows, lane, c, end, x, x_stride, ahead, out)
     if (W == 16 && left >= 16 && w->dtype != ROWS) {
         enum { T = 16 };
@@ -2398,6 +2407,7 @@ static int float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int lan
         else KERNEL(BF16);
         return 16;
     }
+    if (W == 8 && left > 6) left = 6;
     if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
     else if (w->dtype == BF16) FOR_TILE(left, KERNEL(BF16))
     else FOR_TILE(left, KERNEL(ROWS))
@@ -2415,12 +2425,10 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
     else {
         int step = n < 32 ? w->cols : 128;  // columns at a time, that stay in the L1 cache
         for (int c = 0; c < w->cols; c += step)
-            for (int lane = 0; lane < 16 && lane < rows; lane += W)
-                for (int t = 0; t < n;)
-                    t += float_tile(w, p, rows, lane, c, w->cols - c < step ? w->cols : c + step,
-                                    x + (size_t)t * (size_t)x_stride, x_stride, n - t,
-                                    n == 1 || t || lane ? 0 : panel_bytes(w->dtype, w->cols),
-                                    out + t * 16);
+            for (int t = 0; t < n;)
+                t += float_tile(w, p, rows, c, w->cols - c < step ? w->cols : c + step,
+                                x + (size_t)t * (size_t)x_stride, x_stride, n - t,
+                                n == 1 || t ? 0 : panel_bytes(w->dtype, w->cols), out + t * 16);
     }
     for (int t = 0; t < n; t++, y += stride)
         if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
@@ -2440,7 +2448,6 @@ typedef struct {
     size_t row, area;          // floats of a query's scores; of a tile's
 } Attend;
 
-enum { HALVES = 16 / W };  // vectors of 16 positions
 INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, const uint8_t *next,
                          int head_dim, const float *queries, int n_queries, float scale,
                          float *out, size_t row) {
