@@ -4183,6 +4183,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
             run_decoders(&w, &d, 1);
             end_text(out);
         }
+        make_room(&w, &d);  // before the next turn comes, as where a session is closed here
         rate = d.n_new / (seconds() - began);
         if (interrupted == SIGINT) interrupted = 0;
         push(&turns, (int)start);

@@ -3292,6 +3292,23 @@ static void test_chat(const char *endless) {
           "a chat goes on in the next run");
     free_ran(&r);
     same_text(&two, talk(endless, "abc\ndef\n", "-d", "lookup"), "speculation in a chat");
+    for (int n = 1; n <= 40; n++) {  // some replies end with one token more than the context holds
+        char steps[8];
+        const char *kv = in_folder("session"), *turns[] = {"abc\ndef\n", "abc\n", "def\n"};
+        snprintf(steps, sizeof steps, "%d", n);
+        Ran ran[3];
+        for (int i = 0; i < 3; i++) {
+            if (i < 2) unlink(kv);
+            ran[i] = RUN_AS(((How){.input = turns[i]}), endless, "-m", "chat", "-q", "-t", "0", "-n",
+                          steps, "-c", "40", "-S", kv);
+        }
+        CHECK(ran[0].out.n == ran[1].out.n + ran[2].out.n &&
+                  !memcmp(ran[0].out.p, ran[1].out.p, ran[1].out.n) &&
+                  !memcmp(ran[0].out.p + ran[1].out.n, ran[2].out.p, ran[2].out.n),
+              "a chat of two turns of %d tokens, cut between them, is the same", n);
+        for (int i = 0; i < 3; i++) free_ran(&ran[i]);
+    }
+    unlink(in_folder("session"));
     r = talk(endless, "abc\n/load /nowhere\n/save /nowhere/x\n/help\n/bad\ndef\n", "-s", "1");
     CHECK(strstr((char *)r.err.p, "run: cannot open /nowhere") &&
               strstr((char *)r.err.p, "Ctrl-D") &&
