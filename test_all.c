@@ -3299,8 +3299,8 @@ static void test_chat(const char *endless) {
         Ran ran[3];
         for (int i = 0; i < 3; i++) {
             if (i < 2) unlink(kv);
-            ran[i] = RUN_AS(((How){.input = turns[i]}), endless, "-m", "chat", "-q", "-t", "0", "-n",
-                          steps, "-c", "40", "-S", kv);
+            ran[i] = RUN_AS(((How){.input = turns[i]}), endless, "-m", "chat", "-q", "-t", "0",
+                            "-n", steps, "-c", "40", "-S", kv);
         }
         CHECK(ran[0].out.n == ran[1].out.n + ran[2].out.n &&
                   !memcmp(ran[0].out.p, ran[1].out.p, ran[1].out.n) &&
