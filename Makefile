@@ -79,7 +79,7 @@ test-cross: test_all.c run.c run test_all
 test-debug: debug test_all.c
 	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		-o test-debug-all test_all.c -lm
-	RUN=./run-debug ./test-debug-all
+	PATIENCE=3 RUN=./run-debug ./test-debug-all
 
 # ThreadSanitizer, and valgrind (which knows no AVX-512): these take long, so GROUPS names some of the tests.
 test-threads: GROUPS ?= attention forward same-bytes decoders explain compress signals

@@ -4313,9 +4313,9 @@ static void test_signals(void) {
     free(save_tiny().p);
     save_endless();
     const char *endless = in_folder("endless.bin"), *out = in_folder("result");
-    char *big = get(60001, 1);
-    for (int i = 0; i < 60000; i++) big[i] = "abc d ca"[below(8)];
-    const char *text = save("long", big, 60000);
+    char *big = get(20001, 1);
+    for (int i = 0; i < 20000; i++) big[i] = "abc d ca"[below(8)];
+    const char *text = save("long", big, 20000);
     free(big);
     Ran r = RUN(endless, "-m", "compress", "-f", text, "-o", in_folder("small"), "-q");
     free_ran(&r);
