@@ -117,7 +117,7 @@ fuzz: test_all.c run.c
 		FUZZ_SEEDS=$$root/test-corpus/$$t $$root/test-fuzz >/dev/null 2>&1; \
 		if $$root/test-fuzz -fork=1 -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096 -max_len=65536 \
 			-artifact_prefix=$$root/test-found-$$t- $$root/test-corpus/$$t >test-fuzz.log 2>&1; \
-		then passed=$$((passed + 1)); else failed=$$((failed + 1)); grep -aE 'ERROR|SUMMARY|Test unit' test-fuzz.log; fi; \
+		then passed=$$((passed + 1)); else failed=$$((failed + 1)); grep -aE 'ERROR|SUMMARY|Test unit|exiting' test-fuzz.log; tail -n 12 test-fuzz.log; fi; \
 		echo "$$t: $$(grep -E '^#[0-9]+' test-fuzz.log | tail -n 1)"; \
 	done; rm -rf "$$TMPDIR"; echo "$$passed passed, $$failed failed"; [ $$failed = 0 ]
 
