@@ -121,6 +121,12 @@ fuzz: test_all.c run.c
 		echo "$$t: $$(grep -E '^#[0-9]+' test-fuzz.log | tail -n 1)"; \
 	done; rm -rf "$$TMPDIR"; echo "$$passed passed, $$failed failed"; [ $$failed = 0 ]
 
+# What compilers and analysers know about mistakes; .clang-tidy says what is left out, and why.
+lint: run.c
+	gcc -O1 $(MACHINE) $(EXACT) -fanalyzer -Werror -c -o /dev/null run.c
+	cppcheck --enable=warning,performance,portability --inline-suppr --std=c11 --error-exitcode=1 -q run.c
+	clang-tidy --quiet run.c -- $(MACHINE) $(EXACT)
+
 # The page of -m explain in a headless browser (Debian: chromium).
 test-page: run
 	.ci/test-page
@@ -152,10 +158,11 @@ help:
 	@echo "make test-page  the page of -m explain in a headless Chromium"
 	@echo "make test-faults, fuzz   functions that fail; random inputs"
 	@echo "make test-threads, test-valgrind   ThreadSanitizer; valgrind"
+	@echo "make lint     gcc -fanalyzer, cppcheck, clang-tidy"
 	@echo "make bench    measure this machine"
 	@echo "make plain    ./run-plain: part 1 alone, without SIMD and threads"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz plain debug bench install clean help
+.PHONY: demo test test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install clean help

@@ -1441,11 +1441,12 @@ static void index_tokens(Tokenizer *t) {
 
 // The byte that a piece of the form <0xHH> stands for, or -1.
 static int byte_piece(Text text) {
-    char piece[7] = "", again[16];
-    unsigned byte;
-    if (text.len != 6 || sscanf(memcpy(piece, text.s, 6), "<0x%2X", &byte) != 1) return -1;
-    snprintf(again, sizeof again, "<0x%02X>", byte);
-    return strcmp(piece, again) ? -1 : (int)byte;
+    char piece[16];
+    for (unsigned byte = 0; byte < 256 && text.len == 6 && text.s[0] == '<'; byte++) {
+        snprintf(piece, sizeof piece, "<0x%02X>", byte);
+        if (!memcmp(piece, text.s, 6)) return (int)byte;
+    }
+    return -1;
 }
 
 // llama2.c's layout: the longest token's length, then for each token score, length and text. It
@@ -1455,6 +1456,7 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
     t->h = (TokenizerHeader){.kind = SENTENCEPIECE, .vocab_size = vocab_size, .bos = 1, .eos = 2,
                              .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
                              .temperature = -1, .top_p = -1};
+    // NOLINTNEXTLINE(clang-analyzer-unix.Malloc): free_tokenizer frees what is in t
     t->llama2c = true;
     if (vocab_size < 3) return "is one of llama2.c, but the model has fewer than 3 tokens";
     for (int id = 0; id < vocab_size; id++) {
@@ -1536,8 +1538,8 @@ static void free_tokenizer(Tokenizer *t) {
 // Opens a tokenizer for a model. Returns NULL, or what is wrong with it; the model's fingerprint,
 // when it has one, must be the tokenizer's.
 static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
-    *t = (Tokenizer){.path = resize(NULL, strlen(path) + 1, 1)};
-    strcpy(t->path, path);
+    size_t size = strlen(path) + 1;
+    *t = (Tokenizer){.path = memcpy(resize(NULL, size, 1), path, size)};
     t->file = map_file(path, &t->file_size);
     t->tokens = zeros((size_t)m->c.vocab_size, sizeof *t->tokens);
     if (t->file_size < 8) return "is truncated";
@@ -1664,7 +1666,7 @@ static void encode_word(Merger *m, Text word, Ids *out) {
         if (a->prev >= 0) push_pair(m, a->prev);
         push_pair(m, p.left);
     }
-    for (int i = 0; i >= 0; i = m->symbols[i].next) {
+    for (int i = n ? 0 : -1; i >= 0; i = m->symbols[i].next) {
         const Symbol *s = &m->symbols[i];
         if (s->id >= 0) push(out, s->id);
         else for (size_t j = 0; j < s->len; j++) {  // not in the vocabulary: its bytes, or unknown
@@ -1731,7 +1733,7 @@ static void encode_plain(Merger *m, Text text, Ids *out) {
         return;
     }
     while (text.len) {
-        size_t piece = text.len, used;
+        size_t piece = text.len, used = 0;
         if (t->h.isolate_digits) {  // a digit is a word; the rest is cut as if it stood alone
             for (piece = 0; piece < text.len; piece += used)
                 if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) break;
@@ -1997,8 +1999,9 @@ static uint64_t free_memory(void) {
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s", v2 ? "" : "/memory",
                      inside ? "" : group + 1, v2 ? "memory.max" : "memory.limit_in_bytes");
             FILE *limit = fopen(path, "r");
-            unsigned long long bytes;
-            if (limit && fscanf(limit, "%llu", &bytes) == 1 && bytes < least) least = bytes;
+            unsigned long long bytes = 0;  // or "max", which is read as 0
+            if (limit && fgets(path, sizeof path, limit)) bytes = strtoull(path, NULL, 10);
+            if (bytes && bytes < least) least = bytes;
             if (limit) fclose(limit);
         }
     }
@@ -2100,7 +2103,7 @@ INLINE vf load_half(const uint16_t *p) {
 }
 #else
 INLINE vf load_half(const uint16_t *p) {
-    vf v;
+    vf v = {0};
     for (int i = 0; i < W; i++) v[i] = half_to_float(p[i]);
     return v;
 }
@@ -2198,7 +2201,7 @@ INLINE vi add_pairs(vi sums) { return sums; }
 // ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is
 // inlined. A single token reads the weights as they lie in the file: `blocks`. For more,
 // unpack_panel first makes plain bytes and float scales of them; `blocks` are then those of the
-// next panel, which are fetched from memory meanwhile, or NULL.
+// next panel, which are fetched from memory meanwhile, or NULL. (packed: u is NULL.)
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
@@ -2217,6 +2220,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
+        // cppcheck-suppress [nullPointer, nullPointerArithmeticRedundantCheck]
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
         const uint16_t *halves = (const uint16_t *)(const void *)block;
@@ -2247,9 +2251,11 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
             int h = lane + i % H * W;
             size_t t = at + (size_t)(i / H);
             if (late) sum[i] = add_pairs(sum[i]) + (bias8 ? xq->minus8[t] : 0);
+            // cppcheck-suppress nullPointer
             vf scale = packed ? load_half(halves + h) : load(u->scales[b] + h);
             acc[i] += __builtin_convertvector(sum[i], vf) * scale * xq->d[t];
             if (dtype != Q4A) continue;
+            // cppcheck-suppress nullPointer
             vf minimum = packed ? load_half(halves + 16 + h) : load(u->minima[b] + h);
             acc[i] += minimum * xq->dsum[t];
         }
@@ -2276,6 +2282,7 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
 }
 
 // Writes BODY with T = the tokens that are left, at most 8, as a constant.
+// NOLINTNEXTLINE(bugprone-macro-parentheses): a label cannot have parentheses
 #define TILE_CASE(label, n, BODY) label: { enum { T = n }; BODY; } break;
 #define FOR_TILE(left, BODY)                                                                       \
     switch (left) {                                                                                \
@@ -2372,6 +2379,7 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
             UNROLL for (int h = 0; h < H; h++)
                 pair[h] = load_u(panel + (size_t)c * 32 + (size_t)(lane + h * W) * 4);
             UNROLL for (int i = 0; i < T * H; i++)
+                // cppcheck-suppress uninitvar  // H is at least 1
                 acc[i] += (vf)(pair[i % H] << 16) * x[i / H * x_stride + c];
             if (c + 1 == end) break;  // an odd last column has padding beside it
             UNROLL for (int i = 0; i < T * H; i++)
@@ -2527,8 +2535,8 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     for (int b = b0; b < b1; b++) {
         // A block where a branch leaves the trunk lies in both: the trunk's part comes first.
         int from = seq > 0 ? f->kv->from[seq] : 0, pos = b * 16;
-        bool split = from > pos && from < pos + 16 && tile->last >= from;
-        for (int side = 0; side <= split; side++) {
+        int sides = from > pos && from < pos + 16 && tile->last >= from ? 2 : 1;
+        for (int side = 0; side < sides; side++) {
             const uint8_t *chunk =
                 cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element, *next = keys;
@@ -3062,7 +3070,7 @@ static int logits_batch(const Model *m) {
 static double score_window(const Model *m, Cache *kv, const int *ids, int from, int end,
                            int scored) {
     Slot batch[MAX_BATCH];
-    double nll[MAX_BATCH], sum = 0;
+    double nll[MAX_BATCH] = {0}, sum = 0;
     for (int i = from, n; i < end && !interrupted; i += n) {
         bool want = i >= scored;
         int limit = !want && scored < end ? scored : end, cap = want ? logits_batch(m) : MAX_BATCH;
@@ -3359,7 +3367,7 @@ static Text find_question(Text text, const char **before, const char **after) {
         int n_operators = 0;
         size_t at = first;
         while (at && text.s[at - 1] == ' ') at--;
-        char c = at ? text.s[at - 1] : '\n';
+        int c = at ? text.s[at - 1] : '\n';
         bool word = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
         bool inside = (word && at == first) || (c && strchr(".,(+-*/%^:=_", c));
         if (c == '-' && is_bullet(text, at - 1)) inside = false;
@@ -4911,8 +4919,8 @@ static int code_token(Codec *z, int s, int token) {
     Coder *c = &z->coder;
     const float *p = z->p + (size_t)s * (size_t)z->m->c.vocab_size;
     const uint32_t *sums = z->sums + (size_t)s * (size_t)z->n_groups;
-    uint64_t total = 0, start = 0;
-    for (int g = 0; g < z->n_groups; g++) total += sums[g];
+    uint64_t total = sums[0], start = 0;
+    for (int g = 1; g < z->n_groups; g++) total += sums[g];
     uint64_t unit = c->range / total, at = c->decoding ? (c->code - c->low) / unit : 0;
     if (at >= total) at = total - 1;
     int i = 0;
@@ -5483,8 +5491,10 @@ static void bench(const Options *o, const Model *m, double started) {
         n_deep = ctx - depth < 32 ? ctx - depth : 32;
     size_t read = matrix_bytes(m->classifier.dtype, vocab, m->c.dim);
     for (int l = 0; l < m->c.n_layers; l++)
-        for (const Matrix *w = &m->layers[l].attn_norm; w <= &m->layers[l].post_ffn_norm; w++)
+        for (size_t i = 0; i < sizeof(Layer) / sizeof(Matrix); i++) {  // that is all it has
+            const Matrix *w = (const Matrix *)(const void *)&m->layers[l] + i;
             read += w->data ? matrix_bytes(w->dtype, w->rows, w->cols) : 0;
+        }
     int *ids = resize(NULL, (size_t)depth, sizeof *ids);
     for (int i = 0; i < depth; i++) ids[i] = (int)(i * 7919LL % 30000 + 5) % vocab;
 
@@ -5574,7 +5584,8 @@ typedef struct {
     const char *help;
 } Option;
 
-static void usage_error(const char *format, const char *a, const char *b) {
+static __attribute__((noreturn)) void usage_error(const char *format, const char *a,
+                                                  const char *b) {
     fputs("run: ", stderr);
     fprintf(stderr, format, a, b);
     fputs("; see ./run --help\n", stderr);
@@ -5652,7 +5663,6 @@ static const char *const mode_names[N_MODES] = {
 
 // Returns the mode. Options that have no meaning in it, or together, are refused.
 static int check_options(const Options *o) {
-    if (!o->model) usage_error("no model is named; `make demo` fetches %s%s", "model.bin", "");
     int mode = 0;
     while (mode < N_MODES && strcmp(o->mode, mode_names[mode])) mode++;
     if (mode == N_MODES) usage_error("unknown mode %s%s", o->mode, "");
@@ -5854,6 +5864,7 @@ int main(int argc, char **argv) {
         if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
         return 0;
     }
+    if (!o.model) usage_error("no model is named; `make demo` fetches %s%s", "model.bin", "");
     int mode = check_options(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
 
