@@ -3783,12 +3783,12 @@ static void tell_seed(const Machine *w, const Decoder *d) {
         fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
 }
 
-// Marks the text so far for the tool, and asks it if it ends in a question.
-static void watch_text(Machine *w, Decoder *d, Text text) {
+// Marks the text so far for the tool, and asks it if the text's end is new and a question.
+static void watch_text(Machine *w, Decoder *d, Text text, bool new) {
     if (!w->o->tool) return;
     d->text.n = 0;
     append(&d->text, text, true);
-    if (text.len) use_tool(w, d);
+    if (new) use_tool(w, d);
 }
 
 // Continues a text k times at once: k branches of its cache, which holds the common beginning once;
@@ -3907,12 +3907,18 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Text 
             write_token(d.out, t, d.ids.ids[i - 1], d.ids.ids[i]);
     else write_text(d.out, prompt);
     int n_prompt = (int)(d.ids.n - before), best;
-    start_thoughts(d.out, o, !t->llama2c, prompt);
-    watch_text(&w, &d, prompt);
+    Prompt all = {0};  // the session's text, which may end within a thought or a question, and ours
+    for (size_t i = 0; i < before; i++)
+        append(&all, decode(t, i ? d.ids.ids[i - 1] : -1, d.ids.ids[i]), true);
+    append(&all, prompt, true);
+    start_thoughts(d.out, o, !t->llama2c, (Text){all.s, all.n});
+    watch_text(&w, &d, (Text){all.s, all.n}, prompt.len);
+    free(all.s);
+    free(all.typed);
     if (o->samples > 1) {
-        Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
-        for (int i = 0; i < (int)o->samples; i++) d.n_new += all[i].n_new;
-        print_samples(&w, &d, all, best, out);
+        Decoder *ends = run_samples(&w, &d, (int)o->samples, &best);
+        for (int i = 0; i < (int)o->samples; i++) d.n_new += ends[i].n_new;
+        print_samples(&w, &d, ends, best, out);
         free(samples.memory);
     } else {
         tell_seed(&w, &d);
@@ -4181,7 +4187,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
         d.out = o->samples > 1 ? &samples : out;
         int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
         start_thoughts(d.out, o, !t->llama2c, t->chat[after]);
-        watch_text(&w, &d, (Text){"", 0});
+        watch_text(&w, &d, (Text){"", 0}, false);
         if (o->samples > 1) {
             Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
             d.n_new = all[best].n_new;

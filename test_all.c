@@ -2910,6 +2910,17 @@ static void test_sessions(const char *endless) {
               !memcmp(whole.out.p + all.n, rest.out.p, rest.out.n),
           "logits in two runs are the same");
     free_ran(&rest), free_ran(&whole), free(all.p);
+    unlink(kv);
+    rest = RUN(endless, "-S", kv, "-i", "x<think>y", "-n", "5", "-s", "1");
+    free_ran(&rest), rest = RUN(endless, "-S", kv, "-n", "5", "-s", "1");
+    CHECK(rest.status == 0 && rest.out.n == 1, "a thought may begin in an earlier run: %s",
+          rest.out.p);
+    free_ran(&rest), unlink(kv);
+    Ran ids = RUN(endless, "-m", "tokenize", "-i", "12*3");
+    rest = RUN(endless, "-m", "logits", "-S", kv, "-i", (char *)ids.out.p, "-o", "/dev/null");
+    free_ran(&rest), rest = RUN(endless, "-S", kv, "-i", "=", "-n", "1", "-T", "tr '*' x");
+    CHECK(!strncmp((char *)rest.out.p, "=12x3\n", 6), "and a question: %s", rest.out.p);
+    free_ran(&rest), free_ran(&ids), unlink(kv);
 
     Ran r = RUN(endless, "-S", kv, "-k", "3", "-b", "-n", "20", "-s", "3");
     CHECK(r.status == 0, "samples branch from a session: %s", r.err.p);
@@ -3224,12 +3235,12 @@ static void test_tools(const char *endless) {
     Machine w;
     Decoder d;
     open_machine(&w, &d, &o, &m, &t, &out);
-    watch_text(&w, &d, (Text){"1+1=", 4});
+    watch_text(&w, &d, (Text){"1+1=", 4}, true);
     for (size_t i = 0; i < d.ids.n; i++)
         CHECK(d.ids.ids[i] != t.h.bos, "special tokens are not recognised in what a tool prints");
     CHECK(d.ids.n > 3 && out.n == 6 && !memcmp(out.memory, "<s> 7\n", 6), "its answer is shown");
     w.chatting = true;
-    watch_text(&w, &d, (Text){"<tool_call>{}</tool_call>", 25});
+    watch_text(&w, &d, (Text){"<tool_call>{}</tool_call>", 25}, true);
     CHECK(d.ids.ids[d.ids.n - 1] == 277, "in a chat the answer to a <tool_call> is a turn");
     close_machine(&w, &d);
     free(out.memory);
