@@ -2881,10 +2881,16 @@ static void end_text(Output *out) {
     write_output(out, "\n", 1);
 }
 
+// Whether two paths name one file, or would.
 static bool same_file(const char *a, const char *b) {
     struct stat x, y;
-    return a && b && !stat(a, &x) && !stat(b, &y) && S_ISREG(x.st_mode) && x.st_dev == y.st_dev &&
-           x.st_ino == y.st_ino;
+    if (!a || !b) return false;
+    bool there = !stat(a, &x);
+    if (there != !stat(b, &y)) return false;
+    if (there) return S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    while (!strncmp(a, "./", 2)) a += 2;
+    while (!strncmp(b, "./", 2)) b += 2;
+    return !strcmp(a, b) && strcmp(a, "-");
 }
 
 // What a mode reads: a file, stdin, or the text of -i.
@@ -3305,7 +3311,7 @@ static Text ask_tool(const char *command, Text question) {
     }
     close(from[0]);
     // It may have ended and left a child behind that keeps the pipe open.
-    if (why && child && n) done = waitpid(child, &status, WNOHANG);
+    if (why && child && n && n < sizeof answer - 1) done = waitpid(child, &status, WNOHANG);
     if (why && done > 0 && !status) why = NULL;
     if (child) kill(-child, SIGKILL);
     running_tool = 0;
@@ -3484,7 +3490,8 @@ static int fill(Machine *w, const Model *m, Cache *kv, Decoder *d, int done, int
         done += n;
         if (kv != &w->kv) continue;
         d->done = done;
-        save_decoder(w, d, done);
+        // What is computed again is saved as it comes, a new prompt when all of it is there.
+        if (done <= w->session.now.n_ids) save_decoder(w, d, w->session.now.n_ids);
     }
     return done;
 }
@@ -3659,7 +3666,7 @@ static bool use_tool(Machine *w, Decoder *d) {
     Text answer = ask_tool(w->o->tool, (Text){line, question.len + 1});
     free(line);
     if (!answer.len) return false;
-    bool turn = *after && w->chatting;
+    bool turn = *before == '\n' && w->chatting;  // the answer to a <tool_call>
     Prompt p = {0};
     size_t from = d->ids.n;
     if (turn) append(&p, w->t->chat[ASSISTANT_AFTER], false);
@@ -3767,7 +3774,7 @@ static void free_decoder(Decoder *d) {
 static void close_machine(Machine *w, Decoder *d) {
     if (w->session.fd >= 0 && !interrupted) settle(w, d);
     // A token that was drawn last is part of the session; a prompt that was interrupted is not.
-    save_decoder(w, d, (int)d->ids.n > d->done + 1 ? d->done : (int)d->ids.n);
+    if ((int)d->ids.n <= d->done + 1) save_decoder(w, d, (int)d->ids.n);
     close_session(&w->session, &w->kv);
     size_t vocab = (size_t)w->m->c.vocab_size * (size_t)w->o->threads;
     munmap(w->p, vocab * sizeof *w->p);
@@ -3848,7 +3855,7 @@ static void print_samples(Machine *w, Decoder *trunk, Decoder *d, int best, Outp
         trunk->ids.n = (size_t)same;
         for (size_t i = (size_t)same; i < d[best].ids.n; i++) push(&trunk->ids, d[best].ids.ids[i]);
         trunk->s.rng = d[best].s.rng;
-        save_decoder(w, trunk, trunk->done);
+        save_decoder(w, trunk, (int)trunk->ids.n);
     }
     for (int i = 0; i < k; i++) {
         free_decoder(&d[i]);
@@ -3882,11 +3889,13 @@ static long long start_text(const Options *o, const Model *m, const Tokenizer *t
     if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
     if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
     if (ids->n - before > (size_t)ctx)
-        die("the prompt has %zu tokens, the context only %d: shorten it, or see -c",
-            ids->n - before, ctx);
+        die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
+            ids->n - before, m->path, ctx);
     if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
     // llama2.c counts positions, the prompt's included, and stays within the context.
-    size_t end = o->steps == 0 || o->steps > ctx ? (size_t)ctx : before + (size_t)o->steps;
+    // (A session's last token is no such position yet: it was drawn, and not computed.)
+    size_t end = before ? before - 1 : 0;
+    end = o->steps == 0 || o->steps > ctx ? (size_t)ctx : end + (size_t)o->steps;
     if (end > (size_t)ctx) end = (size_t)ctx;
     if (ids->n > end + 1) ids->n = end + 1;
     return (long long)(end + 1 - ids->n);
@@ -3958,6 +3967,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
     static Tokenizer tokenizers[1 + MAX_OTHERS];
     static Output answers[1 + MAX_OTHERS];
     static volatile int n;
+    static Ids ids;
     models[0] = *m, tokenizers[0] = *t, n = 1;
     for (volatile int i = 0; i < o->n_others; i++) {
         jmp_buf failed;
@@ -3965,10 +3975,18 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
             recovery = &failed;
             load_model(&models[n], o->others[i]);
             find_tokenizer(&tokenizers[n], NULL, &models[n]);
+            start_text(o, &models[n], &tokenizers[n], context_of(o, &models[n]), prompt, &ids);
             n++;
-        } else fprintf(stderr, "run: %s does not take part\n", o->others[i]);
+        } else {
+            fprintf(stderr, "run: %s does not take part\n", o->others[i]);
+            if (tokenizers[n].file) free_tokenizer(&tokenizers[n]);
+            if (models[n].file) free_model(&models[n]);
+        }
         recovery = NULL;
+        ids.n = 0;
     }
+    free(ids.ids);
+    ids.ids = NULL;
     for (int i = 0; i < n && !interrupted; i++) {
         if (!o->quiet) fprintf(stderr, "%s%s answers\n", i ? "\n" : "", models[i].path);
         answers[i] = (Output){.fd = -1};
@@ -4039,6 +4057,7 @@ static void load_conversation(Machine *w, Decoder *d, const char *path) {
     const char *wrong = check_session(file, size, &w->kv, false, &h, &s);
     if (!wrong && s.n_ids > w->ctx + 1) wrong = "is longer than this chat's context";
     if (!wrong) {
+        if (s.n_done > w->ctx) s.n_done = w->ctx;
         reserve_session(&w->session, &w->kv, s.n_done);
         cut(w, d, 0);
         size_t from = session_cache_at(h.ctx), chunks = ((size_t)s.n_done + CHUNK - 1) / CHUNK;
@@ -4203,7 +4222,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
         push(&turns, (int)start);
         if (w.shifts != shifts) turns.n = 0;
     }
-    if (o->receipt) print_receipt(&d);
+    if (o->receipt && o->samples < 2) print_receipt(&d);
     free(turns.ids);
     free(p.s);
     free(p.typed);

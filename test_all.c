@@ -1923,7 +1923,7 @@ typedef struct {
     size_t file_size;     // limit of a file's size; 0: none
     size_t interrupt_at;  // SIGINT when stdout has this many bytes; 0: never
 } How;
-typedef struct { int status, signal; Buffer out, err; char command[300]; } Ran;
+typedef struct { int status, signal; Buffer out, err; char command[400]; } Ran;
 
 static const char *program(void) {
     const char *path = getenv("RUN");
@@ -2997,11 +2997,50 @@ static void test_sessions(const char *endless) {
     CHECK(parts.n > at_once.n && !memcmp(parts.p, at_once.p, at_once.n),
           "a session of llama2.c's file goes on");
     at_once.n = 0;
-    add_printed(&at_once, RUN(old, "-z", old_tok, "-i", "abc", "-n", "60", "-t", "0.5", "-s", "5",
+    add_printed(&at_once, RUN(old, "-z", old_tok, "-i", "abc", "-n", "40", "-t", "0.5", "-s", "5",
                               "-q"));
-    CHECK(parts.n <= at_once.n && !memcmp(parts.p, at_once.p, parts.n),
-          "and prints only what is new");
+    CHECK(parts.n == at_once.n && !memcmp(parts.p, at_once.p, parts.n),
+          "and prints only what is new, and as much");
     free(once.p), free(again.p), free(parts.p), free(at_once.p), free(before.p);
+}
+
+// What a session of model `path` holds after a prompt of n tokens was interrupted in the middle.
+static SessionState interrupted_session(const char *path, const char *session, int n) {
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, path);
+    find_tokenizer(&t, NULL, &m);
+    Options o = {.session = session, .steps = 5, .threads = 1, .context = 600, .quiet = true};
+    Output out = {.fd = -1};
+    Machine w;
+    Decoder d;
+    open_machine(&w, &d, &o, &m, &t, &out);
+    for (int i = 0; i < n; i++) push(&d.ids, i % 200);
+    make_room(&w, &d);
+    fill(&w, &m, &w.kv, &d, d.done, (int)d.ids.n / 2);
+    interrupted = SIGINT;
+    close_machine(&w, &d);
+    interrupted = 0;
+    open_machine(&w, &d, &o, &m, &t, &out);
+    SessionState state = w.session.now;
+    close_machine(&w, &d);
+    free(out.memory);
+    free_tokenizer(&t);
+    free_model(&m);
+    return state;
+}
+static void test_interrupted_session(const char *endless) {
+    const char *kv = in_folder("interrupted");
+    unlink(kv);
+    refused(RUN(endless, "-S", kv, "-o", kv, "-i", "a"), 2, "a new session that is the output too");
+    SessionState s = interrupted_session(endless, kv, 500);
+    CHECK(s.n_ids == 0, "a prompt is part of a session when it is computed: %d tokens", s.n_ids);
+    Ran r = RUN(endless, "-S", kv, "-i", "abc", "-n", "9", "-c", "600", "-q");
+    s = interrupted_session(endless, kv, 700);
+    CHECK(r.status == 0 && s.n_ids >= 300 && s.n_done < s.n_ids,
+          "what a full context keeps is not lost while it is computed again: %d of %d tokens",
+          s.n_done, s.n_ids);
+    free_ran(&r), unlink(kv);
 }
 
 // Waits until the program catches SIGINT: before that a signal ends it like any other program.
@@ -3213,6 +3252,11 @@ static void test_tools(const char *endless) {
     survived(RUN(endless, "-T", "yes 'a b c' | head -c 3000", "-i", "1+1=", "-n", "1", "-q", "-S",
                  in_folder("answered"), "-c", "300"), "an answer longer than the context");
     survived(RUN(endless, "-S", in_folder("answered"), "-n", "9", "-q"), "its session");
+    for (int i = 0; i < 9; i++) {
+        r = RUN(endless, "-T", "seq 2000", "-i", "1+1=", "-n", "1", "-t", "0");
+        CHECK(strstr((char *)r.err.p, "says too much"), "an answer is not cut: %s", r.err.p);
+        free_ran(&r);
+    }
     r = RUN(endless, "-T", "sleep 8 & echo 7", "-i", "1+1=", "-n", "1", "-t", "0", "-q");
     CHECK(!strncmp((char *)r.out.p, "1+1=7", 5), "a tool may leave a child behind: %s", r.err.p);
     free_ran(&r);
@@ -3240,6 +3284,8 @@ static void test_tools(const char *endless) {
         CHECK(d.ids.ids[i] != t.h.bos, "special tokens are not recognised in what a tool prints");
     CHECK(d.ids.n > 3 && out.n == 6 && !memcmp(out.memory, "<s> 7\n", 6), "its answer is shown");
     w.chatting = true;
+    watch_text(&w, &d, (Text){"1+1=", 4}, true);
+    CHECK(d.ids.ids[d.ids.n - 1] != 277, "in a chat the reply goes on behind a number");
     watch_text(&w, &d, (Text){"<tool_call>{}</tool_call>", 25}, true);
     CHECK(d.ids.ids[d.ids.n - 1] == 277, "in a chat the answer to a <tool_call> is a turn");
     close_machine(&w, &d);
@@ -3303,6 +3349,27 @@ static void test_chat(const char *endless) {
           "a chat goes on in the next run");
     free_ran(&r);
     same_text(&two, talk(endless, "abc\ndef\n", "-d", "lookup"), "speculation in a chat");
+    const char *full = in_folder("full"), *text = in_folder("text");
+    unlink(full), unlink(text);
+    char ids[257 * 2 + 1], command[400];
+    for (int i = 0; i < 257; i++) ids[2 * i] = '5', ids[2 * i + 1] = ' ';
+    ids[sizeof ids - 1] = 0;
+    r = RUN(endless, "-m", "logits", "-S", full, "-c", "512", "-i", ids, "-o", "/dev/null");
+    snprintf(command, sizeof command, "/load %.300s\nabc\n", full);
+    Ran loaded = RUN_AS(((How){.input = command}), endless, "-m", "chat", "-n", "4", "-c", "256");
+    CHECK(r.status == 0 && loaded.status == 0 && loaded.out.n > 1,
+          "a conversation one token longer than the context is loaded: %s", loaded.err.p);
+    free_ran(&r), free_ran(&loaded), unlink(full);
+    snprintf(command, sizeof command, "abc\n/save %.300s\n", text);
+    r = talk(endless, command, "-o", text);
+    CHECK(r.status == 0 && strstr((char *)r.err.p, "is in use"), "/save leaves -o alone: %s",
+          r.err.p);
+    free_ran(&r), unlink(text);
+    r = RUN_AS(((How){.input = "abc\n"}), endless, "-m", "chat", "-n", "4", "-s", "1", "-k", "2",
+               "-b", "--receipt", "-q");
+    CHECK(r.err.n == 2 * strlen("receipt: 0123456789abcdef\n"), "a receipt for each sample: %s",
+          r.err.p);
+    free_ran(&r);
     for (int n = 1; n <= 40; n++) {  // some replies end with one token more than the context holds
         char steps[8];
         const char *kv = in_folder("session"), *turns[] = {"abc\ndef\n", "abc\n", "def\n"};
@@ -3429,6 +3496,13 @@ static void test_ensemble(const char *endless) {
     CHECK(strstr((char *)r.err.p, "does not take part"), "and says which model it cannot load");
     same_text(&r, RUN_AS(((How){.input = "abc"}), endless, "-i", "-", "-n", "20", "-s", "2", "-e",
                          tiny, "-q"), "a prompt from stdin");
+    char *longer = get(400, 1);
+    memset(longer, 'a', 399);
+    Ran alone = RUN(endless, "-i", longer, "-n", "5", "-e", in_folder("llama.bin"));
+    CHECK(alone.status == 0 && alone.out.n > 399 &&
+              strstr((char *)alone.err.p, "llama.bin does not take part"),
+          "a model whose context is too short does not take part: %s", alone.err.p);
+    free_ran(&alone), free(longer);
     Model m[2];
     Tokenizer t[2] = {0};
     double mean[2] = {0}, said[2] = {0};
@@ -3517,6 +3591,7 @@ static void test_decoders(void) {
     test_samples(endless);
     test_speculation(endless);
     test_sessions(endless);
+    test_interrupted_session(endless);
     test_best_in_session(endless);
     test_kills(endless);
     test_tools(endless);
