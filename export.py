@@ -43,7 +43,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
+try:
+    import numpy as np
+except ModuleNotFoundError:
+    sys.exit("export.py: its Python packages are missing here: run `make .venv/ready` once, then "
+             ".venv/bin/python export.py ...")
 
 
 class ExportError(Exception):
@@ -63,6 +67,7 @@ def note(text):
 # quants uint8 [rows, nb, 32 or 16].
 
 ROWS, F32, BF16, Q8, Q4, Q4A, BYTES = range(7)
+LARGEST_BF16 = 255 * 2.0 ** 120
 DTYPES = {"f32": F32, "bf16": BF16, "q8": Q8, "q4": Q4, "q4a": Q4A}
 N_PARAMS = {Q8: 1, Q4: 1, Q4A: 2}
 N_QUANTS = {Q8: 32, Q4: 16, Q4A: 16}
@@ -254,6 +259,10 @@ class Config:
     def __post_init__(self):
         self.attn_scale = self.attn_scale or self.head_dim ** -0.5
         self.local_layers = self.local_layers or [False] * self.n_layers
+        for freqs in (self.rope_freqs, self.rope_freqs_local):
+            if freqs is not None and not np.isfinite(freqs).all():
+                raise ExportError("the model's rotary frequencies are NaN or infinite: see its "
+                                  "configuration of RoPE")
         for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim",
                      "vocab_size", "seq_len"):
             if not 0 < getattr(self, name) < 2 ** 31:
@@ -436,6 +445,8 @@ def convert(t, source, first, last):
         if not np.isfinite(w).all():
             raise ExportError(where)
         if t.dtype not in QUANTIZE:
+            if t.dtype == BF16 and (np.abs(w) > LARGEST_BF16).any():
+                raise ExportError(where)
             return w
         w = pad_axis(w, 1, t.nb * BLOCK).reshape(len(w), t.nb, BLOCK)
         blocks = QUANTIZE[t.dtype](w)
@@ -475,6 +486,9 @@ def write_checkpoint(file, source, dtype, fingerprint, check_ids, check_cases):
     if check_ids:
         note("computing the reference values")
         norms, logits = forward(Stored(file.name, c, tensors), check_ids)
+        if not (np.isfinite(norms).all() and np.isfinite(logits).all()):
+            raise ExportError("the model's logits are NaN or infinite, though its weights are not: "
+                              "its configuration may be damaged")
         values = np.array(check_ids, "<i4"), norms, logits, np.frombuffer(check_cases, np.uint8)
         for t, value in zip(tensors[-4:], values):
             file.seek(t.offset)
@@ -779,6 +793,10 @@ def open_safetensors(paths):
         entries.pop("__metadata__", None)
         for name, t in entries.items():
             first, last = t["data_offsets"]
+            width = {"F32": 4, "F16": 2, "BF16": 2}.get(t["dtype"])
+            if width and last - first != width * math.prod(t["shape"]):
+                raise ExportError(f"{path}: damaged: {name} has {last - first} bytes, not those "
+                                  "of its shape")
             stored[name] = Raw(name, path, t["dtype"], tuple(t["shape"]), 8 + size + first,
                                last - first)
     return stored
@@ -1064,11 +1082,15 @@ def open_lora(folder, source):
     """
     folder = Path(folder)
     c = read_json(folder / "adapter_config.json")
-    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False),
+    for key, plain in (("peft_type", "LORA"), ("bias", "none"),
+                       ("use_dora", False), ("use_qalora", False),
                        ("fan_in_fan_out", False), ("modules_to_save", None),
                        ("layer_replication", None), ("alora_invocation_tokens", None)):
         if c.get(key) not in (plain, None, []):
             raise ExportError(f"{folder}: {key} = {c[key]} is not supported")
+    if re.match("pissa|olora|corda|loftq", start := str(c.get("init_lora_weights"))):
+        raise ExportError(f"{folder}: init_lora_weights = {start} changes the base model, and is "
+                          "not supported")
     targets = {t.hugging_face: t for t in weights(source.config) if t.dtype != ROWS}
     found = defaultdict(dict)
     for name, raw in open_safetensors([folder / "adapter_model.safetensors"]).items():
@@ -1087,6 +1109,8 @@ def open_lora(folder, source):
                       if re.fullmatch(rf"(.*\.)?({k})", module)), c["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if c.get("use_rslora") else rank)
         updates[t.name] = Update(raws["A"], raws["B"], np.float32(scale))
+    if not updates:
+        raise ExportError(f"{folder}: the adapter has no tensors")
     return updates
 
 
@@ -1175,8 +1199,12 @@ class Vocab:
     def finish(self, where, vocab_size, template=None, eos_ids=()):
         """Fits the tokens to the model, and adds the chat format and the ids that end a reply.
 
-        The last rows of a model's embedding are often padding. template: Jinja or None.
+        The last rows of a model's embedding are often padding; and a tokenizer may have special
+        tokens that its model lacks (Gemma 3's for images). template: Jinja or None.
         """
+        while len(self.tokens) > vocab_size and self.types[-1] != NORMAL:
+            note(f"{where}: the model has no row for the token {self.tokens[-1]}: left out")
+            del self.tokens[-1], self.types[-1], self.scores[-1]
         extra = vocab_size - len(self.tokens)
         if extra < 0:
             raise ExportError(f"{where}: the tokenizer has {len(self.tokens)} tokens, the model "
@@ -1184,15 +1212,16 @@ class Vocab:
         self.tokens += [b""] * extra
         self.types += [UNUSED] * extra
         self.scores += [0.0] * extra
-        control = {t: i for i, t in enumerate(self.tokens) if self.types[i] == CONTROL}
+        special = CONTROL, USER_DEFINED
+        control = {t: i for i, t in enumerate(self.tokens) if self.types[i] in special}
         ends = [control[t] for t in END_OF_TURN if t in control]
         if template:
             bos, eos = self.text(self.bos), self.text(self.eos)
             self.render, self.chat = chat_format(template, bos, eos)
         if self.chat:       # the special token after an assistant's text ends its turn
             after = self.library(self.chat[9])
-            ends += [i for i in after if self.types[i] == CONTROL][:1]
-        self.stops = sorted({i for i in (self.eos, *eos_ids, *ends) if i >= 0})
+            ends += [i for i in after if self.types[i] in special][:1]
+        self.stops = sorted({i for i in (self.eos, *eos_ids, *ends) if 0 <= i < vocab_size})
         return self
 
 
@@ -1250,6 +1279,10 @@ def json_vocab(where, spec):
     except Exception as error:      # the library raises plain Exception
         raise ExportError(f"{where}: {error}") from None
     added = {t["id"]: t for t in spec.get("added_tokens") or ()}
+    for t in added.values():
+        if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
+            note(f"{where}: the token {t['content']} takes the white space beside it, or needs it; "
+                 "in run.c it stands for itself")
     pieces = {i: p for p, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
     pieces = [pieces.get(i) for i in range(max(pieces) + 1)]
     types = [UNUSED if p is None else NORMAL if i not in added else
@@ -1399,14 +1432,22 @@ def build_model(pieces, scores, types, unk, add_dummy_prefix):
     return model
 
 
-def read_sentencepiece(path):
-    """The Vocab of a tokenizer.model."""
+def read_sentencepiece(path, added=()):
+    """The Vocab of a tokenizer.model; added: (id, text, special) of further tokens."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     try:
-        return sentencepiece_vocab(path, ModelProto.FromString(path.read_bytes()))
+        model = ModelProto.FromString(path.read_bytes())
     except DecodeError:
         raise ExportError(f"{path} is not a SentencePiece model") from None
+    for i, text, special in sorted(added):
+        if i > len(model.pieces):
+            raise ExportError(f"{path}: the added token {text} has the id {i}, but there are only "
+                              f"{len(model.pieces)} tokens before it")
+        if i == len(model.pieces):
+            kinds = type(model).SentencePiece.Type
+            model.pieces.add(piece=text, type=kinds.CONTROL if special else kinds.USER_DEFINED)
+    return sentencepiece_vocab(path, model)
 
 
 def read_llama2c_tokenizer(path):
@@ -1469,6 +1510,8 @@ def gguf_vocab(meta, path, vocab_size):
 def gguf_byte_level(path, of, pieces, types):
     """A byte-level GGUF, in the form of a tokenizer.json."""
     pre = of("pre", "default")
+    if pre == "default":
+        note(f"{path} does not say how its tokenizer cuts text into words: GPT-2's rule is taken")
     if pre not in GGUF_RULES:
         raise ExportError(f"{path}: the pre-tokenizer '{pre}' is not known "
                           f"({', '.join(GGUF_RULES)} are)")
@@ -1491,10 +1534,14 @@ def folder_vocab(folder, config, vocab_size):
     if (path := folder / "tokenizer.json").exists():
         vocab = json_vocab(path, read_json(path))
     elif (path := folder / "tokenizer.model").exists():
-        vocab = read_sentencepiece(path)
+        added = [(int(i), t["content"], t.get("special"))
+                 for i, t in (settings.get("added_tokens_decoder") or {}).items()]
+        added = added or [(i, t, True) for t, i in
+                          read_json(folder / "added_tokens.json", {}).items()]
+        vocab = read_sentencepiece(path, added)
     else:
         raise ExportError(f"{folder} has neither tokenizer.json nor tokenizer.model")
-    ids = {t: i for i, t in enumerate(vocab.tokens) if vocab.types[i] in (CONTROL, UNUSED)}
+    ids = {t: i for i, t in enumerate(vocab.tokens) if vocab.types[i] not in (NORMAL, BYTE)}
 
     def named(key, default):
         """The id of a token named in tokenizer_config.json, else the first default there is."""
@@ -1547,7 +1594,8 @@ def renderer(template, bos_token, eos_token):
     compiled = env.from_string(template)
     return lambda messages, add_generation_prompt: compiled.render(
         messages=[{"role": role, "content": text} for role, text in messages],
-        add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token)
+        add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token,
+        tools=None, documents=None)
 
 
 def chat_format(template, bos, eos):
@@ -1882,15 +1930,30 @@ def open_source(name, vocab_path):
     return Llama2c(path, vocab_path)
 
 
-def check_targets(source, *paths):
-    """Refuses targets that are no plain files, or the source itself."""
+def is_ours(path):
+    """Whether a file is a checkpoint or tokenizer of the kind written here (or empty)."""
+    with open(path, "rb") as f:
+        head = f.read(8)
+    return head in (b"", struct.pack("<II", MAGIC, VERSION),
+                    struct.pack("<II", TOKENIZER_MAGIC, TOKENIZER_VERSION))
+
+
+def check_targets(sources, *paths):
+    """Refuses targets that are no plain files, or (part of) what is read."""
     for path in paths:
         if not path.resolve().parent.is_dir():
             raise ExportError(f"{path}: there is no such folder")
         if path.exists() and not path.is_file():
             raise ExportError(f"{path} exists and is not a file")
-        if path.exists() and Path(source).exists() and path.samefile(source):
-            raise ExportError(f"{path} is the source; write to another file")
+        for source in map(Path, filter(None, sources)):
+            if not path.exists() or not source.exists():
+                continue
+            if path.samefile(source):
+                raise ExportError(f"{path} is the source; write to another file")
+            folder = source if source.is_dir() else source.parent
+            if folder.resolve() == path.resolve().parent and not is_ours(path):
+                raise ExportError(f"{path} is beside the source, and no file that export.py wrote: "
+                                  "write to another file")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ExportError(f"{paths[0]}: the checkpoint and the tokenizer need two names")
 
@@ -1898,7 +1961,7 @@ def check_targets(source, *paths):
 def export(args):
     model = Path(args.model)
     tokenizer = Path(args.tokenizer or os.path.splitext(args.model)[0] + ".tok")
-    check_targets(args.source, model, tokenizer)
+    check_targets((args.source, args.vocab, args.lora), model, tokenizer)
     source = open_source(args.source, args.vocab)
     source.lora = open_lora(args.lora, source) if args.lora else {}
     if args.vocab and not isinstance(source, Llama2c):
@@ -1941,15 +2004,14 @@ def main():
     except ModuleNotFoundError as error:
         package = {"google": "protobuf"}.get(error.name.partition(".")[0], error.name)
         sys.exit(f"export.py: a Python package is missing: pip install {package}")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError,
-            struct.error) as error:     # what damaged files cause
-        where = " or ".join(filter(None, (args.source, args.vocab, args.lora)))
-        sys.exit(f"export.py: {where} is damaged or of an unknown form "
-                 f"({type(error).__name__}: {error})")
     except MemoryError as error:
         sys.exit(f"export.py: not enough memory: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:      # what damaged files cause
+        where = " or ".join(filter(None, (args.source, args.vocab, args.lora)))
+        sys.exit(f"export.py: {where} is damaged or of an unknown form "
+                 f"({type(error).__name__}: {error})")
 
 
 if __name__ == "__main__":

@@ -1264,10 +1264,12 @@ static void load_model(Model *m, const char *path) {
     m->file = map_weights(path, &m->file_size);
     uint32_t first[2] = {0, 0};
     memcpy(first, m->file, m->file_size < 8 ? m->file_size : 8);
+    if (first[0] == 0x46554747) die("%s is a GGUF file: convert it with `.venv/bin/python "
+                                    "export.py %s model.bin`", path, path);
     if (first[0] != 0x616b3432) load_llama2c(m, false);
     else if (first[1] == 1) load_llama2c(m, true);
     else if (first[1] == 2) die("%s is a version 2 file of llama2.c: convert it with "
-                                "`python3 export.py %s model.bin`", path, path);
+                                "`.venv/bin/python export.py %s model.bin`", path, path);
     else if (first[1] == 3) load_v3(m);
     else die("%s: version %u is unknown; this program reads versions 0, 1 and 3", path, first[1]);
 }
@@ -1465,7 +1467,7 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
         memcpy(&k->score, t->file + at, 4);
         k->text.len = read_u32(t->file + at + 4);
         at += 8;
-        if (k->text.len > t->file_size - at) return "is truncated or damaged";
+        if (k->text.len > t->file_size - at) return "is not a tokenizer, or damaged";
         k->text.s = (const char *)t->file + at;
         at += k->text.len;
         int byte = byte_piece(k->text);
@@ -1476,7 +1478,7 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
             *k = (Token){{&bytes[byte], 1}, k->score, BYTE};
         }
     }
-    return at == t->file_size ? NULL : "has more tokens than the model";
+    return at == t->file_size ? NULL : "has more tokens than the model: it is another model's";
 }
 
 // This program's own layout: header, tokens, merges, character ranges, stop tokens, chat pieces.
@@ -1491,7 +1493,7 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
     if (h->kind > SENTENCEPIECE || h->vocab_size < 1 || h->bos < -1 || h->bos >= h->vocab_size ||
         h->eos < -1 || h->eos >= h->vocab_size || h->unk < -1 || h->unk >= h->vocab_size ||
         h->split > 2 || (h->n_chat && h->n_chat != N_CHAT)) return "is damaged: see its header";
-    if (h->vocab_size > vocab_size) return "has more tokens than the model";
+    if (h->vocab_size > vocab_size) return "has more tokens than the model: it is another model's";
     for (int id = 0; id < h->vocab_size; id++) {
         Token *k = &t->tokens[id];
         if (end - p < 8) return "is truncated";
@@ -1579,7 +1581,7 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
         free_tokenizer(t);
     }
     die("no tokenizer for %s: %s; name one with -z", m->path,
-        *seen ? seen : "there is neither a .tok file nor a tokenizer.bin beside it");
+        *seen ? seen : "there is no .tok file or tokenizer.bin beside it or in this folder");
 }
 
 // ---- Encoding
@@ -4758,7 +4760,7 @@ static void write_logits(const Options *o, const Model *m) {
     Output out = open_output(o->output);
     open_machine(&w, &d, o, m, &none, &out);
     int from = (int)d.ids.n, most = logits_batch(m);
-    if (!ids.n) die("no token ids: give them with -i or -f");
+    if (!ids.n) die("no token ids: give them with -i or -f (- is stdin)");
     if (d.done < from) fill(&w, m, &w.kv, &d, d.done, from);
     if (ids.n + (size_t)from > (size_t)w.ctx)
         die("%zu tokens are more than the context of %d", ids.n + (size_t)from, w.ctx);
@@ -4787,7 +4789,7 @@ static void write_logits(const Options *o, const Model *m) {
 // before them.
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     Text text = input_text(o);
-    if (!text.len) die("no text to evaluate: give one with -f or -i");
+    if (!text.len) die("no text to evaluate: give one with -f or -i (- is stdin)");
     Ids ids = {0};
     encode(t, text, NULL, true, &ids);
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
@@ -5709,11 +5711,12 @@ static int check_options(const Options *o) {
         if (clashes[i].both)
             usage_error("%s and %s cannot be used together", clashes[i].a, clashes[i].b);
     if (o->output && !*o->output) usage_error("%s needs a path%s", "-o", "");
+    if (o->tool && !*o->tool) usage_error("%s needs a command%s", "-T", "");
     if (o->best && !k) usage_error("%s picks the best of several samples: it needs %s", "-b", "-k");
     if (k && mode == CHAT && !o->best) usage_error("%s in a chat needs %s", "-k", "-b");
     if (o->head >= 0 && !layer) usage_error("%s needs %s", "--head", "--layer");
-    if (mode == COMPRESS && !o->output && isatty(1))
-        usage_error("the terminal is no place for a compressed file: use %s or a pipe%s", "-o", "");
+    if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
+        usage_error("mode %s writes no text for a terminal: use %s or a pipe", o->mode, "-o");
     const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft,
                             "/dev/stdin"};
     for (int i = 0; i < 6; i++) refuse_overwriting(o->output, inputs[i]);
@@ -5876,11 +5879,10 @@ int main(int argc, char **argv) {
         {0, NULL, NULL, 0, NULL, 0, 0, NULL},
     };
     double started = seconds();
-    for (int fd = 0; fd <= 2;) {  // a file that we open must not become stdin, stdout or stderr
-        fd = open("/dev/null", O_RDWR);
-        if (fd < 0) break;
-        if (fd > 2) close(fd);
-    }
+    // A file that we open must not become stdin, stdout or stderr: a closed one gets a substitute
+    // that cannot be read or written.
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
     check_arithmetic();
     parse(options, argc, argv, &o);
     if (o.help) help(options);
