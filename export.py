@@ -763,6 +763,11 @@ class GGUF(Source):
                    key("rope.scaling.original_context_length", key("context_length")),
                    "beta_fast": key("rope.scaling.yarn_beta_fast"),
                    "beta_slow": key("rope.scaling.yarn_beta_slow")}
+        for name, plain in (("yarn_log_multiplier", 0), ("yarn_attn_factor", 1),
+                            ("yarn_ext_factor", 1)):
+            if key("rope.scaling." + name, plain) != plain:
+                raise ExportError(f"rope.scaling.{name} = {key('rope.scaling.' + name)} is not "
+                                  "supported")
         if attn_factor := key("rope.scaling.attn_factor"):
             scaling["attention_factor"] = attn_factor * (0.1 * math.log(factor) + 1)
         return scaling
