@@ -1814,6 +1814,14 @@ static Text decode(const Tokenizer *t, int previous, int id) {
     return text;
 }
 
+// A text of so many bytes has at least this many tokens (an unknown character, too, is one).
+static size_t least_tokens(const Tokenizer *t, size_t bytes) {
+    size_t longest = 4;
+    for (int id = 0; id < t->h.vocab_size; id++)
+        if (t->tokens[id].text.len > longest) longest = t->tokens[id].text.len;
+    return bytes / longest;
+}
+
 static bool is_stop(const Tokenizer *t, int id) {
     if (t->llama2c) return id == t->h.bos;  // as llama2.c does: BOS separates its stories
     for (uint32_t i = 0; i < t->h.n_stops; i++)
@@ -3886,7 +3894,10 @@ static void print_statistics(const Machine *w, const Decoder *d, int n_prompt, d
 // Appends the prompt's tokens and returns how many may be drawn after them.
 static long long start_text(const Options *o, const Model *m, const Tokenizer *t, int ctx,
                             Text prompt, Ids *ids) {
-    size_t before = ids->n;
+    size_t before = ids->n, least = least_tokens(t, prompt.len);
+    if (least > (size_t)ctx)
+        die("the prompt has over %zu tokens, the context of %s only %d: shorten it, or see -c",
+            least, m->path, ctx);
     encode(t, prompt, NULL, before == 0, ids);
     if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
     if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
@@ -4144,8 +4155,13 @@ static Text read_line(bool prompt) {
 // Appends a user's turn to the conversation. False, after a word on stderr, if there is no room.
 static bool add_turn(Machine *w, Decoder *d, Text user, Prompt *p) {
     const Tokenizer *t = w->t;
-    size_t start = d->ids.n;
+    size_t start = d->ids.n, least = least_tokens(t, user.len);
     Text system = {w->o->system, w->o->system ? strlen(w->o->system) : 0};
+    if (least > (size_t)w->ctx) {
+        fprintf(stderr, "run: this turn has over %zu tokens, too many for the context of %d: it is "
+                        "left out\n", least, w->ctx);
+        return false;
+    }
     p->n = 0;
     if (start) append(p, t->chat[ASSISTANT_AFTER], false);
     append_turn(p, t, start == 0, system, user);
