@@ -5329,8 +5329,8 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, bool 
 
 // Compares the ids of the stored texts. Returns the number of texts.
 static int check_tokenizer(const Model *m, const Tokenizer *t) {
-    const uint8_t *p = m->check_cases.data, *end = p + m->check_cases.cols;
     if (m->check_cases.cols < 4) return 0;
+    const uint8_t *p = m->check_cases.data, *end = p + m->check_cases.cols;
     int n_cases = (int)read_u32(p);
     p += 4;
     for (int i = 0; i < n_cases; i++) {
