@@ -300,7 +300,7 @@ class Tensor:
 
     @property
     def block_bytes(self):
-        """Bytes of one block of 16 rows and 32 columns: its scales (and minima), then its quants."""
+        """Bytes of a block of 16 rows and 32 columns: its scales (and minima), then its quants."""
         return 2 * N_PARAMS[self.dtype] * PANEL + N_QUANTS[self.dtype] * PANEL
 
     @property
@@ -560,7 +560,9 @@ class Source:
 
     def label(self, name):
         """The tensor's name in the source, for messages."""
-        return f"{self.tensors[name].path}: {self.tensors[name].label}"
+        raw, update = self.tensors[name], self.lora.get(name)
+        also = f" with the update of {update.b.path}" if update else ""
+        return f"{raw.path}: {raw.label}{also}"
 
     def read(self, name, index):
         return read_raw(self.tensors[name], index)
