@@ -563,7 +563,9 @@ static int forward_batch(Pass *f, size_t done) {
                     vec(&f->m->final_norm), c->dim, c->norm_eps);
     if (!wanted) return 0;
     float *logits = s->logits + done * (size_t)c->vocab_size;
+    observe(f, "xb = final_norm(x)", s->xb, c->dim);
     matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
+    observe(f, "logits = classifier xb", logits, c->vocab_size);
     for (size_t i = 0; i < (size_t)wanted * (size_t)c->vocab_size; i++)
         if (!isfinite(logits[i]))
             die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
@@ -4252,21 +4254,16 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
 enum { COLUMNS = 79, LIKELY = 5 };
 
 typedef struct {
-    const Options *o;
-    const Model *m;
-    const Tokenizer *t;
-    Cache kv;
-    Sampler s;
+    Machine w;
+    Decoder d;
     FILE *f;          // what is shown, in memory until it is complete
     int n;            // tokens so far; the pass computes the last of them, and the next is chosen
-    size_t row;       // positions that there is room for
-    float *weights;   // (n_layers * n_heads + 1, row) attention paid to each token; last the mean
-    float *x;         // (n_layers, dim) the residual stream after each layer
-    float *logits;    // (n_layers, vocab_size) what the classifier makes of it
+    float *weights;   // (n_layers * n_heads + 1, ctx) attention paid to each token; last the mean
+    float *logits;    // (n_layers, vocab_size) what the classifier makes of x after each layer
     Candidate lens[MAX_LAYERS];  // the likeliest token by these
-    int rank;         // of the chosen one among s.candidates, which are sorted
+    int rank;         // of the chosen one among d.s.candidates, which are sorted
     float least;      // the page leaves smaller weights out
-    bool page, color;
+    bool color;
     int column;       // of the line being written
     char marks[COLUMNS + 1];  // the digits below it
 } Explain;
@@ -4298,7 +4295,7 @@ static Text token_text(const Tokenizer *t, int id) {
 
 // A token's text as it is shown, in at most 37 columns. Returns its width.
 static int show(const Explain *e, int id, char out[160]) {
-    Text text = token_text(e->t, id);
+    Text text = token_text(e->w.t, id);
     char c[16];
     int width = 0, n = 0;
     for (out[0] = 0; text.len; width += next_shown(&text, c), n += sprintf(out + n, "%s", c))
@@ -4336,7 +4333,7 @@ static void put_piece(Explain *e, const char *s, int width, int level) {
 // ---- explain: one pass
 
 static float *weights_of(const Explain *e, int layer, int head) {
-    return e->weights + (size_t)(layer * e->m->c.n_heads + head) * e->row;
+    return e->weights + (size_t)(layer * e->w.m->c.n_heads + head) * (size_t)e->w.ctx;
 }
 
 // A line of the trace: what was computed, how many numbers it is, their norm sqrt(sum of x^2), and
@@ -4352,14 +4349,18 @@ static void put_stage(Explain *e, const char *name, const float *x, int n) {
 // What forward calls with the values of each stage: keeps those that are shown, or traces them.
 static void watch(void *observer, const char *name, int layer, const float *x, int n, int width) {
     Explain *e = observer;
-    size_t bytes = (size_t)width * sizeof(float);
+    const Options *o = e->w.o;
+    const Model *m = e->w.m;
     bool residual = !strcmp(name, "x");
-    int head = e->o->head < 0 ? 0 : (int)e->o->head;
+    int head = o->head < 0 ? 0 : (int)o->head;
     char title[40];
-    if (!strcmp(name, "attention")) memcpy(weights_of(e, layer, n), x, bytes);
-    if (residual && layer >= 0) memcpy(e->x + (size_t)layer * (size_t)width, x, bytes);
-    if (!e->o->trace || !strcmp(name, "attention")) return;
-    if (layer >= 0 && e->o->layer >= 0 && layer != e->o->layer) return;
+    if (!strcmp(name, "attention"))
+        memcpy(weights_of(e, layer, n), x, (size_t)width * sizeof(float));
+    if (residual && layer >= 0)
+        rmsnorm(row_of(e->w.kv.state->xb, 1 + layer, width), x, vec(&m->final_norm), width,
+                m->c.norm_eps);
+    if (!o->trace || !strcmp(name, "attention")) return;
+    if (layer >= 0 && layer < m->c.n_layers && o->layer >= 0 && layer != o->layer) return;
     if (!strcmp(name, "xb = attn_norm(x)")) fprintf(e->f, "layer %d\n", layer);
     snprintf(title, sizeof title, "attention of head %d", head);
     if (!strncmp(name, "att_out", 7))  // the weights of all heads are there now
@@ -4371,7 +4372,7 @@ static void watch(void *observer, const char *name, int layer, const float *x, i
 // answer if this layer were its last.
 static void lens_task(void *context, int layer, int thread) {
     Explain *e = context;
-    int vocab = e->m->c.vocab_size;
+    int vocab = e->w.m->c.vocab_size;
     const float *logits = e->logits + (size_t)layer * (size_t)vocab;
     int best = argmax(logits, vocab);
     (void)thread;
@@ -4379,23 +4380,17 @@ static void lens_task(void *context, int layer, int thread) {
 }
 
 // Computes the last of n tokens and returns the logits of the next.
-static const float *watched_pass(Explain *e, const int *ids, int n) {
-    const Config *c = &e->m->c;
-    int L = c->n_layers, H = c->n_heads, l0 = (int)e->o->layer, h0 = (int)e->o->head, summed = 0;
+static const float *watched_pass(Explain *e, int n) {
+    const Model *m = e->w.m;
+    int L = m->c.n_layers, H = m->c.n_heads, l0 = (int)e->w.o->layer, h0 = (int)e->w.o->head;
+    int summed = 0;
+    // A row for the pass, and behind it one for each layer's lens.
+    Pass f = {.m = m, .kv = &e->w.kv, .s = get_state(&e->w.kv, 1 + L)};
     e->n = n;
-    e->kv.observe = watch;
-    const float *logits = forward(e->m, &e->kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
-    e->kv.observe = NULL;
-    if (e->o->trace) {
-        put_stage(e, "xb = final_norm(x)", e->kv.state->xb, c->dim);
-        put_stage(e, "logits = classifier xb", logits, c->vocab_size);
-        return logits;
-    }
-    Pass f = {.m = e->m, .kv = &e->kv, .s = get_state(&e->kv, L)};
-    for (int l = 0; l < L; l++)
-        rmsnorm(row_of(f.s->xb, l, c->dim), e->x + (size_t)l * (size_t)c->dim,
-                vec(&e->m->final_norm), c->dim, c->norm_eps);
-    matmul(&f, L, f.s->xb, (Product[]){{&e->m->classifier, e->logits, c->vocab_size}}, 1);
+    const float *logits = forward(m, &e->w.kv, &(Slot){e->d.ids.ids[n - 1], n - 1, 0, true}, 1);
+    if (e->w.o->trace) return logits;
+    matmul(&f, L, row_of(f.s->xb, 1, m->c.dim),
+           (Product[]){{&m->classifier, e->logits, m->c.vocab_size}}, 1);
     parallel(lens_task, e, L);
     float *mean = weights_of(e, L, 0);
     memset(mean, 0, (size_t)n * sizeof(float));
@@ -4406,22 +4401,23 @@ static const float *watched_pass(Explain *e, const int *ids, int n) {
     return logits;
 }
 
-// Sorts all tokens by s.p and finds the chosen one's rank.
+// Sorts all tokens by d.s.p and finds the chosen one's rank.
 static void rank_tokens(Explain *e, int chosen) {
-    Candidate *c = e->s.candidates;
-    for (int i = 0; i < e->s.vocab_size; i++) c[i] = (Candidate){e->s.p[i], i};
-    qsort(c, (size_t)e->s.vocab_size, sizeof *c, by_probability);
+    Candidate *c = e->d.s.candidates;
+    for (int i = 0; i < e->d.s.vocab_size; i++) c[i] = (Candidate){e->d.s.p[i], i};
+    qsort(c, (size_t)e->d.s.vocab_size, sizeof *c, by_probability);
     for (e->rank = 0; c[e->rank].token != chosen;) e->rank++;
 }
+
 // The rank of what is listed i-th, -1 after the last: the five likeliest, and the chosen one if it
 // is not among them.
 static int listed(const Explain *e, int i) {
-    int n = e->s.vocab_size < LIKELY ? e->s.vocab_size : LIKELY;
+    int n = e->d.s.vocab_size < LIKELY ? e->d.s.vocab_size : LIKELY;
     return i < n ? i : i == n && e->rank >= n ? e->rank : -1;
 }
 
 static void put_reason(Explain *e, bool given) {
-    const Sampler *s = &e->s;
+    const Sampler *s = &e->d.s;
     int kept = s->kept ? s->kept : s->vocab_size;
     float sum = 0, from = 0, to = 0;
     for (int i = 0; i < kept; i++) {  // the tokens' parts of the line from 0 to 1
@@ -4435,12 +4431,25 @@ static void put_reason(Explain *e, bool given) {
                  (double)s->coin, (double)(from / sum), (double)(to / sum), kept);
 }
 
+static void put_sampler(Explain *e) {
+    const Sampler *s = &e->d.s;
+    fprintf(e->f, "temperature %g, top-p %g, top-k %d, min-p %g", (double)s->temperature,
+            (double)s->top_p, s->top_k, (double)s->min_p);
+}
+
 // ---- explain: the terminal
+
+static void show_begin(Explain *e) {
+    put_sampler(e);
+    fputs(e->w.o->trace ? "\n" :
+          "\nshades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
+          "lens: what layer 0, 1, ... would already answer\n\n", e->f);
+}
 
 static void show_choice(Explain *e) {
     char text[160];
     for (int i = 0, rank; (rank = listed(e, i)) >= 0; i++) {
-        Candidate c = e->s.candidates[rank];
+        Candidate c = e->d.s.candidates[rank];
         show(e, c.token, text);
         fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", rank == e->rank ? '>' : ' ',
                 (double)c.p * 100, (int)(c.p * 30 + 0.5f), "##############################", text);
@@ -4450,12 +4459,13 @@ static void show_choice(Explain *e) {
     fputc('\n', e->f);
 }
 
-static void show_token(Explain *e, const int *ids) {
+static void show_token(Explain *e) {
     char text[160], item[200];
-    int first = e->n, columns = 0, L = e->m->c.n_layers, width;
+    const int *ids = e->d.ids.ids;
+    int first = e->n, columns = 0, L = e->w.m->c.n_layers, width;
     const float *mean = weights_of(e, L, 0);
     float left_out = 0;
-    width = show(e, e->s.candidates[e->rank].token, text);
+    width = show(e, e->d.s.candidates[e->rank].token, text);
     width += fprintf(e->f, "== position %d: \"%s\" ", e->n, text) - (int)strlen(text);
     fprintf(e->f, "%.*s\n", COLUMNS - width,
             "===============================================================");
@@ -4618,7 +4628,7 @@ static const char PAGE_CHOOSE[] =
 
 static void put_share(Explain *e, Candidate c) {
     fputc('[', e->f);
-    put_json(e->f, token_text(e->t, c.token));
+    put_json(e->f, token_text(e->w.t, c.token));
     fprintf(e->f, ",%.4g]", (double)c.p);
 }
 
@@ -4635,31 +4645,31 @@ static void put_weights(FILE *f, const float *w, int n, float least) {
     }
 }
 
-static void page_begin(Explain *e, int first) {
-    const Config *c = &e->m->c;
-    int half = c->head_dim / 2;
+static void page_begin(Explain *e) {
+    const Config *c = &e->w.m->c;
+    int half = c->head_dim / 2, first = e->d.ids.ids[0];
     fprintf(e->f, "%s{\"layers\":%d,\"heads\":%d,\"kv\":%ld,\"local\":[", PAGE_HEAD, c->n_layers,
-            c->n_heads, 2L * c->n_layers * c->n_kv_heads * c->head_dim * (e->kv.wide ? 4 : 2));
+            c->n_heads, 2L * c->n_layers * c->n_kv_heads * c->head_dim * (e->w.kv.wide ? 4 : 2));
     for (int l = 0; l < c->n_layers; l++) fprintf(e->f, l ? ",%d" : "%d", is_local(c, l));
     for (int i = 0; i < 2 * half; i++)
         fprintf(e->f, "%s%g", i == 0 ? "],\"freqs\":[[" : i == half ? "],[" : ",",
-                (double)vec(&e->m->rope_freqs[i / half])[i % half]);
-    fprintf(e->f, "]],\"least\":%g,\"sampler\":\"temperature %g, top-p %g, top-k %d, min-p %g\","
-            "\"tokens\":[\n{\"t\":", (double)e->least, (double)e->s.temperature, (double)e->s.top_p,
-            e->s.top_k, (double)e->s.min_p);
-    put_json(e->f, token_text(e->t, first));
+                (double)vec(&e->w.m->rope_freqs[i / half])[i % half]);
+    fprintf(e->f, "]],\"least\":%g,\"sampler\":\"", (double)e->least);
+    put_sampler(e);
+    fputs("\",\"tokens\":[\n{\"t\":", e->f);
+    put_json(e->f, token_text(e->w.t, first));
     fprintf(e->f, ",\"id\":%d,\"given\":1}", first);
 }
 
 static void page_token(Explain *e, bool given) {
-    int L = e->m->c.n_layers, H = e->m->c.n_heads, chosen = e->s.candidates[e->rank].token;
+    int L = e->w.m->c.n_layers, H = e->w.m->c.n_heads, chosen = e->d.s.candidates[e->rank].token;
     fputs(",\n{\"t\":", e->f);
-    put_json(e->f, token_text(e->t, chosen));
+    put_json(e->f, token_text(e->w.t, chosen));
     fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"", chosen, given,
             e->rank < LIKELY ? e->rank : LIKELY);
     put_reason(e, given);
     for (int i = 0; listed(e, i) >= 0; i++)
-        fputs(i ? "," : "\",\"likely\":[", e->f), put_share(e, e->s.candidates[listed(e, i)]);
+        fputs(i ? "," : "\",\"likely\":[", e->f), put_share(e, e->d.s.candidates[listed(e, i)]);
     for (int l = 0; l < L; l++) fputs(l ? "," : "],\"lens\":[", e->f), put_share(e, e->lens[l]);
     fputs("],\"a\":\"", e->f);
     put_weights(e->f, weights_of(e, L, 0), e->n, 0.001f);
@@ -4671,71 +4681,63 @@ static void page_token(Explain *e, bool given) {
 static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     const Config *c = &m->c;
     Text prompt = input_text(o);
-    Ids ids = {0};
     if (o->layer >= c->n_layers || o->head >= c->n_heads)
         die("--layer goes from 0 to %d and --head to %d in %s", c->n_layers - 1, c->n_heads - 1,
             m->path);
-    int ctx = context_of(o, m);
-    long long budget = start_text(o, m, t, ctx, prompt, &ids);
-    int n_prompt = (int)ids.n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
     size_t L = (size_t)c->n_layers, vocab = (size_t)c->vocab_size, size = 0;
     char *shown = NULL, *no_color = getenv("NO_COLOR");
+    bool page = o->output && !o->trace;
+    Explain e = {.color = !o->output && isatty(1) && !(no_color && *no_color)};
+    open_machine(&e.w, &e.d, o, m, t, NULL);
+    e.w.kv.plain_attention = true;
+    Ids *ids = &e.d.ids;
+    Sampler *s = &e.d.s;
+    int ctx = e.w.ctx;
+    long long budget = start_text(o, m, t, ctx, prompt, ids);
+    int n_prompt = (int)ids->n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
     double rows = (double)L * c->n_heads * end;
-    Explain e = {.o = o, .m = m, .t = t, .s = new_sampler(o, m, t), .row = (size_t)ctx,
-                 .page = o->output && !o->trace,
-                 .color = !o->output && isatty(1) && !(no_color && *no_color),
-                 .least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f};
-    new_cache(&e.kv, m, ctx, 0, 0);
-    e.kv.plain_attention = true;
-    e.kv.observer = &e;
-    size_t bytes = (L * (size_t)c->n_heads + 1) * e.row * sizeof(float);
+    e.least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f;
+    size_t bytes = (L * (size_t)c->n_heads + 1) * (size_t)ctx * sizeof(float);
     e.weights = reserve(bytes, "attention weights (-c N makes the context shorter)");
-    e.x = resize(NULL, L * (size_t)c->dim, sizeof(float));
-    e.s.p = resize(NULL, vocab, sizeof *e.s.p);
-    e.s.candidates = resize(NULL, vocab, sizeof *e.s.candidates);
     e.logits = resize(NULL, L * vocab, sizeof(float));
     Output out = open_output(o->output);
     e.f = open_memstream(&shown, &size);
     if (!e.f) die("out of memory");
-    int n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
-    if (e.page) page_begin(&e, ids.ids[0]);
-    else {
-        prefill(m, &e.kv, 0, ids.ids, 0, n - 1);
-        fprintf(e.f, "temperature %g, top-p %g, top-k %d, min-p %g\n", (double)e.s.temperature,
-                (double)e.s.top_p, e.s.top_k, (double)e.s.min_p);
-        if (!o->trace)
-            fputs("shades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
-                  "lens: what layer 0, 1, ... would already answer\n\n", e.f);
-    }
+    int n = page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
+    prefill(m, &e.w.kv, 0, ids->ids, 0, n - 1);
+    e.w.kv.observe = watch;
+    e.w.kv.observer = &e;
+    if (page) page_begin(&e);
+    else show_begin(&e);
     for (; n <= end && !interrupted; n++) {
         char title[40];
-        snprintf(title, sizeof title, "token %d at position %d", ids.ids[n - 1], n - 1);
+        snprintf(title, sizeof title, "token %d at position %d", ids->ids[n - 1], n - 1);
         if (o->trace) fprintf(e.f, "%-29s %7s %10s  first values\n", title, "width", "norm");
         bool given = n < n_prompt;
-        const float *logits = watched_pass(&e, ids.ids, n);
-        int next = given ? ids.ids[n] : sample(&e.s, logits, ids.ids, n);
-        if (given) memcpy(e.s.p, logits, vocab * sizeof(float));
-        if (given || e.s.temperature == 0) softmax(e.s.p, 0, c->vocab_size);
+        const float *logits = watched_pass(&e, n);
+        int next = given ? ids->ids[n] : sample(s, logits, ids->ids, n);
+        if (given) memcpy(s->p, logits, vocab * sizeof(float));
+        if (given || s->temperature == 0) softmax(s->p, 0, c->vocab_size);
         rank_tokens(&e, next);
-        if (e.page) page_token(&e, given);
+        if (page) page_token(&e, given);
         else if (o->trace) show_choice(&e);
-        else show_token(&e, ids.ids);
-        if (!e.page) fflush(e.f), write_output(&out, shown, size), rewind(e.f);
-        if (!given && is_stop(t, next)) break;
-        ids.n = (size_t)n;
-        push(&ids, next);
+        else show_token(&e);
+        if (!page) fflush(e.f), write_output(&out, shown, size), rewind(e.f);
+        if (given) continue;
+        if (is_stop(t, next)) break;
+        push(ids, next);
     }
     if (n > ctx && budget > n - n_prompt && !o->quiet)
         fprintf(stderr, "the context of %d positions is full: explain ends here\n", ctx);
-    if (e.page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
+    if (page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
     if (ferror(e.f) | fclose(e.f)) die("out of memory for the page");
-    if (e.page) write_output(&out, shown, size);
+    if (page) write_output(&out, shown, size);
     close_output(&out);
-    void *all[] = {shown, e.x, e.logits, e.s.p, e.s.candidates, ids.ids,
-                   (char *)(uintptr_t)prompt.s};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    free(shown);
+    free(e.logits);
     munmap(e.weights, bytes);
-    free_cache(&e.kv);
+    close_machine(&e.w, &e.d);
+    free((char *)(uintptr_t)prompt.s);
 }
 
 // ---- tokenize and logits: for scripts

@@ -3673,31 +3673,26 @@ static void test_weights(const Made *made, const Model *m) {
 }
 
 // An Explain as explain() makes it, for the functions below it.
-typedef struct { Options o; Tokenizer t; Explain e; char *shown; size_t size; int *ids; } Watched;
+typedef struct { Options o; Tokenizer t; Explain e; char *shown; size_t size; } Watched;
 static void watch_model(Watched *w, const Model *m, int n, bool trace) {
     Vocabulary *v = tiny_vocabulary();
     size_t layers = (size_t)m->c.n_layers, vocab = (size_t)m->c.vocab_size;
     *w = (Watched){.o = {.trace = trace, .layer = -1, .head = -1, .temperature = 1, .top_p = 0.9,
-                         .repeat_penalty = 1, .seed = 5, .quiet = true}};
+                         .repeat_penalty = 1, .seed = 5, .quiet = true, .context = n,
+                         .threads = 1}};
     w->t = open_tokenizer(v, "watched.tok");
     free_vocabulary(v);
-    w->e = (Explain){.o = &w->o, .m = m, .t = &w->t, .s = new_sampler(&w->o, m, &w->t),
-                     .row = (size_t)n};
-    new_cache(&w->e.kv, m, n, 0, 0);
-    w->e.kv.plain_attention = true, w->e.kv.observer = &w->e;
+    open_machine(&w->e.w, &w->e.d, &w->o, m, &w->t, NULL);
+    w->e.w.kv.plain_attention = true, w->e.w.kv.observe = watch, w->e.w.kv.observer = &w->e;
     w->e.weights = get((layers * (size_t)m->c.n_heads + 1) * (size_t)n, sizeof(float));
-    w->e.x = get(layers * (size_t)m->c.dim, sizeof(float));
     w->e.logits = get(layers * vocab, sizeof(float));
-    w->e.s.p = get(vocab, sizeof *w->e.s.p);
-    w->e.s.candidates = get(vocab, sizeof *w->e.s.candidates);
     w->e.f = open_memstream(&w->shown, &w->size);
-    w->ids = random_ids(n, m->c.vocab_size);
+    w->e.d.ids = (Ids){random_ids(n, m->c.vocab_size), (size_t)n, (size_t)n};
 }
 static void free_watched(Watched *w) {
     fclose(w->e.f);
-    free(w->shown), free(w->e.weights), free(w->e.x), free(w->e.logits), free(w->ids);
-    free_sampler(&w->e.s);
-    free_cache(&w->e.kv);
+    free(w->shown), free(w->e.weights), free(w->e.logits);
+    close_machine(&w->e.w, &w->e.d);
     free_tokenizer(&w->t);
 }
 
@@ -3712,8 +3707,8 @@ static void test_lens(const Made *made, const Model *m) {
     Cache kv;
     new_cache(&kv, m, N, 0, 0);
     for (int n = 1; n <= N; n++) {
-        const float *expected = forward(m, &kv, &(Slot){w.ids[n - 1], n - 1, 0, true}, 1);
-        const float *logits = watched_pass(&w.e, w.ids, n);
+        const float *expected = forward(m, &kv, &(Slot){w.e.d.ids.ids[n - 1], n - 1, 0, true}, 1);
+        const float *logits = watched_pass(&w.e, n);
         unlike += memcmp(logits, expected, bytes) != 0;
         unlike += memcmp(w.e.logits + last * (size_t)c->vocab_size, expected, bytes) != 0;
         wrong += w.e.lens[last].token != argmax(expected, c->vocab_size);
@@ -3723,7 +3718,7 @@ static void test_lens(const Made *made, const Model *m) {
         sums = worse(sums, fabs(mean - 1));
         lost += fabs(1 / p - (double)w.e.lens[last].p) > 1e-5;
         w.o.layer = n % c->n_layers, w.o.head = n % c->n_heads;
-        watched_pass(&w.e, w.ids, n);
+        watched_pass(&w.e, n);
         lost += memcmp(weights_of(&w.e, c->n_layers, 0),
                        weights_of(&w.e, n % c->n_layers, n % c->n_heads), (size_t)n * 4) != 0;
         w.o.layer = w.o.head = -1;
@@ -3794,14 +3789,14 @@ static void test_trace(void) {
             Watched w;
             watch_model(&w, &m, 12, true);
             for (int n = 1; n <= 12; n++) {
-                const float *logits = watched_pass(&w.e, w.ids, n);
-                rank_tokens(&w.e, sample(&w.e.s, logits, w.ids, n));
+                const float *logits = watched_pass(&w.e, n);
+                rank_tokens(&w.e, sample(&w.e.d.s, logits, w.e.d.ids.ids, n));
                 show_choice(&w.e);
             }
             fflush(w.e.f);
             if (which == 0 && dtype == F32) {
                 char line[99];
-                const float *x = w.e.kv.state->xb;
+                const float *x = w.e.w.kv.state->xb;
                 double sum = 0;
                 for (int i = 0; i < m.c.dim; i++) sum += (double)x[i] * (double)x[i];
                 snprintf(line, sizeof line, "\n%-29s %7d %10.4g  %9.3g %9.3g %9.3g\n",
@@ -3838,7 +3833,8 @@ static Buffer page_of(const char *prompt, const char *options[4], const char *pa
     CHECK(!why, "its tokenizer opens: it %s", why);
     Options o = {.prompt = prompt, .output = path, .steps = atoi(options[0]), .quiet = true,
                  .temperature = atof(options[1]), .top_p = atof(options[2]), .seed = 7,
-                 .repeat_penalty = 1, .top_k = atoi(options[3]), .layer = -1, .head = -1};
+                 .repeat_penalty = 1, .top_k = atoi(options[3]), .layer = -1, .head = -1,
+                 .threads = 1};
     explain(&o, &m, &t);
     Buffer page = slurp(path);
     int previous = -1, id;
@@ -3970,11 +3966,11 @@ static void test_terminal(void) {
     for (int color = 0; color < 2; color++) {
         w.e.color = color;
         for (int n = 1; n < 20; n++) {
-            watched_pass(&w.e, w.ids, n);
-            memcpy(w.e.s.p, w.e.logits, (size_t)m.c.vocab_size * sizeof(float));
-            softmax(w.e.s.p, 0, m.c.vocab_size);
-            rank_tokens(&w.e, w.ids[n]);
-            show_token(&w.e, w.ids);
+            watched_pass(&w.e, n);
+            memcpy(w.e.d.s.p, w.e.logits, (size_t)m.c.vocab_size * sizeof(float));
+            softmax(w.e.d.s.p, 0, m.c.vocab_size);
+            rank_tokens(&w.e, w.e.d.ids.ids[n]);
+            show_token(&w.e);
         }
         fflush(w.e.f);
         bool coloured = strstr(w.shown, "\033[48;5;") != NULL;
