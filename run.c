@@ -4777,21 +4777,21 @@ static void write_logits(const Options *o, const Model *m) {
     Decoder d;
     Output out = open_output(o->output);
     open_machine(&w, &d, o, m, &none, &out);
-    int from = (int)d.ids.n, most = logits_batch(m);
     if (!ids.n) die("no token ids: give them with -i or -f (- is stdin)");
-    if (d.done < from) fill(&w, m, &w.kv, &d, d.done, from);
-    if (ids.n + (size_t)from > (size_t)w.ctx)
-        die("%zu tokens are more than the context of %d", ids.n + (size_t)from, w.ctx);
+    fill(&w, m, &w.kv, &d, d.done, (int)d.ids.n);
+    if (ids.n + d.ids.n > (size_t)w.ctx)
+        die("%zu tokens are more than the context of %d", ids.n + d.ids.n, w.ctx);
+    if (!d.ids.n) d.keep = ids.n < 4 ? (int)ids.n : 4;
     for (size_t i = 0; i < ids.n; i++) push(&d.ids, ids.ids[i]);
-    if (from == 0) d.keep = ids.n < 4 ? (int)ids.n : 4;
     Slot batch[MAX_BATCH];
-    for (int n; from < (int)d.ids.n && !interrupted; from += n) {
-        for (n = 0; n < most && from + n < (int)d.ids.n; n++)
-            batch[n] = (Slot){d.ids.ids[from + n], from + n, 0, true};
-        reserve_session(&w.session, &w.kv, from + n);
+    while (d.done < (int)d.ids.n && !interrupted) {
+        int n = 0;
+        for (; n < logits_batch(m) && d.done + n < (int)d.ids.n; n++)
+            batch[n] = (Slot){d.ids.ids[d.done + n], d.done + n, 0, true};
+        reserve_session(&w.session, &w.kv, d.done + n);
         const float *logits = forward(m, &w.kv, batch, n);
         write_output(&out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
-        d.done = from + n;
+        d.done += n;
         save_decoder(&w, &d, d.done);
     }
     if (!interrupted) close_output(&out);
@@ -4808,16 +4808,16 @@ static void write_logits(const Options *o, const Model *m) {
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     Text text = input_text(o);
     if (!text.len) die("no text to evaluate: give one with -f or -i (- is stdin)");
-    Ids ids = {0};
-    encode(t, text, NULL, true, &ids);
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
     if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
-    Ids all = {0};
-    if (!ids.n || ids.ids[0] != start) push(&all, start);
-    for (size_t i = 0; i < ids.n; i++) push(&all, ids.ids[i]);
-    int n_all = (int)all.n, ctx = context_of(o, m);
+    Ids ids = {0};
+    push(&ids, start);
+    encode(t, text, NULL, true, &ids);
+    bool twice = ids.n > 1 && ids.ids[1] == start;
+    const int *all = ids.ids + twice;
+    int n_all = (int)ids.n - twice, ctx = context_of(o, m), scored = 0;
     if (n_all < 2) die("no text to evaluate: it is only the token that starts a text");
-    int window = o->context ? ctx : ctx < 2048 ? ctx : 2048, scored = 0;
+    int window = o->context || ctx < 2048 ? ctx : 2048;
     if (window < 2) die("-c %d is too short to evaluate with", window);
     Cache kv;
     new_cache(&kv, m, window, 0, 0);
@@ -4825,7 +4825,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     Progress progress = {.on = !o->quiet && isatty(2), .began = seconds()};
     for (int from = 0; scored < n_all - 1 && !interrupted; from += window / 2) {
         int end = from + window < n_all - 1 ? from + window : n_all - 1;
-        sum += score_window(m, &kv, all.ids, from, end, scored);
+        sum += score_window(m, &kv, all, from, end, scored);
         scored = end;
         double part = (double)scored / (n_all - 1);
         show_progress(&progress, part, part * (double)text.len);
@@ -4843,7 +4843,6 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
         close_output(&out);
     }
     free(ids.ids);
-    free(all.ids);
     free((char *)(uintptr_t)text.s);
     free_cache(&kv);
 }
