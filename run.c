@@ -4368,30 +4368,22 @@ static void watch(void *observer, const char *name, int layer, const float *x, i
     put_stage(e, !residual ? name : layer < 0 ? "x = token_embedding[token]" : "x += xb", x, width);
 }
 
-// The logit lens (nostalgebraist, "interpreting GPT: the logit lens", 2020): what the model would
-// answer if this layer were its last.
-static void lens_task(void *context, int layer, int thread) {
-    Explain *e = context;
-    int vocab = e->w.m->c.vocab_size;
-    const float *logits = e->logits + (size_t)layer * (size_t)vocab;
-    int best = argmax(logits, vocab);
-    (void)thread;
-    e->lens[layer] = (Candidate){(float)exp_double(-surprise(logits, vocab, best)), best};
-}
-
-// Computes the last of n tokens and returns the logits of the next.
+// Computes the last of n tokens and returns the logits of the next. The logit lens (nostalgebraist,
+// "interpreting GPT: the logit lens", 2020): what the model would answer if a layer were its last.
 static const float *watched_pass(Explain *e, int n) {
     const Model *m = e->w.m;
-    int L = m->c.n_layers, H = m->c.n_heads, l0 = (int)e->w.o->layer, h0 = (int)e->w.o->head;
-    int summed = 0;
+    int L = m->c.n_layers, H = m->c.n_heads, vocab = m->c.vocab_size, best[MAX_LAYERS];
+    int l0 = (int)e->w.o->layer, h0 = (int)e->w.o->head, summed = 0;
+    double nll[MAX_LAYERS];
     // A row for the pass, and behind it one for each layer's lens.
     Pass f = {.m = m, .kv = &e->w.kv, .s = get_state(&e->w.kv, 1 + L)};
     e->n = n;
     const float *logits = forward(m, &e->w.kv, &(Slot){e->d.ids.ids[n - 1], n - 1, 0, true}, 1);
     if (e->w.o->trace) return logits;
-    matmul(&f, L, row_of(f.s->xb, 1, m->c.dim),
-           (Product[]){{&m->classifier, e->logits, m->c.vocab_size}}, 1);
-    parallel(lens_task, e, L);
+    matmul(&f, L, row_of(f.s->xb, 1, m->c.dim), (Product[]){{&m->classifier, e->logits, vocab}}, 1);
+    for (int l = 0; l < L; l++) best[l] = argmax(e->logits + (size_t)l * (size_t)vocab, vocab);
+    parallel(surprise_task, &(Score){e->logits, vocab, best, nll}, L);
+    for (int l = 0; l < L; l++) e->lens[l] = (Candidate){(float)exp_double(-nll[l]), best[l]};
     float *mean = weights_of(e, L, 0);
     memset(mean, 0, (size_t)n * sizeof(float));
     for (int i = 0; i < L * H; i++)
@@ -4438,13 +4430,6 @@ static void put_sampler(Explain *e) {
 }
 
 // ---- explain: the terminal
-
-static void show_begin(Explain *e) {
-    put_sampler(e);
-    fputs(e->w.o->trace ? "\n" :
-          "\nshades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
-          "lens: what layer 0, 1, ... would already answer\n\n", e->f);
-}
 
 static void show_choice(Explain *e) {
     char text[160];
@@ -4645,9 +4630,11 @@ static void put_weights(FILE *f, const float *w, int n, float least) {
     }
 }
 
-static void page_begin(Explain *e) {
+static void page_begin(Explain *e, int end) {
     const Config *c = &e->w.m->c;
     int half = c->head_dim / 2, first = e->d.ids.ids[0];
+    double rows = (double)c->n_layers * c->n_heads * end;
+    e->least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f;
     fprintf(e->f, "%s{\"layers\":%d,\"heads\":%d,\"kv\":%ld,\"local\":[", PAGE_HEAD, c->n_layers,
             c->n_heads, 2L * c->n_layers * c->n_kv_heads * c->head_dim * (e->w.kv.wide ? 4 : 2));
     for (int l = 0; l < c->n_layers; l++) fprintf(e->f, l ? ",%d" : "%d", is_local(c, l));
@@ -4695,8 +4682,6 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     int ctx = e.w.ctx;
     long long budget = start_text(o, m, t, ctx, prompt, ids);
     int n_prompt = (int)ids->n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
-    double rows = (double)L * c->n_heads * end;
-    e.least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f;
     size_t bytes = (L * (size_t)c->n_heads + 1) * (size_t)ctx * sizeof(float);
     e.weights = reserve(bytes, "attention weights (-c N makes the context shorter)");
     e.logits = resize(NULL, L * vocab, sizeof(float));
@@ -4707,8 +4692,11 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     prefill(m, &e.w.kv, 0, ids->ids, 0, n - 1);
     e.w.kv.observe = watch;
     e.w.kv.observer = &e;
-    if (page) page_begin(&e);
-    else show_begin(&e);
+    if (page) page_begin(&e, end);
+    else put_sampler(&e), fputc('\n', e.f);
+    if (!o->output && !o->trace)
+        fputs("shades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
+              "lens: what layer 0, 1, ... would already answer\n\n", e.f);
     for (; n <= end && !interrupted; n++) {
         char title[40];
         snprintf(title, sizeof title, "token %d at position %d", ids->ids[n - 1], n - 1);
@@ -4749,7 +4737,7 @@ static void tokenize(const Options *o, const Tokenizer *t) {
     Output out = open_output(o->output), line = {.fd = -1};
     char number[16];
     for (size_t i = 0; i < ids.n; i++) {
-        int n = snprintf(number, sizeof number, "%s%d", i ? " " : "", ids.ids[i]);
+        int n = snprintf(number, sizeof number, i ? " %d" : "%d", ids.ids[i]);
         write_output(&line, number, (size_t)n);
     }
     write_output(&line, "\n", 1);
@@ -4766,9 +4754,8 @@ static void write_logits(const Options *o, const Model *m) {
     for (char *p = (char *)(uintptr_t)text.s, *end;; p = end) {
         while (*p == ' ' || (*p >= '\t' && *p <= '\r')) p++;
         if (!*p && p == text.s + text.len) break;
-        errno = 0;
         long id = strtol(p, &end, 10);
-        if (end == p || errno || id < 0 || id >= m->c.vocab_size)
+        if (end == p || id < 0 || id >= m->c.vocab_size)
             die("token id \"%.20s\" is not a number from 0 to %d", p, m->c.vocab_size - 1);
         push(&ids, (int)id);
     }
