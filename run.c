@@ -2718,8 +2718,7 @@ typedef struct {
     char *memory;       // with fd -1 results go here
     size_t n, capacity, start;  // start: where the model's own text begins
     bool terminal;      // control characters are shown instead of sent
-    char last;          // byte before, for that
-    bool filter, thinking, keep_thoughts;  // <think> ... </think> is looked for; is open; is kept
+    bool filter, thinking, show_thoughts;  // <think> is looked for; is open; is not left out
     size_t matched;     // characters of the next such tag that have come
 } Output;
 static char *unfinished_file;  // removed at exit
@@ -2796,41 +2795,30 @@ static void close_output(Output *out) {
 }
 
 // Writes text as it comes, but holds an unfinished character at its end back until the rest is
-// there.
-static void write_characters(Output *out, Text text) {
-    for (; text.len && out->n_held; text.s++, text.len--) {  // finish what is held
-        uint8_t first = (uint8_t)out->held[0], c = (uint8_t)text.s[0];
-        size_t length = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
-        if ((c & 0xc0) == 0x80) out->held[out->n_held++] = (char)c;
-        if ((c & 0xc0) == 0x80 && out->n_held < length) continue;
-        write_output(out, out->held, out->n_held);
-        out->n_held = 0;
-        if ((c & 0xc0) != 0x80) break;
-    }
-    size_t back = 0;  // bytes at the end that begin a character and do not finish it
-    for (size_t i = 1; i <= 3 && i <= text.len && !back; i++) {
-        uint8_t c = (uint8_t)text.s[text.len - i];
-        if (c >= 0xc0 && i < (c < 0xe0 ? 2u : c < 0xf0 ? 3u : 4u)) back = i;
-        if ((c & 0xc0) != 0x80) break;
-    }
-    write_output(out, text.s, text.len - back);
-    memcpy(out->held + out->n_held, text.s + text.len - back, back);
-    out->n_held += back;
-}
-
-// On a terminal, control characters in the text have no effect: they are written as ^C (and those
-// of U+0080 to U+009F as spaces).
+// there. On a terminal, control characters have no effect: they are written as ^C (and those of
+// U+0080 to U+009F as spaces).
 static void write_text(Output *out, Text text) {
-    if (!out->terminal) write_characters(out, text);
-    for (char safe[128]; out->terminal && text.len;) {
-        size_t n = 0;
-        for (; n < 64 && text.len; text.s++, text.len--) {
-            uint8_t c = (uint8_t)text.s[0], last = (uint8_t)out->last;
-            bool control = (c < 32 && c != '\n' && c != '\t') || c == 127;
-            if (control) safe[n++] = '^';
-            out->last = safe[n++] = (char)(control ? c ^ 64 : last == 0xc2 && c < 0xa0 ? 0xa0 : c);
+    char s[4096];
+    while (text.len) {
+        size_t n = out->n_held, back = 0;
+        memcpy(s, out->held, n);
+        for (; n < sizeof s - 1 && text.len; text.s++, text.len--) {
+            uint8_t c = (uint8_t)text.s[0];
+            if (out->terminal && ((c < 32 && c != '\n' && c != '\t') || c == 127)) {
+                s[n++] = '^';
+                c ^= 64;
+            } else if (out->terminal && n && (uint8_t)s[n - 1] == 0xc2 && c < 0xa0) c = 0xa0;
+            s[n++] = (char)c;
         }
-        write_characters(out, (Text){safe, n});
+        // The bytes at the end that begin a character and do not finish it.
+        for (size_t i = 1; i <= 3 && i <= n && !back; i++) {
+            uint8_t c = (uint8_t)s[n - i];
+            if (c >= 0xc0 && i < (c < 0xe0 ? 2u : c < 0xf0 ? 3u : 4u)) back = i;
+            if ((c & 0xc0) != 0x80) break;
+        }
+        write_output(out, s, n - back);
+        memcpy(out->held, s + n - back, back);
+        out->n_held = back;
     }
 }
 
@@ -2841,29 +2829,32 @@ static void set_thinking(Output *out, bool thinking) {
     write_output(out, thinking ? "\033[2m" : "\033[0m", 4);
 }
 
+static const char *next_tag(const Output *out) { return out->thinking ? "</think>" : "<think>"; }
+
+static void write_shown(Output *out, const char *s, size_t n) {
+    if (!out->thinking || out->show_thoughts) write_text(out, (Text){s, n});
+}
+
 // Writes text of the model. What reasoning models write between <think> and </think> is dimmed on a
 // terminal, and left out elsewhere unless it is asked for.
 static void write_reply(Output *out, Text text) {
-    while (text.len && out->filter) {
-        const char *tag = out->thinking ? "</think>" : "<think>";
-        bool hidden = out->thinking && !out->terminal && !out->keep_thoughts;
-        size_t n = 0;
-        if (!out->matched) while (n < text.len && text.s[n] != '<') n++;
-        if (n && !hidden) write_text(out, (Text){text.s, n});
-        if (!n && text.s[0] != tag[out->matched]) {  // it was another word after <
-            if (!hidden) write_text(out, (Text){tag, out->matched});
-            out->matched = 0;
-        } else if (!n) {
+    for (size_t n; text.len && out->filter; text.s += n, text.len -= n) {
+        const char *tag = next_tag(out);
+        n = 0;
+        if (text.s[0] == tag[out->matched]) {
             n = 1;
-            if (!tag[++out->matched]) {
-                if (!out->thinking) set_thinking(out, true);
-                if (out->terminal || out->keep_thoughts) write_text(out, (Text){tag, out->matched});
-                if (tag[1] == '/') set_thinking(out, false);
-                out->matched = 0;
-            }
+            out->matched++;
+        } else {  // what matched was the beginning of another word
+            write_shown(out, tag, out->matched);
+            out->matched = 0;
+            while (n < text.len && text.s[n] != '<') n++;
+            write_shown(out, text.s, n);
         }
-        text.s += n;
-        text.len -= n;
+        if (tag[out->matched]) continue;
+        if (!out->thinking) set_thinking(out, true);
+        write_shown(out, tag, out->matched);
+        if (tag[1] == '/') set_thinking(out, false);
+        out->matched = 0;
     }
     write_text(out, text);
 }
@@ -2871,7 +2862,7 @@ static void write_reply(Output *out, Text text) {
 // Begins the model's text behind a prompt, which may have opened a thought.
 static void start_thoughts(Output *out, const Options *o, bool filter, Text prompt) {
     out->filter = filter;
-    out->keep_thoughts = o->think;
+    out->show_thoughts = o->think || out->terminal;
     out->start = out->n;
     out->matched = 0;
     bool thinking = false;
@@ -2884,10 +2875,8 @@ static void start_thoughts(Output *out, const Options *o, bool filter, Text prom
 
 // Ends it: with what is held back, and a newline.
 static void end_text(Output *out) {
-    if (out->matched && (!out->thinking || out->terminal || out->keep_thoughts))
-        write_text(out, (Text){out->thinking ? "</think>" : "<think>", out->matched});
+    write_shown(out, next_tag(out), out->matched);
     if (out->thinking) set_thinking(out, false);
-    out->matched = 0;
     write_output(out, out->held, out->n_held);
     out->n_held = 0;
     write_output(out, "\n", 1);
