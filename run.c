@@ -2712,7 +2712,7 @@ static volatile sig_atomic_t interrupted;
 typedef struct {
     int fd;
     const char *path;
-    char *temporary;
+    char *temporary, *target;  // the name until then, and behind it in the same block the last one
     char held[4];       // the first bytes of an unfinished UTF-8 character
     size_t n_held;
     char *memory;       // with fd -1 results go here
@@ -2732,32 +2732,30 @@ static void remove_unfinished(void) {
     if (dimmed && write(1, "\033[0m", 4) < 0) {}
 }
 
-static const char suffix[] = ".XXXXXX";
-
 static Output open_output(const char *path) {
     Output out = {.fd = 1, .path = path && strcmp(path, "-") ? path : NULL};
     out.terminal = !out.path && isatty(1);
     if (!out.path) return out;
     struct stat st;
     bool exists = !stat(path, &st);
-    if (exists && !S_ISREG(st.st_mode)) {  // a device or a pipe is written to as it is
-        out.fd = open(path, O_WRONLY);
-        if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
-        return out;
+    if (exists && !S_ISREG(st.st_mode)) {
+        out.fd = open(path, O_WRONLY);  // a device or a pipe is written to as it is
+    } else {
+        char *real = exists ? realpath(path, NULL) : NULL;  // where a link leads to
+        const char *name = real ? real : path;
+        if (asprintf(&out.temporary, "%s.XXXXXX%c%s", name, 0, name) < 0) die("out of memory");
+        free(real);
+        out.target = out.temporary + strlen(out.temporary) + 1;
+        out.fd = mkstemp(out.temporary);
     }
-    mode_t mask = umask(0);
-    umask(mask);
-    char *real = exists ? realpath(path, NULL) : NULL;  // where a link leads to
-    size_t size = strlen(real ? real : path) + sizeof suffix;
-    out.temporary = resize(NULL, size, 1);
-    snprintf(out.temporary, size, "%s%s", real ? real : path, suffix);
-    free(real);
-    out.fd = mkstemp(out.temporary);
     if (out.fd < 0) free(out.temporary);
     if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
-    unfinished_fd = out.fd;
-    fcntl(out.fd, F_SETFD, FD_CLOEXEC);
+    if (!out.temporary) return out;
+    mode_t mask = umask(0);
+    umask(mask);
     fchmod(out.fd, exists ? st.st_mode & 0777 : 0666 & ~mask);
+    fcntl(out.fd, F_SETFD, FD_CLOEXEC);
+    unfinished_fd = out.fd;
     unfinished_file = out.temporary;
     return out;
 }
@@ -2780,15 +2778,10 @@ static void write_output(Output *out, const void *data, size_t n) {
     }
 }
 static void close_output(Output *out) {
-    write_output(out, out->held, out->n_held);
-    out->n_held = 0;
     if (!out->path) return;
     int failed = out->temporary ? fsync(out->fd) : 0;
     failed |= close(out->fd);
-    char *real = out->temporary;
-    if (real) real = strndup(real, strlen(real) + 1 - sizeof suffix);
-    failed = failed || (real && rename(out->temporary, real));
-    free(real);
+    failed = failed || (out->temporary && rename(out->temporary, out->target));
     if (failed) die("cannot write %s: %s", out->path, strerror(errno));
     unfinished_file = NULL;
     free(out->temporary);
