@@ -3071,14 +3071,13 @@ static double score_window(const Model *m, Cache *kv, const int *ids, int from, 
                            int scored) {
     Slot batch[MAX_BATCH];
     double nll[MAX_BATCH] = {0}, sum = 0;
-    for (int i = from, n; i < end && !interrupted; i += n) {
-        bool want = i >= scored;
-        int limit = !want && scored < end ? scored : end, cap = want ? logits_batch(m) : MAX_BATCH;
-        for (n = 0; n < cap && i + n < limit; n++)
-            batch[n] = (Slot){ids[i + n], i + n - from, 0, want};
+    prefill(m, kv, 0, ids + from, 0, scored - from);
+    for (int i = scored, n; i < end && !interrupted; i += n) {
+        for (n = 0; n < logits_batch(m) && i + n < end; n++)
+            batch[n] = (Slot){ids[i + n], i + n - from, 0, true};
         Score s = {forward(m, kv, batch, n), m->c.vocab_size, ids + i + 1, nll};
-        if (want) parallel(surprise_task, &s, n);
-        for (int j = 0; j < n && want; j++) sum += nll[j];
+        parallel(surprise_task, &s, n);
+        for (int j = 0; j < n; j++) sum += nll[j];
     }
     return sum;
 }
