@@ -3092,7 +3092,7 @@ static double score_window(const Model *m, Cache *kv, const int *ids, int from, 
 typedef struct {
     uint64_t number;        // of the state
     int32_t n_ids, n_done;  // tokens; how many of them the cache holds
-    int32_t keep, area; // tokens that stay when the context is full; which area holds the tokens
+    int32_t keep, area;     // tokens that stay when the context is full; which area holds them all
     uint64_t rng;           // state of the random generator
     uint64_t hash;          // of the above
 } SessionState;
@@ -3112,18 +3112,20 @@ typedef struct {
     const char *path;
     uint8_t *map;
     size_t size, reserved;  // of the file; of its bytes, those that the disk has set aside
-    SessionState now;
-    int written;         // tokens of the area that are the text's
+    SessionState now;    // n_ids: so many tokens of the area are the text's
 } Session;
 
 static size_t session_cache_at(int ctx) {
     return (2 * ((size_t)ctx + 1) * sizeof(int) + 2 * PAGE - 1) / PAGE * PAGE;
 }
-static size_t session_size(const Cache *kv, int n) {  // with n positions
-    return session_cache_at(kv->ctx) + ((size_t)n + CHUNK - 1) / CHUNK * kv->chunk_bytes;
+static size_t trunk_bytes(const Cache *kv, int n) {  // of n positions
+    return ((size_t)n + CHUNK - 1) / CHUNK * kv->chunk_bytes;
 }
-static int *session_ids(uint8_t *file, int ctx, int area) {
-    return (int *)(void *)(file + PAGE) + (size_t)area * ((size_t)ctx + 1);
+static size_t session_size(const Cache *kv, int n) {
+    return session_cache_at(kv->ctx) + trunk_bytes(kv, n);
+}
+static int *session_ids(const void *file, int ctx, int area) {
+    return (int *)(uintptr_t)file + PAGE / sizeof(int) + (size_t)area * ((size_t)ctx + 1);
 }
 static SessionHeader session_header(const Cache *kv) {
     SessionHeader h = {.chunk_bytes = kv->chunk_bytes, .ctx = kv->ctx, .wide = kv->wide};
@@ -3134,13 +3136,21 @@ static SessionHeader session_header(const Cache *kv) {
 }
 static void seal_state(SessionState *s) { s->hash = hash64(s, offsetof(SessionState, hash)); }
 
+// The first page of a file with this state.
+static const void *first_page(const Cache *kv, SessionState state) {
+    static union { SessionHeader h; char page[PAGE]; } first;
+    first.h = session_header(kv);
+    first.h.states[1] = state;
+    seal_state(&first.h.states[1]);
+    return &first;
+}
+
 // What is wrong with a session file for this cache, or NULL; *state becomes the state that counts.
 // With ctx_too, its context must be the cache's.
-static const char *check_session(const uint8_t *file, size_t size, const Cache *kv, bool ctx_too,
-                                 SessionHeader *h, SessionState *state) {
-    SessionHeader mine = session_header(kv);
+static const char *check_session(const void *file, size_t size, const Cache *kv, bool ctx_too,
+                                 SessionState *state) {
+    const SessionHeader *h = file, mine = session_header(kv);
     if (size < sizeof *h || memcmp(file, session_magic, 7)) return "is not a session";
-    memcpy(h, file, sizeof *h);
     if (memcmp(h->magic, session_magic, 8)) return "is a session of another version";
     if (h->hash != hash64(h, offsetof(SessionHeader, hash))) return "is damaged: its header";
     if (h->model != mine.model) return "is a session of another model";
@@ -3150,18 +3160,17 @@ static const char *check_session(const uint8_t *file, size_t size, const Cache *
     if (ctx_too && h->ctx != kv->ctx) return "was made with another -c: leave that out";
     *state = (SessionState){0};
     for (int i = 0; i < 2; i++) {
-        const SessionState *s = &h->states[i];
-        bool right = s->number && s->hash == hash64(s, offsetof(SessionState, hash));
-        if (right && s->number > state->number) *state = *s;
+        SessionState s = h->states[i];
+        seal_state(&s);
+        if (s.hash == h->states[i].hash && s.number > state->number) *state = s;
     }
     if (!state->number || state->n_done < 0 || state->n_ids < state->n_done ||
         state->n_done > h->ctx || state->n_ids > h->ctx + 1 || state->area < 0 || state->area > 1 ||
         state->keep < 0)
         return "is damaged: neither of its states is whole";
-    Cache theirs = *kv;
-    theirs.ctx = h->ctx;
-    if (state->n_ids && size < session_size(&theirs, state->n_done)) return "is truncated";
-    const int *ids = session_ids((uint8_t *)(uintptr_t)file, h->ctx, state->area);
+    if (state->n_ids && size < session_cache_at(h->ctx) + trunk_bytes(kv, state->n_done))
+        return "is truncated";
+    const int *ids = session_ids(file, h->ctx, state->area);
     for (int i = 0; i < state->n_ids; i++)
         if (ids[i] < 0 || ids[i] >= kv->m->c.vocab_size) return "is damaged: its tokens";
     return NULL;
@@ -3206,23 +3215,18 @@ static int open_session(Session *s, const char *path) {
 // Puts the file in the place of the cache's trunk.
 static void map_session(Session *s, Cache *kv) {
     const char *path = s->path;
-    size_t had = s->size;
-    SessionHeader h = session_header(kv);
-    s->size = session_size(kv, kv->ctx);
-    if (had == 0) {  // a new one: its first page makes it a session
-        static union { SessionHeader h; char page[PAGE]; } first;
-        first.h = h;
-        first.h.states[1].number = 1;
-        seal_state(&first.h.states[1]);
-        if (pwrite(s->fd, &first, sizeof first, 0) != (ssize_t)sizeof first)
+    if (s->size == 0) {  // a new one: its first page makes it a session
+        if (pwrite(s->fd, first_page(kv, (SessionState){.number = 1}), PAGE, 0) != PAGE)
             die("cannot write the session %s: %s", path, strerror(errno));
-    } else {
-        void *file = mmap(NULL, had, PROT_READ, MAP_SHARED, s->fd, 0);
-        if (file == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
-        const char *wrong = check_session(file, had, kv, true, &h, &s->now);
-        munmap(file, had);
-        if (wrong) die("%s %s", path, wrong);
+        s->size = PAGE;
     }
+    size_t had = s->size;
+    void *file = mmap(NULL, had, PROT_READ, MAP_SHARED, s->fd, 0);
+    if (file == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
+    const char *wrong = check_session(file, had, kv, true, &s->now);
+    munmap(file, had);
+    if (wrong) die("%s %s", path, wrong);
+    s->size = session_size(kv, kv->ctx);
     s->reserved = session_size(kv, s->now.n_done);
     if (s->reserved > had) s->reserved = had;
     reserve_session(s, kv, s->now.n_done);
@@ -3230,8 +3234,6 @@ static void map_session(Session *s, Cache *kv) {
         die("cannot make the session %s %zu MiB long: %s", path, s->size >> 20, strerror(errno));
     s->map = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
     if (s->map == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
-    if (had == 0) s->now = ((SessionHeader *)(void *)s->map)->states[1];
-    s->written = s->now.n_ids;
     munmap(kv->data, kv->bytes);
     kv->data = s->map + session_cache_at(kv->ctx);
 }
@@ -3242,13 +3244,12 @@ static void save_session(Session *s, const Cache *kv, const int *ids, int n_ids,
     if (s->fd < 0) return;
     if (n_ids > kv->ctx + 1) n_ids = n_done;  // what there is no room for is not part of it yet
     int *area = session_ids(s->map, kv->ctx, s->now.area);
-    for (int i = s->written; i < n_ids; i++) area[i] = ids[i];
-    s->written = n_ids;
+    for (int i = s->now.n_ids; i < n_ids; i++) area[i] = ids[i];
     s->now = (SessionState){s->now.number + 1, n_ids, n_done, keep, s->now.area, rng, 0};
     seal_state(&s->now);
     atomic_signal_fence(memory_order_seq_cst);  // the compiler must keep the order
     ((SessionHeader *)(void *)s->map)->states[s->now.number & 1] = s->now;
-    atomic_signal_fence(memory_order_seq_cst);  // the compiler must keep the order
+    atomic_signal_fence(memory_order_seq_cst);
 }
 
 static void close_session(Session *s, Cache *kv) {
@@ -3448,7 +3449,6 @@ static void cut(Machine *w, Decoder *d, size_t n) {
     if (d->done > (int)n) d->done = (int)n;
     if (w->draft.done > (int)n) w->draft.done = (int)n;
     d->logits = NULL;
-    if (w->session.written > (int)n) w->session.written = (int)n;
     save_decoder(w, d, (int)n);
 }
 
@@ -3464,7 +3464,7 @@ static void make_room(Machine *w, Decoder *d) {
     if (d->done > keep) d->done = keep;
     if (w->draft.done > keep) w->draft.done = keep;
     if (w->kv.from[d->seq] > keep) w->kv.from[d->seq] = keep;
-    if (d->seq == 0) w->session.now.area ^= 1, w->session.written = 0;
+    if (d->seq == 0) w->session.now.area ^= 1, w->session.now.n_ids = 0;
     save_decoder(w, d, (int)d->ids.n);
     if (!w->shifts++ && !w->o->quiet)
         fprintf(stderr, "\n(the context of %d tokens is full: from here on the beginning and the "
@@ -3843,7 +3843,7 @@ static void print_samples(Machine *w, Decoder *trunk, Decoder *d, int best, Outp
     }
     if (w->o->best) {
         int same = w->kv.from[best + 1];  // less than the trunk has if the context was full
-        if (same < (int)trunk->ids.n) w->session.now.area ^= 1, w->session.written = 0;
+        if (same < (int)trunk->ids.n) w->session.now.area ^= 1, w->session.now.n_ids = 0;
         if (trunk->done > same) trunk->done = same;
         trunk->ids.n = (size_t)same;
         for (size_t i = (size_t)same; i < d[best].ids.n; i++) push(&trunk->ids, d[best].ids.ids[i]);
@@ -4017,7 +4017,6 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
 
 // Writes the conversation into a file that -S and /load open.
 static void save_conversation(Machine *w, Decoder *d, const char *path) {
-    static union { SessionHeader h; char page[PAGE]; } first;
     static const char zeros[PAGE];
     struct stat st;
     if (!stat(path, &st) && st.st_size) {
@@ -4030,35 +4029,32 @@ static void save_conversation(Machine *w, Decoder *d, const char *path) {
     }
     settle(w, d);
     size_t cache_at = session_cache_at(w->ctx), at = PAGE + d->ids.n * sizeof(int), n;
-    first.h = session_header(&w->kv);
-    first.h.states[1] = (SessionState){1, (int)d->ids.n, d->done, d->keep, 0, d->s.rng, 0};
-    seal_state(&first.h.states[1]);
+    SessionState state = {1, (int)d->ids.n, d->done, d->keep, 0, d->s.rng, 0};
     Output file = open_output(path);
-    write_output(&file, &first, PAGE);
+    write_output(&file, first_page(&w->kv, state), PAGE);
     write_output(&file, d->ids.ids, d->ids.n * sizeof(int));
     for (; at < cache_at; at += n) {
         n = cache_at - at < PAGE ? cache_at - at : PAGE;
         write_output(&file, zeros, n);
     }
-    write_output(&file, w->kv.data, session_size(&w->kv, d->done) - cache_at);
+    write_output(&file, w->kv.data, trunk_bytes(&w->kv, d->done));
     close_output(&file);
 }
 
 // Takes the conversation of a file in the place of this one.
 static void load_conversation(Machine *w, Decoder *d, const char *path) {
     size_t size;
-    SessionHeader h;
     SessionState s;
     const uint8_t *file = map_file(path, &size);
-    const char *wrong = check_session(file, size, &w->kv, false, &h, &s);
+    const char *wrong = check_session(file, size, &w->kv, false, &s);
     if (!wrong && s.n_ids > w->ctx + 1) wrong = "is longer than this chat's context";
     if (!wrong) {
         if (s.n_done > w->ctx) s.n_done = w->ctx;
         reserve_session(&w->session, &w->kv, s.n_done);
         cut(w, d, 0);
-        size_t from = session_cache_at(h.ctx), chunks = ((size_t)s.n_done + CHUNK - 1) / CHUNK;
-        memcpy(w->kv.data, file + from, chunks * h.chunk_bytes);
-        const int *ids = session_ids((uint8_t *)(uintptr_t)file, h.ctx, s.area);
+        int ctx = ((const SessionHeader *)(const void *)file)->ctx;
+        memcpy(w->kv.data, file + session_cache_at(ctx), trunk_bytes(&w->kv, s.n_done));
+        const int *ids = session_ids(file, ctx, s.area);
         for (int i = 0; i < s.n_ids; i++) push(&d->ids, ids[i]);
         d->done = s.n_done;
         d->keep = s.keep;
@@ -4101,8 +4097,7 @@ static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double 
         else cut(w, d, (size_t)turns->ids[--turns->n]);
     } else if (!strcmp(name, "/stats")) {
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
-                d->ids.n, w->ctx,
-                (double)(session_size(&w->kv, d->done) - session_cache_at(w->ctx)) / 1e6, rate);
+                d->ids.n, w->ctx, (double)trunk_bytes(&w->kv, d->done) / 1e6, rate);
     } else {
         if (strcmp(name, "/help")) fprintf(stderr, "%s is not a command; these are:\n", name);
         fputs("/clear       forget the conversation\n/undo        take the last turn back\n"

@@ -3072,7 +3072,6 @@ static void test_best_in_session(const char *endless) {
     Model m;
     Tokenizer t = {0};
     Cache kv;
-    SessionHeader h;
     SessionState s;
     Buffer printed = {0}, kept = {0};
     const char *path = in_folder("new");
@@ -3085,7 +3084,7 @@ static void test_best_in_session(const char *endless) {
     new_cache(&kv, &m, 999, 0, 0);
     Buffer file = slurp(path);
     Ids prompt = ids_of(&t, "abc", 3, NULL, true);
-    if (CHECK(!check_session(file.p, file.n, &kv, true, &h, &s) && s.n_ids == (int)prompt.n + 40,
+    if (CHECK(!check_session(file.p, file.n, &kv, true, &s) && s.n_ids == (int)prompt.n + 40,
               "-k -b keeps the best answer in the session")) {
         const int *ids = session_ids(file.p, 999, s.area);
         for (int i = 0; i < s.n_ids; i++) {
@@ -3104,10 +3103,9 @@ static void test_best_in_session(const char *endless) {
 static bool whole_session(const char *path, const Model *m, int ctx, const Ids *expected, int *n) {
     Buffer file = slurp(path);
     Cache cache;
-    SessionHeader h;
     SessionState s;
     new_cache(&cache, m, ctx, 0, 0);
-    bool whole = !check_session(file.p, file.n, &cache, true, &h, &s);
+    bool whole = !check_session(file.p, file.n, &cache, true, &s);
     const int *ids = whole ? session_ids(file.p, ctx, s.area) : NULL;
     *n = whole ? s.n_ids : 0;
     whole = whole && s.n_done >= s.n_ids - 1 && (size_t)s.n_ids <= expected->n &&
