@@ -2741,7 +2741,7 @@ static Output open_output(const char *path) {
     if (exists && !S_ISREG(st.st_mode)) {
         out.fd = open(path, O_WRONLY);  // a device or a pipe is written to as it is
     } else {
-        char *real = exists ? realpath(path, NULL) : NULL;  // where a link leads to
+        char *real = realpath(path, NULL);  // where a link leads to; NULL: there is no file yet
         const char *name = real ? real : path;
         if (asprintf(&out.temporary, "%s.XXXXXX%c%s", name, 0, name) < 0) die("out of memory");
         free(real);
@@ -2988,8 +2988,7 @@ static void append(Prompt *p, Text text, bool typed) {
     p->s[p->n] = 0;
 }
 
-// Appends a user's turn, and before the first one the system's (system.s NULL: the model's
-// default).
+// Appends a user's turn; before the first one the system's (system.s NULL: the model's default).
 static void append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
     const Text *c = t->chat;
     int before = !first ? LATER_BEFORE : system.s ? USER_BEFORE_SYSTEM : USER_BEFORE;
@@ -3019,8 +3018,7 @@ static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t)
     return s;
 }
 
-// Writes a token's text. Of llama2.c's tokens that are a single byte, it prints only printable
-// ones.
+// Writes a token's text. Of its tokens of a single byte, llama2.c prints only printable ones.
 static void write_token(Output *out, const Tokenizer *t, int previous, int id) {
     Text text = decode(t, previous, id);
     uint8_t c = text.len == 1 ? (uint8_t)text.s[0] : ' ';
@@ -3263,9 +3261,8 @@ static void close_session(Session *s, Cache *kv) {
 
 // ---- Tools: text that the model writes can be a question to a program
 
-// Runs CMD with the question as its input; returns its answer, at most 4000 bytes, without white
-// space at the end, or an empty one, after a word on stderr, when it fails, or takes over 2
-// seconds.
+// Runs CMD with the question as its input; returns its answer, under 4000 bytes, without white
+// space at the end. An empty one, after a word on stderr: it failed, or took over 2 seconds.
 static Text ask_tool(const char *command, Text question) {
     static char answer[4001];
     int to[2], from[2], status = 0;
@@ -3311,27 +3308,25 @@ static Text ask_tool(const char *command, Text question) {
     running_tool = 0;
     if (child && !done) while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
     while (n && (uint8_t)answer[n - 1] <= ' ') n--;
-    if (!why && status) why = "fails";
-    if (!why && !n) why = "prints nothing";
+    if (!why) why = status ? "fails" : n ? NULL : "prints nothing";
     if (why) fprintf(stderr, "run: the tool %s %s: the model goes on alone\n", command, why);
     return (Text){answer, why ? 0 : n};
 }
 
 // Reads an arithmetic expression (numbers, + - * / % ^, parentheses) and returns its end, or NULL.
 static const char *read_expression(const char *s, int *n_operators) {
+    static const char digits[] = "0123456789";
     for (;; s++) {
-        while (*s == ' ' || *s == '-') s++;
+        s += strspn(s, " -");
         if (*s == '(') {
             s = read_expression(s + 1, n_operators);
             if (!s || *s++ != ')') return NULL;
         } else {
-            const char *digits = s;
-            while (*s >= '0' && *s <= '9') s++;
-            if (s == digits) return NULL;
-            if (*s == '.' && s[1] >= '0' && s[1] <= '9')
-                for (s++; *s >= '0' && *s <= '9';) s++;
+            if (!strspn(s, digits)) return NULL;
+            s += strspn(s, digits);
+            if (*s == '.' && strspn(s + 1, digits)) s += 1 + strspn(s + 1, digits);
         }
-        while (*s == ' ') s++;
+        s += strspn(s, " ");
         if (!*s || !strchr("+-*/%^", *s)) return s;
         ++*n_operators;
     }
