@@ -280,8 +280,7 @@ typedef struct {
     int n_seqs, ctx;      // ctx: positions of the trunk
     bool wide;            // float32 (for float32 checkpoints), else half precision
     int *from;            // (n_seqs)
-    size_t k_bytes;       // keys of a chunk of one head: [CHUNK / 16][head_dim][16]
-    size_t head_bytes;    // ... and its values: [CHUNK][head_dim rounded up to 16]
+    size_t head_bytes;    // of a chunk's keys and values of one head
     size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
     size_t branch_bytes;  // of one branch
     uint8_t *data;        // the trunk
@@ -299,12 +298,13 @@ typedef struct {
 
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
 
-// The chunk of the cache that holds a position, which is in it at *at; in a chunk, number d of the
-// key and value that are at `at`; puts a head's key and value (head_dim) there.
+// The chunk of the cache that holds a position, which is in it at *at; where in a chunk number d of
+// the key and of the value at `at` are, and what is there.
 static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *at);
-static float cached_key(const Cache *kv, const uint8_t *chunk, int at, int d);
-static float cached_value(const Cache *kv, const uint8_t *chunk, int at, int d);
-static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, const float *v);
+static size_t key_at(const Cache *kv, int at, int d);
+static size_t value_at(const Cache *kv, int at, int d);
+static float cache_get(const Cache *kv, const uint8_t *chunk, size_t i);
+static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x);
 
 // Attention of one query head (arXiv:1706.03762). The query says what this token looks for, a key
 // what a token offers, a value what it passes on. Query times key is large where the two fit; by
@@ -323,7 +323,7 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
     for (int t = first; t <= slot->pos; t++) {
         const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
         float score = 0;
-        for (int d = 0; d < c->head_dim; d++) score += q[d] * cached_key(kv, chunk, at, d);
+        for (int d = 0; d < c->head_dim; d++) score += q[d] * cache_get(kv, chunk, key_at(kv, at, d));
         weights[t] = score * c->attn_scale;
     }
     softmax(weights, first, slot->pos + 1);
@@ -331,7 +331,7 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
     for (int t = first; t <= slot->pos; t++) {
         const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
         for (int d = 0; d < c->head_dim; d++)
-            out[d] += weights[t] * cached_value(kv, chunk, at, d);
+            out[d] += weights[t] * cache_get(kv, chunk, value_at(kv, at, d));
     }
 }
 
@@ -491,7 +491,10 @@ static void rope_and_cache(const Pass *f, int i) {
         if (l->k_norm.data) rmsnorm(k, k, vec(&l->k_norm), hd, c->norm_eps);
         rope(k, angles, hd);
         uint8_t *chunk = cache_chunk(f->kv, slot->seq, slot->pos, f->layer, h, &at);
-        cache_put(f->kv, chunk, at, k, v);
+        for (int d = 0; d < hd; d++) {
+            cache_put(f->kv, chunk, key_at(f->kv, at, d), k[d]);
+            cache_put(f->kv, chunk, value_at(f->kv, at, d), v[d]);
+        }
     }
 }
 
@@ -980,34 +983,19 @@ static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int he
     return base + (size_t)(pos / CHUNK) * kv->chunk_bytes +
            ((size_t)layer * (size_t)kv->m->c.n_kv_heads + (size_t)head) * kv->head_bytes;
 }
-// Element numbers, within the chunk, of a position's key (its dimension d is 16 * d further) and
-// value.
-static size_t key_at(const Cache *kv, int at) {
-    return (size_t)(at / 16 * kv->m->c.head_dim * 16 + at % 16);
+static size_t key_at(const Cache *kv, int at, int d) {
+    return (size_t)((at / 16 * kv->m->c.head_dim + d) * 16 + at % 16);
 }
-static size_t value_at(const Cache *kv, int at) {
-    return (size_t)at * (size_t)round_up(kv->m->c.head_dim, 16);
-}
-static float cache_get(const Cache *kv, const uint8_t *p, size_t i) {
-    return kv->wide ? floats(p)[i] : half_to_float(halves(p)[i]);
-}
-static float cached_key(const Cache *kv, const uint8_t *chunk, int at, int d) {
-    return cache_get(kv, chunk, key_at(kv, at) + (size_t)d * 16);
-}
-static float cached_value(const Cache *kv, const uint8_t *chunk, int at, int d) {
-    return cache_get(kv, chunk + kv->k_bytes, value_at(kv, at) + (size_t)d);
-}
-// Stores n numbers from element i on, `step` apart.
-static void store_numbers(const Cache *kv, void *p, size_t i, size_t step, const float *x, int n) {
-    for (int j = 0; j < n; j++, i += step) {
-        if (kv->wide) ((float *)p)[i] = x[j];
-        else ((uint16_t *)p)[i] = float_to_half(x[j]);
-    }
-}
-static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, const float *v) {
+static size_t value_at(const Cache *kv, int at, int d) {
     int hd = kv->m->c.head_dim;
-    store_numbers(kv, chunk, key_at(kv, at), 16, k, hd);
-    store_numbers(kv, chunk + kv->k_bytes, value_at(kv, at), 1, v, hd);
+    return (size_t)(CHUNK * hd + at * round_up(hd, 16) + d);
+}
+static float cache_get(const Cache *kv, const uint8_t *chunk, size_t i) {
+    return kv->wide ? floats(chunk)[i] : half_to_float(halves(chunk)[i]);
+}
+static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x) {
+    if (kv->wide) ((float *)(void *)chunk)[i] = x;
+    else ((uint16_t *)(void *)chunk)[i] = float_to_half(x);
 }
 
 // Makes n branches with room for `extra` positions each, in the place of those that there are.
@@ -1029,8 +1017,7 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
     *kv = (Cache){.m = m, .n_seqs = 1, .ctx = ctx, .from = zeros(1, sizeof(int))};
     kv->wide = m->token_embedding.dtype == ROWS || m->token_embedding.dtype == F32;
     size_t size = kv->wide ? 4 : 2, chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
-    kv->k_bytes = CHUNK * (size_t)c->head_dim * size;
-    kv->head_bytes = kv->k_bytes + CHUNK * (size_t)round_up(c->head_dim, 16) * size;
+    kv->head_bytes = value_at(kv, CHUNK, 0) * size;
     kv->chunk_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
     if (chunks > SIZE_MAX / 2 / kv->chunk_bytes)
         die("out of memory: a context of %d positions needs more than there can be; use -c", ctx);
@@ -1588,13 +1575,14 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
 
 // ---- Encoding
 
-// Joining neighbours works on a list of symbols that cover the text, and a heap of the pairs that
-// can be joined, the best on top: the highest priority, then the leftmost.
-typedef struct { size_t start, len; int id, prev, next; } Symbol;
-typedef struct { float priority; int left, id; size_t len; } Pair;
+// Joining neighbours works on symbols that cover the text, each kept at the place of its first
+// byte, and a heap of the pairs that can be joined, the best on top: the highest priority, then the
+// leftmost.
+typedef struct { int id, len, prev; } Symbol;  // prev: where the one before it is, -1: none
+typedef struct { float priority; int left, id, len; } Pair;
 typedef struct {
     const Tokenizer *t;
-    const char *text;
+    Text text;
     Symbol *symbols;
     Pair *heap;
     size_t n_heap;
@@ -1606,14 +1594,13 @@ static bool better(const Pair *a, const Pair *b) {
 }
 static void push_pair(Merger *m, int left) {
     const Tokenizer *t = m->t;
-    const Symbol *a = &m->symbols[left];
-    if (left < 0 || a->next < 0) return;
-    const Symbol *b = &m->symbols[a->next];
+    const Symbol *a = &m->symbols[left], *b = a + a->len;
+    if (left + a->len >= (int)m->text.len) return;
     bool ranked = t->h.kind == BYTE_LEVEL;
-    int rank = ranked ? find_merge(t, a->id, b->id) : 0;
-    int id = rank < 0 ? -1 : find_token(t, (Text){m->text + a->start, a->len + b->len});
+    int rank = ranked ? find_merge(t, a->id, b->id) : 0, len = a->len + b->len;
+    int id = rank < 0 ? -1 : find_token(t, (Text){m->text.s + left, (size_t)len});
     if (id < 0 || (!ranked && t->tokens[id].type != NORMAL)) return;
-    Pair p = {ranked ? (float)-rank : t->tokens[id].score, left, id, a->len + b->len};
+    Pair p = {ranked ? (float)-rank : t->tokens[id].score, left, id, len};
     size_t i = m->n_heap++;
     for (; i && better(&p, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
         m->heap[i] = m->heap[(i - 1) / 2];
@@ -1646,35 +1633,34 @@ static void encode_word(Merger *m, Text word, Ids *out) {
         m->symbols = resize(m->symbols, m->capacity, sizeof *m->symbols);
         m->heap = resize(m->heap, 3 * m->capacity, sizeof *m->heap);
     }
-    m->text = word.s;
+    m->text = word;
     m->n_heap = 0;
-    int n = 0;
-    for (size_t i = 0, used = 1; i < word.len; i += used, n++) {
-        Symbol *s = &m->symbols[n];
-        if (t->h.kind == SENTENCEPIECE) next_char(word.s + i, word.len - i, &used);
-        *s = (Symbol){i, used, -1, n - 1, i + used < word.len ? n + 1 : -1};
-        s->id = t->h.kind == BYTE_LEVEL ? t->byte_token[(uint8_t)word.s[i]]
-                                        : find_token(t, (Text){word.s + i, used});
-        if (s->id >= 0 && t->tokens[s->id].type != NORMAL) s->id = -1;
+    int end = (int)word.len, prev = -1;
+    for (int i = 0; i < end; prev = i, i += m->symbols[i].len) {
+        size_t used = 1;
+        if (t->h.kind == SENTENCEPIECE) next_char(word.s + i, (size_t)(end - i), &used);
+        int id = t->h.kind == BYTE_LEVEL ? t->byte_token[(uint8_t)word.s[i]]
+                                         : find_token(t, (Text){word.s + i, used});
+        if (id >= 0 && t->tokens[id].type != NORMAL) id = -1;
+        m->symbols[i] = (Symbol){id, (int)used, prev};
     }
-    for (int i = 0; i + 1 < n; i++) push_pair(m, i);
+    for (int i = 0; i < end; i += m->symbols[i].len) push_pair(m, i);
     while (m->n_heap) {
         Pair p = pop_pair(m);
-        Symbol *a = &m->symbols[p.left], *b = a->next < 0 ? NULL : &m->symbols[a->next];
-        if (!a->len || !b || a->len + b->len != p.len) continue;  // one of the two has been joined
+        Symbol *a = &m->symbols[p.left], *b = a + a->len;
+        if (!a->len || p.left + a->len >= end || a->len + b->len != p.len)
+            continue;  // one of the two has been joined
+        b->len = 0;
         a->len = p.len;
         a->id = p.id;
-        a->next = b->next;
-        b->len = 0;
-        if (a->next >= 0) m->symbols[a->next].prev = p.left;
+        if (p.left + p.len < end) a[p.len].prev = p.left;
         if (a->prev >= 0) push_pair(m, a->prev);
         push_pair(m, p.left);
     }
-    for (int i = n ? 0 : -1; i >= 0; i = m->symbols[i].next) {
-        const Symbol *s = &m->symbols[i];
-        if (s->id >= 0) push(out, s->id);
-        else for (size_t j = 0; j < s->len; j++) {  // not in the vocabulary: its bytes, or unknown
-            int byte = t->byte_token[(uint8_t)word.s[s->start + j]];
+    for (int i = 0; i < end; i += m->symbols[i].len) {
+        if (m->symbols[i].id >= 0) push(out, m->symbols[i].id);
+        else for (int j = 0; j < m->symbols[i].len; j++) {  // its bytes, or unknown
+            int byte = t->byte_token[(uint8_t)word.s[i + j]];
             if (byte >= 0) push(out, byte);
             else if (t->h.unk >= 0 && !j) push(out, t->h.unk);
         }
@@ -2551,12 +2537,12 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         for (int side = 0; side < sides; side++) {
             const uint8_t *chunk =
                 cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
-            const uint8_t *keys = chunk + key_at(f->kv, at & ~15) * element, *next = keys;
+            const uint8_t *keys = chunk + key_at(f->kv, at & ~15, 0) * element, *next = keys;
             if (n < 8 && pos + AHEAD <= tile->last)
                 next = cache_chunk(f->kv, seq, pos + AHEAD, f->layer, kv_head, &ahead),
-                next += key_at(f->kv, ahead & ~15) * element;
+                next += key_at(f->kv, ahead & ~15, 0) * element;
             if (n < 8 && tile->last < 512)  // the values will be needed soon
-                prefetch(chunk + f->kv->k_bytes + value_at(f->kv, at & ~15) * element, key_bytes);
+                prefetch(chunk + value_at(f->kv, at & ~15, 0) * element, key_bytes);
             for (int j = 0, some; j < n; j += some) {
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
                 some = score_block(n - j, f->kv->wide, keys, next, hd, queries + j, n,
@@ -2596,14 +2582,14 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
     memset(out, 0, (size_t)(n * width) * sizeof(float));
     for (int t = tile->first, run; t <= tile->last; t += run) {  // positions that lie together
         const uint8_t *values = cache_chunk(f->kv, seq, t, f->layer, kv_head, &at) +
-                                f->kv->k_bytes + value_at(f->kv, at) * element;
+                                value_at(f->kv, at, 0) * element;
         run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
         if (t < from && t + run > from) run = from - t;
         run = run < WIDEN ? run : WIDEN;
         const uint8_t *next = values;
         if (!widen && t + AHEAD <= tile->last)
-            next = cache_chunk(f->kv, seq, t + AHEAD, f->layer, kv_head, &at) + f->kv->k_bytes,
-            next += value_at(f->kv, at) * element;
+            next = cache_chunk(f->kv, seq, t + AHEAD, f->layer, kv_head, &at),
+            next += value_at(f->kv, at, 0) * element;
         if (widen) {
             for (int i = 0; i < run * width; i += W)
                 store(widened + i, load_half((const uint16_t *)(const void *)values + i));

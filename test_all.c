@@ -918,10 +918,9 @@ static void test_attention_case(const AttentionCase *a) {
             for (int h = 0, at; h < a->kv_heads; h++)
                 for (int d = 0; d < a->head_dim; d++) {
                     uint8_t *chunk = cache_chunk(&kv, seq, pos, 0, h, &at);
-                    size_t k = key_at(&kv, at) + (size_t)d * 16, v = value_at(&kv, at) + (size_t)d;
+                    size_t k = key_at(&kv, at, d), v = value_at(&kv, at, d);
                     put_number(&kv, chunk, k, stored(a->wide, seq, kv.from[seq], pos, h, d, 0));
-                    put_number(&kv, chunk + kv.k_bytes, v,
-                               stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
+                    put_number(&kv, chunk, v, stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
                 }
     // Runs of positions of all three sequences; those of the branches start where these do.
     int starts[][3] = {
@@ -3117,9 +3116,11 @@ static bool whole_session(const char *path, const Model *m, int ctx, const Ids *
             const uint8_t *mine =
                 cache_chunk(&cache, 0, pos, i / m->c.n_kv_heads, i % m->c.n_kv_heads, &at);
             const uint8_t *theirs = file.p + session_cache_at(ctx) + (mine - cache.data);
-            for (int d = 0; d < m->c.head_dim; d++)
-                whole &= cached_key(&cache, mine, at, d) == cached_key(&cache, theirs, at, d) &&
-                         cached_value(&cache, mine, at, d) == cached_value(&cache, theirs, at, d);
+            for (int d = 0; d < m->c.head_dim; d++) {
+                size_t k = key_at(&cache, at, d), v = value_at(&cache, at, d);
+                whole &= cache_get(&cache, mine, k) == cache_get(&cache, theirs, k) &&
+                         cache_get(&cache, mine, v) == cache_get(&cache, theirs, v);
+            }
         }
     free(file.p);
     free_cache(&cache);
@@ -3656,7 +3657,7 @@ static void test_weights(const Made *made, const Model *m) {
                     p[t] = 0;
                     for (int d = 0; d < hd; d++)
                         p[t] += (double)seen->q[l][i][h * hd + d] *
-                                (double)cache_get(&kv, keys, key_at(&kv, at) + (size_t)d * 16);
+                                (double)cache_get(&kv, keys, key_at(&kv, at, d));
                     p[t] = t < first ? 0 : exp(p[t] * (double)c->attn_scale);
                     sum += p[t], all += (double)w[t];
                 }
