@@ -170,6 +170,10 @@ static const float *vec(const Matrix *w) { return floats(w->data); }
 static bool is_local(const Config *c, int layer) {
     return c->sliding_window && c->local_layers[layer / 8] >> layer % 8 & 1;
 }
+// The first position that a token at pos looks at.
+static int first_seen(const Config *c, int layer, int pos) {
+    return is_local(c, layer) && pos >= c->sliding_window ? pos - c->sliding_window + 1 : 0;
+}
 
 // ---- The mathematics: five functions. Part 3 has faster versions of panel_plain and, below, of
 // attend_plain, with equal results. The functions declared here are in Details.
@@ -316,14 +320,13 @@ static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x);
 static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
                          float *weights, float *out) {
     const Config *c = &kv->m->c;
-    int kv_head = head / (c->n_heads / c->n_kv_heads), first = 0, at;
-    if (is_local(c, layer) && slot->pos >= c->sliding_window)
-        first = slot->pos - c->sliding_window + 1;
+    int kv_head = head / (c->n_heads / c->n_kv_heads), first = first_seen(c, layer, slot->pos), at;
     for (int t = 0; t < first; t++) weights[t] = 0;
     for (int t = first; t <= slot->pos; t++) {
         const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
         float score = 0;
-        for (int d = 0; d < c->head_dim; d++) score += q[d] * cache_get(kv, chunk, key_at(kv, at, d));
+        for (int d = 0; d < c->head_dim; d++)
+            score += q[d] * cache_get(kv, chunk, key_at(kv, at, d));
         weights[t] = score * c->attn_scale;
     }
     softmax(weights, first, slot->pos + 1);
@@ -380,13 +383,11 @@ static void parallel(Task *task, void *context, int n_items) {
     for (int i = 0; i < n_items; i++) task(context, i, 0);
 }
 #define panel_fast panel_plain
-static void attention_fast(const Pass *f) { (void)f; }
-enum { FAST = 0 };
+#define attention_fast attention_plain
 #else
 static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
                        const Quantized *xq, int n, float *y, int stride);
 static void attention_fast(const Pass *f);
-enum { FAST = 1 };
 #endif
 
 // Runs a stage of forward for each slot (or head, or panel).
@@ -508,9 +509,9 @@ static void attend_stage(const Pass *f, int item) {
         f->kv->observe(f->kv->observer, "attention", f->layer, weights, item, f->batch[i].pos + 1);
     free(weights);
 }
-static void attention(Pass *f) {
-    if (FAST && !f->kv->plain && !f->kv->plain_attention) attention_fast(f);
-    else each(f, attend_stage, f->n * f->m->c.n_heads);
+static void attention_plain(const Pass *f) { each(f, attend_stage, f->n * f->m->c.n_heads); }
+static void attention(const Pass *f) {
+    (f->kv->plain || f->kv->plain_attention ? attention_plain : attention_fast)(f);
 }
 
 static void activation_stage(const Pass *f, int i) {
@@ -1315,11 +1316,11 @@ typedef struct {
     Token *tokens;            // (vocab_size)
     Index by_text;            // tokens
     Index merges;             // ranks of pairs of tokens, two uint32
-    const uint8_t *ranges;    // (n_ranges) Range
+    const Range *ranges;      // (n_ranges)
     uint8_t ascii[128];       // class of the first characters
     size_t special[256];      // longest control or user-defined token that starts with this byte
     int byte_token[256];      // token of a single byte, -1 none
-    const uint8_t *stops;     // (n_stops) int32 tokens that end an answer
+    const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
 } Tokenizer;
 
@@ -1398,11 +1399,10 @@ static uint32_t search_class(const Tokenizer *t, uint32_t c) {
     size_t low = 0, high = t->h.n_ranges;
     while (low < high) {
         size_t middle = (low + high) / 2;
-        Range r;
-        memcpy(&r, t->ranges + middle * sizeof r, sizeof r);
-        if (c < r.first) high = middle;
-        else if (c > r.last) low = middle + 1;
-        else return r.class;
+        const Range *r = &t->ranges[middle];
+        if (c < r->first) high = middle;
+        else if (c > r->last) low = middle + 1;
+        else return r->class;
     }
     return 0;
 }
@@ -1494,14 +1494,12 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
         p += k->text.len;
     }
     p += -(p - t->file) & 3;
-    if (p > end ||
-        (uint64_t)h->n_merges * 8 + (uint64_t)h->n_ranges * 12 + (uint64_t)h->n_stops * 4 >
-            (uint64_t)(end - p))
+    if (p > end || h->n_merges * 8ull + h->n_ranges * 12ull + h->n_stops * 4ull > (size_t)(end - p))
         return "is truncated";
-    const uint8_t *merges = p;  // (n_merges, 2) uint32 tokens, best first
-    t->ranges = merges + (size_t)h->n_merges * 8;
-    t->stops = t->ranges + (size_t)h->n_ranges * 12;
-    p = t->stops + (size_t)h->n_stops * 4;
+    const uint32_t *merges = (const void *)p;  // (n_merges, 2) tokens, best first
+    t->ranges = (const void *)(merges + (size_t)h->n_merges * 2);
+    t->stops = (const void *)(t->ranges + h->n_ranges);
+    p = (const uint8_t *)(t->stops + h->n_stops);
     for (uint32_t i = 0; i < h->n_chat; i++) {
         if (end - p < 4 || read_u32(p) > (size_t)(end - p) - 4) return "is truncated";
         t->chat[i] = (Text){(const char *)p + 4, read_u32(p)};
@@ -1509,9 +1507,9 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
     }
     if (p != end) return "is damaged: its end is not where it should be";
     t->merges = new_index(h->n_merges);
-    for (uint32_t rank = 0; rank < h->n_merges; rank++, merges += 8) {
-        if (read_u32(merges) >= (uint32_t)h->vocab_size ||
-            read_u32(merges + 4) >= (uint32_t)h->vocab_size) return "is damaged";
+    for (uint32_t rank = 0; rank < h->n_merges; rank++, merges += 2) {
+        if (merges[0] >= (uint32_t)h->vocab_size || merges[1] >= (uint32_t)h->vocab_size)
+            return "is damaged";
         add_entry(&t->merges, (Text){(const char *)merges, 8}, (int)rank);
     }
     return NULL;
@@ -1813,7 +1811,7 @@ static size_t least_tokens(const Tokenizer *t, size_t bytes) {
 static bool is_stop(const Tokenizer *t, int id) {
     if (t->llama2c) return id == t->h.bos;  // as llama2.c does: BOS separates its stories
     for (uint32_t i = 0; i < t->h.n_stops; i++)
-        if ((int)read_u32(t->stops + 4 * i) == id) return true;
+        if (t->stops[i] == id) return true;
     return id == t->h.eos;
 }
 
@@ -2558,10 +2556,9 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
 
 // Scores of one query become weights; positions that it does not see get weight 0.
 static void attend_softmax(const Attend *a, const AttendTile *tile, float *scores, int query) {
-    const Config *c = &a->f->m->c;
     float *row = scores + (size_t)query * a->row;
-    int pos = a->f->batch[tile->slot + query / a->group].pos, first = 0;
-    if (is_local(c, a->f->layer) && pos >= c->sliding_window) first = pos - c->sliding_window + 1;
+    int pos = a->f->batch[tile->slot + query / a->group].pos;
+    int first = first_seen(&a->f->m->c, a->f->layer, pos);
     softmax(row, first, pos + 1);
     for (int t = tile->first; t < first; t++) row[t] = 0;
     for (int t = pos + 1; t <= tile->last; t++) row[t] = 0;
@@ -2646,9 +2643,8 @@ static void attention_fast(const Pass *f) {
             tile->last = slot->pos;
             if (++tile->n > widest) widest = tile->n;
         } else {
-            int window = is_local(c, f->layer) && slot->pos >= c->sliding_window ? c->sliding_window
-                                                                                 : slot->pos + 1;
-            tiles[a.n_tiles++] = (AttendTile){i, 1, slot->pos + 1 - window, slot->pos};
+            int first = first_seen(c, f->layer, slot->pos);
+            tiles[a.n_tiles++] = (AttendTile){i, 1, first, slot->pos};
         }
         if (slot->pos >= longest) longest = slot->pos + 1;
     }
