@@ -1181,7 +1181,7 @@ static Matrix next_tensor(const Model *m, size_t *next, const char *name, int ki
     return (Matrix){(int)e.dtype, rows, cols, m->file + e.offset};
 }
 
-static void load_v3(Model *m) {
+static void load_v3_header(Model *m) {
     Config *c = &m->c;
     if (m->file_size < sizeof *c) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
     memcpy(c, m->file, sizeof *c);
@@ -1189,7 +1189,7 @@ static void load_v3(Model *m) {
         die("%s is %s: its header says %llu bytes, it has %zu", m->path,
             c->file_size > m->file_size ? "truncated" : "damaged or too long",
             (unsigned long long)c->file_size, m->file_size);
-    size_t directory = c->n_tensors * sizeof(Entry), next = 0;
+    size_t directory = c->n_tensors * sizeof(Entry);
     if (c->n_tensors > 20 * MAX_LAYERS || sizeof *c + directory > m->file_size)
         die("%s: damaged: its header has %u tensors", m->path, c->n_tensors);
     Config blank = *c;
@@ -1201,7 +1201,12 @@ static void load_v3(Model *m) {
     if (c->flags & ~(uint32_t)ALL_FLAGS)
         die("%s needs a newer version of this program: its header has flags %x", m->path, c->flags);
     c->name[sizeof c->name - 1] = 0;
+}
 
+static void load_v3(Model *m) {
+    const Config *c = &m->c;
+    size_t next = 0;
+    load_v3_header(m);
     int dim = c->dim, hidden = c->hidden_dim, head = c->head_dim;
     int q_dim = c->n_heads * head, kv_dim = c->n_kv_heads * head;
 #define TENSOR(kind, field, rows, cols) m->field = next_tensor(m, &next, #field, kind, rows, cols)
@@ -1220,11 +1225,9 @@ static void load_v3(Model *m) {
         TENSOR(F32, layers[l].wq, q_dim, dim);
         TENSOR(F32, layers[l].wk, kv_dim, dim);
         TENSOR(F32, layers[l].wv, kv_dim, dim);
-        if (c->flags & QKV_BIAS) {
-            TENSOR(ROWS, layers[l].bq, 1, q_dim);
-            TENSOR(ROWS, layers[l].bk, 1, kv_dim);
-            TENSOR(ROWS, layers[l].bv, 1, kv_dim);
-        }
+        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bq, 1, q_dim);
+        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bk, 1, kv_dim);
+        if (c->flags & QKV_BIAS) TENSOR(ROWS, layers[l].bv, 1, kv_dim);
         if (c->flags & QK_NORM) TENSOR(ROWS, layers[l].q_norm, 1, head);
         if (c->flags & QK_NORM) TENSOR(ROWS, layers[l].k_norm, 1, head);
         TENSOR(F32, layers[l].wo, dim, q_dim);
@@ -1254,12 +1257,12 @@ static void load_model(Model *m, const char *path) {
     m->file = map_weights(path, &m->file_size);
     uint32_t first[2] = {0, 0};
     memcpy(first, m->file, m->file_size < 8 ? m->file_size : 8);
-    if (first[0] == 0x46554747) die("%s is a GGUF file: convert it with `.venv/bin/python "
-                                    "export.py %s model.bin`", path, path);
-    if (first[0] != 0x616b3432) load_llama2c(m, false);
+    bool versioned = first[0] == 0x616b3432, gguf = first[0] == 0x46554747;
+    if (gguf || (versioned && first[1] == 2))
+        die("%s is a %s: convert it with `.venv/bin/python export.py %s model.bin`", path,
+            gguf ? "GGUF file" : "version 2 file of llama2.c", path);
+    if (!versioned) load_llama2c(m, false);
     else if (first[1] == 1) load_llama2c(m, true);
-    else if (first[1] == 2) die("%s is a version 2 file of llama2.c: convert it with "
-                                "`.venv/bin/python export.py %s model.bin`", path, path);
     else if (first[1] == 3) load_v3(m);
     else die("%s: version %u is unknown; this program reads versions 0, 1 and 3", path, first[1]);
 }
@@ -1282,7 +1285,7 @@ static void free_model(Model *m) {
 
 enum { BYTE_LEVEL, SENTENCEPIECE };
 enum { NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED };  // types of a token
-enum { LETTER = 1, NUMBER, SPACE };                    // classes of a character
+enum { LETTER = 1, NUMBER, SPACE, N_CHARS = 0x110000 };  // classes of a character
 enum { ADD_BOS = 1, ADD_SPACE_PREFIX = 2, IGNORE_MERGES = 4, PREFIX_START_ONLY = 8 };
 enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_AFTER, USER_BEFORE_SYSTEM,
        USER_AFTER_SYSTEM, LATER_BEFORE, LATER_AFTER, ASSISTANT_AFTER, N_CHAT };  // chat pieces
@@ -1316,8 +1319,7 @@ typedef struct {
     Token *tokens;            // (vocab_size)
     Index by_text;            // tokens
     Index merges;             // ranks of pairs of tokens, two uint32
-    const Range *ranges;      // (n_ranges)
-    uint8_t ascii[128];       // class of the first characters
+    uint8_t *classes;         // (N_CHARS)
     size_t special[256];      // longest control or user-defined token that starts with this byte
     int byte_token[256];      // token of a single byte, -1 none
     const int32_t *stops;     // (n_stops) tokens that end an answer
@@ -1395,20 +1397,8 @@ static uint32_t next_char(const char *s, size_t len, size_t *used) {
     return c;
 }
 
-static uint32_t search_class(const Tokenizer *t, uint32_t c) {
-    size_t low = 0, high = t->h.n_ranges;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        const Range *r = &t->ranges[middle];
-        if (c < r->first) high = middle;
-        else if (c > r->last) low = middle + 1;
-        else return r->class;
-    }
-    return 0;
-}
-static uint32_t class_of(const Tokenizer *t, const char *s, size_t len, size_t *used) {
-    uint32_t c = next_char(s, len, used);
-    return c < 128 ? t->ascii[c] : search_class(t, c);
+static uint8_t class_of(const Tokenizer *t, const char *s, size_t len, size_t *used) {
+    return t->classes[next_char(s, len, used)];
 }
 
 // ---- Opening a tokenizer
@@ -1427,7 +1417,6 @@ static void index_tokens(Tokenizer *t) {
         } else if (k->text.len == 1 && t->byte_token[first] < 0 &&
                    (k->type == BYTE) == (t->h.kind == SENTENCEPIECE)) t->byte_token[first] = id;
     }
-    for (uint32_t c = 0; c < 128; c++) t->ascii[c] = (uint8_t)search_class(t, c);
 }
 
 // The byte that a piece of the form <0xHH> stands for, or -1.
@@ -1497,8 +1486,8 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
     if (p > end || h->n_merges * 8ull + h->n_ranges * 12ull + h->n_stops * 4ull > (size_t)(end - p))
         return "is truncated";
     const uint32_t *merges = (const void *)p;  // (n_merges, 2) tokens, best first
-    t->ranges = (const void *)(merges + (size_t)h->n_merges * 2);
-    t->stops = (const void *)(t->ranges + h->n_ranges);
+    const Range *range = (const void *)(merges + (size_t)h->n_merges * 2);
+    t->stops = (const void *)(range + h->n_ranges);
     p = (const uint8_t *)(t->stops + h->n_stops);
     for (uint32_t i = 0; i < h->n_chat; i++) {
         if (end - p < 4 || read_u32(p) > (size_t)(end - p) - 4) return "is truncated";
@@ -1506,6 +1495,12 @@ static const char *load_own_tokenizer(Tokenizer *t, int vocab_size) {
         p += 4 + t->chat[i].len;
     }
     if (p != end) return "is damaged: its end is not where it should be";
+    t->classes = zeros(N_CHARS, 1);
+    for (uint32_t i = 0, next = 0; i < h->n_ranges; i++, next = range++->last + 1) {
+        if (range->first < next || range->last < range->first || range->last >= N_CHARS)
+            return "is damaged: its character classes";
+        memset(t->classes + range->first, (int)range->class, range->last + 1 - range->first);
+    }
     t->merges = new_index(h->n_merges);
     for (uint32_t rank = 0; rank < h->n_merges; rank++, merges += 2) {
         if (merges[0] >= (uint32_t)h->vocab_size || merges[1] >= (uint32_t)h->vocab_size)
@@ -1520,6 +1515,7 @@ static void free_tokenizer(Tokenizer *t) {
     free(t->tokens);
     free(t->by_text.entries);
     free(t->merges.entries);
+    free(t->classes);
     free(t->path);
     *t = (Tokenizer){0};
 }
@@ -1544,21 +1540,21 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
 // Finds the model's tokenizer: the named one, or model.tok or tokenizer.bin beside the model, or
 // tokenizer.bin in the current folder; the first that fits.
 static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
+    const char *wrong = named ? load_tokenizer(t, named, m) : NULL;
+    if (wrong) die("%s %s", named, wrong);
+    if (named) return;
     const char *slash = strrchr(m->path, '/'), *dot = strrchr(m->path, '.');
     int folder = slash ? (int)(slash - m->path) + 1 : 0;
     int stem = dot && dot > m->path + folder ? (int)(dot - m->path) : (int)strlen(m->path);
     size_t size = strlen(m->path) + 100;
     char *path = resize(NULL, size, 1), *seen = resize(NULL, 3 * size, 1);
     *seen = 0;
-    for (int i = named ? 3 : 0; i < 4 - !named; i++) {
-        snprintf(path, size, "%.*s%s", i == 0 ? stem : i == 1 ? folder : 0, m->path,
-                 i == 0 ? ".tok" : "tokenizer.bin");
+    for (int i = 0, parts[] = {stem, folder, 0}; i < (folder ? 3 : 2); i++) {
+        snprintf(path, size, "%.*s%s", parts[i], m->path, i ? "tokenizer.bin" : ".tok");
         struct stat st;
-        if ((i == 2 && !folder) || (i < 3 && stat(path, &st))) continue;
-        bool usable = named || (S_ISREG(st.st_mode) && st.st_size > 0 && !access(path, R_OK));
-        const char *wrong = usable ? load_tokenizer(t, named ? named : path, m)
-                                   : "cannot be read or is empty";
-        if (wrong && named) die("%s %s", named, wrong);
+        if (stat(path, &st)) continue;
+        bool usable = S_ISREG(st.st_mode) && st.st_size > 0 && !access(path, R_OK);
+        wrong = usable ? load_tokenizer(t, path, m) : "cannot be read or is empty";
         if (!wrong) {
             free(seen);
             free(path);
