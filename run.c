@@ -904,8 +904,9 @@ static void *resize(void *old, size_t count, size_t size) {
 }
 
 // Zeroed memory that is not touched before it is used, so that it costs nothing until then.
-static void *reserve(size_t bytes, const char *what) {
+static void *reserve(size_t count, size_t size, const char *what) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    size_t bytes = count > SIZE_MAX / 2 / size ? SIZE_MAX : count * size;  // nobody has SIZE_MAX
     void *p = mmap(NULL, bytes + !bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED) die("out of memory: %zu MiB for %s", bytes >> 20, what);
     return p;
@@ -1003,10 +1004,8 @@ static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x) {
 static void add_branches(Cache *kv, int n, int extra) {
     size_t chunks = ((size_t)extra + 15 + CHUNK - 1) / CHUNK;
     if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
-    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes / (size_t)n)
-        die("out of memory: %d sequences of %d positions need more than there can be", n, extra);
     kv->branch_bytes = chunks * kv->chunk_bytes;
-    kv->branches = reserve((size_t)n * kv->branch_bytes, "the KV cache of several sequences");
+    kv->branches = reserve(chunks * (size_t)n, kv->chunk_bytes, "the KV cache of many sequences");
     kv->n_seqs = n + 1;
     free(kv->from);
     kv->from = zeros((size_t)kv->n_seqs, sizeof(int));
@@ -1020,10 +1019,8 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
     size_t size = kv->wide ? 4 : 2, chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
     kv->head_bytes = value_at(kv, CHUNK, 0) * size;
     kv->chunk_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
-    if (chunks > SIZE_MAX / 2 / kv->chunk_bytes)
-        die("out of memory: a context of %d positions needs more than there can be; use -c", ctx);
     kv->bytes = chunks * kv->chunk_bytes;
-    kv->data = reserve(kv->bytes, "the KV cache (-c N makes the context shorter)");
+    kv->data = reserve(chunks, kv->chunk_bytes, "the KV cache (-c N makes the context shorter)");
     if (kv->chunk_bytes < 8 << 20) large_pages(kv->data, kv->bytes);
     if (n_branches) add_branches(kv, n_branches, extra);
 }
@@ -1181,6 +1178,15 @@ static Matrix next_tensor(const Model *m, size_t *next, const char *name, int ki
     return (Matrix){(int)e.dtype, rows, cols, m->file + e.offset};
 }
 
+// The hash of the first bytes of a version 3 file, with both hashes in its header taken as zero.
+static uint64_t file_hash(const Model *m, size_t bytes) {
+    Config blank;
+    memcpy(&blank, m->file, sizeof blank);
+    blank.content_hash = blank.header_hash = 0;
+    return mix64(bytes) + hash_words(&blank, sizeof blank, 0) +
+           hash_words(m->file + sizeof blank, bytes - sizeof blank, sizeof blank / 8);
+}
+
 static void load_v3_header(Model *m) {
     Config *c = &m->c;
     if (m->file_size < sizeof *c) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
@@ -1192,10 +1198,7 @@ static void load_v3_header(Model *m) {
     size_t directory = c->n_tensors * sizeof(Entry);
     if (c->n_tensors > 20 * MAX_LAYERS || sizeof *c + directory > m->file_size)
         die("%s: damaged: its header has %u tensors", m->path, c->n_tensors);
-    Config blank = *c;
-    blank.content_hash = blank.header_hash = 0;
-    if (mix64(sizeof blank + directory) + hash_words(&blank, sizeof blank, 0) +
-        hash_words(m->file + sizeof blank, directory, sizeof blank / 8) != c->header_hash)
+    if (file_hash(m, sizeof *c + directory) != c->header_hash)
         die("%s: damaged: its header does not have the hash that it states", m->path);
     check_config(c, m->path);
     if (c->flags & ~(uint32_t)ALL_FLAGS)
@@ -2020,7 +2023,7 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
     Reading r = {.path = path, .fd = open_file(path, size)};
     r.size = *size;
     if (*size >= 4 * LARGE_PAGE && *size < free_memory() / 2) {
-        uint8_t *space = reserve(*size + LARGE_PAGE, path);
+        uint8_t *space = reserve(1, *size + LARGE_PAGE, path);
         size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
         r.data = space + before;
         if (before) munmap(space, before);
@@ -3709,8 +3712,8 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
     if (theirs && !o->context) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
     new_cache(&w->kv, m, w->ctx, 0, 0);
     size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
-    d->s.p = w->p = reserve(vocab * sizeof *w->p, "the sampler");
-    d->s.candidates = w->candidates = reserve(vocab * sizeof *w->candidates, "the sampler");
+    d->s.p = w->p = reserve(vocab, sizeof *w->p, "the sampler");
+    d->s.candidates = w->candidates = reserve(vocab, sizeof *w->candidates, "the sampler");
     if (o->session) {
         map_session(&w->session, &w->kv);
         const SessionState *s = &w->session.now;
@@ -4632,7 +4635,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     long long budget = start_text(o, m, t, ctx, prompt, ids);
     int n_prompt = (int)ids->n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
     size_t bytes = (L * (size_t)c->n_heads + 1) * (size_t)ctx * sizeof(float);
-    e.weights = reserve(bytes, "attention weights (-c N makes the context shorter)");
+    e.weights = reserve(1, bytes, "attention weights (-c N makes the context shorter)");
     e.logits = resize(NULL, L * vocab, sizeof(float));
     Output out = open_output(o->output);
     e.f = open_memstream(&shown, &size);
@@ -5322,12 +5325,7 @@ static void observe_norm(void *observer, const char *name, int layer, const floa
 static void check_content(const Options *o, const Model *m) {
     if (m->c.version != 3) die("%s is a file of llama2.c, which has no reference values to check; "
                                "export.py makes a version 3 of it that has", m->path);
-    uint64_t sum = mix64(m->file_size);
-    Config blank = m->c;
-    memcpy(&blank, m->file, sizeof blank);
-    blank.content_hash = blank.header_hash = 0;
-    sum += hash_words(&blank, sizeof blank, 0) +
-           hash_words(m->file + sizeof blank, m->file_size - sizeof blank, sizeof blank / 8);
+    uint64_t sum = file_hash(m, m->file_size);
     if (sum != m->c.content_hash)
         die("check failed: content: %s has hash %016llx, its header says %016llx: the file is "
             "damaged", m->path, (unsigned long long)sum, (unsigned long long)m->c.content_hash);
@@ -5485,7 +5483,7 @@ static void bench(const Options *o, const Model *m, double started) {
     prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
     double startup = seconds() - started;
     size_t bytes = (size_t)256 << 20;
-    Stream stream = {reserve(bytes + 8192, "measuring the memory"), bytes, threads, 1, false};
+    Stream stream = {reserve(1, bytes + 8192, "measuring the memory"), bytes, threads, 1, false};
     large_pages(stream.data, bytes);
     memset((void *)(uintptr_t)stream.data, 1, bytes + 8192);
     double rate[6][ROUNDS], t;
