@@ -630,7 +630,7 @@ static int argmax(const float *x, int n) {
 
 // The limits: draws from the smallest number of the likeliest tokens that all of them allow. The
 // many others are unlikely each, but together they would be drawn now and then, and spoil the text.
-static int sample_candidates(Sampler *s, float coin);
+static int sample_candidates(Sampler *s);
 
 // Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
 // Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum. Two tokens
@@ -648,13 +648,13 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
     float max = s->p[best];
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, 0, s->vocab_size);
-    float coin = s->coin = random_f32(&s->rng), cdf = 0;
+    float cdf = 0;
+    s->coin = random_f32(&s->rng);
     s->kept = 0;
-    if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0)
-        return sample_candidates(s, coin);
+    if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0) return sample_candidates(s);
     for (int i = 0; i < s->vocab_size; i++) {
         cdf += s->p[i];
-        if (coin < cdf) return i;
+        if (s->coin < cdf) return i;
     }
     return s->vocab_size - 1;
 }
@@ -676,7 +676,7 @@ static int by_probability(const void *a, const void *b) {
 }
 
 // The probabilities left do not add up to 1: the random number is scaled to their sum.
-static int sample_candidates(Sampler *s, float coin) {
+static int sample_candidates(Sampler *s) {
     Candidate *c = s->candidates;
     int n = 0, kept = 0;
     bool nucleus = s->top_p > 0 && s->top_p < 1;
@@ -703,7 +703,7 @@ static int sample_candidates(Sampler *s, float coin) {
     s->kept = kept;
     for (int i = 0; i < kept; i++) {
         cdf += c[i].p;
-        if (coin * sum < cdf) return c[i].token;
+        if (s->coin * sum < cdf) return c[i].token;
     }
     return c[kept - 1].token;
 }
@@ -1110,17 +1110,18 @@ static void check_config(const Config *c, const char *path) {
 // row, without any names.
 static void load_llama2c(Model *m, bool v1) {
     Config *c = &m->c;
-    int32_t h[7];
-    size_t at = v1 ? 256 : 28, end = at;
-    if (m->file_size < at) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
-    memcpy(h, m->file + (v1 ? 8 : 0), sizeof h);
-    bool v0 = !v1, tied = v1 ? m->file[36] != 0 : h[5] > 0;
-    if (h[3] < 1 || h[0] % h[3] || h[5] == INT32_MIN || (v1 && h[5] < 1))
+    size_t end = v1 ? 256 : 28;
+    if (m->file_size < end) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
+    *c = (Config){.version = v1, .norm_eps = 1e-5f, .embed_scale = 1};
+    memcpy((char *)c + offsetof(Config, dim), m->file + (v1 ? 8 : 0), 28);  // dim to seq_len
+    bool v0 = !v1, tied = v1 ? m->file[36] != 0 : c->vocab_size > 0;
+    if (c->n_heads < 1 || c->dim % c->n_heads || c->vocab_size == INT32_MIN ||
+        (v1 && c->vocab_size < 1))
         die("%s is not a model (export.py makes one), or damaged: dim %d, %d heads, vocabulary %d",
-            m->path, h[0], h[3], h[5]);
-    *c = (Config){.version = v1, .dim = h[0], .hidden_dim = h[1], .n_layers = h[2], .n_heads = h[3],
-                  .n_kv_heads = h[4], .vocab_size = abs(h[5]), .seq_len = h[6],
-                  .head_dim = h[0] / h[3], .norm_eps = 1e-5f, .flags = tied, .embed_scale = 1};
+            m->path, c->dim, c->n_heads, c->vocab_size);
+    c->flags = tied;
+    c->vocab_size = abs(c->vocab_size);
+    c->head_dim = c->dim / c->n_heads;
     check_config(c, m->path);
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
     int dim = c->dim, hidden = c->hidden_dim, kv_dim = c->n_kv_heads * c->head_dim, n = c->n_layers;
@@ -1715,19 +1716,16 @@ static size_t next_word(const Tokenizer *t, const char *s, size_t len) {
 // Appends the tokens of a text without special tokens.
 static void encode_plain(Merger *m, Text text, Ids *out) {
     const Tokenizer *t = m->t;
-    if (t->h.kind == SENTENCEPIECE || t->h.split == 0) {
-        if (text.len) encode_word(m, text, out);
-        return;
-    }
+    bool words = t->h.kind == BYTE_LEVEL && t->h.split;
     while (text.len) {
         size_t piece = text.len, used = 0;
-        if (t->h.isolate_digits) {  // a digit is a word; the rest is cut as if it stood alone
+        if (words && t->h.isolate_digits) {  // a digit is a word; the rest is cut as if it stood alone
             for (piece = 0; piece < text.len; piece += used)
                 if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) break;
             if (!piece) piece = used;
         }
         for (size_t i = 0, n; i < piece; i += n) {
-            n = next_word(t, text.s + i, piece - i);
+            n = words ? next_word(t, text.s + i, piece - i) : piece;
             encode_word(m, (Text){text.s + i, n}, out);
         }
         text.s += piece;
