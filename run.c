@@ -384,10 +384,12 @@ static void parallel(Task *task, void *context, int n_items) {
 }
 #define panel_fast panel_plain
 #define attention_fast attention_plain
+#define map_weights map_file
 #else
 static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
                        const Quantized *xq, int n, float *y, int stride);
 static void attention_fast(const Pass *f);
+static const uint8_t *map_weights(const char *path, size_t *size);  // map_file in large pages
 #endif
 
 // Runs a stage of forward for each slot (or head, or panel).
@@ -1082,11 +1084,6 @@ static const uint8_t *map_file(const char *path, size_t *size) {
     close(fd);
     return data;
 }
-#ifdef PLAIN
-#define map_weights map_file
-#else
-static const uint8_t *map_weights(const char *path, size_t *size);  // the same in large pages
-#endif
 
 // Ends the program unless every size is in a range in which nothing below can overflow.
 static void check_config(const Config *c, const char *path) {
@@ -1310,7 +1307,7 @@ typedef struct {
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 bytes");
 
-// A hash table from texts to numbers (open addressing); an empty entry has no text.
+// A hash table from texts to numbers (open addressing); an empty entry has no text, and number -1.
 typedef struct { const char *s; uint32_t len; int number; } Named;
 typedef struct { Named *entries; size_t mask; } Index;
 
@@ -1354,6 +1351,7 @@ static Index new_index(size_t n) {
     Index index = {.mask = 1};
     while (index.mask < 2 * n) index.mask *= 2;
     index.entries = zeros(index.mask--, sizeof(Named));
+    for (size_t i = 0; i <= index.mask; i++) index.entries[i].number = -1;
     return index;
 }
 // The entry of a text with this hash, or the empty one that it would have.
@@ -1367,20 +1365,15 @@ static void add_entry(const Index *index, Text text, int number) {
     Named *e = entry_of(index, text, text_hash(text));
     if (!e->len) *e = (Named){text.s, (uint32_t)text.len, number};  // the first of equal texts
 }
-// The number of a text, or -1.
-static int find_hashed(const Index *index, Text text, uint64_t h) {
-    const Named *e = entry_of(index, text, h);
-    return e->len ? e->number : -1;
-}
 // The token with this text, or -1. Byte and unused tokens are not found by their text.
 static int find_token(const Tokenizer *t, Text text) {
-    return find_hashed(&t->by_text, text, text_hash(text));
+    return entry_of(&t->by_text, text, text_hash(text))->number;
 }
 // The rank of joining tokens a and b, or -1.
 static int find_merge(const Tokenizer *t, int a, int b) {
     int pair[] = {a, b};
     Text text = {(const char *)pair, sizeof pair};
-    return find_hashed(&t->merges, text, text_hash(text));
+    return entry_of(&t->merges, text, text_hash(text))->number;
 }
 
 // Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
@@ -1440,8 +1433,6 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
     t->h = (TokenizerHeader){.kind = SENTENCEPIECE, .vocab_size = vocab_size, .bos = 1, .eos = 2,
                              .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
                              .temperature = -1, .top_p = -1};
-    // NOLINTNEXTLINE(clang-analyzer-unix.Malloc): free_tokenizer frees what is in t
-    t->llama2c = true;
     if (vocab_size < 3) return "is one of llama2.c, but the model has fewer than 3 tokens";
     for (int id = 0; id < vocab_size; id++) {
         Token *k = &t->tokens[id];
@@ -1532,9 +1523,9 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     t->file = map_file(path, &t->file_size);
     t->tokens = zeros((size_t)m->c.vocab_size, sizeof *t->tokens);
     if (t->file_size < 8) return "is truncated";
-    bool own = read_u32(t->file) == 0x336b6f74;
-    const char *wrong = own ? load_own_tokenizer(t, m->c.vocab_size)
-                            : load_llama2c_tokenizer(t, m->c.vocab_size);
+    t->llama2c = read_u32(t->file) != 0x336b6f74;
+    const char *wrong = t->llama2c ? load_llama2c_tokenizer(t, m->c.vocab_size)
+                                   : load_own_tokenizer(t, m->c.vocab_size);
     if (!wrong && m->c.tokenizer_hash && t->h.hash != m->c.tokenizer_hash)
         wrong = "is the tokenizer of another model";
     if (!wrong) index_tokens(t);
@@ -1719,7 +1710,7 @@ static void encode_plain(Merger *m, Text text, Ids *out) {
     bool words = t->h.kind == BYTE_LEVEL && t->h.split;
     while (text.len) {
         size_t piece = text.len, used = 0;
-        if (words && t->h.isolate_digits) {  // a digit is a word; the rest is cut as if it stood alone
+        if (words && t->h.isolate_digits) {  // a digit is a word; the rest is cut by itself
             for (piece = 0; piece < text.len; piece += used)
                 if (class_of(t, text.s + piece, text.len - piece, &used) == NUMBER) break;
             if (!piece) piece = used;
@@ -1741,7 +1732,7 @@ static int special_at(const Tokenizer *t, const char *s, size_t len, const char 
     int found = -1;
     for (size_t n = 1; n <= longest && n <= len; n++) {
         h = hash_byte(h, s[n - 1]);
-        int id = find_hashed(&t->by_text, (Text){s, n}, h);
+        int id = entry_of(&t->by_text, (Text){s, n}, h)->number;
         if (id < 0) continue;
         if (t->tokens[id].type == USER_DEFINED) found = id;
         if (t->tokens[id].type == CONTROL && !(typed && memchr(typed, 1, n))) found = id;
