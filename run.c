@@ -1434,6 +1434,7 @@ static const char *load_llama2c_tokenizer(Tokenizer *t, int vocab_size) {
                              .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
                              .temperature = -1, .top_p = -1};
     if (vocab_size < 3) return "is one of llama2.c, but the model has fewer than 3 tokens";
+    // NOLINTNEXTLINE(clang-analyzer-unix.Malloc): free_tokenizer frees what is in t
     for (int id = 0; id < vocab_size; id++) {
         Token *k = &t->tokens[id];
         if (t->file_size - at < 8) return "has fewer tokens than the model, or is truncated";
