@@ -278,15 +278,18 @@ static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x
 
 // One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which
 // reads the positions before from[s] from the trunk, and stores only its own: many continuations of
-// one prompt share it. Details has the layout.
+// one prompt share it. With a window, a token of a branch sees the trunk and the newest positions
+// only, and the branch stores no more than these. Details has the layout.
 typedef struct {
     const Model *m;
     int n_seqs, ctx;      // ctx: positions of the trunk
+    int window;           // positions; 0: all
     bool wide;            // float32 (for float32 checkpoints), else half precision
     int *from;            // (n_seqs)
     size_t head_bytes;    // of a chunk's keys and values of one head
     size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
     size_t branch_bytes;  // of one branch
+    int branch_room;      // positions of one branch
     uint8_t *data;        // the trunk
     uint8_t *branches;
     size_t bytes;         // of the trunk
@@ -302,6 +305,11 @@ typedef struct {
 
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
 
+// The positions that a slot sees in a layer: from `start` on, but not those of [gap, end).
+typedef struct { int start, gap, end; } Sight;
+static Sight sight(const Cache *kv, int layer, const Slot *slot);
+static bool sees(Sight s, int t) { return t >= s.start && (t < s.gap || t >= s.end); }
+static void softmax_seen(float *weights, Sight s, int n);  // of n positions; the others get 0
 // The chunk of the cache that holds a position, which is in it at *at; where in a chunk number d of
 // the key and of the value at `at` are, and what is there.
 static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *at);
@@ -316,22 +324,25 @@ static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x);
 //     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small. Local layers see a window of positions only. weights is scratch of pos + 1 numbers.
+// small. Local layers see a window of positions only. weights (pos + 1) is set as well.
 static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
                          float *weights, float *out) {
     const Config *c = &kv->m->c;
-    int kv_head = head / (c->n_heads / c->n_kv_heads), first = first_seen(c, layer, slot->pos), at;
-    for (int t = 0; t < first; t++) weights[t] = 0;
-    for (int t = first; t <= slot->pos; t++) {
+    int kv_head = head / (c->n_heads / c->n_kv_heads), at;
+    Sight seen = sight(kv, layer, slot);
+    for (int t = 0; t <= slot->pos; t++) {
+        weights[t] = 0;
+        if (!sees(seen, t)) continue;
         const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
         float score = 0;
         for (int d = 0; d < c->head_dim; d++)
             score += q[d] * cache_get(kv, chunk, key_at(kv, at, d));
         weights[t] = score * c->attn_scale;
     }
-    softmax(weights, first, slot->pos + 1);
+    softmax_seen(weights, seen, slot->pos + 1);
     for (int d = 0; d < c->head_dim; d++) out[d] = 0;
-    for (int t = first; t <= slot->pos; t++) {
+    for (int t = 0; t <= slot->pos; t++) {
+        if (!sees(seen, t)) continue;
         const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
         for (int d = 0; d < c->head_dim; d++)
             out[d] += weights[t] * cache_get(kv, chunk, value_at(kv, at, d));
@@ -976,12 +987,12 @@ static State *get_state(Cache *kv, int n) {
 
 enum { CHUNK = 256 };
 
-// A branch's storage starts at from[s] rounded down to a block of 16.
+// A branch's storage starts at from[s] rounded down to a block of 16, and is a ring.
 static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *at) {
     uint8_t *base = kv->data;
     if (seq > 0 && pos >= kv->from[seq]) {
         base = kv->branches + (size_t)(seq - 1) * kv->branch_bytes;
-        pos -= kv->from[seq] & ~15;
+        pos = (pos - (kv->from[seq] & ~15)) % kv->branch_room;
     }
     *at = pos % CHUNK;
     return base + (size_t)(pos / CHUNK) * kv->chunk_bytes +
@@ -1002,11 +1013,29 @@ static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x) {
     else ((uint16_t *)(void *)chunk)[i] = float_to_half(x);
 }
 
-// Makes n branches with room for `extra` positions each, in the place of those that there are.
+static Sight sight(const Cache *kv, int layer, const Slot *slot) {
+    int start = first_seen(&kv->m->c, layer, slot->pos), from = kv->from[slot->seq];
+    int newest = kv->window ? slot->pos + 1 - kv->window : 0;
+    if (start < from && from < newest) return (Sight){start, from, newest};
+    if (start < newest && from < newest) start = newest;
+    return (Sight){start, start, start};
+}
+static void softmax_seen(float *weights, Sight s, int n) {
+    for (int t = s.gap; t < s.end; t++) weights[t] = weights[n - 1];  // the maximum stays
+    float max = largest(weights, s.start, n);
+    for (int t = s.start; t < n; t++) weights[t] = exp_(weights[t] - max);
+    for (int t = s.gap; t < s.end; t++) weights[t] = 0;
+    float scale = 1.0f / sum16(weights, s.start, n, false);
+    for (int t = s.start; t < n; t++) weights[t] *= scale;
+}
+
+// Makes n branches with room for `extra` positions each, in the place of those that there are: all
+// positions, or a window and as many as are computed at once.
 static void add_branches(Cache *kv, int n, int extra) {
     size_t chunks = ((size_t)extra + 15 + CHUNK - 1) / CHUNK;
     if (kv->branches) munmap(kv->branches, (size_t)(kv->n_seqs - 1) * kv->branch_bytes);
     kv->branch_bytes = chunks * kv->chunk_bytes;
+    kv->branch_room = (int)chunks * CHUNK;
     kv->branches = reserve(chunks * (size_t)n, kv->chunk_bytes, "the KV cache of many sequences");
     kv->n_seqs = n + 1;
     free(kv->from);
@@ -2432,7 +2461,9 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
 // of a tile that share a key/value head pass over its keys and values together.
 
 enum { MAX_QUERIES = 32, AHEAD = 64 };  // positions that few queries prefetch: they wait for memory
-typedef struct { int slot, n, first, last; } AttendTile;  // slots; positions any of them sees
+// Slots, and the positions that any of them sees: [start, last] without [gap, end). A row of scores
+// has `skip` positions of the gap less, a multiple of 16.
+typedef struct { int slot, n, start, gap, end, skip, last; } AttendTile;
 typedef struct {
     const Pass *f;
     const AttendTile *tiles;
@@ -2519,7 +2550,7 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     }
     for (int b = b0; b < b1; b++) {
         // A block where a branch leaves the trunk lies in both: the trunk's part comes first.
-        int from = seq > 0 ? f->kv->from[seq] : 0, pos = b * 16;
+        int from = f->kv->from[seq], pos = b * 16 < tile->gap ? b * 16 : b * 16 + tile->skip;
         int sides = from > pos && from < pos + 16 && tile->last >= from ? 2 : 1;
         for (int side = 0; side < sides; side++) {
             const uint8_t *chunk =
@@ -2531,7 +2562,7 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
             if (n < 8 && tile->last < 512)  // the values will be needed soon
                 prefetch(chunk + value_at(f->kv, at & ~15, 0) * element, key_bytes);
             for (int j = 0, some; j < n; j += some) {
-                float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)pos;
+                float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)b * 16;
                 some = score_block(n - j, f->kv->wide, keys, next, hd, queries + j, n,
                                    c->attn_scale, side ? own : out, side ? 16 : a->row);
                 for (int i = 0; i < some && side; i++)
@@ -2546,11 +2577,13 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
 // Scores of one query become weights; positions that it does not see get weight 0.
 static void attend_softmax(const Attend *a, const AttendTile *tile, float *scores, int query) {
     float *row = scores + (size_t)query * a->row;
-    int pos = a->f->batch[tile->slot + query / a->group].pos;
-    int first = first_seen(&a->f->m->c, a->f->layer, pos);
-    softmax(row, first, pos + 1);
-    for (int t = tile->first; t < first; t++) row[t] = 0;
-    for (int t = pos + 1; t <= tile->last; t++) row[t] = 0;
+    const Slot *slot = &a->f->batch[tile->slot + query / a->group];
+    Sight seen = sight(a->f->kv, a->f->layer, slot);
+    seen.end -= tile->skip;
+    if (seen.start >= tile->end) seen.start -= tile->skip, seen.gap -= tile->skip;
+    softmax_seen(row, seen, slot->pos + 1 - tile->skip);
+    for (int t = tile->start; t < seen.start; t++) row[t] = 0;
+    for (int t = slot->pos + 1; t <= tile->last; t++) row[t - tile->skip] = 0;
 }
 
 enum { WIDEN = 64 };  // positions
@@ -2560,13 +2593,14 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
     const Pass *f = a->f;
     const Config *c = &f->m->c;
     int hd = c->head_dim, width = round_up(hd, 16), n = tile->n * a->group, at;
-    int seq = f->batch[tile->slot].seq, from = seq > 0 ? f->kv->from[seq] : 0;
+    int seq = f->batch[tile->slot].seq, from = f->kv->from[seq];
     size_t element = f->kv->wide ? 4 : 2;
     bool wide = f->kv->wide, widen = !wide && n > 6;  // for many queries, made float only once
     float *out = resize(NULL, (size_t)((n + WIDEN) * width), sizeof(float)),
           *widened = out + n * width;
     memset(out, 0, (size_t)(n * width) * sizeof(float));
-    for (int t = tile->first, run; t <= tile->last; t += run) {  // positions that lie together
+    for (int t = tile->start, run; t <= tile->last; t += run) {  // positions that lie together
+        if (t == tile->gap) t = tile->end;
         const uint8_t *values = cache_chunk(f->kv, seq, t, f->layer, kv_head, &at) +
                                 value_at(f->kv, at, 0) * element;
         run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
@@ -2581,13 +2615,13 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
                 store(widened + i, load_half((const uint16_t *)(const void *)values + i));
             values = (const uint8_t *)widened;
         }
-        int most = W == 16 ? 4 : 2;
+        int most = W == 16 ? 4 : 2, weight = t < tile->end ? t : t - tile->skip;
         for (int ch = c0, v; ch < c1; ch += v * W) {
             v = c1 - ch >= most * W ? most : c1 - ch >= 2 * W ? 2 : 1;
             for (int j = 0; j < n;)
                 j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element),
                                next + (size_t)ch * element, width, run,
-                               scores + (size_t)j * a->row + (size_t)t, a->row,
+                               scores + (size_t)j * a->row + (size_t)weight, a->row,
                                out + j * width + ch);
         }
     }
@@ -2607,7 +2641,7 @@ static void attend_part(void *context, int item, int thread) {
     int pair = item / a->parts, part = item % a->parts, n_kv = a->f->m->c.n_kv_heads;
     const AttendTile *tile = &a->tiles[pair / n_kv];
     float *scores = a->f->s->scores + (size_t)(a->phase ? pair : thread) * a->area;
-    int b0 = tile->first / 16, b1 = tile->last / 16 + 1, n = tile->n * a->group;
+    int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1, n = tile->n * a->group;
     int c0 = 0, c1 = round_up(a->f->m->c.head_dim, 16);
     if (a->phase == 1) b0 += part * PART, b1 = b0 + PART < b1 ? b0 + PART : b1;
     if (a->phase == 3) c0 = part * CHANNELS, c1 = c0 + CHANNELS < c1 ? c0 + CHANNELS : c1;
@@ -2632,10 +2666,13 @@ static void attention_fast(const Pass *f) {
             tile->last = slot->pos;
             if (++tile->n > widest) widest = tile->n;
         } else {
-            int first = first_seen(c, f->layer, slot->pos);
-            tiles[a.n_tiles++] = (AttendTile){i, 1, first, slot->pos};
+            Sight s = sight(f->kv, f->layer, slot);
+            int skip = (s.end & ~15) - round_up(s.gap, 16);
+            if (skip < 0 || s.gap == s.end) skip = 0;
+            tile = &tiles[a.n_tiles++];
+            *tile = (AttendTile){i, 1, s.start, s.gap, s.end, skip, slot->pos};
         }
-        if (slot->pos >= longest) longest = slot->pos + 1;
+        if (slot->pos >= longest + tile->skip) longest = slot->pos + 1 - tile->skip;
     }
     int pairs = a.n_tiles * c->n_kv_heads, threads = pool.n_threads;
     bool phases = pairs < 4 * threads && threads > 1 && (longest > 256 || longest * widest > 1024);
@@ -4797,7 +4834,7 @@ enum {
     USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
-    MAGIC = 0x327a6d6c,                 // "lmz2"
+    MAGIC = 0x337a6d6c,                 // "lmz3"
 };
 
 typedef struct {
@@ -4962,8 +4999,8 @@ static int input_at(const Codec *z, const Block *b, int first, int i) {
 // n pieces of a block, from `first` on, that are coded in lockstep as segments of `length` pieces.
 typedef struct { Block *b; int first, n, length; } Span;
 
-// Runs the inputs before steps [from, to) of all segments through the model, whose window begins at
-// step `base`.
+// Runs the inputs before steps [from, to) of all segments through the model, which sees these from
+// step `base` on.
 static float *feed(Codec *z, const Span *span, int from, int to, int base, bool want) {
     int n_slots = 0, trunk = (int)z->tail.n - 1;
     Slot *slots = resize(NULL, SEGMENTS * (size_t)(to - from), sizeof *slots);
@@ -5014,17 +5051,19 @@ static void code_step(Codec *z, const Span *span, int t, int from, int some, con
 
 static void code_span(Codec *z, const Span *span) {
     int n_segments = (span->n + span->length - 1) / span->length, trunk = (int)z->tail.n - 1;
-    int window = z->context - prefix_of(z), most = z->coder.decoding ? 1 : 4 * logits_batch(z->m);
+    int longest = z->m->c.seq_len - prefix_of(z);  // the positions that there are
+    int again = longest / 2 < z->kv.window ? longest / 2 : z->kv.window;
+    int most = z->coder.decoding ? 1 : 4 * logits_batch(z->m);
     most = (most < MAX_BATCH ? most : MAX_BATCH) / n_segments;
     if (most < 1) most = 1;
     prefill(z->m, &z->kv, 0, z->tail.ids, 0, trunk);
     for (int s = 1; s < z->kv.n_seqs; s++) z->kv.from[s] = trunk;
     for (int t = 0, base = 0, some; t < span->length; t += some) {
-        if (t - base == window) {
-            base = t - window / 2;
+        if (t - base == longest) {
+            base = t - again;
             feed(z, span, base, t, base, false);
         }
-        some = base + window < span->length ? base + window - t : span->length - t;
+        some = base + longest < span->length ? base + longest - t : span->length - t;
         if (some > most) some = most;
         const float *logits = feed(z, span, t, t + some, base, true);
         for (int k = 0; k < some; k++) code_step(z, span, t + k, t, some, logits);
@@ -5115,7 +5154,10 @@ static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet)
 }
 static void set_context(Codec *z, int context) {
     z->context = context;
-    new_cache(&z->kv, z->m, prefix_of(z), SEGMENTS, context - prefix_of(z));
+    int window = context - prefix_of(z), most = z->m->c.seq_len - prefix_of(z);
+    new_cache(&z->kv, z->m, prefix_of(z), SEGMENTS,
+              most - window > MAX_BATCH ? window + MAX_BATCH : most);
+    z->kv.window = window;
 }
 static void free_codec(Codec *z) {
     void *all[] = {z->bias, z->squares, z->p, z->sums, z->tail.ids, z->coder.bytes};

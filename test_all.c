@@ -875,18 +875,25 @@ static void test_products(void) {
 // 3. Attention
 // =================================================================================================
 
-// A cache of random keys and values: the trunk, and branches that leave it at from[1..].
-typedef struct { int head_dim, group, kv_heads, window; bool wide; int branch_at; } AttentionCase;
+// A cache of random keys and values: the trunk, and branches that leave it at from[1..], `length`
+// positions long, of which the newest `seen` can be seen (0: all).
+typedef struct {
+    int head_dim, group, kv_heads, window;
+    bool wide;
+    int branch_at, seen, length;
+} AttentionCase;
 static const char *describe(const AttentionCase *a) {
-    static char text[120];
-    snprintf(text, sizeof text, "head size %d, %d queries a head, window %d, %s, branch at %d",
-             a->head_dim, a->group, a->window, a->wide ? "float" : "half", a->branch_at);
+    static char text[160];
+    snprintf(text, sizeof text,
+             "head size %d, %d queries a head, window %d, %s, branch at %d, %d of %d seen",
+             a->head_dim, a->group, a->window, a->wide ? "float" : "half", a->branch_at, a->seen,
+             a->length);
     return text;
 }
 
 // A number of the key (what = 0) or value (1) at a sequence's position: a function of its place.
 static float stored(bool wide, int seq, int from, int pos, int head, int d, int what) {
-    uint64_t place = (uint64_t)(((seq && pos >= from ? seq : 0) * 1024 + pos) * 8 + head) * 512 +
+    uint64_t place = (uint64_t)(((seq && pos >= from ? seq : 0) * 2048 + pos) * 8 + head) * 512 +
                      (uint64_t)(d * 2 + what);
     uint64_t keep = random_state;
     random_state = place * 77;
@@ -902,7 +909,7 @@ static void put_number(const Cache *kv, uint8_t *p, size_t at, float x) {
 }
 
 static void test_attention_case(const AttentionCase *a) {
-    enum { CONTEXT = 640, EXTRA = 60 };
+    enum { CONTEXT = 640, MOST = 1200 };
     Model m = {.c = {.n_heads = a->group * a->kv_heads, .n_kv_heads = a->kv_heads,
                      .head_dim = a->head_dim, .n_layers = 1, .sliding_window = a->window,
                      .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1,
@@ -910,11 +917,12 @@ static void test_attention_case(const AttentionCase *a) {
                .token_embedding = {.dtype = a->wide ? F32 : BF16}};
     const Config *c = &m.c;
     Cache kv;
-    new_cache(&kv, &m, CONTEXT, 2, EXTRA);
+    new_cache(&kv, &m, CONTEXT, 2, a->seen ? a->seen + MAX_BATCH : a->length);
+    kv.window = a->seen;
     kv.from[1] = a->branch_at;
     kv.from[2] = a->branch_at ? a->branch_at - 1 : 3;
     for (int seq = 0; seq < 3; seq++)
-        for (int pos = seq ? kv.from[seq] : 0; pos < (seq ? kv.from[seq] + EXTRA : CONTEXT); pos++)
+        for (int pos = seq ? kv.from[seq] : 0; pos < (seq ? kv.from[seq] + a->length : CONTEXT); pos++)
             for (int h = 0, at; h < a->kv_heads; h++)
                 for (int d = 0; d < a->head_dim; d++) {
                     uint8_t *chunk = cache_chunk(&kv, seq, pos, 0, h, &at);
@@ -922,10 +930,11 @@ static void test_attention_case(const AttentionCase *a) {
                     put_number(&kv, chunk, k, stored(a->wide, seq, kv.from[seq], pos, h, d, 0));
                     put_number(&kv, chunk, v, stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
                 }
-    // Runs of positions of all three sequences; those of the branches start where these do.
-    int starts[][3] = {
-        {0, 0, 9}, {0, 14, 4}, {0, 250, 13}, {0, 509, 5}, {0, 623, 1}, {1, kv.from[1], 20},
-        {1, kv.from[1] + 41, 3}, {2, kv.from[2], 1}, {2, kv.from[2] + 16, 2}};
+    // Runs of positions of all three sequences; those of the branches start where these do, or where
+    // enough has been seen.
+    int late = a->seen ? a->length - 60 : 0, one = kv.from[1] + late, two = kv.from[2] + late;
+    int starts[][3] = {{0, 0, 9}, {0, 14, 4}, {0, 250, 13}, {0, 509, 5}, {0, 623, 1},
+                       {1, one, 20}, {1, one + 41, 3}, {2, two, 1}, {2, two + 16, 2}};
     Slot batch[MAX_BATCH];
     int n = 0, hd = a->head_dim, q_dim = c->n_heads * hd;
     for (int i = 0; i < 9; i++)
@@ -935,16 +944,18 @@ static void test_attention_case(const AttentionCase *a) {
     for (int i = 0; i < n; i++)
         for (int j = 0; j < q_dim; j++) row_of(s->q, i, q_dim)[j] = (float)spread();
 
-    double worst = 0, *p = get(CONTEXT, 8);
+    double worst = 0, *p = get(MOST, 8);
     for (int i = 0; i < n; i += 1 + i / 7) {
         int h = below(c->n_heads), pos = batch[i].pos, seq = batch[i].seq, from = kv.from[seq];
         int first = a->window && pos >= a->window ? pos - a->window + 1 : 0;
+        int end = a->seen ? pos + 1 - a->seen : 0;  // of what is seen no more after `from`
         double total = 0;
-        float weights[CONTEXT], out[512];
+        float weights[MOST], out[512];
         const float *q = row_of(s->q, i, q_dim) + h * hd;
         attend_plain(&kv, 0, &batch[i], h, q, weights, out);
         for (int t = first; t <= pos; t++) {
             p[t] = 0;
+            if (t >= from && t < end) continue;
             for (int d = 0; d < hd; d++)
                 p[t] += (double)q[d] * (double)stored(a->wide, seq, from, t, h / a->group, d, 0);
             total += p[t] = exp(p[t] * (double)c->attn_scale);
@@ -1001,11 +1012,14 @@ static void test_attention(void) {
     static const int places[] = {0, 1, 15, 16, 17, 40, 255, 256, 257};
     static const int sizes[] = {2, 12, 16, 24, 64, 80, 130, 12, 16};
     static const int groups[] = {1, 3, 5, 2, 4, 9, 1, 40, 8};
-    static const int windows[] = {0, 1, 7, 300, 16, 0, 257, 0, 100};
+    static const int windows[] = {0, 1, 7, 300, 16, 0, 257, 0, 100}, seen[] = {300, 1, 16, 100, 30};
     for (int i = 0; i < 9; i++)
         for (int wide = 0; wide < 2; wide++) {
             AttentionCase a = {sizes[i], groups[(i + wide) % 9], 1 + i % 2,
-                               windows[(i + 4 * wide) % 9], wide, places[i]};
+                               windows[(i + 4 * wide) % 9], wide, places[i], 0, 60};
+            test_attention_case(&a);
+            a.seen = seen[(i + 4 * wide) % 5];
+            a.length = i % 2 ? 900 : a.seen + 60;  // the ring is used again, or the gap is new
             test_attention_case(&a);
         }
 }
@@ -4057,7 +4071,7 @@ static Buffer squeeze_with(const Model *m, const Tokenizer *t, const Buffer *tex
     Options o = {.prompt_file = save("text", text->p, text->n)};
     Codec z;
     open_codec(&z, m, t, true);
-    set_context(&z, m->c.seq_len);
+    set_context(&z, 200);
     z.block = block;
     z.kv.plain = plain;
     z.shortest = 150;
@@ -4249,7 +4263,7 @@ static const char *const compression_tokenizers[] = {
 static Made compression_model(int which, int vocab) {
     static const int families[] = {LLAMA, GEMMA, QWEN2, LLAMA}, dtypes[] = {Q8, F32, Q4A, ROWS};
     Shape s = family(families[which], dtypes[which]);
-    s.vocab = vocab, s.layers = 1, s.seq_len = 200;
+    s.vocab = vocab, s.layers = 1, s.seq_len = 1000;
     return make_weights(&s);
 }
 
@@ -4298,8 +4312,8 @@ static void test_compression(void) {
 
 // The bytes of a compressed file, which every build must write, and read.
 static void test_one_compressed_file(void) {
-    static const uint64_t expected[] = {0x6fff060b65204f9b, 0x2dc1d0edfeec9162,
-                                        0x8e33de31a6bb4f09, 0x2d4bd95941335848};
+    static const uint64_t expected[] = {0x2910feab4af6a12e, 0x108e6a53163ca3cb,
+                                        0xc0be9738e875ec4b, 0x8097fa01476d6700};
     for (int which = 0; which < 4; which++) {
         random_state = (uint64_t)(5000 + which);
         Vocabulary v;
