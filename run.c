@@ -2808,7 +2808,7 @@ static void write_text(Output *out, Text text) {
             if (out->terminal && ((c < 32 && c != '\n' && c != '\t') || c == 127)) {
                 s[n++] = '^';
                 c ^= 64;
-            } else if (out->terminal && n && (uint8_t)s[n - 1] == 0xc2 && c < 0xa0) c = 0xa0;
+            } else if (out->terminal && n && (uint8_t)s[n - 1] == 0xc2 && c >> 5 == 4) c = 0xa0;
             s[n++] = (char)c;
         }
         // The bytes at the end that begin a character and do not finish it.
@@ -4689,7 +4689,8 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
         if (page) page_token(&e, given);
         else if (o->trace) show_choice(&e);
         else show_token(&e);
-        if (!page) fflush(e.f), write_output(&out, shown, size), rewind(e.f);
+        if (fflush(e.f) || ferror(e.f)) die("out of memory for what explain shows");
+        if (!page) write_output(&out, shown, size), rewind(e.f);
         if (given) continue;
         if (is_stop(t, next)) break;
         push(ids, next);
@@ -4697,7 +4698,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     if (n > ctx && budget > n - n_prompt && !o->quiet)
         fprintf(stderr, "the context of %d positions is full: explain ends here\n", ctx);
     if (page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
-    if (ferror(e.f) | fclose(e.f)) die("out of memory for the page");
+    if (ferror(e.f) | fclose(e.f)) die("out of memory for what explain shows");
     if (page) write_output(&out, shown, size);
     close_output(&out);
     free(shown);

@@ -3495,6 +3495,7 @@ static void test_display(void) {
           true, false,
           "\xc2\xa0"
           "1m \xc3\x9b \xe2\x82\xac\n");
+    shows("\xc2" "A", true, false, "\xc2" "A\n");
     shows("caf\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f", false, false,
           "caf\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f\n");
     Options o = {0};
