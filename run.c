@@ -3445,14 +3445,16 @@ static void save_decoder(Machine *w, const Decoder *d, int n_ids) {
         save_session(&w->session, &w->kv, d->ids.ids, n_ids, d->done, d->keep, d->s.rng);
 }
 
-// Cuts a text to its first n tokens.
-static void cut(Machine *w, Decoder *d, size_t n) {
-    if (n >= d->ids.n) return;
-    d->ids.n = n;
-    if (d->done > (int)n) d->done = (int)n;
-    if (w->draft.done > (int)n) w->draft.done = (int)n;
-    d->logits = NULL;
-    save_decoder(w, d, (int)n);
+// Puts n other tokens in the place of those from a position on. A session writes them into its
+// other area: until they are there, it is the text as it was.
+static void rewrite(Machine *w, Decoder *d, int from, const int *ids, int n) {
+    if (d->seq == 0 && from < (int)d->ids.n) w->session.now.area ^= 1, w->session.now.n_ids = 0;
+    if (d->done > from) d->done = from;
+    if (w->draft.done > from) w->draft.done = from;
+    if (w->kv.from[d->seq] > from) w->kv.from[d->seq] = from;
+    d->ids.n = (size_t)from;
+    for (int i = 0; i < n; i++) push(&d->ids, ids[i]);
+    save_decoder(w, d, from + n);
 }
 
 // A full context: the beginning and the newest half stay, what is between them is dropped. The kept
@@ -3462,13 +3464,7 @@ static void make_room(Machine *w, Decoder *d) {
     if ((int)d->ids.n <= w->ctx) return;
     if (keep > d->keep) keep = d->keep;
     if (keep < 0) keep = 0;
-    memmove(d->ids.ids + keep, d->ids.ids + d->ids.n - (size_t)half, (size_t)half * sizeof(int));
-    d->ids.n = (size_t)(keep + half);
-    if (d->done > keep) d->done = keep;
-    if (w->draft.done > keep) w->draft.done = keep;
-    if (w->kv.from[d->seq] > keep) w->kv.from[d->seq] = keep;
-    if (d->seq == 0) w->session.now.area ^= 1, w->session.now.n_ids = 0;
-    save_decoder(w, d, (int)d->ids.n);
+    rewrite(w, d, keep, d->ids.ids + d->ids.n - (size_t)half, half);
     if (!w->shifts++ && !w->o->quiet)
         fprintf(stderr, "\n(the context of %d tokens is full: from here on the beginning and the "
                         "newest half stay)\n", w->ctx);
@@ -3846,12 +3842,8 @@ static void print_samples(Machine *w, Decoder *trunk, Decoder *d, int best, Outp
     }
     if (w->o->best) {
         int same = w->kv.from[best + 1];  // less than the trunk has if the context was full
-        if (same < (int)trunk->ids.n) w->session.now.area ^= 1, w->session.now.n_ids = 0;
-        if (trunk->done > same) trunk->done = same;
-        trunk->ids.n = (size_t)same;
-        for (size_t i = (size_t)same; i < d[best].ids.n; i++) push(&trunk->ids, d[best].ids.ids[i]);
         trunk->s.rng = d[best].s.rng;
-        save_decoder(w, trunk, (int)trunk->ids.n);
+        rewrite(w, trunk, same, d[best].ids.ids + same, (int)d[best].ids.n - same);
     }
     for (int i = 0; i < k; i++) {
         free_decoder(&d[i]);
@@ -4054,11 +4046,9 @@ static void load_conversation(Machine *w, Decoder *d, const char *path) {
     if (!wrong) {
         if (s.n_done > w->ctx) s.n_done = w->ctx;
         reserve_session(&w->session, &w->kv, s.n_done);
-        cut(w, d, 0);
         int ctx = ((const SessionHeader *)(const void *)file)->ctx;
+        rewrite(w, d, 0, session_ids(file, ctx, s.area), s.n_ids);
         memcpy(w->kv.data, file + session_cache_at(ctx), trunk_bytes(&w->kv, s.n_done));
-        const int *ids = session_ids(file, ctx, s.area);
-        for (int i = 0; i < s.n_ids; i++) push(&d->ids, ids[i]);
         d->done = s.n_done;
         d->keep = s.keep;
         save_decoder(w, d, s.n_ids);
@@ -4094,10 +4084,10 @@ static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double 
         recovery = NULL;
         unfinished_file = ours;
         unfinished_fd = fd;
-    } else if (!strcmp(name, "/clear")) cut(w, d, 0), turns->n = 0;
+    } else if (!strcmp(name, "/clear")) rewrite(w, d, 0, NULL, 0), turns->n = 0;
     else if (!strcmp(name, "/undo")) {
         if (!turns->n) fprintf(stderr, "there is no turn to take back\n");
-        else cut(w, d, (size_t)turns->ids[--turns->n]);
+        else rewrite(w, d, turns->ids[--turns->n], NULL, 0);
     } else if (!strcmp(name, "/stats")) {
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
                 d->ids.n, w->ctx, (double)trunk_bytes(&w->kv, d->done) / 1e6, rate);
