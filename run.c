@@ -3470,22 +3470,19 @@ static void make_room(Machine *w, Decoder *d) {
                         "newest half stay)\n", w->ctx);
 }
 
-// Computes tokens `done` to `to` of a text without logits, and returns the new `done`.
-static int fill(Machine *w, const Model *m, Cache *kv, Decoder *d, int done, int to) {
+// Computes a text's tokens up to `to` without logits.
+static void fill(Machine *w, Decoder *d, int to) {
     Slot batch[MAX_BATCH];
-    while (done < to && !interrupted) {
-        int n = to - done < MAX_BATCH ? to - done : MAX_BATCH;
+    while (d->done < to && !interrupted) {
+        int n = to - d->done < MAX_BATCH ? to - d->done : MAX_BATCH;
         for (int i = 0; i < n; i++)
-            batch[i] = (Slot){d->ids.ids[done + i], done + i, d->seq, false};
-        if (kv == &w->kv && d->seq == 0) reserve_session(&w->session, kv, done + n);
-        forward(m, kv, batch, n);
-        done += n;
-        if (kv != &w->kv) continue;
-        d->done = done;
+            batch[i] = (Slot){d->ids.ids[d->done + i], d->done + i, d->seq, false};
+        if (d->seq == 0) reserve_session(&w->session, &w->kv, d->done + n);
+        forward(w->m, &w->kv, batch, n);
+        d->done += n;
         // What is computed again is saved as it comes, a new prompt when all of it is there.
-        if (done <= w->session.now.n_ids) save_decoder(w, d, w->session.now.n_ids);
+        if (d->done <= w->session.now.n_ids) save_decoder(w, d, w->session.now.n_ids);
     }
-    return done;
 }
 
 // Lookup decoding: where the last tokens have occurred before, what followed then is the guess.
@@ -3511,12 +3508,13 @@ static int small_model_guesses(Machine *w, Decoder *d, int most) {
     int made = 0;
     if ((int)n + most > f->kv.ctx) return 0;
     double start = seconds();
-    f->done = fill(w, f->m, &f->kv, d, f->done, (int)n - 2);
+    prefill(f->m, &f->kv, 0, d->ids.ids, f->done, (int)n - 2);
     f->catching_up = seconds() - start;
-    f->done = fill(w, f->m, &f->kv, d, f->done, (int)n - 1);  // after guesses that were all right
-    while (made < most && !interrupted) {
-        int at = f->done++;
-        float *logits = forward(f->m, &f->kv, &(Slot){d->ids.ids[at], at, 0, true}, 1);
+    if (f->done < (int)n - 2 && !interrupted) f->done = (int)n - 2;
+    while (made < most) {  // two tokens are new after guesses that were all right, else one
+        const float *logits = prefill(f->m, &f->kv, 0, d->ids.ids, f->done, (int)d->ids.n);
+        if (interrupted) break;
+        f->done = (int)d->ids.n;
         int next = sample(&s, logits, d->ids.ids, (int)d->ids.n);
         d->draft[made++] = next;
         push(&d->ids, next);
@@ -3537,10 +3535,11 @@ static void propose(Machine *w, Decoder *d) {
     if (!f->on || f->plain == 0) return;  // the first step measures the time without guesses
     if (f->m && f->more == 0) {  // the small model's second token tells what its guesses will cost
         if ((int)d->ids.n < 3 || f->kv.ctx < 3) return;
-        f->done = fill(w, f->m, &f->kv, d, 0, 1);
-        double start = seconds();
-        f->done = fill(w, f->m, &f->kv, d, 1, 2);
-        f->token = seconds() - start;
+        for (; f->done < 2; f->done++) {
+            double start = seconds();
+            forward(f->m, &f->kv, &(Slot){d->ids.ids[f->done], f->done, 0, false}, 1);
+            f->token = seconds() - start;
+        }
     }
     if (f->more == 0) f->more = f->token + 0.3 * f->plain;
     for (int n = 1; n <= limit; n++) {
@@ -3592,7 +3591,7 @@ static void print_receipt(const Decoder *d) {
 // Computes all but the last token, so that text and cache can be kept.
 static void settle(Machine *w, Decoder *d) {
     make_room(w, d);
-    if (d->ids.n) fill(w, w->m, &w->kv, d, d->done, (int)d->ids.n - 1);
+    if (d->ids.n) fill(w, d, (int)d->ids.n - 1);
 }
 
 static bool is_live(const Decoder *d) { return !d->stopped && d->budget > 0; }
@@ -3606,7 +3605,7 @@ static void compute(Machine *w, Decoder *d, int n) {
         int n_ids = (int)d[i].ids.n;
         if (d[i].done == n_ids && d[i].logits) continue;
         if (d[i].done == n_ids) d[i].done--;
-        fill(w, w->m, &w->kv, &d[i], d[i].done, n_ids - 1);
+        fill(w, &d[i], n_ids - 1);
         if (interrupted) return;
         if (n == 1) propose(w, &d[i]);
         if (d[i].seq == 0) reserve_session(&w->session, &w->kv, n_ids + d[i].n_draft);
@@ -4735,7 +4734,7 @@ static void write_logits(const Options *o, const Model *m) {
     Output out = open_output(o->output);
     open_machine(&w, &d, o, m, &none, &out);
     if (!ids.n) die("no token ids: give them with -i or -f (- is stdin)");
-    fill(&w, m, &w.kv, &d, d.done, (int)d.ids.n);
+    fill(&w, &d, (int)d.ids.n);
     if (ids.n + d.ids.n > (size_t)w.ctx)
         die("%zu tokens are more than the context of %d", ids.n + d.ids.n, w.ctx);
     if (!d.ids.n) d.keep = ids.n < 4 ? (int)ids.n : 4;

@@ -3039,7 +3039,7 @@ static SessionState interrupted_session(const char *path, const char *session, i
     open_machine(&w, &d, &o, &m, &t, &out);
     for (int i = 0; i < n; i++) push(&d.ids, i % 200);
     make_room(&w, &d);
-    fill(&w, &m, &w.kv, &d, d.done, (int)d.ids.n / 2);
+    fill(&w, &d, (int)d.ids.n / 2);
     interrupted = SIGINT;
     close_machine(&w, &d);
     interrupted = 0;
