@@ -3394,12 +3394,10 @@ typedef struct {
     int seq;                // as this sequence
     int keep;               // tokens at the beginning that stay when the context is full
     Sampler s;
-    float *logits;          // of the last token and of the drafted ones; NULL: not computed
-    long long budget;       // tokens that it may still draw
-    bool stopped;           // it drew a token that ends the text
-    int draft[MAX_DRAFT], n_draft;  // guesses at the next tokens
-    int drawn;              // the last token that was drawn, -1 none
-    bool drawing;
+    const float *logits;    // to draw the next token from; NULL: not computed
+    long long budget;       // tokens that it may still draw; 0 after one that ends the text
+    int draft[MAX_DRAFT], n_draft, n_right;  // guesses at the next tokens; those drawn since, too
+    int drawn;              // the last token that was drawn
     int n_new;              // tokens that were drawn
     double logprob;         // the sum of their log-probabilities (with -k)
     uint64_t receipt, words;
@@ -3431,10 +3429,7 @@ typedef struct {
     Draft draft;
     float *p;               // (threads, vocab_size) scratch of the samplers
     Candidate *candidates;  // (threads, vocab_size)
-    Slot *batch;
-    size_t batch_capacity;
-    Decoder *all;
-    int step;               // of the drafted tokens, the one that is drawn
+    Decoder *all;           // that run
     int shifts;             // how often the context was full
     bool chatting;
     double first_logits;    // when the prompt was computed
@@ -3594,53 +3589,52 @@ static void settle(Machine *w, Decoder *d) {
     if (d->ids.n) fill(w, d, (int)d->ids.n - 1);
 }
 
-static bool is_live(const Decoder *d) { return !d->stopped && d->budget > 0; }
-
-// Computes the logits of all decoders that still draw, in one batch.
-static void compute(Machine *w, Decoder *d, int n) {
-    size_t n_slots = 0, vocab = (size_t)w->m->c.vocab_size;
+// Computes the logits of all decoders that still draw, in one batch. False if there are none, or
+// after Ctrl-C.
+static bool compute(Machine *w, Decoder *d, int n) {
+    Slot batch[MAX_SAMPLES + MAX_DRAFT];
+    int n_slots = 0;
+    bool live = false;
     for (int i = 0; i < n && !interrupted; i++) {
-        if (!is_live(&d[i])) continue;
+        live |= d[i].budget > 0;
+        if (d[i].budget <= 0 || d[i].logits) continue;
         make_room(w, &d[i]);
-        int n_ids = (int)d[i].ids.n;
-        if (d[i].done == n_ids && d[i].logits) continue;
-        if (d[i].done == n_ids) d[i].done--;
-        fill(w, &d[i], n_ids - 1);
-        if (interrupted) return;
-        if (n == 1) propose(w, &d[i]);
-        if (d[i].seq == 0) reserve_session(&w->session, &w->kv, n_ids + d[i].n_draft);
-        if (n_slots + 1 + MAX_DRAFT > w->batch_capacity)
-            w->batch = resize(w->batch, w->batch_capacity = 2 * n_slots + 64, sizeof(Slot));
-        w->batch[n_slots++] = (Slot){d[i].ids.ids[n_ids - 1], n_ids - 1, d[i].seq, true};
+        int last = (int)d[i].ids.n - 1;
+        if (d[i].done > last) d[i].done = last;
+        fill(w, &d[i], last);
+        if (interrupted) break;
+        d[i].n_right = 0;
+        if (n == 1) propose(w, d);
+        if (d[i].seq == 0) reserve_session(&w->session, &w->kv, last + 1 + d[i].n_draft);
+        batch[n_slots++] = (Slot){d[i].ids.ids[last], last, d[i].seq, true};
         for (int j = 0; j < d[i].n_draft; j++)
-            w->batch[n_slots++] = (Slot){d[i].draft[j], n_ids + j, d[i].seq, true};
-        d[i].logits = NULL;
+            batch[n_slots++] = (Slot){d[i].draft[j], last + 1 + j, d[i].seq, true};
     }
-    if (interrupted || !n_slots) return;
-    float *logits = forward(w->m, &w->kv, w->batch, (int)n_slots);
+    if (interrupted || !live) return false;
+    const float *logits = n_slots ? forward(w->m, &w->kv, batch, n_slots) : NULL;
     for (int i = 0; i < n; i++) {
-        if (!is_live(&d[i]) || d[i].logits) continue;
+        if (d[i].budget <= 0 || d[i].logits) continue;
         d[i].done = (int)d[i].ids.n;
         d[i].logits = logits;
-        logits += vocab * (size_t)(1 + d[i].n_draft);
+        logits += (size_t)w->m->c.vocab_size * (size_t)(1 + d[i].n_draft);
     }
     if (!w->first_logits) w->first_logits = seconds();
     save_decoder(w, d, d->done);
+    return true;
 }
 
 // Draws the next token of a decoder.
 static void draw_task(void *context, int i, int thread) {
     Machine *w = context;
     Decoder *d = &w->all[i];
-    if (!d->drawing) return;
+    if (!d->logits) return;
     size_t vocab = (size_t)w->m->c.vocab_size;
-    const float *logits = d->logits + (size_t)w->step * vocab;
     d->s.p = w->p + (size_t)thread * vocab;
     d->s.candidates = w->candidates + (size_t)thread * vocab;
-    d->drawn = sample(&d->s, logits, d->ids.ids, (int)d->ids.n);
-    if (w->o->samples) d->logprob -= surprise(logits, (int)vocab, d->drawn);
+    d->drawn = sample(&d->s, d->logits, d->ids.ids, (int)d->ids.n);
+    if (w->o->samples) d->logprob -= surprise(d->logits, (int)vocab, d->drawn);
     if (w->o->receipt) {
-        d->receipt += hash_words(logits, vocab * sizeof(float), d->words);
+        d->receipt += hash_words(d->logits, vocab * sizeof(float), d->words);
         d->words += (vocab + 1) / 2;
     }
 }
@@ -3677,49 +3671,49 @@ static bool use_tool(Machine *w, Decoder *d) {
     return d->ids.n > from;
 }
 
-// Appends the token that was drawn. True if it is the drafted one, so that the logits behind it are
-// there already.
-static bool accept(Machine *w, Decoder *d) {
+// Appends the token that was drawn. If it is the drafted one, the logits behind it are there.
+static void accept(Machine *w, Decoder *d) {
     int next = d->drawn, last = d->ids.ids[d->ids.n - 1];
+    const float *behind = d->logits + w->m->c.vocab_size;
+    bool agreed = d->n_right < d->n_draft && next == d->draft[d->n_right], asked = false;
     d->n_new++;
-    d->stopped = is_stop(w->t, next);
-    if (d->stopped) return false;
-    bool agreed = w->step < d->n_draft && next == d->draft[w->step];
-    push(&d->ids, next);
-    d->done += agreed;
     d->budget--;
+    d->logits = NULL;
+    if (is_stop(w->t, next)) {
+        d->budget = 0;
+        return;
+    }
+    push(&d->ids, next);
     write_token(d->out, w->t, last, next);
-    if (!w->o->tool) return agreed;
-    append(&d->text, decode(w->t, last, next), true);
-    return !use_tool(w, d) && agreed;
+    if (w->o->tool) {
+        append(&d->text, decode(w->t, last, next), true);
+        asked = use_tool(w, d);
+    }
+    d->n_right += agreed;
+    d->done += agreed;
+    if (agreed && !asked && d->budget > 0) d->logits = behind;
 }
 
 // Runs n decoders, the first of which may be sequence 0, until all have ended: a step computes the
 // logits of all in one batch, and each draws one token, or as many as were guessed right.
 static void run_decoders(Machine *w, Decoder *d, int n) {
     w->all = d;
-    for (bool live = true; live && !interrupted;) {
+    for (;;) {
         double start = seconds();
         int before = d->done;
         w->draft.catching_up = 0;
-        compute(w, d, n);
-        if (interrupted) break;
-        for (int i = 0; i < n; i++) d[i].drawing = is_live(&d[i]);
+        if (!compute(w, d, n)) return;
         bool usual = d->done - before <= 1;
-        int guessed_from = d->done;
-        w->step = 0;
-        for (bool drawing = true; drawing; w->step++) {
+        for (bool drawing = true; drawing;) {
             parallel(draw_task, w, n);
             drawing = false;
             for (int i = 0; i < n; i++) {
-                if (d[i].drawing) d[i].drawing = accept(w, &d[i]) && is_live(&d[i]);
-                drawing |= d[i].drawing;
+                if (d[i].logits) accept(w, &d[i]);
+                drawing |= d[i].logits != NULL;
             }
         }
-        live = false;
-        for (int i = 0; i < n; i++) d[i].logits = NULL, live |= is_live(&d[i]);
         if (w->draft.on && n == 1)
-            measure(&w->draft, d->n_draft, d->done - guessed_from, seconds() - start, usual);
+            measure(&w->draft, d->n_draft, d->n_right, seconds() - start, usual);
         if (w->draft.done > d->done) w->draft.done = d->done;
     }
 }
@@ -3728,7 +3722,7 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
 static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *m,
                          const Tokenizer *t, Output *out) {
     *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m)};
-    *d = (Decoder){.s = new_sampler(o, m, t), .out = out, .drawn = -1};
+    *d = (Decoder){.s = new_sampler(o, m, t), .out = out};
     w->session.fd = -1;
     int theirs = o->session ? open_session(&w->session, o->session) : 0;
     if (theirs && !o->context) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
@@ -3770,7 +3764,6 @@ static void close_machine(Machine *w, Decoder *d) {
     size_t vocab = (size_t)w->m->c.vocab_size * (size_t)w->o->threads;
     munmap(w->p, vocab * sizeof *w->p);
     munmap(w->candidates, vocab * sizeof *w->candidates);
-    free(w->batch);
     free_cache(&w->kv);
     if (w->draft.m) free_cache(&w->draft.kv), free_model((Model *)(uintptr_t)w->draft.m);
     free_decoder(d);
@@ -4189,7 +4182,6 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
         int shifts = w.shifts, best;
         double began = seconds();
         d.budget = o->steps > 0 ? o->steps : w.ctx;
-        d.stopped = false;
         d.n_new = 0;
         d.out = o->samples > 1 ? &samples : out;
         int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
