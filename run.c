@@ -2996,8 +2996,9 @@ static void append(Prompt *p, Text text, bool typed) {
     p->s[p->n] = 0;
 }
 
-// Appends a user's turn; before the first one the system's (system.s NULL: the model's default).
-static void append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
+// Appends a user's turn, and before the first one the system's (system.s NULL: the model's
+// default). Returns where the user's begins.
+static size_t append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
     const Text *c = t->chat;
     int before = !first ? LATER_BEFORE : system.s ? USER_BEFORE_SYSTEM : USER_BEFORE;
     if (first && system.s) {
@@ -3005,9 +3006,11 @@ static void append_turn(Prompt *p, const Tokenizer *t, bool first, Text system, 
         append(p, system, true);
         append(p, c[SYSTEM_AFTER], false);
     } else if (first) append(p, c[DEFAULT_SYSTEM], false);
+    size_t start = p->n;
     append(p, c[before], false);
     append(p, user, true);
     append(p, c[before + 1], false);
+    return start;
 }
 
 static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t) {
@@ -3269,17 +3272,18 @@ static void close_session(Session *s, Cache *kv) {
 
 // ---- Tools: text that the model writes can be a question to a program
 
-// Runs CMD with the question as its input; returns its answer, under 4000 bytes, without white
-// space at the end. An empty one, after a word on stderr: it failed, or took over 2 seconds.
+// Runs CMD with the question and a newline as its input; returns its answer, under 4000 bytes, without
+// white space at the end. An empty one, after a word on stderr: it failed, or took over 2 seconds.
 static Text ask_tool(const char *command, Text question) {
     static char answer[4001];
     int to[2], from[2], status = 0;
     size_t n = 0;
     pid_t child = 0, done = 0;
-    const char *why = question.len > 4096 ? "is asked too long a question" : NULL;
+    const char *why = question.len >= 4096 ? "is asked too long a question" : NULL;
     if (pipe(to) || pipe(from)) die("cannot make a pipe: %s", strerror(errno));
-    // A pipe holds this much without waiting for its reader.
-    if (!why && write(to[1], question.s, question.len) < 0) why = "cannot be asked";
+    // A pipe holds this much, and a newline, without waiting for its reader.
+    if (!why && (write(to[1], question.s, question.len) < 0 || write(to[1], "\n", 1) < 0))
+        why = "cannot be asked";
     close(to[1]);
     if (!why) child = running_tool = fork();
     if (child < 0) die("cannot start the tool %s: %s", command, strerror(errno));
@@ -3398,11 +3402,11 @@ typedef struct {
     long long budget;       // tokens that it may still draw; 0 after one that ends the text
     int draft[MAX_DRAFT], n_draft, n_right;  // guesses at the next tokens; those drawn since, too
     int drawn;              // the last token that was drawn
-    int n_new;              // tokens that were drawn
+    int n_new;              // tokens that it drew
     double logprob;         // the sum of their log-probabilities (with -k)
     uint64_t receipt, words;
     Output *out;            // where the text goes
-    Prompt text;            // the text that is searched for questions to tools
+    Output text;            // in memory: what is searched for questions to tools
 } Decoder;
 
 // Speculation: what guesses, and how it pays.
@@ -3424,14 +3428,19 @@ typedef struct {
     const Model *m;
     const Tokenizer *t;
     int ctx;
+    Output *out;
+    Output common;          // with -k: what comes before the text of each sample
     Cache kv;
     Session session;
     Draft draft;
     float *p;               // (threads, vocab_size) scratch of the samplers
     Candidate *candidates;  // (threads, vocab_size)
     Decoder *all;           // that run
-    int shifts;             // how often the context was full
+    bool shifted;           // the context was full
+    int n_drawn;            // tokens that all decoders drew
     bool chatting;
+    Ids turns;              // where the turns of a chat start that can be taken back
+    double rate;            // tokens per second of its last turn
     double first_logits;    // when the prompt was computed
 } Machine;
 
@@ -3460,9 +3469,11 @@ static void make_room(Machine *w, Decoder *d) {
     if (keep > d->keep) keep = d->keep;
     if (keep < 0) keep = 0;
     rewrite(w, d, keep, d->ids.ids + d->ids.n - (size_t)half, half);
-    if (!w->shifts++ && !w->o->quiet)
+    w->turns.n = 0;
+    if (!w->shifted && !w->o->quiet)
         fprintf(stderr, "\n(the context of %d tokens is full: from here on the beginning and the "
                         "newest half stay)\n", w->ctx);
+    w->shifted = true;
 }
 
 // Computes a text's tokens up to `to` without logits.
@@ -3643,31 +3654,25 @@ static void draw_task(void *context, int i, int thread) {
 // text: special tokens are not recognised in it.
 static bool use_tool(Machine *w, Decoder *d) {
     const char *before, *after;
-    Text question = find_question((Text){d->text.s, d->text.n}, &before, &after);
+    Text question = find_question((Text){d->text.memory, d->text.n}, &before, &after);
     if (!w->o->tool || !question.len) return false;
-    char *line = resize(NULL, question.len + 1, 1);
-    memcpy(line, question.s, question.len);
-    line[question.len] = '\n';
-    Text answer = ask_tool(w->o->tool, (Text){line, question.len + 1});
-    free(line);
+    Text answer = ask_tool(w->o->tool, question);
     if (!answer.len) return false;
     bool turn = *before == '\n' && w->chatting;  // the answer to a <tool_call>
     Prompt p = {0};
     size_t from = d->ids.n;
     if (turn) append(&p, w->t->chat[ASSISTANT_AFTER], false);
     if (turn) append(&p, w->t->chat[LATER_BEFORE], false);
-    append(&p, (Text){before, strlen(before)}, false);
-    append(&p, answer, true);
-    append(&p, (Text){after, strlen(after)}, false);
+    Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
+    for (int i = 0; i < 3; i++) {
+        append(&p, said[i], i == 1);
+        write_reply(d->out, said[i]);
+        write_output(&d->text, said[i].s, said[i].len);
+    }
     if (turn) append(&p, w->t->chat[LATER_AFTER], false);
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->ids);
     free(p.s);
     free(p.typed);
-    Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
-    for (int i = 0; i < 3; i++) {
-        write_reply(d->out, said[i]);
-        append(&d->text, said[i], true);
-    }
     return d->ids.n > from;
 }
 
@@ -3676,6 +3681,7 @@ static void accept(Machine *w, Decoder *d) {
     int next = d->drawn, last = d->ids.ids[d->ids.n - 1];
     const float *behind = d->logits + w->m->c.vocab_size;
     bool agreed = d->n_right < d->n_draft && next == d->draft[d->n_right], asked = false;
+    w->n_drawn++;
     d->n_new++;
     d->budget--;
     d->logits = NULL;
@@ -3686,7 +3692,8 @@ static void accept(Machine *w, Decoder *d) {
     push(&d->ids, next);
     write_token(d->out, w->t, last, next);
     if (w->o->tool) {
-        append(&d->text, decode(w->t, last, next), true);
+        Text piece = decode(w->t, last, next);
+        write_output(&d->text, piece.s, piece.len);
         asked = use_tool(w, d);
     }
     d->n_right += agreed;
@@ -3721,8 +3728,10 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
 // Sets up a machine and its first decoder, sequence 0: the session's text, or none yet.
 static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *m,
                          const Tokenizer *t, Output *out) {
-    *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m)};
-    *d = (Decoder){.s = new_sampler(o, m, t), .out = out};
+    *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
+                   .common = {.fd = -1, .terminal = out->terminal}};
+    *d = (Decoder){.s = new_sampler(o, m, t), .out = o->samples > 1 ? &w->common : out,
+                   .text = {.fd = -1}};
     w->session.fd = -1;
     int theirs = o->session ? open_session(&w->session, o->session) : 0;
     if (theirs && !o->context) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
@@ -3752,8 +3761,7 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
 
 static void free_decoder(Decoder *d) {
     free(d->ids.ids);
-    free(d->text.s);
-    free(d->text.typed);
+    free(d->text.memory);
 }
 
 static void close_machine(Machine *w, Decoder *d) {
@@ -3765,6 +3773,7 @@ static void close_machine(Machine *w, Decoder *d) {
     munmap(w->p, vocab * sizeof *w->p);
     munmap(w->candidates, vocab * sizeof *w->candidates);
     free_cache(&w->kv);
+    free(w->turns.ids);
     if (w->draft.m) free_cache(&w->draft.kv), free_model((Model *)(uintptr_t)w->draft.m);
     free_decoder(d);
 }
@@ -3774,64 +3783,53 @@ static void tell_seed(const Machine *w, const Decoder *d) {
         fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
 }
 
-// Marks the text so far for the tool, and asks it if the text's end is new and a question.
-static void watch_text(Machine *w, Decoder *d, Text text, bool new) {
-    if (!w->o->tool) return;
-    d->text.n = 0;
-    append(&d->text, text, true);
-    if (new) use_tool(w, d);
-}
-
-// Continues a text k times at once: k branches of its cache, which holds the common beginning once;
-// sample i has the seed + i * 0x9E3779B97F4A7C15. Returns the decoders, which write into memory
-// what trunk->out, in memory too, has so far, and their own text. *best is the likeliest one by the
-// mean log-probability of its tokens: likelihood stands in for a reward model that ranks answers.
-static Decoder *run_samples(Machine *w, Decoder *trunk, int k, int *best) {
-    Decoder *d = resize(NULL, (size_t)k, sizeof *d);
-    const Output *so_far = trunk->out;
-    compute(w, trunk, 1);
-    int n = (int)trunk->ids.n;
-    bool fits = n + trunk->budget <= w->ctx && !w->o->tool;
-    add_branches(&w->kv, k, fits ? (int)trunk->budget : w->ctx);
-    for (int i = 0; i < k; i++) {
-        d[i] = *trunk;
-        d[i].ids = (Ids){0};
-        d[i].text = (Prompt){0};
-        for (int j = 0; j < n; j++) push(&d[i].ids, trunk->ids.ids[j]);
-        append(&d[i].text, (Text){trunk->text.s, trunk->text.n}, true);
-        d[i].seq = i + 1;
-        d[i].s.rng += (uint64_t)i * 0x9E3779B97F4A7C15u;
-        w->kv.from[i + 1] = n;
-        d[i].out = resize(NULL, 1, sizeof(Output));
-        *d[i].out = *so_far;
-        d[i].out->memory = NULL;
-        d[i].out->n = d[i].out->capacity = 0;
-        write_output(d[i].out, so_far->memory, so_far->n);
-    }
-    trunk->logits = NULL;
-    run_decoders(w, d, k);
-    *best = 0;
-    for (int i = 1; i < k; i++)
-        if (d[i].logprob * d[*best].n_new > d[*best].logprob * d[i].n_new) *best = i;
+// A branch of the trunk's cache, with a copy of its text; its output has, in memory, what the
+// trunk's has so far.
+static Decoder branch(Machine *w, const Decoder *trunk, int i) {
+    Decoder d = *trunk;
+    d.seq = i + 1;
+    d.s.rng += (uint64_t)i * 0x9E3779B97F4A7C15u;
+    w->kv.from[d.seq] = (int)trunk->ids.n;
+    d.ids = (Ids){0};
+    for (size_t j = 0; j < trunk->ids.n; j++) push(&d.ids, trunk->ids.ids[j]);
+    d.text = (Output){.fd = -1};
+    if (w->o->tool) write_output(&d.text, trunk->text.memory, trunk->text.n);
+    d.out = resize(NULL, 1, sizeof(Output));
+    *d.out = *trunk->out;
+    d.out->memory = NULL;
+    d.out->n = d.out->capacity = 0;
+    write_output(d.out, trunk->out->memory, trunk->out->n);
     return d;
 }
 
-// Prints all samples, or with -b the best one, whose tokens become the trunk's, and frees them.
-static void print_samples(Machine *w, Decoder *trunk, Decoder *d, int best, Output *out) {
-    uint64_t seed = trunk->s.rng;
-    int k = (int)w->o->samples;
+// Continues a text k times at once, in branches of its cache, which holds the common beginning
+// once; sample i has the seed + i * 0x9E3779B97F4A7C15. Prints all samples, or with -b the best
+// one, whose tokens become the trunk's. The best is the likeliest by the mean log-probability of
+// its tokens: likelihood stands in for a reward model that ranks answers.
+static void run_samples(Machine *w, Decoder *trunk) {
+    int k = (int)w->o->samples, best = 0;
+    Decoder *d = resize(NULL, (size_t)k, sizeof *d);
+    compute(w, trunk, 1);
+    bool fits = (int)trunk->ids.n + trunk->budget <= w->ctx && !w->o->tool;
+    add_branches(&w->kv, k, fits ? (int)trunk->budget : w->ctx);
+    for (int i = 0; i < k; i++) d[i] = branch(w, trunk, i);
+    trunk->logits = NULL;
+    run_decoders(w, d, k);
+    for (int i = 1; i < k; i++)
+        if (d[i].logprob * d[best].n_new > d[best].logprob * d[i].n_new) best = i;
     for (int i = 0; i < k; i++) {
         if (!w->o->quiet)
             fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
-                    i + 1, k, (unsigned long long)(seed + (uint64_t)i * 0x9E3779B97F4A7C15u),
+                    i + 1, k,
+                    (unsigned long long)(trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u),
                     d[i].n_new, d[i].logprob / (d[i].n_new + !d[i].n_new),
                     i == best ? ", the best" : "");
         if (w->o->receipt) print_receipt(&d[i]);
-        if (!w->o->best || i == best) {
-            end_text(d[i].out);
-            write_output(out, d[i].out->memory, d[i].out->n);
-        }
+        if (w->o->best && i != best) continue;
+        end_text(d[i].out);
+        write_output(w->out, d[i].out->memory, d[i].out->n);
     }
+    trunk->n_new = d[best].n_new;
     if (w->o->best) {
         int same = w->kv.from[best + 1];  // less than the trunk has if the context was full
         trunk->s.rng = d[best].s.rng;
@@ -3843,15 +3841,27 @@ static void print_samples(Machine *w, Decoder *trunk, Decoder *d, int best, Outp
         free(d[i].out);
     }
     free(d);
+    free(trunk->out->memory);
+    *trunk->out = (Output){.fd = -1, .terminal = w->out->terminal};
 }
 
-static void print_statistics(const Machine *w, const Decoder *d, int n_prompt, double start) {
+// Lets the model go on with the text, until it ends or its budget is used up.
+static void continue_text(Machine *w, Decoder *d) {
+    if (w->o->samples > 1) {
+        run_samples(w, d);
+        return;
+    }
+    run_decoders(w, d, 1);
+    end_text(d->out);
+}
+
+static void print_statistics(const Machine *w, int n_prompt, double start) {
     double done = seconds(), prefilled = w->first_logits ? w->first_logits : done;
     const Draft *f = &w->draft;
     if (w->o->quiet) return;
     fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
-            n_prompt / (prefilled - start), d->n_new,
-            d->n_new > 1 ? (d->n_new - 1) / (done - prefilled) : 0.0);
+            n_prompt / (prefilled - start), w->n_drawn,
+            w->n_drawn > 1 ? (w->n_drawn - 1) / (done - prefilled) : 0.0);
     if (f->on)
         fprintf(stderr,
                 "speculation: %lld tokens proposed, %lld accepted, %.2f tokens per forward\n",
@@ -3861,19 +3871,25 @@ static void print_statistics(const Machine *w, const Decoder *d, int n_prompt, d
 
 // ---- generate: continue a text
 
+// Appends the tokens of a text and returns how many there are. One that has certainly more than the
+// context is not cut into tokens, which takes long: this returns how many it has at least.
+static size_t encode_if_short(const Tokenizer *t, Text text, const char *typed, bool text_start,
+                              int ctx, Ids *ids) {
+    size_t before = ids->n, least = least_tokens(t, text.len);
+    if (least > (size_t)ctx) return least;
+    encode(t, text, typed, text_start, ids);
+    return ids->n - before;
+}
+
 // Appends the prompt's tokens and returns how many may be drawn after them.
 static long long start_text(const Options *o, const Model *m, const Tokenizer *t, int ctx,
                             Text prompt, Ids *ids) {
-    size_t before = ids->n, least = least_tokens(t, prompt.len);
-    if (least > (size_t)ctx)
-        die("the prompt has over %zu tokens, the context of %s only %d: shorten it, or see -c",
-            least, m->path, ctx);
-    encode(t, prompt, NULL, before == 0, ids);
+    size_t before = ids->n, n = encode_if_short(t, prompt, NULL, before == 0, ctx, ids);
+    if (n > (size_t)ctx)
+        die("the prompt has %s%zu tokens, the context of %s only %d: shorten it, or see -c",
+            ids->n == before ? "over " : "", n, m->path, ctx);
     if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
     if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
-    if (ids->n - before > (size_t)ctx)
-        die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
-            ids->n - before, m->path, ctx);
     if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
     // llama2.c counts positions, the prompt's included, and stays within the context.
     // (A session's last token is no such position yet: it was drawn, and not computed.)
@@ -3887,10 +3903,9 @@ static long long start_text(const Options *o, const Model *m, const Tokenizer *t
 static void generate(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
                      Output *out) {
     double start = seconds();
-    Output samples = {.fd = -1, .terminal = out->terminal};
     Machine w;
     Decoder d;
-    open_machine(&w, &d, o, m, t, o->samples > 1 ? &samples : out);
+    open_machine(&w, &d, o, m, t, out);
     size_t before = d.ids.n;
     d.budget = start_text(o, m, t, w.ctx, prompt, &d.ids);
     if (before == 0) d.keep = d.ids.n < 4 ? (int)d.ids.n : 4;
@@ -3898,27 +3913,19 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Text 
         for (size_t i = before ? before : 1; i < d.ids.n; i++)
             write_token(d.out, t, d.ids.ids[i - 1], d.ids.ids[i]);
     else write_text(d.out, prompt);
-    int n_prompt = (int)(d.ids.n - before), best;
-    Prompt all = {0};  // the session's text, which may end within a thought or a question, and ours
-    for (size_t i = 0; i < before; i++)
-        append(&all, decode(t, i ? d.ids.ids[i - 1] : -1, d.ids.ids[i]), true);
-    append(&all, prompt, true);
-    start_thoughts(d.out, o, !t->llama2c, (Text){all.s, all.n});
-    watch_text(&w, &d, (Text){all.s, all.n}, prompt.len);
-    free(all.s);
-    free(all.typed);
-    if (o->samples > 1) {
-        Decoder *ends = run_samples(&w, &d, (int)o->samples, &best);
-        for (int i = 0; i < (int)o->samples; i++) d.n_new += ends[i].n_new;
-        print_samples(&w, &d, ends, best, out);
-        free(samples.memory);
-    } else {
-        tell_seed(&w, &d);
-        run_decoders(&w, &d, 1);
-        end_text(out);
-        if (o->receipt) print_receipt(&d);
+    int n_prompt = (int)(d.ids.n - before);
+    // The session's text may end within a thought or a question to the tool.
+    for (size_t i = 0; i < before && (o->tool || !t->llama2c); i++) {
+        Text piece = decode(t, i ? d.ids.ids[i - 1] : -1, d.ids.ids[i]);
+        write_output(&d.text, piece.s, piece.len);
     }
-    print_statistics(&w, &d, n_prompt, start);
+    write_output(&d.text, prompt.s, prompt.len);
+    start_thoughts(d.out, o, !t->llama2c, (Text){d.text.memory, d.text.n});
+    if (prompt.len) use_tool(&w, &d);
+    if (o->samples < 2) tell_seed(&w, &d);
+    continue_text(&w, &d);
+    if (o->receipt && o->samples < 2) print_receipt(&d);
+    print_statistics(&w, n_prompt, start);
     close_machine(&w, &d);
 }
 
@@ -4043,14 +4050,15 @@ static void load_conversation(Machine *w, Decoder *d, const char *path) {
         memcpy(w->kv.data, file + session_cache_at(ctx), trunk_bytes(&w->kv, s.n_done));
         d->done = s.n_done;
         d->keep = s.keep;
+        w->turns.n = 0;
         save_decoder(w, d, s.n_ids);
     }
     munmap((void *)(uintptr_t)file, size);
     if (wrong) die("%s %s", path, wrong);
 }
 
-// Runs a command that was typed in a chat. turns: where the turns start that can be taken back.
-static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double rate) {
+// Runs a command that was typed in a chat.
+static void chat_command(Machine *w, Decoder *d, char *line) {
     char *name = strtok(line, " \t"), *path = strtok(NULL, "");
     jmp_buf failed;
     bool save = !strcmp(name, "/save"), load = !strcmp(name, "/load");
@@ -4065,24 +4073,23 @@ static void chat_command(Machine *w, Decoder *d, char *line, Ids *turns, double 
         if (!setjmp(failed)) {
             recovery = &failed;
             if (save) save_conversation(w, d, path);
-            else load_conversation(w, d, path), turns->n = 0;
+            else load_conversation(w, d, path);
             fprintf(stderr, "%s: %zu tokens\n", path, d->ids.n);
         } else if (unfinished_file) {
-            char *left = unfinished_file;
             remove_unfinished();
             close(unfinished_fd);
-            free(left);
+            free(unfinished_file);
         }
         recovery = NULL;
         unfinished_file = ours;
         unfinished_fd = fd;
-    } else if (!strcmp(name, "/clear")) rewrite(w, d, 0, NULL, 0), turns->n = 0;
+    } else if (!strcmp(name, "/clear")) rewrite(w, d, 0, NULL, 0), w->turns.n = 0;
     else if (!strcmp(name, "/undo")) {
-        if (!turns->n) fprintf(stderr, "there is no turn to take back\n");
-        else rewrite(w, d, turns->ids[--turns->n], NULL, 0);
+        if (!w->turns.n) fprintf(stderr, "there is no turn to take back\n");
+        else rewrite(w, d, w->turns.ids[--w->turns.n], NULL, 0);
     } else if (!strcmp(name, "/stats")) {
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
-                d->ids.n, w->ctx, (double)trunk_bytes(&w->kv, d->done) / 1e6, rate);
+                d->ids.n, w->ctx, (double)trunk_bytes(&w->kv, d->done) / 1e6, w->rate);
     } else {
         if (strcmp(name, "/help")) fprintf(stderr, "%s is not a command; these are:\n", name);
         fputs("/clear       forget the conversation\n/undo        take the last turn back\n"
@@ -4116,39 +4123,48 @@ static Text read_line(bool prompt) {
 }
 
 // Appends a user's turn to the conversation. False, after a word on stderr, if there is no room.
-static bool add_turn(Machine *w, Decoder *d, Text user, Prompt *p) {
+static bool add_turn(Machine *w, Decoder *d, Text user) {
     const Tokenizer *t = w->t;
-    size_t start = d->ids.n, least = least_tokens(t, user.len);
     Text system = {w->o->system, w->o->system ? strlen(w->o->system) : 0};
-    if (least > (size_t)w->ctx) {
-        fprintf(stderr, "run: this turn has over %zu tokens, too many for the context of %d: it is "
-                        "left out\n", least, w->ctx);
-        return false;
-    }
-    p->n = 0;
-    if (start) append(p, t->chat[ASSISTANT_AFTER], false);
-    append_turn(p, t, start == 0, system, user);
-    encode(t, (Text){p->s, p->n}, p->typed, start == 0, &d->ids);
-    size_t n = d->ids.n - start;
-    if (d->ids.n > (size_t)w->ctx && n > (size_t)w->ctx / 2) {
-        fprintf(stderr, "run: this turn has %zu tokens, too many for the context of %d, of which "
-                        "%zu are in use: it is left out\n", n, w->ctx, start);
+    size_t start = d->ids.n;
+    Prompt p = {0};
+    if (start) append(&p, t->chat[ASSISTANT_AFTER], false);
+    size_t head_end = append_turn(&p, t, start == 0, system, user);
+    size_t n = encode_if_short(t, (Text){p.s, p.n}, p.typed, start == 0, w->ctx, &d->ids);
+    bool fits = start + n <= (size_t)w->ctx || n <= (size_t)w->ctx / 2;
+    if (!fits) {
+        fprintf(stderr, "run: this turn has %s%zu tokens, too many for the context of %d, of which "
+                        "%zu are in use: it is left out\n",
+                d->ids.n == start ? "over " : "", n, w->ctx, start);
         d->ids.n = start;
-        return false;
+    } else if (!start) {  // the system turn stays when the context is full
+        Ids head = {0};
+        encode(t, (Text){p.s, head_end}, p.typed, true, &head);
+        d->keep = head.n > 4 ? (int)head.n : 4;
+        if (d->keep > (int)n) d->keep = (int)n;
+        free(head.ids);
     }
-    if (start) return true;
-    Ids head = {0};  // the system turn stays when the context is full
-    Prompt before = {0};
-    append_turn(&before, t, true, system, (Text){"", 0});
-    size_t user_part = t->chat[system.s ? USER_BEFORE_SYSTEM : USER_BEFORE].len +
-                       t->chat[system.s ? USER_AFTER_SYSTEM : USER_AFTER].len;
-    encode(t, (Text){before.s, before.n - user_part}, before.typed, true, &head);
-    d->keep = head.n > 4 ? (int)head.n : 4;
-    if (d->keep > (int)n) d->keep = (int)n;
-    free(head.ids);
-    free(before.s);
-    free(before.typed);
-    return true;
+    free(p.s);
+    free(p.typed);
+    return fits;
+}
+
+// Appends a user's turn and the model's reply.
+static void take_turn(Machine *w, Decoder *d, Text user) {
+    const Options *o = w->o;
+    int start = (int)d->ids.n;
+    if (!add_turn(w, d, user)) return;
+    double began = seconds();
+    push(&w->turns, start);
+    d->budget = o->steps > 0 ? o->steps : w->ctx;
+    d->n_new = 0;
+    d->text.n = 0;
+    int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
+    start_thoughts(d->out, o, !w->t->llama2c, w->t->chat[after]);
+    continue_text(w, d);
+    make_room(w, d);  // before the next turn comes, as where a session is closed here
+    w->rate = d->n_new / (seconds() - began);
+    if (interrupted == SIGINT) interrupted = 0;
 }
 
 static void chat(const Options *o, const Model *m, const Tokenizer *t, Text first, Output *out) {
@@ -4158,9 +4174,6 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
         die("the chat format of %s has no place for a system turn (-y)", t->path);
     Machine w;
     Decoder d;
-    Ids turns = {0};
-    Prompt p = {0};
-    double rate = 0;
     bool terminal = isatty(0) && !o->quiet;
     open_machine(&w, &d, o, m, t, out);
     w.chatting = true;
@@ -4172,40 +4185,10 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
         first.s = NULL;
         if (!given) user = read_line(terminal);
         if (!user.s) break;
-        if (user.len && user.s[0] == '/' && !given) {
-            chat_command(&w, &d, (char *)(uintptr_t)user.s, &turns, rate);
-            continue;
-        }
-        size_t start = d.ids.n;
-        if (!user.len || !add_turn(&w, &d, user, &p)) continue;
-        Output samples = {.fd = -1, .terminal = out->terminal};
-        int shifts = w.shifts, best;
-        double began = seconds();
-        d.budget = o->steps > 0 ? o->steps : w.ctx;
-        d.n_new = 0;
-        d.out = o->samples > 1 ? &samples : out;
-        int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
-        start_thoughts(d.out, o, !t->llama2c, t->chat[after]);
-        watch_text(&w, &d, (Text){"", 0}, false);
-        if (o->samples > 1) {
-            Decoder *all = run_samples(&w, &d, (int)o->samples, &best);
-            d.n_new = all[best].n_new;
-            print_samples(&w, &d, all, best, out);
-            free(samples.memory);
-        } else {
-            run_decoders(&w, &d, 1);
-            end_text(out);
-        }
-        make_room(&w, &d);  // before the next turn comes, as where a session is closed here
-        rate = d.n_new / (seconds() - began);
-        if (interrupted == SIGINT) interrupted = 0;
-        push(&turns, (int)start);
-        if (w.shifts != shifts) turns.n = 0;
+        if (!given && user.s[0] == '/') chat_command(&w, &d, (char *)(uintptr_t)user.s);
+        else if (user.len) take_turn(&w, &d, user);
     }
     if (o->receipt && o->samples < 2) print_receipt(&d);
-    free(turns.ids);
-    free(p.s);
-    free(p.typed);
     close_machine(&w, &d);
 }
 
