@@ -3272,8 +3272,9 @@ static void close_session(Session *s, Cache *kv) {
 
 // ---- Tools: text that the model writes can be a question to a program
 
-// Runs CMD with the question and a newline as its input; returns its answer, under 4000 bytes, without
-// white space at the end. An empty one, after a word on stderr: it failed, or took over 2 seconds.
+// Runs CMD with the question and a newline as its input; returns its answer, under 4000 bytes,
+// without white space at the end. An empty one, after a word on stderr: it failed, or took over 2
+// seconds.
 static Text ask_tool(const char *command, Text question) {
     static char answer[4001];
     int to[2], from[2], status = 0;
@@ -3406,12 +3407,12 @@ typedef struct {
     double logprob;         // the sum of their log-probabilities (with -k)
     uint64_t receipt, words;
     Output *out;            // where the text goes
-    Output text;            // in memory: what is searched for questions to tools
+    Output own;             // in memory: with -k it goes there
+    Output text;            // in memory, too: what is searched for questions to tools
 } Decoder;
 
 // Speculation: what guesses, and how it pays.
 typedef struct {
-    bool on;
     const Model *m;         // a small model; NULL: the text so far is looked up
     Cache kv;
     int done;               // tokens that its cache holds
@@ -3429,7 +3430,6 @@ typedef struct {
     const Tokenizer *t;
     int ctx;
     Output *out;
-    Output common;          // with -k: what comes before the text of each sample
     Cache kv;
     Session session;
     Draft draft;
@@ -3538,7 +3538,7 @@ static void propose(Machine *w, Decoder *d) {
     int most = 0, room = w->ctx - (int)d->ids.n, limit = f->m ? TILE - 1 : MAX_DRAFT;
     double tokens = 1, power = 1, best = 1.03 / f->plain;
     d->n_draft = 0;
-    if (!f->on || f->plain == 0) return;  // the first step measures the time without guesses
+    if (!w->o->draft || f->plain == 0) return;  // the first step measures the time without guesses
     if (f->m && f->more == 0) {  // the small model's second token tells what its guesses will cost
         if ((int)d->ids.n < 3 || f->kv.ctx < 3) return;
         for (; f->done < 2; f->done++) {
@@ -3550,10 +3550,8 @@ static void propose(Machine *w, Decoder *d) {
     if (f->more == 0) f->more = f->token + 0.3 * f->plain;
     for (int n = 1; n <= limit; n++) {
         tokens += power *= f->hit;
-        if (tokens / (f->plain + n * f->more) > best) {
-            best = tokens / (f->plain + n * f->more);
-            most = n;
-        }
+        double speed = tokens / (f->plain + n * f->more);
+        if (speed > best) best = speed, most = n;
     }
     // A small model must first catch up with the text, and the tokens to come must win that back.
     // Where guesses do not pay they are tried again, as long as trials cost under 3% of the time.
@@ -3579,8 +3577,8 @@ static void measure(Draft *f, int proposed, int accepted, double time, bool usua
     if (!usual) return;
     time -= f->catching_up;
     if (proposed == 0) {
-        f->plain +=
-            f->plain == 0 ? time : 0.2 * ((time < 2 * f->plain ? time : f->plain) - f->plain);
+        if (f->plain == 0) f->plain = time;
+        if (time < 2 * f->plain) f->plain += 0.2 * (time - f->plain);
         return;
     }
     double more = (time - f->plain) / proposed, least = 0.02 * f->plain;
@@ -3609,11 +3607,10 @@ static bool compute(Machine *w, Decoder *d, int n) {
     for (int i = 0; i < n && !interrupted; i++) {
         live |= d[i].budget > 0;
         if (d[i].budget <= 0 || d[i].logits) continue;
-        make_room(w, &d[i]);
-        int last = (int)d[i].ids.n - 1;
-        if (d[i].done > last) d[i].done = last;
-        fill(w, &d[i], last);
+        settle(w, &d[i]);
         if (interrupted) break;
+        int last = (int)d[i].ids.n - 1;
+        d[i].done = last;
         d[i].n_right = 0;
         if (n == 1) propose(w, d);
         if (d[i].seq == 0) reserve_session(&w->session, &w->kv, last + 1 + d[i].n_draft);
@@ -3667,7 +3664,7 @@ static bool use_tool(Machine *w, Decoder *d) {
     for (int i = 0; i < 3; i++) {
         append(&p, said[i], i == 1);
         write_reply(d->out, said[i]);
-        write_output(&d->text, said[i].s, said[i].len);
+        write_text(&d->text, said[i]);
     }
     if (turn) append(&p, w->t->chat[LATER_AFTER], false);
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->ids);
@@ -3692,8 +3689,7 @@ static void accept(Machine *w, Decoder *d) {
     push(&d->ids, next);
     write_token(d->out, w->t, last, next);
     if (w->o->tool) {
-        Text piece = decode(w->t, last, next);
-        write_output(&d->text, piece.s, piece.len);
+        write_text(&d->text, decode(w->t, last, next));
         asked = use_tool(w, d);
     }
     d->n_right += agreed;
@@ -3719,7 +3715,7 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
                 drawing |= d[i].logits != NULL;
             }
         }
-        if (w->draft.on && n == 1)
+        if (w->o->draft && n == 1)
             measure(&w->draft, d->n_draft, d->n_right, seconds() - start, usual);
         if (w->draft.done > d->done) w->draft.done = d->done;
     }
@@ -3728,17 +3724,16 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
 // Sets up a machine and its first decoder, sequence 0: the session's text, or none yet.
 static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *m,
                          const Tokenizer *t, Output *out) {
-    *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
-                   .common = {.fd = -1, .terminal = out->terminal}};
-    *d = (Decoder){.s = new_sampler(o, m, t), .out = o->samples > 1 ? &w->common : out,
-                   .text = {.fd = -1}};
+    *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out};
+    *d = (Decoder){.s = new_sampler(o, m, t), .out = o->samples > 1 ? &d->own : out,
+                   .own = {.fd = -1, .terminal = out->terminal}, .text = {.fd = -1}};
     w->session.fd = -1;
     int theirs = o->session ? open_session(&w->session, o->session) : 0;
     if (theirs && !o->context) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
     new_cache(&w->kv, m, w->ctx, 0, 0);
     size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
-    d->s.p = w->p = reserve(vocab, sizeof *w->p, "the sampler");
-    d->s.candidates = w->candidates = reserve(vocab, sizeof *w->candidates, "the sampler");
+    d->s.p = w->p = resize(NULL, vocab, sizeof *w->p);
+    d->s.candidates = w->candidates = resize(NULL, vocab, sizeof *w->candidates);
     if (o->session) {
         map_session(&w->session, &w->kv);
         const SessionState *s = &w->session.now;
@@ -3750,7 +3745,7 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
     }
     if (!o->draft) return;
     static Model small;
-    w->draft = (Draft){.on = true, .hit = 0.8};
+    w->draft.hit = 0.8;
     if (!strcmp(o->draft, "lookup")) return;
     load_model(&small, o->draft);
     if (small.c.vocab_size != m->c.vocab_size || small.c.tokenizer_hash != m->c.tokenizer_hash)
@@ -3761,6 +3756,7 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
 
 static void free_decoder(Decoder *d) {
     free(d->ids.ids);
+    free(d->own.memory);
     free(d->text.memory);
 }
 
@@ -3769,9 +3765,8 @@ static void close_machine(Machine *w, Decoder *d) {
     // A token that was drawn last is part of the session; a prompt that was interrupted is not.
     if ((int)d->ids.n <= d->done + 1) save_decoder(w, d, (int)d->ids.n);
     close_session(&w->session, &w->kv);
-    size_t vocab = (size_t)w->m->c.vocab_size * (size_t)w->o->threads;
-    munmap(w->p, vocab * sizeof *w->p);
-    munmap(w->candidates, vocab * sizeof *w->candidates);
+    free(w->p);
+    free(w->candidates);
     free_cache(&w->kv);
     free(w->turns.ids);
     if (w->draft.m) free_cache(&w->draft.kv), free_model((Model *)(uintptr_t)w->draft.m);
@@ -3783,23 +3778,25 @@ static void tell_seed(const Machine *w, const Decoder *d) {
         fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
 }
 
-// A branch of the trunk's cache, with a copy of its text; its output has, in memory, what the
-// trunk's has so far.
-static Decoder branch(Machine *w, const Decoder *trunk, int i) {
-    Decoder d = *trunk;
-    d.seq = i + 1;
-    d.s.rng += (uint64_t)i * 0x9E3779B97F4A7C15u;
-    w->kv.from[d.seq] = (int)trunk->ids.n;
-    d.ids = (Ids){0};
-    for (size_t j = 0; j < trunk->ids.n; j++) push(&d.ids, trunk->ids.ids[j]);
-    d.text = (Output){.fd = -1};
-    if (w->o->tool) write_output(&d.text, trunk->text.memory, trunk->text.n);
-    d.out = resize(NULL, 1, sizeof(Output));
-    *d.out = *trunk->out;
-    d.out->memory = NULL;
-    d.out->n = d.out->capacity = 0;
-    write_output(d.out, trunk->out->memory, trunk->out->n);
-    return d;
+static Output copy_memory(const Output *from) {
+    Output copy = *from;
+    copy.memory = NULL;
+    copy.n = copy.capacity = 0;
+    write_output(&copy, from->memory, from->n);
+    return copy;
+}
+
+// Makes a decoder for branch i + 1 of the trunk's cache, with all that the trunk has.
+static void branch(Machine *w, const Decoder *trunk, Decoder *d, int i) {
+    *d = *trunk;
+    d->seq = i + 1;
+    d->s.rng += (uint64_t)i * 0x9E3779B97F4A7C15u;
+    w->kv.from[d->seq] = (int)trunk->ids.n;
+    d->ids = (Ids){0};
+    for (size_t j = 0; j < trunk->ids.n; j++) push(&d->ids, trunk->ids.ids[j]);
+    d->out = &d->own;
+    d->own = copy_memory(&trunk->own);
+    d->text = copy_memory(&trunk->text);
 }
 
 // Continues a text k times at once, in branches of its cache, which holds the common beginning
@@ -3812,7 +3809,7 @@ static void run_samples(Machine *w, Decoder *trunk) {
     compute(w, trunk, 1);
     bool fits = (int)trunk->ids.n + trunk->budget <= w->ctx && !w->o->tool;
     add_branches(&w->kv, k, fits ? (int)trunk->budget : w->ctx);
-    for (int i = 0; i < k; i++) d[i] = branch(w, trunk, i);
+    for (int i = 0; i < k; i++) branch(w, trunk, &d[i], i);
     trunk->logits = NULL;
     run_decoders(w, d, k);
     for (int i = 1; i < k; i++)
@@ -3827,7 +3824,7 @@ static void run_samples(Machine *w, Decoder *trunk) {
         if (w->o->receipt) print_receipt(&d[i]);
         if (w->o->best && i != best) continue;
         end_text(d[i].out);
-        write_output(w->out, d[i].out->memory, d[i].out->n);
+        write_output(w->out, d[i].own.memory, d[i].own.n);
     }
     trunk->n_new = d[best].n_new;
     if (w->o->best) {
@@ -3835,24 +3832,19 @@ static void run_samples(Machine *w, Decoder *trunk) {
         trunk->s.rng = d[best].s.rng;
         rewrite(w, trunk, same, d[best].ids.ids + same, (int)d[best].ids.n - same);
     }
-    for (int i = 0; i < k; i++) {
-        free_decoder(&d[i]);
-        free(d[i].out->memory);
-        free(d[i].out);
-    }
+    for (int i = 0; i < k; i++) free_decoder(&d[i]);
     free(d);
-    free(trunk->out->memory);
-    *trunk->out = (Output){.fd = -1, .terminal = w->out->terminal};
+    free(trunk->own.memory);
+    trunk->own = (Output){.fd = -1, .terminal = w->out->terminal};
 }
 
 // Lets the model go on with the text, until it ends or its budget is used up.
 static void continue_text(Machine *w, Decoder *d) {
-    if (w->o->samples > 1) {
-        run_samples(w, d);
-        return;
+    if (w->o->samples > 1) run_samples(w, d);
+    else {
+        run_decoders(w, d, 1);
+        end_text(d->out);
     }
-    run_decoders(w, d, 1);
-    end_text(d->out);
 }
 
 static void print_statistics(const Machine *w, int n_prompt, double start) {
@@ -3862,7 +3854,7 @@ static void print_statistics(const Machine *w, int n_prompt, double start) {
     fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
             n_prompt / (prefilled - start), w->n_drawn,
             w->n_drawn > 1 ? (w->n_drawn - 1) / (done - prefilled) : 0.0);
-    if (f->on)
+    if (w->o->draft)
         fprintf(stderr,
                 "speculation: %lld tokens proposed, %lld accepted, %.2f tokens per forward\n",
                 f->proposed, f->accepted,
@@ -3893,8 +3885,7 @@ static long long start_text(const Options *o, const Model *m, const Tokenizer *t
     if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
     // llama2.c counts positions, the prompt's included, and stays within the context.
     // (A session's last token is no such position yet: it was drawn, and not computed.)
-    size_t end = before ? before - 1 : 0;
-    end = o->steps == 0 || o->steps > ctx ? (size_t)ctx : end + (size_t)o->steps;
+    size_t end = (before ? before - 1 : 0) + (size_t)(o->steps ? o->steps : ctx);
     if (end > (size_t)ctx) end = (size_t)ctx;
     if (ids->n > end + 1) ids->n = end + 1;
     return (long long)(end + 1 - ids->n);
@@ -3915,11 +3906,9 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Text 
     else write_text(d.out, prompt);
     int n_prompt = (int)(d.ids.n - before);
     // The session's text may end within a thought or a question to the tool.
-    for (size_t i = 0; i < before && (o->tool || !t->llama2c); i++) {
-        Text piece = decode(t, i ? d.ids.ids[i - 1] : -1, d.ids.ids[i]);
-        write_output(&d.text, piece.s, piece.len);
-    }
-    write_output(&d.text, prompt.s, prompt.len);
+    for (size_t i = 0; i < before && (o->tool || !t->llama2c); i++)
+        write_text(&d.text, decode(t, i ? d.ids.ids[i - 1] : -1, d.ids.ids[i]));
+    write_text(&d.text, prompt);
     start_thoughts(d.out, o, !t->llama2c, (Text){d.text.memory, d.text.n});
     if (prompt.len) use_tool(&w, &d);
     if (o->samples < 2) tell_seed(&w, &d);
@@ -3938,15 +3927,35 @@ static double answer_bits(const Model *m, const Tokenizer *t, Text prompt, Text 
     if (!ids.n) push(&ids, t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0);
     int n_prompt = (int)ids.n;
     encode(t, answer, NULL, false, &ids);
-    double sum = 0;
+    double sum = INFINITY;
     if (ids.n <= (size_t)m->c.seq_len + 1 && answer.len) {
         Cache kv;
         new_cache(&kv, m, (int)ids.n, 0, 0);
         sum = score_window(m, &kv, ids.ids, 0, (int)ids.n - 1, n_prompt - 1);
         free_cache(&kv);
-    } else sum = INFINITY;
+    }
     free(ids.ids);
     return sum / 0.69314718055994531 / (double)answer.len;
+}
+
+// Loads another model. False, after a word on stderr, if it cannot answer the prompt.
+static bool takes_part(const Options *o, const char *path, Text prompt, Model *m, Tokenizer *t) {
+    static Ids ids;
+    jmp_buf failed;
+    if (!setjmp(failed)) {
+        recovery = &failed;
+        load_model(m, path);
+        find_tokenizer(t, NULL, m);
+        ids.n = 0;
+        start_text(o, m, t, context_of(o, m), prompt, &ids);
+        recovery = NULL;
+        return true;
+    }
+    recovery = NULL;
+    fprintf(stderr, "run: %s does not take part\n", path);
+    if (t->file) free_tokenizer(t);
+    if (m->file) free_model(m);
+    return false;
 }
 
 // All models answer the prompt; each scores each answer in bits per byte, a measure that does not
@@ -3955,52 +3964,32 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
                      Output *out) {
     static Model models[1 + MAX_OTHERS];
     static Tokenizer tokenizers[1 + MAX_OTHERS];
-    static Output answers[1 + MAX_OTHERS];
-    static volatile int n;
-    static Ids ids;
-    models[0] = *m, tokenizers[0] = *t, n = 1;
-    for (volatile int i = 0; i < o->n_others; i++) {
-        jmp_buf failed;
-        if (!setjmp(failed)) {
-            recovery = &failed;
-            load_model(&models[n], o->others[i]);
-            find_tokenizer(&tokenizers[n], NULL, &models[n]);
-            start_text(o, &models[n], &tokenizers[n], context_of(o, &models[n]), prompt, &ids);
-            n++;
-        } else {
-            fprintf(stderr, "run: %s does not take part\n", o->others[i]);
-            if (tokenizers[n].file) free_tokenizer(&tokenizers[n]);
-            if (models[n].file) free_model(&models[n]);
-        }
-        recovery = NULL;
-        ids.n = 0;
-    }
-    free(ids.ids);
-    ids.ids = NULL;
+    Output answers[1 + MAX_OTHERS] = {{0}};
+    int n = 1, best = 0;
+    double lowest = INFINITY;
+    models[0] = *m, tokenizers[0] = *t;
+    for (int i = 0; i < o->n_others; i++)
+        n += takes_part(o, o->others[i], prompt, &models[n], &tokenizers[n]);
     for (int i = 0; i < n && !interrupted; i++) {
+        answers[i].fd = -1;
         if (!o->quiet) fprintf(stderr, "%s%s answers\n", i ? "\n" : "", models[i].path);
-        answers[i] = (Output){.fd = -1};
         generate(o, &models[i], &tokenizers[i], prompt, &answers[i]);
     }
-    int best = 0;
-    double lowest = INFINITY;
     for (int i = 0; i < n && !interrupted; i++) {
         const Output *a = &answers[i];
+        Text answer = {a->memory + a->start, a->n - a->start - 1};
         double sum = 0, bits;
         if (!o->quiet) fprintf(stderr, "%s%s's answer:", i ? "" : "\n", models[i].path);
         for (int j = 0; j < n; j++) {
-            sum += bits = answer_bits(&models[j], &tokenizers[j], prompt,
-                                      (Text){a->memory + a->start, a->n - a->start - 1});
+            sum += bits = answer_bits(&models[j], &tokenizers[j], prompt, answer);
             if (!o->quiet) fprintf(stderr, " %.4f", bits);
         }
         if (!o->quiet) fprintf(stderr, " bits per byte, mean %.4f\n", sum / n);
         if (sum < lowest) lowest = sum, best = i;
     }
-    if (!interrupted) {
-        if (!o->quiet && n > 1)
-            fprintf(stderr, "the best answer is %s's\n", models[best].path);
-        write_text(out, (Text){answers[best].memory, answers[best].n});
-    }
+    if (!interrupted && !o->quiet && n > 1)
+        fprintf(stderr, "the best answer is %s's\n", models[best].path);
+    if (!interrupted) write_text(out, (Text){answers[best].memory, answers[best].n});
     for (int i = 0; i < n; i++) {
         free(answers[i].memory);
         if (i) free_tokenizer(&tokenizers[i]), free_model(&models[i]);
@@ -4061,12 +4050,12 @@ static void load_conversation(Machine *w, Decoder *d, const char *path) {
 static void chat_command(Machine *w, Decoder *d, char *line) {
     char *name = strtok(line, " \t"), *path = strtok(NULL, "");
     jmp_buf failed;
-    bool save = !strcmp(name, "/save"), load = !strcmp(name, "/load");
-    if ((save || load) && !path) fprintf(stderr, "%s needs a file\n", name);
-    else if ((save || load) && (same_file(path, w->o->session) || same_file(path, w->m->path) ||
-                                same_file(path, w->t->path) || same_file(path, w->o->output)))
+    bool save = !strcmp(name, "/save"), file = save || !strcmp(name, "/load");
+    if (file && !path) fprintf(stderr, "%s needs a file\n", name);
+    else if (file && (same_file(path, w->o->session) || same_file(path, w->m->path) ||
+                      same_file(path, w->t->path) || same_file(path, w->o->output)))
         fprintf(stderr, "%s: %s is in use\n", name, path);
-    else if (save || load) {
+    else if (file) {
         char *volatile ours = unfinished_file;  // that of -o
         volatile int fd = unfinished_fd;
         unfinished_file = NULL;
@@ -4158,7 +4147,7 @@ static void take_turn(Machine *w, Decoder *d, Text user) {
     push(&w->turns, start);
     d->budget = o->steps > 0 ? o->steps : w->ctx;
     d->n_new = 0;
-    d->text.n = 0;
+    d->text.n = d->text.n_held = 0;
     int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
     start_thoughts(d->out, o, !w->t->llama2c, w->t->chat[after]);
     continue_text(w, d);
@@ -4180,13 +4169,12 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
     tell_seed(&w, &d);
     if (d.ids.n && o->system && !o->quiet)
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
-    for (Text user = first; interrupted != SIGTERM; free((char *)(uintptr_t)user.s)) {
-        bool given = first.s != NULL;
-        first.s = NULL;
-        if (!given) user = read_line(terminal);
+    for (bool given = first.s; interrupted != SIGTERM; given = false) {
+        Text user = given ? first : read_line(terminal);
         if (!user.s) break;
         if (!given && user.s[0] == '/') chat_command(&w, &d, (char *)(uintptr_t)user.s);
         else if (user.len) take_turn(&w, &d, user);
+        free((char *)(uintptr_t)user.s);
     }
     if (o->receipt && o->samples < 2) print_receipt(&d);
     close_machine(&w, &d);
