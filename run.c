@@ -4120,6 +4120,7 @@ static bool add_turn(Machine *w, Decoder *d, Text user) {
     if (start) append(&p, t->chat[ASSISTANT_AFTER], false);
     size_t head_end = append_turn(&p, t, start == 0, system, user);
     size_t n = encode_if_short(t, (Text){p.s, p.n}, p.typed, start == 0, w->ctx, &d->ids);
+    if (!start && !n) die("%s has no token for any byte of this turn", t->path);
     bool fits = start + n <= (size_t)w->ctx || n <= (size_t)w->ctx / 2;
     if (!fits) {
         fprintf(stderr, "run: this turn has %s%zu tokens, too many for the context of %d, of which "

@@ -922,7 +922,8 @@ static void test_attention_case(const AttentionCase *a) {
     kv.from[1] = a->branch_at;
     kv.from[2] = a->branch_at ? a->branch_at - 1 : 3;
     for (int seq = 0; seq < 3; seq++)
-        for (int pos = seq ? kv.from[seq] : 0; pos < (seq ? kv.from[seq] + a->length : CONTEXT); pos++)
+        for (int pos = seq ? kv.from[seq] : 0;
+             pos < (seq ? kv.from[seq] + a->length : CONTEXT); pos++)
             for (int h = 0, at; h < a->kv_heads; h++)
                 for (int d = 0; d < a->head_dim; d++) {
                     uint8_t *chunk = cache_chunk(&kv, seq, pos, 0, h, &at);
@@ -930,8 +931,8 @@ static void test_attention_case(const AttentionCase *a) {
                     put_number(&kv, chunk, k, stored(a->wide, seq, kv.from[seq], pos, h, d, 0));
                     put_number(&kv, chunk, v, stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
                 }
-    // Runs of positions of all three sequences; those of the branches start where these do, or where
-    // enough has been seen.
+    // Runs of positions of all three sequences; those of the branches start where these do, or
+    // where there is more than can be seen.
     int late = a->seen ? a->length - 60 : 0, one = kv.from[1] + late, two = kv.from[2] + late;
     int starts[][3] = {{0, 0, 9}, {0, 14, 4}, {0, 250, 13}, {0, 509, 5}, {0, 623, 1},
                        {1, one, 20}, {1, one + 41, 3}, {2, two, 1}, {2, two + 16, 2}};
@@ -3323,6 +3324,20 @@ static Ran talk(const char *model, const char *input, const char *extra, const c
     return RUN_AS(((How){.input = input}), model, "-m", "chat", "-n", "12", "-t", "0", "-q", "-c",
                   "999", extra, value);
 }
+// A vocabulary that has no token for what a chat says.
+static void test_wordless_chat(void) {
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+    Shape s = family(LLAMA, Q8);
+    for (int i = 0; i < s.vocab; i++) token(v, "a", 1, 0, NORMAL);
+    for (int i = 0; i < 10; i++) chat_piece(v, "Z");
+    Made made = make_weights(&s);
+    Buffer m = version_3(&made), t = tokenizer_file(v);
+    save("wordless.bin", m.p, m.n), save("wordless.tok", t.p, t.n);
+    refused(RUN_AS(((How){.input = "Z\n"}), in_folder("wordless.bin"), "-m", "chat", "-q"), 1,
+            "a chat without a token");
+    free(m.p), free(t.p), free_made(&made), free_vocabulary(v);
+}
+
 static void test_chat(const char *endless) {
     Ran one = talk(endless, "abc\n", "-s", "1");
     Ran direct = RUN(endless, "-i", "<s>abc<|end|>", "-n", "12", "-t", "0", "-q");
@@ -3622,6 +3637,7 @@ static void test_decoders(void) {
     test_kills(endless);
     test_tools(endless);
     test_chat(endless);
+    test_wordless_chat();
     test_ensemble(endless);
     test_combinations(endless);
 }
