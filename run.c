@@ -2706,10 +2706,11 @@ typedef struct {
     const char *tool, *others[MAX_OTHERS];
     int n_others;
     long long steps, context, threads, top_k, samples, layer, head;
-    double temperature, top_p, min_p, repeat_penalty;
+    double temperature, top_p;  // -1: as the tokenizer's file says
+    double min_p, repeat_penalty;
     unsigned long long seed;
     bool quiet, receipt, best, think, trace, help, version;
-    bool temperature_given, top_p_given;
+    double started;  // not an option: when the program was
 } Options;
 
 static volatile sig_atomic_t interrupted;
@@ -3018,8 +3019,8 @@ static Sampler new_sampler(const Options *o, const Model *m, const Tokenizer *t)
                  .top_k = (int)o->top_k, .min_p = (float)o->min_p,
                  .repeat_penalty = (float)o->repeat_penalty, .rng = o->seed,
                  .vocab_size = m->c.vocab_size};
-    if (!o->temperature_given && t->h.temperature >= 0) s.temperature = t->h.temperature;
-    if (!o->top_p_given && t->h.top_p >= 0) s.top_p = t->h.top_p;
+    if (o->temperature < 0) s.temperature = t->h.temperature >= 0 ? t->h.temperature : 1;
+    if (o->top_p < 0) s.top_p = t->h.top_p >= 0 ? t->h.top_p : 0.9f;
     if (!s.rng) {
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
@@ -4663,8 +4664,9 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
 
 // ---- tokenize and logits: for scripts
 
-static void tokenize(const Options *o, const Tokenizer *t) {
+static void tokenize(const Options *o, const Model *m, const Tokenizer *t) {
     Text text = input_text(o);
+    (void)m;
     Ids ids = {0};
     encode(t, text, NULL, true, &ids);
     Output out = open_output(o->output), line = {.fd = -1};
@@ -4681,7 +4683,7 @@ static void tokenize(const Options *o, const Tokenizer *t) {
     free((char *)(uintptr_t)text.s);
 }
 
-static void write_logits(const Options *o, const Model *m) {
+static void write_logits(const Options *o, const Model *m, const Tokenizer *none) {
     Text text = input_text(o);
     Ids ids = {0};
     for (char *p = (char *)(uintptr_t)text.s, *end;; p = end) {
@@ -4692,11 +4694,10 @@ static void write_logits(const Options *o, const Model *m) {
             die("token id \"%.20s\" is not a number from 0 to %d", p, m->c.vocab_size - 1);
         push(&ids, (int)id);
     }
-    Tokenizer none = {0};
     Machine w;
     Decoder d;
     Output out = open_output(o->output);
-    open_machine(&w, &d, o, m, &none, &out);
+    open_machine(&w, &d, o, m, none, &out);
     if (!ids.n) die("no token ids: give them with -i or -f (- is stdin)");
     fill(&w, &d, (int)d.ids.n);
     if (ids.n + d.ids.n > (size_t)w.ctx)
@@ -5225,7 +5226,8 @@ static const char *expand(Codec *z, Input *in, Output *out) {
 }
 
 // Both modes.
-static void compress(const Options *o, const Model *m, const Tokenizer *t, bool back) {
+static void compress(const Options *o, const Model *m, const Tokenizer *t) {
+    bool back = !strcmp(o->mode, "decompress");
     Codec z;
     int context = context_of(o, m);
     if (!back && context < SHORTEST_CONTEXT)
@@ -5448,7 +5450,8 @@ static void print_verdict(double decode, double limit, int threads) {
 #endif
 }
 
-static void bench(const Options *o, const Model *m, double started) {
+static void bench(const Options *o, const Model *m, const Tokenizer *t) {
+    (void)t;
     int ctx = context_of(o, m), vocab = m->c.vocab_size, threads = (int)o->threads;
     int n_short = ctx < 640 ? ctx * 3 / 4 : 512, n_decode = ctx < 512 ? ctx / 4 : 128;
     int depth = ctx < 4096 + 64 ? ctx - ctx / 16 : 4096,
@@ -5467,40 +5470,40 @@ static void bench(const Options *o, const Model *m, double started) {
         shared = ctx < 160 ? ctx / 2 : 128;
     new_cache(&kv, m, ctx, n_branches, n_batch);
     prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
-    double startup = seconds() - started;
+    double startup = seconds() - o->started;
     size_t bytes = (size_t)256 << 20;
     Stream stream = {reserve(1, bytes + 8192, "measuring the memory"), bytes, threads, 1, false};
     large_pages(stream.data, bytes);
     memset((void *)(uintptr_t)stream.data, 1, bytes + 8192);
-    double rate[6][ROUNDS], t;
+    double rate[6][ROUNDS], began, speed;
     for (int r = 0; r < ROUNDS && !interrupted; r++) {
         rate[0][r] = 0;
         for (int k = 0; k < 4; k++) {
             stream.streams = k & 1 ? 4 : 1;
             stream.ahead = k & 2;
-            t = seconds();
+            began = seconds();
             parallel(stream_task, &stream, threads);
-            t = (double)bytes / (seconds() - t) / 1e9;
-            rate[0][r] = t > rate[0][r] ? t : rate[0][r];
+            speed = (double)bytes / (seconds() - began) / 1e9;
+            rate[0][r] = speed > rate[0][r] ? speed : rate[0][r];
         }
         prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
         rate[1][r] = bench_decode(m, &kv, 8 < depth ? 8 : depth, n_decode);
-        t = seconds();
+        began = seconds();
         prefill(m, &kv, 0, ids, 0, n_short);
-        rate[2][r] = n_short / (seconds() - t);
+        rate[2][r] = n_short / (seconds() - began);
         Slot batch[16];
         for (int s = 1; s < 16; s++) kv.from[s] = shared;
-        t = seconds();
+        began = seconds();
         for (int i = 0; i < n_batch; i++) {
             for (int s = 0; s < 16; s++)
                 batch[s] = (Slot){(i * 16 + s) * 31 % 30000 % vocab, shared + i, s, true};
             forward(m, &kv, batch, 16);
         }
-        rate[3][r] = 16 * n_batch / (seconds() - t);
+        rate[3][r] = 16 * n_batch / (seconds() - began);
         if (r) continue;
-        t = seconds();
+        began = seconds();
         prefill(m, &kv, 0, ids, 0, depth);
-        rate[4][r] = depth / (seconds() - t);
+        rate[4][r] = depth / (seconds() - began);
         rate[5][r] = bench_decode(m, &kv, depth, n_deep);
     }
     if (interrupted) exit(130);
@@ -5540,76 +5543,119 @@ static void bench(const Options *o, const Model *m, double started) {
 // One table parses, checks and explains the options.
 enum { FLAG, STRING, LIST, INTEGER, NUMBER_OPTION, SEED };
 typedef struct {
-    char letter;
-    const char *name, *argument;
+    char letter;       // or 0
+    const char *name;  // and behind it its argument
     int kind;
-    void *value;
-    double low, high;
+    size_t field;      // where in Options its value goes
+    double low, high;  // of a number
     const char *help;
 } Option;
 
-static __attribute__((noreturn)) void usage_error(const char *format, const char *a,
-                                                  const char *b) {
+#define TO(field) offsetof(Options, field)
+static const Option options[] = {
+    {'i', "prompt TEXT", STRING, TO(prompt), 0, 0, "the prompt; - reads it from stdin"},
+    {'f', "file PATH", STRING, TO(prompt_file), 0, 0, "read the prompt from a file; - is stdin"},
+    {'o', "output PATH", STRING, TO(output), 0, 0, "write there instead of to stdout"},
+    {'n', "steps N", INTEGER, TO(steps), 0, 1e9,
+     "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
+    {'m', "mode MODE", STRING, TO(mode), 0, 0, "what to do, see below"},
+    {'t', "temperature T", NUMBER_OPTION, TO(temperature), 0, 1e30,
+     "0: the likeliest token; 1 (default): as the model says"},
+    {'p', "top-p P", NUMBER_OPTION, TO(top_p), 0, 1,
+     "draw from the likeliest tokens with this sum (0.9)"},
+    {'s', "seed N", SEED, TO(seed), 0, 0, "of the random generator; 0 (default): from the clock"},
+    {'z', "tokenizer PATH", STRING, TO(tokenizer), 0, 0,
+     "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
+    {'c', "context N", INTEGER, TO(context), 0, 1 << 24,
+     "positions to make room for (the model's own)"},
+    {'j', "threads N", INTEGER, TO(threads), 1, 256, "threads (the number of cores)"},
+    {'y', "system TEXT", STRING, TO(system), 0, 0, "the system turn of a chat"},
+    {'k', "samples N", INTEGER, TO(samples), 1, MAX_SAMPLES,
+     "N continuations at once, each with a seed of its own"},
+    {'b', "best", FLAG, TO(best), 0, 0, "of these only the likeliest"},
+    {'e', "ensemble MODEL", LIST, TO(others), 0, 0,
+     "this model answers too, the best answer wins; repeatable"},
+    {'d', "draft MODEL", STRING, TO(draft), 0, 0,
+     "speculate with a small model, or \"lookup\": in the text so far"},
+    {'S', "session FILE", STRING, TO(session), 0, 0,
+     "keep the text in FILE with its cache; go on with what it holds"},
+    {'T', "tool CMD", STRING, TO(tool), 0, 0,
+     "answers arithmetic (12*34=) and tool calls on its stdin"},
+    {0, "think", FLAG, TO(think), 0, 0, "keep <think> ... </think> where stdout is no terminal"},
+    {'q', "quiet", FLAG, TO(quiet), 0, 0, "no statistics and no progress on stderr"},
+    {0, "top-k K", INTEGER, TO(top_k), 0, 1 << 24, "draw from the K likeliest tokens"},
+    {0, "min-p P", NUMBER_OPTION, TO(min_p), 0, 1,
+     "from those at least P times as likely as the likeliest"},
+    {0, "repeat-penalty R", NUMBER_OPTION, TO(repeat_penalty), 1e-3, 1e3,
+     "makes tokens of the text less likely; 1 is off"},
+    {0, "receipt", FLAG, TO(receipt), 0, 0, "print a hash of all logits that were sampled from"},
+    {0, "layer L", INTEGER, TO(layer), 0, MAX_LAYERS - 1,
+     "explain: attention of this layer, from 0 (the mean of all)"},
+    {0, "head H", INTEGER, TO(head), 0, 1 << 14,
+     "explain: ... and of this head of it, from 0 (the mean)"},
+    {0, "trace", FLAG, TO(trace), 0, 0, "explain: each stage of the computation in numbers"},
+    {'h', "help", FLAG, TO(help), 0, 0, "this text"},
+    {'V', "version", FLAG, TO(version), 0, 0, "version and instruction set"},
+};
+#undef TO
+enum { N_OPTIONS = sizeof options / sizeof *options };
+
+static __attribute__((noreturn, format(printf, 1, 2))) void usage_error(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
     fputs("run: ", stderr);
-    fprintf(stderr, format, a, b);
+    vfprintf(stderr, format, args);
     fputs("; see ./run --help\n", stderr);
+    va_end(args);
     exit(2);
 }
 
-static void parse_value(const Option *option, const char *name, const char *s) {
-    char *end = NULL, range[100];
-    double number = 0;
-    errno = 0;
-    if (option->kind == STRING) *(const char **)option->value = s;
-    if (option->kind == INTEGER)
-        number = (double)(*(long long *)option->value = strtoll(s, &end, 10));
-    if (option->kind == NUMBER_OPTION) number = *(double *)option->value = strtod(s, &end);
-    if (option->kind == SEED) *(unsigned long long *)option->value = strtoull(s, &end, 10);
-    if (option->kind == STRING) return;
-    bool minus = option->kind == SEED && strchr(s, '-');
-    if (end == s || *end || (s[0] >= '\t' && s[0] <= ' '))
-        usage_error("%s needs a number, not \"%s\"", name, s);
-    if (option->kind == SEED && (minus || errno))
-        usage_error("%s goes from 0 to 18446744073709551615, not %s", name, s);
-    if (option->kind != SEED && !(number >= option->low && number <= option->high)) {
-        snprintf(range, sizeof range, "%.10g to %.10g, not %.40s", option->low, option->high, s);
-        usage_error("%s goes from %s", name, range);
+// The option that an argument names: as -x, --name or --name=value.
+static const Option *find_option(const char *a) {
+    size_t n = a[1] == '-' ? strcspn(a + 2, "=") : 0;
+    for (const Option *option = options; option < options + N_OPTIONS; option++) {
+        if (a[1] == option->letter && !a[2]) return option;
+        if (n && n == strcspn(option->name, " ") && !strncmp(a + 2, option->name, n)) return option;
     }
+    usage_error("unknown option %s", a);
 }
 
-static void parse(Option *options, int argc, char **argv, Options *o) {
+static void set_option(Options *o, const Option *option, const char *a, const char *s) {
+    void *field = (char *)o + option->field;
+    char *end = NULL;
+    double number = 0;
+    errno = 0;
+    if (option->kind == FLAG) *(bool *)field = true;
+    if (option->kind == STRING) *(const char **)field = s;
+    if (option->kind == LIST) {
+        if (o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
+        ((const char **)field)[o->n_others++] = s;
+    }
+    if (option->kind < INTEGER) return;
+    if (option->kind == INTEGER) number = (double)(*(long long *)field = strtoll(s, &end, 10));
+    if (option->kind == NUMBER_OPTION) number = *(double *)field = strtod(s, &end);
+    if (option->kind == SEED) *(unsigned long long *)field = strtoull(s, &end, 10);
+    if (end == s || *end || (s[0] >= '\t' && s[0] <= ' '))
+        usage_error("%s needs a number, not \"%s\"", a, s);
+    if (option->kind == SEED && (strchr(s, '-') || errno))
+        usage_error("%s goes from 0 to 18446744073709551615, not %s", a, s);
+    if (!(number >= option->low && number <= option->high))
+        usage_error("%s goes from %.10g to %.10g, not %.40s", a, option->low, option->high, s);
+}
+
+static void parse(Options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        const char *a = argv[i], *value = NULL;
-        Option *option = options;
+        const char *a = argv[i], *equals = strchr(a, '='), *value = equals ? equals + 1 : NULL;
         if (a[0] != '-' || !a[1]) {
             if (o->model) usage_error("there are two models, %s and %s", o->model, a);
             o->model = a;
             continue;
         }
-        size_t n = strcspn(a, "=");
-        for (; option->name; option++) {
-            if (a[1] == option->letter && !a[2] && a[1]) break;
-            if (a[1] == '-' && strlen(option->name) == n - 2 &&
-                !strncmp(a + 2, option->name, n - 2)) {
-                if (a[n]) value = a + n + 1;
-                break;
-            }
-        }
-        if (!option->name) usage_error("unknown option %s%s", a, "");
-        if (option->kind == FLAG) {
-            if (value) usage_error("%s takes no value%s", a, "");
-            *(bool *)option->value = true;
-            continue;
-        }
-        if (!value && i + 1 >= argc) usage_error("%s needs a value%s", a, "");
-        if (option->kind == LIST) {
-            if (o->n_others == MAX_OTHERS) usage_error("%s is given too often%s", a, "");
-            ((const char **)option->value)[o->n_others++] = value ? value : argv[++i];
-            continue;
-        }
-        parse_value(option, a, value ? value : argv[++i]);
-        if (option->letter == 't') o->temperature_given = true;
-        if (option->letter == 'p') o->top_p_given = true;
+        const Option *option = find_option(a);
+        bool flag = option->kind == FLAG;
+        if (flag && value) usage_error("%s takes no value", a);
+        if (!flag && !value && !(value = argv[++i])) usage_error("%s needs a value", a);
+        set_option(o, option, a, value);
     }
 }
 
@@ -5619,17 +5665,41 @@ static void refuse_overwriting(const char *output, const char *input) {
         usage_error("-o %s would overwrite %s, which is read", output, input);
 }
 
-enum { GENERATE, CHAT, EXPLAIN, TOKENIZE, LOGITS, EVAL, COMPRESS, DECOMPRESS, CHECK, BENCH,
+// generate and chat.
+static void talk(const Options *o, const Model *m, const Tokenizer *t) {
+    bool chats = !strcmp(o->mode, "chat");
+    Output out = open_output(o->output);
+    Text prompt = {NULL, 0};
+    if (!chats || o->prompt || o->prompt_file) prompt = input_text(o);
+    (chats ? chat : o->n_others ? ensemble : generate)(o, m, t, prompt, &out);
+    if (!chats) free((char *)(uintptr_t)prompt.s);
+    close_output(&out);
+}
+
+enum { GENERATE, CHAT, TOKENIZE, LOGITS, EVAL, EXPLAIN, COMPRESS, DECOMPRESS, CHECK, BENCH,
        N_MODES };
-static const char *const mode_names[N_MODES] = {
-    "generate", "chat", "explain", "tokenize", "logits", "eval", "compress", "decompress", "check",
-    "bench"};
+typedef void Mode(const Options *o, const Model *m, const Tokenizer *t);
+static const struct { const char *name; Mode *run; const char *help; } modes[N_MODES] = {
+    {"generate", talk, "continue the prompt (the default)"},
+    {"chat", talk, "a conversation: -i or -f is the first turn, then lines of stdin"},
+    {"tokenize", tokenize, "print the prompt's token ids"},
+    {"logits", write_logits, "read token ids, write their logits as raw float32 [n, vocab_size]"},
+    {"eval", evaluate, "bits per byte of a text, by windows of -c tokens (2048) that start every\n"
+     "             half window; each token is predicted in the first window that holds it"},
+    {"explain", explain, "generate, and show for each token its rivals, what it looks at and what\n"
+     "             each layer would say; with -o page.html as a page to explore"},
+    {"compress", compress, "write the text of -f, -i or stdin in few bytes: the model predicts it, "
+     "and\n             only what surprises the model is kept; any other data works too"},
+    {"decompress", compress, "give that text back; it needs the same model and tokenizer"},
+    {"check", check_model, "recompute the reference values stored in the model"},
+    {"bench", bench, "measure this machine's speed with the model"},
+};
 
 // Returns the mode. Options that have no meaning in it, or together, are refused.
 static int check_options(const Options *o) {
     int mode = 0;
-    while (mode < N_MODES && strcmp(o->mode, mode_names[mode])) mode++;
-    if (mode == N_MODES) usage_error("unknown mode %s%s", o->mode, "");
+    while (mode < N_MODES && strcmp(o->mode, modes[mode].name)) mode++;
+    if (mode == N_MODES) usage_error("unknown mode %s", o->mode);
     enum { TALK = 1 << GENERATE | 1 << CHAT, SHOW = 1 << EXPLAIN };
     bool k = o->samples > 1, e = o->n_others, d = o->draft, s = o->session, layer = o->layer >= 0;
     struct { bool given; const char *name; int modes; } uses[] = {
@@ -5647,13 +5717,13 @@ static int check_options(const Options *o) {
     for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
         if (clashes[i].both)
             usage_error("%s and %s cannot be used together", clashes[i].a, clashes[i].b);
-    if (o->output && !*o->output) usage_error("%s needs a path%s", "-o", "");
-    if (o->tool && !*o->tool) usage_error("%s needs a command%s", "-T", "");
-    if (o->best && !k) usage_error("%s picks the best of several samples: it needs %s", "-b", "-k");
-    if (k && mode == CHAT && !o->best) usage_error("%s in a chat needs %s", "-k", "-b");
-    if (o->head >= 0 && !layer) usage_error("%s needs %s", "--head", "--layer");
+    if (o->output && !*o->output) usage_error("-o needs a path");
+    if (o->tool && !*o->tool) usage_error("-T needs a command");
+    if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
+    if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
+    if (o->head >= 0 && !layer) usage_error("--head needs --layer");
     if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
-        usage_error("mode %s writes no text for a terminal: use %s or a pipe", o->mode, "-o");
+        usage_error("mode %s writes no text for a terminal: use -o or a pipe", o->mode);
     const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft,
                             "/dev/stdin"};
     for (int i = 0; i < 6; i++) refuse_overwriting(o->output, inputs[i]);
@@ -5661,32 +5731,17 @@ static int check_options(const Options *o) {
     return mode;
 }
 
-static void help(const Option *options) {
+static void help(void) {
     puts("usage: ./run MODEL [options]\n\nRuns a language model: continues a text, or what --mode "
          "says.\n");
-    for (; options->name; options++) {
-        char left[64];
-        if (options->letter)
-            snprintf(left, sizeof left, "-%c, --%s %s", options->letter, options->name,
-                     options->argument);
-        else snprintf(left, sizeof left, "    --%s %s", options->name, options->argument);
-        printf("  %-26s %s\n", left, options->help);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        char letter[] = {'-', options[i].letter, ',', ' ', 0}, left[64];
+        snprintf(left, sizeof left, "%s--%s", letter[1] ? letter : "    ", options[i].name);
+        printf("  %-26s %s\n", left, options[i].help);
     }
-    puts("\nmodes:\n"
-         "  generate   continue the prompt (the default)\n"
-         "  chat       a conversation: -i or -f is the first turn, then lines of stdin\n"
-         "  tokenize   print the prompt's token ids\n"
-         "  logits     read token ids, write their logits as raw float32 [n, vocab_size]\n"
-         "  eval       bits per byte of a text, by windows of -c tokens (2048) that start every\n"
-         "             half window; each token is predicted in the first window that holds it\n"
-         "  explain    generate, and show for each token its rivals, what it looks at and what\n"
-         "             each layer would say; with -o page.html as a page to explore\n"
-         "  compress   write the text of -f, -i or stdin in few bytes: the model predicts it, and\n"
-         "             only what surprises the model is kept; any other data works too\n"
-         "  decompress give that text back; it needs the same model and tokenizer\n"
-         "  check      recompute the reference values stored in the model\n"
-         "  bench      measure this machine's speed with the model\n"
-         "\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
+    puts("\nmodes:");
+    for (int i = 0; i < N_MODES; i++) printf("  %-10s %s\n", modes[i].name, modes[i].help);
+    puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
 }
 
 static void on_interrupt(int signal_number) {
@@ -5759,79 +5814,14 @@ static void check_arithmetic(void) {
     if (tiny / 2 == 0) die("built to flush subnormal numbers to zero: do not use -ffast-math");
 }
 
-int main(int argc, char **argv) {
-    Options o = {
-        .mode = "generate", .steps = -1, .temperature = 1, .top_p = 0.9, .repeat_penalty = 1,
-        .layer = -1, .head = -1};
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    o.threads = cores < 1 ? 1 : cores > 256 ? 256 : cores;
-    Option options[] = {
-        {'i', "prompt", "TEXT", STRING, &o.prompt, 0, 0, "the prompt; - reads it from stdin"},
-        {'f', "file", "PATH", STRING, &o.prompt_file, 0, 0,
-         "read the prompt from a file; - is stdin"},
-        {'o', "output", "PATH", STRING, &o.output, 0, 0, "write there instead of to stdout"},
-        {'n', "steps", "N", INTEGER, &o.steps, 0, 1e9,
-         "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
-        {'m', "mode", "MODE", STRING, &o.mode, 0, 0, "what to do, see below"},
-        {'t', "temperature", "T", NUMBER_OPTION, &o.temperature, 0, 1e30,
-         "0: the likeliest token; 1 (default): as the model says"},
-        {'p', "top-p", "P", NUMBER_OPTION, &o.top_p, 0, 1,
-         "draw from the likeliest tokens with this sum (0.9)"},
-        {'s', "seed", "N", SEED, &o.seed, 0, 0,
-         "of the random generator; 0 (default): from the clock"},
-        {'z', "tokenizer", "PATH", STRING, &o.tokenizer, 0, 0,
-         "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
-        {'c', "context", "N", INTEGER, &o.context, 0, 1 << 24,
-         "positions to make room for (the model's own)"},
-        {'j', "threads", "N", INTEGER, &o.threads, 1, 256, "threads (the number of cores)"},
-        {'y', "system", "TEXT", STRING, &o.system, 0, 0, "the system turn of a chat"},
-        {'k', "samples", "N", INTEGER, &o.samples, 1, MAX_SAMPLES,
-         "N continuations at once, each with a seed of its own"},
-        {'b', "best", "", FLAG, &o.best, 0, 0, "of these only the likeliest"},
-        {'e', "ensemble", "MODEL", LIST, o.others, 0, 0,
-         "this model answers too, the best answer wins; repeatable"},
-        {'d', "draft", "MODEL", STRING, &o.draft, 0, 0,
-         "speculate with a small model, or \"lookup\": in the text so far"},
-        {'S', "session", "FILE", STRING, &o.session, 0, 0,
-         "keep the text in FILE with its cache; go on with what it holds"},
-        {'T', "tool", "CMD", STRING, &o.tool, 0, 0,
-         "answers arithmetic (12*34=) and tool calls on its stdin"},
-        {0, "think", "", FLAG, &o.think, 0, 0,
-         "keep <think> ... </think> where stdout is no terminal"},
-        {'q', "quiet", "", FLAG, &o.quiet, 0, 0, "no statistics and no progress on stderr"},
-        {0, "top-k", "K", INTEGER, &o.top_k, 0, 1 << 24, "draw from the K likeliest tokens"},
-        {0, "min-p", "P", NUMBER_OPTION, &o.min_p, 0, 1,
-         "from those at least P times as likely as the likeliest"},
-        {0, "repeat-penalty", "R", NUMBER_OPTION, &o.repeat_penalty, 1e-3, 1e3,
-         "makes tokens of the text less likely; 1 is off"},
-        {0, "receipt", "", FLAG, &o.receipt, 0, 0,
-         "print a hash of all logits that were sampled from"},
-        {0, "layer", "L", INTEGER, &o.layer, 0, MAX_LAYERS - 1,
-         "explain: attention of this layer, from 0 (the mean of all)"},
-        {0, "head", "H", INTEGER, &o.head, 0, 1 << 14,
-         "explain: ... and of this head of it, from 0 (the mean)"},
-        {0, "trace", "", FLAG, &o.trace, 0, 0, "explain: each stage of the computation in numbers"},
-        {'h', "help", "", FLAG, &o.help, 0, 0, "this text"},
-        {'V', "version", "", FLAG, &o.version, 0, 0, "version and instruction set"},
-        {0, NULL, NULL, 0, NULL, 0, 0, NULL},
-    };
-    double started = seconds();
-    // A file that we open must not become stdin, stdout or stderr: a closed one gets a substitute
-    // that cannot be read or written.
+// A file that we open must not become stdin, stdout or stderr: a closed one gets a substitute that
+// cannot be read or written.
+static void fill_standard_files(void) {
     for (int fd = 0; fd <= 2; fd++)
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
-    check_arithmetic();
-    parse(options, argc, argv, &o);
-    if (o.help) help(options);
-    else if (o.version) printf("run %s (%s)\n", VERSION, isa);
-    if (o.help || o.version) {
-        if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
-        return 0;
-    }
-    if (!o.model) usage_error("no model is named; `make demo` fetches %s%s", "model.bin", "");
-    int mode = check_options(&o);
-    if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
+}
 
+static void catch_signals(void) {
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is an error of write
     signal(SIGBUS, on_bus_error);
@@ -5840,29 +5830,35 @@ int main(int argc, char **argv) {
     sigaction(SIGTERM, &action, NULL);
     if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL);  // but under nohup
     atexit(remove_unfinished);
+}
+
+int main(int argc, char **argv) {
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
+                 .repeat_penalty = 1, .layer = -1, .head = -1, .started = seconds(),
+                 .threads = cores < 1 ? 1 : cores > 256 ? 256 : cores};
+    fill_standard_files();
+    check_arithmetic();
+    parse(&o, argc, argv);
+    if (o.help) help();
+    else if (o.version) printf("run %s (%s)\n", VERSION, isa);
+    if (o.help || o.version) {
+        if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
+        return 0;
+    }
+    if (!o.model) usage_error("no model is named; `make demo` fetches model.bin");
+    int mode = check_options(&o);
+    if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
+    catch_signals();
+    start_threads((int)o.threads);
     Model m;
     Tokenizer t = {0};
-    start_threads((int)o.threads);
     load_model(&m, o.model);
     if (mode != LOGITS && mode != BENCH && (mode != CHECK || m.c.tokenizer_hash))
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
-    if (mode == GENERATE || mode == CHAT) {
-        Output out = open_output(o.output);
-        Text prompt = {NULL, 0};
-        if (mode == GENERATE || o.prompt || o.prompt_file) prompt = input_text(&o);
-        (mode == CHAT ? chat : o.n_others ? ensemble : generate)(&o, &m, &t, prompt, &out);
-        if (mode == GENERATE) free((char *)(uintptr_t)prompt.s);
-        close_output(&out);
-    }
-    if (mode == TOKENIZE) tokenize(&o, &t);
-    if (mode == LOGITS) write_logits(&o, &m);
-    if (mode == EVAL) evaluate(&o, &m, &t);
-    if (mode == CHECK) check_model(&o, &m, &t);
-    if (mode == BENCH) bench(&o, &m, started);
-    if (mode == EXPLAIN) explain(&o, &m, &t);
-    if (mode == COMPRESS || mode == DECOMPRESS) compress(&o, &m, &t, mode == DECOMPRESS);
-    if (t.file) free_tokenizer(&t);
+    modes[mode].run(&o, &m, &t);
+    free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;
 }

@@ -2725,8 +2725,7 @@ static void test_full_context(void) {
     static const int contexts[] = {2, 3, 4, 5, 6, 7, 16, 33, 40, 64};
     for (size_t i = 0; i < sizeof contexts / sizeof *contexts; i++) {
         Options o = {.prompt = "abc d", .steps = 150, .context = contexts[i], .threads = 1,
-                     .temperature_given = true, .repeat_penalty = 1, .receipt = true,
-                     .quiet = true};
+                     .repeat_penalty = 1, .receipt = true, .quiet = true};
         uint64_t receipt;
         if (contexts[i] < 5) o.prompt = "a";
         Ids expected = by_hand(&m, &t, o.prompt, contexts[i], 4, 150, &receipt);
@@ -2852,7 +2851,7 @@ static void test_speculation(const char *endless) {
                        "-c", c, "--receipt", __VA_ARGS__)
         Ran plain = SPEAK("-q"), same = SPEAK("-d", endless);
         Options o = {.model = endless, .prompt = "abc abc abc", .steps = 150, .seed = 9,
-                     .threads = 1, .temperature = (float)atof(temp), .temperature_given = true,
+                     .threads = 1, .temperature = (float)atof(temp),
                      .top_p = (float)atof(p), .context = atoi(c), .repeat_penalty = 1,
                      .receipt = true, .quiet = true};
         long long proposed, accepted;
