@@ -5385,11 +5385,12 @@ static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
 
 // What the memory gives: all threads read a buffer that is larger than any cache, each its own
 // share. Several shapes are tried: one stream or four per thread, with and without prefetching.
-typedef struct { const uint8_t *data; size_t bytes; int n_threads, streams; bool ahead; } Stream;
+enum { STREAM_BYTES = 256 << 20, STREAM_AHEAD = 4096 };
+typedef struct { const uint8_t *data; int n_threads, streams; bool ahead; } Stream;
 static _Atomic uint64_t stream_sum;
 static void stream_task(void *context, int item, int thread) {
     const Stream *s = context;
-    size_t share = s->bytes / (size_t)s->n_threads / 64 * 64,
+    size_t share = STREAM_BYTES / (size_t)s->n_threads / 64 * 64,
            part = share / (size_t)s->streams / 256 * 256;
     const uint8_t *p = s->data + (size_t)item * share;
     uint64_t sums[32] = {0};
@@ -5398,139 +5399,131 @@ static void stream_task(void *context, int item, int thread) {
         for (int k = 0; k < s->streams; k++) {
             const uint64_t *q = (const uint64_t *)(const void *)(p + (size_t)k * part + i);
             for (int j = 0; j < 256 && s->ahead; j += 64)
-                __builtin_prefetch((const char *)q + j + 4096, 0, 2);
+                __builtin_prefetch((const char *)q + j + STREAM_AHEAD, 0, 2);
             for (int j = 0; j < 32; j++) sums[j] += q[j];
         }
     for (int j = 1; j < 32; j++) sums[0] += sums[j];
     atomic_fetch_add(&stream_sum, sums[0]);
 }
 
-enum { ROUNDS = 3 };
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-static double median(double *x) {
-    qsort(x, ROUNDS, sizeof *x, by_value);
-    return x[ROUNDS / 2];
+// The next three measure once: bytes, or tokens, per second.
+static double stream_rate(Stream *s) {
+    double best = 0;
+    for (int shape = 0; shape < 4; shape++) {
+        s->streams = shape & 1 ? 4 : 1;
+        s->ahead = shape & 2;
+        double start = seconds();
+        parallel(stream_task, s, s->n_threads);
+        best = fmax(best, STREAM_BYTES / (seconds() - start));
+    }
+    return best;
 }
 
-// Tokens per second of n tokens at positions from pos on, one after the other.
-static double bench_decode(const Model *m, Cache *kv, int pos, int n) {
+// Tokens ids[from..to), `step` at a time.
+static double token_rate(const Model *m, Cache *kv, const int *ids, int from, int to, int step) {
     double start = seconds();
-    for (int i = 0; i < n; i++)
-        forward(m, kv, &(Slot){(int)(i * 104729LL % 30000 + 5) % m->c.vocab_size, pos + i, 0, true},
-                1);
-    return n / (seconds() - start);
+    for (int i = from; i < to; i += step) prefill(m, kv, 0, ids, i, i + step);
+    return (to - from) / (seconds() - start);
+}
+
+// n tokens of each of 16 texts that share their first positions.
+static double batch_rate(const Model *m, Cache *kv, const int *ids, int shared, int n) {
+    Slot batch[16];
+    double start = seconds();
+    for (int s = 1; s < 16; s++) kv->from[s] = shared;
+    for (int i = 0; i < n; i++) {
+        for (int s = 0; s < 16; s++)
+            batch[s] = (Slot){ids[(i * 16 + s) % shared], shared + i, s, true};
+        forward(m, kv, batch, 16);
+    }
+    return 16 * n / (seconds() - start);
+}
+
+static double median(const double x[3]) {
+    return fmax(fmin(x[0], x[1]), fmin(fmax(x[0], x[1]), x[2]));
+}
+
+// The bytes that a token reads: all matrices but the embedding, if that is not the classifier too.
+static size_t bytes_read(const Model *m) {
+    size_t bytes = matrix_bytes(m->classifier.dtype, m->c.vocab_size, m->c.dim);
+    for (int l = 0; l < m->c.n_layers; l++)
+        for (size_t i = 0; i < sizeof(Layer) / sizeof(Matrix); i++) {  // that is all it has
+            const Matrix *w = (const Matrix *)(const void *)&m->layers[l] + i;
+            bytes += w->data ? matrix_bytes(w->dtype, w->rows, w->cols) : 0;
+        }
+    return bytes;
 }
 
 // Says why decoding is far from what the memory allows, or above it.
 static void print_verdict(double decode, double limit, int threads) {
+    const char *build = NULL;
+    double load = 0;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+#ifndef __OPTIMIZE__
+    build = "without optimisation (-O3)";
+#elif defined PLAIN
+    build = "with -DPLAIN, without SIMD and threads";
+#endif
     if (decode > limit)
         fprintf(stderr, "verdict: above the memory's limit: the model lies in the caches\n");
     if (decode >= 0.8 * limit) return;
-#ifndef __OPTIMIZE__
-    (void)threads;
-    fprintf(stderr, "verdict: far from the limit: built without optimisation (-O3)\n");
-#elif defined PLAIN
-    (void)threads;
-    fprintf(stderr, "verdict: far from the limit: built with -DPLAIN, without SIMD and threads\n");
-#else
-    double load[1] = {0};
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    if (threads > cores)
+    if (build) fprintf(stderr, "verdict: far from the limit: built %s\n", build);
+    else if (threads > cores)
         fprintf(stderr, "verdict: far from the limit: %d threads on %ld cores\n", threads, cores);
-    else if (getloadavg(load, 1) == 1 && load[0] > (double)cores - threads + 1.3 * threads)
+    else if (getloadavg(&load, 1) == 1 && load > (double)cores - threads + 1.3 * threads)
         fprintf(stderr, "verdict: far from the limit: other programs use the cores (load %.1f)\n",
-                load[0]);
+                load);
     else
         fprintf(stderr, "verdict: %.0f%% of the limit: the model is small beside its fixed costs, "
                         "or the kernels for %s are slower than the memory\n",
                 100 * decode / limit, isa);
-#endif
 }
 
 static void bench(const Options *o, const Model *m, const Tokenizer *t) {
-    (void)t;
-    int ctx = context_of(o, m), vocab = m->c.vocab_size, threads = (int)o->threads;
-    int n_short = ctx < 640 ? ctx * 3 / 4 : 512, n_decode = ctx < 512 ? ctx / 4 : 128;
+    int ctx = context_of(o, m), threads = (int)o->threads;
+    int n = ctx < 512 ? ctx : 512, first = (n + 63) / 64;  // tokens of a prompt, and of its start
     int depth = ctx < 4096 + 64 ? ctx - ctx / 16 : 4096,
-        n_deep = ctx - depth < 32 ? ctx - depth : 32;
-    size_t read = matrix_bytes(m->classifier.dtype, vocab, m->c.dim);
-    for (int l = 0; l < m->c.n_layers; l++)
-        for (size_t i = 0; i < sizeof(Layer) / sizeof(Matrix); i++) {  // that is all it has
-            const Matrix *w = (const Matrix *)(const void *)&m->layers[l] + i;
-            read += w->data ? matrix_bytes(w->dtype, w->rows, w->cols) : 0;
-        }
-    int *ids = resize(NULL, (size_t)depth, sizeof *ids);
-    for (int i = 0; i < depth; i++) ids[i] = (int)(i * 7919LL % 30000 + 5) % vocab;
-
+        end = ctx < depth + 32 ? ctx : depth + 32;
+    (void)t;
+    int *ids = resize(NULL, (size_t)ctx, sizeof *ids);
+    for (int i = 0; i < ctx; i++) ids[i] = (int)(i * 7919LL % 30000 + 5) % m->c.vocab_size;
     Cache kv;
-    int n_branches = 15, n_batch = ctx < 160 + 32 ? ctx / 8 : 32,
-        shared = ctx < 160 ? ctx / 2 : 128;
-    new_cache(&kv, m, ctx, n_branches, n_batch);
-    prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
+    new_cache(&kv, m, ctx, 15, n / 16);
+    prefill(m, &kv, 0, ids, 0, first);
     double startup = seconds() - o->started;
-    size_t bytes = (size_t)256 << 20;
-    Stream stream = {reserve(1, bytes + 8192, "measuring the memory"), bytes, threads, 1, false};
+    size_t bytes = STREAM_BYTES + 2 * STREAM_AHEAD;
+    Stream stream = {reserve(1, bytes, "measuring the memory"), threads, 1, false};
     large_pages(stream.data, bytes);
-    memset((void *)(uintptr_t)stream.data, 1, bytes + 8192);
-    double rate[6][ROUNDS], began, speed;
-    for (int r = 0; r < ROUNDS && !interrupted; r++) {
-        rate[0][r] = 0;
-        for (int k = 0; k < 4; k++) {
-            stream.streams = k & 1 ? 4 : 1;
-            stream.ahead = k & 2;
-            began = seconds();
-            parallel(stream_task, &stream, threads);
-            speed = (double)bytes / (seconds() - began) / 1e9;
-            rate[0][r] = speed > rate[0][r] ? speed : rate[0][r];
-        }
-        prefill(m, &kv, 0, ids, 0, 8 < depth ? 8 : depth);
-        rate[1][r] = bench_decode(m, &kv, 8 < depth ? 8 : depth, n_decode);
-        began = seconds();
-        prefill(m, &kv, 0, ids, 0, n_short);
-        rate[2][r] = n_short / (seconds() - began);
-        Slot batch[16];
-        for (int s = 1; s < 16; s++) kv.from[s] = shared;
-        began = seconds();
-        for (int i = 0; i < n_batch; i++) {
-            for (int s = 0; s < 16; s++)
-                batch[s] = (Slot){(i * 16 + s) * 31 % 30000 % vocab, shared + i, s, true};
-            forward(m, &kv, batch, 16);
-        }
-        rate[3][r] = 16 * n_batch / (seconds() - began);
-        if (r) continue;
-        began = seconds();
-        prefill(m, &kv, 0, ids, 0, depth);
-        rate[4][r] = depth / (seconds() - began);
-        rate[5][r] = bench_decode(m, &kv, depth, n_deep);
+    memset((void *)(uintptr_t)stream.data, 1, bytes);
+    double memory[3], decode[3], prompt[3], batch[3];
+    for (int i = 0; i < 3 && !interrupted; i++) {
+        memory[i] = stream_rate(&stream);
+        prefill(m, &kv, 0, ids, 0, first);
+        decode[i] = token_rate(m, &kv, ids, first, first + n / 4, 1);
+        prompt[i] = token_rate(m, &kv, ids, 0, n, n);
+        batch[i] = batch_rate(m, &kv, ids, n / 4, n / 16);
     }
+    double deep_prompt = token_rate(m, &kv, ids, 0, depth, depth);
+    double deep_decode = token_rate(m, &kv, ids, depth, end, 1);
     if (interrupted) exit(130);
-    double gb_s = median(rate[0]), decode = median(rate[1]), limit = gb_s * 1e9 / (double)read;
-    const struct { const char *name; int decimals; double value; } values[] = {
-        {"weights_mb", 1, (double)read / 1e6}, {"stream_gb_s", 1, gb_s},
-        {"prefill_tok_s", 1, median(rate[2])}, {"prefill4096_tok_s", 1, rate[4][0]},
-        {"decode_tok_s", 1, decode},           {"decode_limit_tok_s", 1, limit},
-        {"decode_of_limit", 2, decode / limit}, {"decode_depth4096_tok_s", 1, rate[5][0]},
-        {"batch16_tok_s", 1, median(rate[3])}, {"startup_ms", 1, startup * 1000},
-    };
-    char line[4400];  // a path is at most 4096 bytes long
+    double read = (double)bytes_read(m), limit = median(memory) / read;
+    char report[5000];  // a path is at most 4096 bytes long
+    int length = snprintf(
+        report, sizeof report,
+        "model: %s\ndtype: %s\nisa: %s\nthreads: %d\nweights_mb: %.1f\nstream_gb_s: %.1f\n"
+        "prefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\ndecode_tok_s: %.1f\n"
+        "decode_limit_tok_s: %.1f\ndecode_of_limit: %.2f\ndecode_depth4096_tok_s: %.1f\n"
+        "batch16_tok_s: %.1f\nstartup_ms: %.1f\n",
+        m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa, threads,
+        read / 1e6, median(memory) / 1e9, median(prompt), deep_prompt, median(decode), limit,
+        median(decode) / limit, deep_decode, median(batch), startup * 1000);
     Output out = open_output(o->output);
-    int n = snprintf(line, sizeof line, "model: %s\ndtype: %s\nisa: %s\nthreads: %d\n",
-                     m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa,
-                     threads);
-    write_output(&out, line, (size_t)n);
-    for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
-        n = snprintf(line, sizeof line, "%s: %.*f\n", values[i].name, values[i].decimals,
-                     values[i].value);
-        write_output(&out, line, (size_t)n);
-    }
+    write_output(&out, report, (size_t)length);
     close_output(&out);
     if (depth != 4096 && !o->quiet)
         fprintf(stderr, "the context is short: depth4096 is depth %d here\n", depth);
-    if (!o->quiet) print_verdict(decode, limit, threads);
-    munmap((void *)(uintptr_t)stream.data, bytes + 8192);
+    if (!o->quiet) print_verdict(median(decode), limit, threads);
+    munmap((void *)(uintptr_t)stream.data, bytes);
     free(ids);
     free_cache(&kv);
 }
