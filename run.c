@@ -5262,51 +5262,53 @@ static int check_tokenizer(const Model *m, const Tokenizer *t) {
     int n_cases = (int)read_u32(p);
     p += 4;
     for (int i = 0; i < n_cases; i++) {
-        if (end - p < 12) die("check failed: the stored texts are damaged");
-        uint32_t kind = read_u32(p), len = read_u32(p + 4), n = read_u32(p + 8);
-        p += 12;
-        uint64_t size = ((uint64_t)len + 3) / 4 * 4 + 4 * (uint64_t)n;
-        if (kind > 1 || size > (uint64_t)(end - p))
+        struct { uint32_t kind, len, n; } head = {.kind = 2};  // 0: a text, 1: a chat's first turn
+        if (end - p >= 12) memcpy(&head, p, 12);
+        uint64_t len = ((uint64_t)head.len + 3) / 4 * 4, bytes = 4 * (uint64_t)head.n;
+        if (head.kind > 1 || len + bytes > (uint64_t)(end - p) - 12)
             die("check failed: the stored texts are damaged");
-        Text text = {(const char *)p, len};
-        const uint8_t *expected = p + ((size_t)len + 3) / 4 * 4;
+        Text text = {(const char *)p + 12, head.len};
+        Prompt prompt = {0};
         Ids ids = {0};
-        if (kind == 0) encode(t, text, NULL, true, &ids);
-        else {
-            Prompt prompt = {0};
-            append_turn(&prompt, t, true, (Text){NULL, 0}, text);
-            encode(t, (Text){prompt.s, prompt.n}, prompt.typed, true, &ids);
-            free(prompt.s);
-            free(prompt.typed);
-        }
-        bool equal = ids.n == n;
-        for (uint32_t j = 0; j < n && equal; j++)
-            equal = ids.ids[j] == (int)read_u32(expected + 4 * j);
-        if (!equal)
+        if (head.kind) append_turn(&prompt, t, true, (Text){NULL, 0}, text);
+        else append(&prompt, text, false);
+        encode(t, (Text){prompt.s, prompt.n}, prompt.typed, true, &ids);
+        if (ids.n != head.n || (ids.n && memcmp(ids.ids, p + 12 + len, bytes)))
             die("check failed: tokenizer: text %d of the stored ones gives other tokens", i + 1);
+        free(prompt.s);
+        free(prompt.typed);
         free(ids.ids);
-        p += size;
+        p += 12 + len + bytes;
     }
     return n_cases;
 }
 
-typedef struct {
-    const Model *m;
-    float tolerance;
-    int bad_layer;
-    double norm, expected, worst;
-} NormCheck;
-static void observe_norm(void *observer, const char *name, int layer, const float *x, int n,
-                         int width) {
+typedef struct { const Model *m; float tolerance; double worst; } NormCheck;
+static void check_norm(void *observer, const char *name, int layer, const float *x, int n,
+                       int width) {
     NormCheck *check = observer;
     if (strcmp(name, "x")) return;  // only the residual stream has reference values
     double sum = 0, expected = (double)vec(&check->m->check_norms)[layer + 1];
     const float *last = x + (size_t)(n - 1) * (size_t)padded(width);
     for (int i = 0; i < width; i++) sum += (double)last[i] * (double)last[i];
     double error = fabs(sqrt(sum) - expected) / (expected + 1e-30);
-    if (!(error <= check->worst)) check->worst = error;
-    if (check->bad_layer < -1 && !(error <= (double)check->tolerance))
-        check->bad_layer = layer, check->norm = sqrt(sum), check->expected = expected;
+    if (!(error <= (double)check->tolerance))
+        die("check failed: layer %d: the residual has norm %g, the reference %g", layer, sqrt(sum),
+            expected);
+    check->worst = fmax(check->worst, error);
+}
+
+// How far logits are from the reference: root mean square, in units of the reference's spread.
+static double logits_error(const float *logits, const float *expected, int n, double *worst) {
+    double squares = 0, mean = 0, spread = 0;
+    for (int i = 0; i < n; i++) mean += (double)expected[i] / n;
+    for (int i = 0; i < n; i++) {
+        double error = fabs((double)logits[i] - (double)expected[i]);
+        *worst = error > *worst ? error : *worst;
+        squares += error * error;
+        spread += ((double)expected[i] - mean) * ((double)expected[i] - mean);
+    }
+    return sqrt(squares / n) / (sqrt(spread / n) + 1e-30);
 }
 
 // Hashes the file and compares with the header's hash.
@@ -5333,42 +5335,29 @@ static void check_layers(const Options *o, const Model *m) {
         if (batch[i].token < 0 || batch[i].token >= vocab)
             die("check failed: stored token %d", i);
     }
-    Cache kv;
-    new_cache(&kv, m, n, 0, 0);
     bool quantized = m->layers[0].wq.dtype >= Q8;
-    NormCheck norms = {.m = m, .bad_layer = -2, .tolerance = quantized ? 2e-2f : 2e-3f};
-    kv.observe = observe_norm;
-    kv.observer = &norms;
-    const float *logits = forward(m, &kv, batch, n), *expected = vec(&m->check_logits);
-    if (norms.bad_layer >= -1)
-        die("check failed: layer %d: the residual has norm %g, the reference %g",
-            norms.bad_layer, norms.norm, norms.expected);
-    double worst = 0, squares = 0, mean = 0, spread = 0;
-    for (int i = 0; i < vocab; i++) mean += (double)expected[i] / vocab;
-    for (int i = 0; i < vocab; i++) {
-        double error = fabs((double)logits[i] - (double)expected[i]);
-        worst = error > worst ? error : worst;
-        squares += error * error;
-        spread += ((double)expected[i] - mean) * ((double)expected[i] - mean);
-    }
-    double rms = sqrt(squares / vocab) / (sqrt(spread / vocab) + 1e-30);
-    if (!(rms <= (quantized ? 0.3 : 2e-3)))
+    NormCheck norms = {.m = m, .tolerance = quantized ? 2e-2f : 2e-3f};
+    Cache fast, plain;
+    new_cache(&fast, m, n, 0, 0);
+    fast.observe = check_norm;
+    fast.observer = &norms;
+    const float *logits = forward(m, &fast, batch, n);
+    double worst = 0, error = logits_error(logits, vec(&m->check_logits), vocab, &worst);
+    if (!(error <= (quantized ? 0.3 : 2e-3)))
         die("check failed: logits: they differ from the reference by %.2g%% (%g at most)",
-            rms * 100, worst);
+            error * 100, worst);
     if (!o->quiet)
         fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the reference\n",
-                norms.worst, rms);
-    float *fast = resize(NULL, (size_t)vocab, sizeof(float));
-    memcpy(fast, logits, (size_t)vocab * sizeof(float));
-    kv.plain = true;
-    kv.observe = NULL;
-    if (memcmp(fast, forward(m, &kv, batch, n), (size_t)vocab * sizeof(float)))
+                norms.worst, error);
+    new_cache(&plain, m, n, 0, 0);
+    plain.plain = true;
+    if (memcmp(logits, forward(m, &plain, batch, n), (size_t)vocab * sizeof(float)))
         die("check failed: this binary's %s code differs from plain C: the compiler may be at "
             "fault",
             isa);
     if (!o->quiet) fprintf(stderr, "%s: the same bits as plain C\n", isa);
-    free(fast);
-    free_cache(&kv);
+    free_cache(&fast);
+    free_cache(&plain);
 }
 
 static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
