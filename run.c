@@ -4608,7 +4608,8 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     char *shown = NULL, *no_color = getenv("NO_COLOR");
     bool page = o->output && !o->trace;
     Explain e = {.color = !o->output && isatty(1) && !(no_color && *no_color)};
-    open_machine(&e.w, &e.d, o, m, t, NULL);
+    Output out = open_output(o->output);
+    open_machine(&e.w, &e.d, o, m, t, &out);
     e.w.kv.plain_attention = true;
     Ids *ids = &e.d.ids;
     Sampler *s = &e.d.s;
@@ -4618,7 +4619,6 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     size_t bytes = (L * (size_t)c->n_heads + 1) * (size_t)ctx * sizeof(float);
     e.weights = reserve(1, bytes, "attention weights (-c N makes the context shorter)");
     e.logits = resize(NULL, L * vocab, sizeof(float));
-    Output out = open_output(o->output);
     e.f = open_memstream(&shown, &size);
     if (!e.f) die("out of memory");
     int n = page ? 1 : n_prompt;  // the page shows the prompt's tokens, too

@@ -3714,7 +3714,8 @@ static void watch_model(Watched *w, const Model *m, int n, bool trace) {
                          .threads = 1}};
     w->t = open_tokenizer(v, "watched.tok");
     free_vocabulary(v);
-    open_machine(&w->e.w, &w->e.d, &w->o, m, &w->t, NULL);
+    Output none = {.fd = -1};
+    open_machine(&w->e.w, &w->e.d, &w->o, m, &w->t, &none);
     w->e.w.kv.plain_attention = true, w->e.w.kv.observe = watch, w->e.w.kv.observer = &w->e;
     w->e.weights = get((layers * (size_t)m->c.n_heads + 1) * (size_t)n, sizeof(float));
     w->e.logits = get(layers * vocab, sizeof(float));
