@@ -5648,7 +5648,7 @@ static void refuse_overwriting(const char *output, const char *input) {
 }
 
 // generate and chat.
-static void talk(const Options *o, const Model *m, const Tokenizer *t) {
+static void generate_or_chat(const Options *o, const Model *m, const Tokenizer *t) {
     bool chats = !strcmp(o->mode, "chat");
     Output out = open_output(o->output);
     Text prompt = {NULL, 0};
@@ -5662,8 +5662,8 @@ enum { GENERATE, CHAT, TOKENIZE, LOGITS, EVAL, EXPLAIN, COMPRESS, DECOMPRESS, CH
        N_MODES };
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t);
 static const struct { const char *name; Mode *run; const char *help; } modes[N_MODES] = {
-    {"generate", talk, "continue the prompt (the default)"},
-    {"chat", talk, "a conversation: -i or -f is the first turn, then lines of stdin"},
+    {"generate", generate_or_chat, "continue the prompt (the default)"},
+    {"chat", generate_or_chat, "a conversation: -i or -f is the first turn, then lines of stdin"},
     {"tokenize", tokenize, "print the prompt's token ids"},
     {"logits", write_logits, "read token ids, write their logits as raw float32 [n, vocab_size]"},
     {"eval", evaluate, "bits per byte of a text, by windows of -c tokens (2048) that start every\n"
