@@ -4598,6 +4598,26 @@ static void page_token(Explain *e, bool given) {
     fputs("\"}", e->f);
 }
 
+// Computes the pass of token n - 1 and shows it. Returns the token that follows: one that is given,
+// or one that is drawn.
+static int explain_pass(Explain *e, int n, bool given, bool page) {
+    const Model *m = e->w.m;
+    const int *ids = e->d.ids.ids;
+    Sampler *s = &e->d.s;
+    char title[40];
+    snprintf(title, sizeof title, "token %d at position %d", ids[n - 1], n - 1);
+    if (e->w.o->trace) fprintf(e->f, "%-29s %7s %10s  first values\n", title, "width", "norm");
+    const float *logits = watched_pass(e, n);
+    int next = given ? ids[n] : sample(s, logits, ids, n);
+    if (given) memcpy(s->p, logits, (size_t)m->c.vocab_size * sizeof(float));
+    if (given || s->temperature == 0) softmax(s->p, 0, m->c.vocab_size);
+    rank_tokens(e, next);
+    if (page) page_token(e, given);
+    else if (e->w.o->trace) show_choice(e);
+    else show_token(e);
+    return next;
+}
+
 static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     const Config *c = &m->c;
     Text prompt = input_text(o);
@@ -4612,7 +4632,6 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     open_machine(&e.w, &e.d, o, m, t, &out);
     e.w.kv.plain_attention = true;
     Ids *ids = &e.d.ids;
-    Sampler *s = &e.d.s;
     int ctx = e.w.ctx;
     long long budget = start_text(o, m, t, ctx, prompt, ids);
     int n_prompt = (int)ids->n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
@@ -4631,18 +4650,8 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
         fputs("shades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
               "lens: what layer 0, 1, ... would already answer\n\n", e.f);
     for (; n <= end && !interrupted; n++) {
-        char title[40];
-        snprintf(title, sizeof title, "token %d at position %d", ids->ids[n - 1], n - 1);
-        if (o->trace) fprintf(e.f, "%-29s %7s %10s  first values\n", title, "width", "norm");
         bool given = n < n_prompt;
-        const float *logits = watched_pass(&e, n);
-        int next = given ? ids->ids[n] : sample(s, logits, ids->ids, n);
-        if (given) memcpy(s->p, logits, vocab * sizeof(float));
-        if (given || s->temperature == 0) softmax(s->p, 0, c->vocab_size);
-        rank_tokens(&e, next);
-        if (page) page_token(&e, given);
-        else if (o->trace) show_choice(&e);
-        else show_token(&e);
+        int next = explain_pass(&e, n, given, page);
         if (fflush(e.f) || ferror(e.f)) die("out of memory for what explain shows");
         if (!page) write_output(&out, shown, size), rewind(e.f);
         if (given) continue;
