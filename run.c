@@ -170,10 +170,6 @@ static const float *vec(const Matrix *w) { return floats(w->data); }
 static bool is_local(const Config *c, int layer) {
     return c->sliding_window && c->local_layers[layer / 8] >> layer % 8 & 1;
 }
-// The first position that a token at pos looks at.
-static int first_seen(const Config *c, int layer, int pos) {
-    return is_local(c, layer) && pos >= c->sliding_window ? pos - c->sliding_window + 1 : 0;
-}
 
 // ---- The mathematics: five functions. Part 3 has faster versions of panel_plain and, below, of
 // attend_plain, with equal results. The functions declared here are in Details.
@@ -324,7 +320,7 @@ static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x);
 //     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small. Local layers see a window of positions only. weights (pos + 1) is set as well.
+// small. Local layers see a window of positions only. weights (pos + 1) are set, too.
 static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
                          float *weights, float *out) {
     const Config *c = &kv->m->c;
@@ -1014,8 +1010,10 @@ static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x) {
 }
 
 static Sight sight(const Cache *kv, int layer, const Slot *slot) {
-    int start = first_seen(&kv->m->c, layer, slot->pos), from = kv->from[slot->seq];
-    int newest = kv->window ? slot->pos + 1 - kv->window : 0;
+    const Config *c = &kv->m->c;
+    int from = kv->from[slot->seq], newest = kv->window ? slot->pos + 1 - kv->window : 0;
+    int start = is_local(c, layer) ? slot->pos + 1 - c->sliding_window : 0;
+    if (start < 0) start = 0;
     if (start < from && from < newest) return (Sight){start, from, newest};
     if (start < newest && from < newest) start = newest;
     return (Sight){start, start, start};
