@@ -274,8 +274,8 @@ static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x
 
 // One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which
 // reads the positions before from[s] from the trunk, and stores only its own: many continuations of
-// one prompt share it. With a window, a token of a branch sees the trunk and the newest positions
-// only, and the branch stores no more than these. Details has the layout.
+// one prompt share it. With a window, a token sees the trunk's positions before from[s], and of its
+// own sequence the newest only; a branch then keeps little more than these. Details has the layout.
 typedef struct {
     const Model *m;
     int n_seqs, ctx;      // ctx: positions of the trunk
@@ -295,6 +295,7 @@ typedef struct {
     // When set, forward calls it with the values of each stage, (n, width), rows padded(width)
     // apart: "x" is the residual stream before and after each layer, the other names are equations.
     // "attention" is the weights of one head, n = slot * n_heads + head, and comes from any thread.
+    // After the layers there are the n slots that want logits; logits are vocab_size apart.
     void (*observe)(void *observer, const char *name, int layer, const float *x, int n, int width);
     void *observer;
 } Cache;
@@ -575,6 +576,7 @@ static int forward_batch(Pass *f, size_t done) {
             rmsnorm(row_of(s->xb, wanted++, c->dim), row_of(s->x, i, c->dim),
                     vec(&f->m->final_norm), c->dim, c->norm_eps);
     if (!wanted) return 0;
+    f->n = wanted;
     float *logits = s->logits + done * (size_t)c->vocab_size;
     observe(f, "xb = final_norm(x)", s->xb, c->dim);
     matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
@@ -5185,9 +5187,11 @@ static bool join_block(const Tokenizer *t, const Block *b, char *text) {
 // Writes the text of a compressed file, block by block, and nothing without its checksum. Returns
 // what is wrong with the file, or NULL.
 static const char *expand(Codec *z, Input *in, Output *out) {
-    uint64_t mine[3], header[3], hash = 0, check, its_check;
+    uint64_t mine[3], header[3] = {0}, hash = 0, check, its_check;
     if (read_input(in, header, sizeof header) < sizeof header || (uint32_t)header[0] != MAGIC)
-        return "is not a file that -m compress wrote";
+        return (uint32_t)header[0] << 8 == (uint32_t)MAGIC << 8
+                   ? "was compressed by another version of this program"
+                   : "is not a file that -m compress wrote";
     if (header[0] >> 32 < SHORTEST_CONTEXT || header[0] >> 32 > (uint64_t)z->m->c.seq_len)
         return "is damaged, or was compressed with another model";
     set_context(z, (int)(header[0] >> 32));

@@ -4305,6 +4305,10 @@ static void test_compression_files(void) {
     refused(RUN(model, "-m", "decompress", "-f", bad, "-o", out), 1, "a damaged file");
     CHECK(files_in_folder() == before + 1 && access(out, F_OK), "nothing of it is left behind");
     refused(RUN(model, "-m", "decompress", "-f", text), 1, "a file that is not compressed");
+    z.p[3] = '2';
+    Ran old = RUN(model, "-m", "decompress", "-f", saved("bad", &z, z.n));
+    CHECK(old.status == 1 && strstr((char *)old.err.p, "another version"), "an older file");
+    free_ran(&old);
     Ran r = RUN_AS(((How){.input = "dad"}), model, "-m", "compress", "-q");
     Ran arg = RUN(model, "-m", "compress", "-i", "dad", "-q");
     CHECK(r.status == 0 && equal(&r.out, &arg.out), "stdin, or the text of -i: the same file");
