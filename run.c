@@ -3828,7 +3828,7 @@ static void run_samples(Machine *w, Decoder *trunk) {
         write_output(w->out, d[i].own.memory, d[i].own.n);
     }
     trunk->n_new = d[best].n_new;
-    if (w->o->best) {
+    if (w->o->best && trunk->done == (int)trunk->ids.n) {  // else the prompt was interrupted
         int same = w->kv.from[best + 1];  // less than the trunk has if the context was full
         trunk->s.rng = d[best].s.rng;
         rewrite(w, trunk, same, d[best].ids.ids + same, (int)d[best].ids.n - same);

@@ -3027,12 +3027,13 @@ static void test_sessions(const char *endless) {
 }
 
 // What a session of model `path` holds after a prompt of n tokens was interrupted in the middle.
-static SessionState interrupted_session(const char *path, const char *session, int n) {
+static SessionState interrupted_session(const char *path, const char *session, int n, bool best) {
     Model m;
     Tokenizer t = {0};
     load_model(&m, path);
     find_tokenizer(&t, NULL, &m);
-    Options o = {.session = session, .steps = 5, .threads = 1, .context = 600, .quiet = true};
+    Options o = {.session = session, .steps = 5, .threads = 1, .context = 600, .quiet = true,
+                 .samples = best ? 2 : 0, .best = best};
     Output out = {.fd = -1};
     Machine w;
     Decoder d;
@@ -3041,6 +3042,8 @@ static SessionState interrupted_session(const char *path, const char *session, i
     make_room(&w, &d);
     fill(&w, &d, (int)d.ids.n / 2);
     interrupted = SIGINT;
+    d.budget = 5;
+    if (best) continue_text(&w, &d);
     close_machine(&w, &d);
     interrupted = 0;
     open_machine(&w, &d, &o, &m, &t, &out);
@@ -3055,10 +3058,12 @@ static void test_interrupted_session(const char *endless) {
     const char *kv = in_folder("interrupted");
     unlink(kv);
     refused(RUN(endless, "-S", kv, "-o", kv, "-i", "a"), 2, "a new session that is the output too");
-    SessionState s = interrupted_session(endless, kv, 500);
-    CHECK(s.n_ids == 0, "a prompt is part of a session when it is computed: %d tokens", s.n_ids);
+    for (int best = 0; best < 2; best++) {
+        SessionState s = interrupted_session(endless, kv, 500, best);
+        CHECK(!s.n_ids, "a prompt is part of a session when it is computed: %d tokens", s.n_ids);
+    }
     Ran r = RUN(endless, "-S", kv, "-i", "abc", "-n", "9", "-c", "600", "-q");
-    s = interrupted_session(endless, kv, 700);
+    SessionState s = interrupted_session(endless, kv, 700, false);
     CHECK(r.status == 0 && s.n_ids >= 300 && s.n_done < s.n_ids,
           "what a full context keeps is not lost while it is computed again: %d of %d tokens",
           s.n_done, s.n_ids);
