@@ -5495,7 +5495,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *t) {
     Stream stream = {reserve(1, bytes, "measuring the memory"), threads, 1, false};
     large_pages(stream.data, bytes);
     memset((void *)(uintptr_t)stream.data, 1, bytes);
-    double memory[3], decode[3], prompt[3], batch[3];
+    double memory[3] = {0}, decode[3] = {0}, prompt[3] = {0}, batch[3] = {0};
     for (int i = 0; i < 3 && !interrupted; i++) {
         memory[i] = stream_rate(&stream);
         prefill(m, &kv, 0, ids, 0, first);
@@ -5615,7 +5615,7 @@ static const Option *find_option(const char *a) {
 
 static void set_option(Options *o, const Option *option, const char *a, const char *s) {
     void *field = (char *)o + option->field;
-    char *end = NULL;
+    char *end = (char *)(uintptr_t)s;
     double number = 0;
     errno = 0;
     if (option->kind == FLAG) *(bool *)field = true;
