@@ -216,13 +216,17 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
 // 3. Softmax of x[first..n) turns scores into positive weights that add up to 1:
 //     x[i] = e^(x[i] - max) / sum over j of e^(x[j] - max)
 // A score that is larger by 1 weighs e = 2.7 times as much. To subtract the maximum changes nothing
-// in the quotient, but e^x of a large x would overflow.
-static void softmax(float *x, int first, int n) {
+// in the quotient, but e^x of a large x would overflow. Scores of [gap, end) do not count: they get
+// weight 0.
+static void softmax_without(float *x, int first, int gap, int end, int n) {
+    for (int i = gap; i < end; i++) x[i] = x[n - 1];  // the maximum stays
     float max = largest(x, first, n);
     for (int i = first; i < n; i++) x[i] = exp_(x[i] - max);
+    for (int i = gap; i < end; i++) x[i] = 0;
     float scale = 1.0f / sum16(x, first, n, false);
     for (int i = first; i < n; i++) x[i] *= scale;
 }
+static void softmax(float *x, int first, int n) { softmax_without(x, first, first, first, n); }
 
 // 4. RoPE (arXiv:2104.09864), rotary positions. Attention is an average over tokens, and does not
 // see their order: "dog bites man" would be "man bites dog". So each pair (a, b) of numbers of a
@@ -306,7 +310,6 @@ typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position
 typedef struct { int start, gap, end; } Sight;
 static Sight sight(const Cache *kv, int layer, const Slot *slot);
 static bool sees(Sight s, int t) { return t >= s.start && (t < s.gap || t >= s.end); }
-static void softmax_seen(float *weights, Sight s, int n);  // of n positions; the others get 0
 // The chunk of the cache that holds a position, which is in it at *at; where in a chunk number d of
 // the key and of the value at `at` are, and what is there.
 static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *at);
@@ -336,7 +339,7 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
             score += q[d] * cache_get(kv, chunk, key_at(kv, at, d));
         weights[t] = score * c->attn_scale;
     }
-    softmax_seen(weights, seen, slot->pos + 1);
+    softmax_without(weights, seen.start, seen.gap, seen.end, slot->pos + 1);
     for (int d = 0; d < c->head_dim; d++) out[d] = 0;
     for (int t = 0; t <= slot->pos; t++) {
         if (!sees(seen, t)) continue;
@@ -909,7 +912,8 @@ static void die(const char *format, ...) {
 // count * size is checked against overflow.
 static void *resize(void *old, size_t count, size_t size) {
     if (size && count > SIZE_MAX / 2 / size) die("out of memory: %zu x %zu bytes", count, size);
-    void *p = realloc(old, count && size ? count * size : 1);
+    size_t bytes = count && size ? count * size : 1;
+    void *p = old ? realloc(old, bytes) : malloc(bytes);  // GCC 12's analyser knows them apart
     if (!p) die("out of memory: cannot get %zu bytes", count * size);
     return p;
 }
@@ -1019,14 +1023,6 @@ static Sight sight(const Cache *kv, int layer, const Slot *slot) {
     if (start < from && from < newest) return (Sight){start, from, newest};
     if (start < newest && from < newest) start = newest;
     return (Sight){start, start, start};
-}
-static void softmax_seen(float *weights, Sight s, int n) {
-    for (int t = s.gap; t < s.end; t++) weights[t] = weights[n - 1];  // the maximum stays
-    float max = largest(weights, s.start, n);
-    for (int t = s.start; t < n; t++) weights[t] = exp_(weights[t] - max);
-    for (int t = s.gap; t < s.end; t++) weights[t] = 0;
-    float scale = 1.0f / sum16(weights, s.start, n, false);
-    for (int t = s.start; t < n; t++) weights[t] *= scale;
 }
 
 // Makes n branches with room for `extra` positions each, in the place of those that there are: all
@@ -2581,7 +2577,7 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, float *score
     Sight seen = sight(a->f->kv, a->f->layer, slot);
     seen.end -= tile->skip;
     if (seen.start >= tile->end) seen.start -= tile->skip, seen.gap -= tile->skip;
-    softmax_seen(row, seen, slot->pos + 1 - tile->skip);
+    softmax_without(row, seen.start, seen.gap, seen.end, slot->pos + 1 - tile->skip);
     for (int t = tile->start; t < seen.start; t++) row[t] = 0;
     for (int t = slot->pos + 1; t <= tile->last; t++) row[t - tile->skip] = 0;
 }
@@ -2721,7 +2717,8 @@ static volatile sig_atomic_t interrupted;
 typedef struct {
     int fd;
     const char *path;
-    char *temporary, *target;  // the name until then, and behind it in the same block the last one
+    char *temporary;    // its name until it is complete, and in the same block:
+    char *target;       // the name that it then gets
     char held[4];       // the first bytes of an unfinished UTF-8 character
     size_t n_held;
     char *memory;       // with fd -1 results go here
@@ -2752,9 +2749,12 @@ static Output open_output(const char *path) {
     } else {
         char *real = realpath(path, NULL);  // where a link leads to; NULL: there is no file yet
         const char *name = real ? real : path;
-        if (asprintf(&out.temporary, "%s.XXXXXX%c%s", name, 0, name) < 0) die("out of memory");
+        size_t size = strlen(name) + sizeof ".XXXXXX";
+        out.temporary = resize(NULL, 2, size);
+        out.target = out.temporary + size;
+        snprintf(out.temporary, size, "%s.XXXXXX", name);
+        snprintf(out.target, size, "%s", name);
         free(real);
-        out.target = out.temporary + strlen(out.temporary) + 1;
         out.fd = mkstemp(out.temporary);
     }
     if (out.fd < 0) free(out.temporary);
@@ -2939,7 +2939,7 @@ static void close_input(Input *in) { if (in->fd > 0) close(in->fd); }
 static Text input_text(const Options *o) {
     char *s = NULL;
     size_t n = 0, capacity = 0;
-    if (!o->prompt && !o->prompt_file) return (Text){memset(resize(NULL, 1, 1), 0, 1), 0};
+    if (!o->prompt && !o->prompt_file) return (Text){zeros(1, 1), 0};
     Input in = open_input(o);
     while (n + 1 >= capacity) {
         s = resize(s, capacity = capacity * 2 + 65536, 1);
@@ -4176,7 +4176,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Text firs
         if (!user.s) break;
         if (!given && user.s[0] == '/') chat_command(&w, &d, (char *)(uintptr_t)user.s);
         else if (user.len) take_turn(&w, &d, user);
-        free((char *)(uintptr_t)user.s);
+        if (!given) free((char *)(uintptr_t)user.s);
     }
     if (o->receipt && o->samples < 2) print_receipt(&d);
     close_machine(&w, &d);
@@ -5664,8 +5664,10 @@ static void generate_or_chat(const Options *o, const Model *m, const Tokenizer *
     Output out = open_output(o->output);
     Text prompt = {NULL, 0};
     if (!chats || o->prompt || o->prompt_file) prompt = input_text(o);
-    (chats ? chat : o->n_others ? ensemble : generate)(o, m, t, prompt, &out);
-    if (!chats) free((char *)(uintptr_t)prompt.s);
+    if (chats) chat(o, m, t, prompt, &out);
+    else if (o->n_others) ensemble(o, m, t, prompt, &out);
+    else generate(o, m, t, prompt, &out);
+    free((char *)(uintptr_t)prompt.s);
     close_output(&out);
 }
 

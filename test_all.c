@@ -46,6 +46,7 @@ static int fault(const char *name, int error) {
     errno = error;
     return error;
 }
+#define malloc(...) (fault("malloc", ENOMEM) ? NULL : malloc(__VA_ARGS__))
 #define realloc(...) (fault("realloc", ENOMEM) ? NULL : realloc(__VA_ARGS__))
 #define posix_memalign(...) (fault("posix_memalign", ENOMEM) ? ENOMEM : posix_memalign(__VA_ARGS__))
 #define mmap(...) (fault("mmap", ENOMEM) ? MAP_FAILED : mmap(__VA_ARGS__))
@@ -4377,9 +4378,9 @@ static void test_same_everywhere(void) {
 
 static void test_faults(void) {
     static const char *const names[] = {
-        "realloc", "posix_memalign", "mmap", "open", "fstat", "read", "pread", "write", "pwrite",
-        "fsync", "msync", "rename", "mkstemp", "ftruncate", "posix_fallocate", "fcntl", "fork",
-        "pipe", "pthread_create", "getline", "open_memstream"};
+        "malloc", "realloc", "posix_memalign", "mmap", "open", "fstat", "read", "pread", "write",
+        "pwrite", "fsync", "msync", "rename", "mkstemp", "ftruncate", "posix_fallocate", "fcntl",
+        "fork", "pipe", "pthread_create", "getline", "open_memstream"};
     if (!getenv("FAULTS")) {
         skip(1, "faults: `make test-faults` runs them");
         return;
