@@ -102,7 +102,7 @@ groups = for g in $(GROUPS); do $(1) $$g >test-group.log 2>&1 || cat test-group.
 # The program with functions that can be made to fail, and the tests that make them.
 test-faults: test_all
 	$(CC) -O1 -g $(MACHINE) $(EXACT) -DFAULTS -fsanitize=address,undefined -o test-faults-run test_all.c -lm
-	FAULTS=1 RUN=./test-faults-run ./test_all faults
+	PATIENCE=3 FAULTS=1 RUN=./test-faults-run ./test_all faults
 
 # Feeds random inputs to everything that reads files or text (clang's libFuzzer), SECONDS for each target.
 SECONDS ?= 20
