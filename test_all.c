@@ -10,19 +10,7 @@
  * needs ./run (RUN names another), model.bin, ../shared or MODELS=folder says so without it.
  */
 #pragma GCC diagnostic ignored "-Wunused-function"
-#ifdef FUZZ  // with run.c's main, whose exits come back to the fuzzer: see the end of this file
-#define _GNU_SOURCE
-#include <stdlib.h>
-#include <sys/mman.h>
-static __attribute__((noreturn)) void fuzz_exit(int status);
-static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, long offset);
-static int fuzz_munmap(void *at, size_t n);
-#define exit fuzz_exit
-#define mmap fuzz_mmap
-#define munmap fuzz_munmap
-#define atexit(function) ((void)(function))
-#define main run_main
-#elif defined FAULTS  // the program itself; FAULT=name:n makes the nth call of a function fail
+#if defined FUZZ || defined FAULTS  // headers of the functions that are replaced in run.c
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -36,6 +24,23 @@ static int fuzz_munmap(void *at, size_t n);
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+#endif
+#ifdef FUZZ  // with run.c's main, whose exits come back to the fuzzer: see the end of this file
+static __attribute__((noreturn)) void fuzz_exit(int status);
+static void *fuzz_own(void *p);
+static void *fuzz_disown(void *p);
+static void *fuzz_mmap(void *at, size_t n, int protection, int flags, int fd, long offset);
+static int fuzz_munmap(void *at, size_t n);
+#define exit fuzz_exit
+#define mmap fuzz_mmap
+#define munmap fuzz_munmap
+#define malloc(n) fuzz_own(malloc(n))
+#define realloc(p, n) fuzz_own(realloc(fuzz_disown(p), n))
+#define posix_memalign(p, align, n) (posix_memalign(p, align, n) || !fuzz_own(*(p)))
+#define free(p) free(fuzz_disown(p))  // in the tests, too, which free what run.c returns
+#define atexit(function) ((void)(function))
+#define main run_main
+#elif defined FAULTS  // the program itself; FAULT=name:n makes the nth call of a function fail
 static int fault(const char *name, int error) {
     static int left;
     const char *wanted = getenv("FAULT"), *colon = wanted ? strchr(wanted, ':') : NULL;
@@ -78,6 +83,9 @@ static int fault(const char *name, int error) {
 #undef exit
 #undef mmap
 #undef munmap
+#undef malloc
+#undef realloc
+#undef posix_memalign
 #undef atexit
 #include <dirent.h>
 #include <sys/resource.h>
@@ -4696,6 +4704,9 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
 static jmp_buf fuzz_end;
 static struct { void *at; size_t n; } mapped[64];  // what an exit leaves mapped
 static int n_mapped;
+static void *owned[1 << 16];  // what run.c allocated since the input began, and has not freed
+static int n_owned;
+static pthread_mutex_t owned_mutex = PTHREAD_MUTEX_INITIALIZER;
 static const char *target;
 static Model fuzz_model;
 static Tokenizer fuzz_tokenizer, real_tokenizer;
@@ -4710,20 +4721,39 @@ static int fuzz_munmap(void *at, size_t n) {
         if (mapped[i].at == at) mapped[i] = mapped[--n_mapped];
     return munmap(at, n);
 }
+static void *fuzz_own(void *p) {
+    pthread_mutex_lock(&owned_mutex);
+    if (n_owned == sizeof owned / sizeof *owned) abort();
+    if (p) owned[n_owned++] = p;
+    pthread_mutex_unlock(&owned_mutex);
+    return p;
+}
+static void *fuzz_disown(void *p) {
+    pthread_mutex_lock(&owned_mutex);
+    for (int i = n_owned; i--;)
+        if (owned[i] == p) owned[i] = owned[--n_owned];
+    pthread_mutex_unlock(&owned_mutex);
+    return p;
+}
 static void fuzz_exit(int status) {
     if (status != 0 && status != 1 && status != 2 && status != 130) abort();
     longjmp(fuzz_end, 1);
 }
-// Runs one input; unmaps and closes what an error left behind.
+// Runs one input; unmaps, frees and closes what an error left behind. Without one nothing is left.
 static void guarded(void (*run)(const uint8_t *, size_t), const uint8_t *data, size_t n) {
     bool ours[64];
     for (int fd = 0; fd < 64; fd++) ours[fd] = fcntl(fd, F_GETFD) >= 0;
-    n_mapped = 0;
+    n_mapped = n_owned = 0;
     interrupted = 0;
-    if (!setjmp(fuzz_end)) run(data, n);
+    if (!setjmp(fuzz_end)) {
+        run(data, n);
+        if (n_owned) abort();
+    }
     recovery = NULL;
     remove_unfinished();
+    unfinished_file = NULL;
     for (int i = 0; i < n_mapped; i++) munmap(mapped[i].at, mapped[i].n);
+    for (int i = 0; i < n_owned; i++) (free)(owned[i]);
     for (int fd = 0; fd < 64; fd++)
         if (!ours[fd]) close(fd);
 }
