@@ -2094,6 +2094,9 @@ INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
 INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
+// A single token waits for the weights; fetched so many bytes ahead, they come up to 1.4 times as
+// fast as by the processor's own foresight.
+enum { WEIGHTS_AHEAD = 1280 };
 // Into the second-level cache, which can wait for more of the memory at once than the first.
 INLINE void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
@@ -2235,7 +2238,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
         const uint16_t *halves = (const uint16_t *)(const void *)block;
-        if (!packed && blocks) prefetch(blocks + b * size, (size_t)size);
+        if (blocks) prefetch(blocks + b * size + (packed ? WEIGHTS_AHEAD : 0), (size_t)size);
         vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
@@ -2447,7 +2450,8 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
             for (int t = 0; t < n;)
                 t += float_tile(w, p, rows, c, w->cols - c < step ? w->cols : c + step,
                                 x + (size_t)t * (size_t)x_stride, x_stride, n - t,
-                                n == 1 || t ? 0 : panel_bytes(w->dtype, w->cols), out + t * 16);
+                                t ? 0 : n == 1 ? WEIGHTS_AHEAD : panel_bytes(w->dtype, w->cols),
+                                out + t * 16);
     }
     for (int t = 0; t < n; t++, y += stride)
         if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
@@ -2508,7 +2512,8 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
     for (int t = 0; t < n; t++)
         UNROLL for (int i = 0; i < V; i++) {
             int at = t * width + i * W;
-            if (Q <= 4) __builtin_prefetch(next + (size_t)at * (wide ? 4 : 2), 0, 2);
+            if (Q <= 4 && next && i * W % (wide ? 16 : 32) == 0)
+                __builtin_prefetch(next + (size_t)at * (wide ? 4 : 2), 0, 2);
             vf v = wide ? load((const float *)(const void *)values + at)
                         : load_half((const uint16_t *)(const void *)values + at);
             UNROLL for (int j = 0; j < Q; j++) acc[j][i] +=
@@ -2520,7 +2525,7 @@ INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t 
 // Does as many queries at once as the registers allow, and returns how many.
 static int mix_block(int left, int vectors, bool wide, const uint8_t *values, const uint8_t *next,
                      int width, int n, const float *weights, size_t row, float *out) {
-    int most = W == 16 ? 6 : 4, q = left < most ? left : most;
+    int most = W >= 8 ? 6 : 4, q = left < most ? left : most;
 #define MIX(q, v)                                                                                  \
     if (wide) mix_kernel(q, v, true, values, next, width, n, weights, row, out);                   \
     else mix_kernel(q, v, false, values, next, width, n, weights, row, out);                       \
@@ -2537,9 +2542,10 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     const Pass *f = a->f;
     const Config *c = &f->m->c;
     int hd = c->head_dim, n = tile->n * a->group, at, ahead, seq = f->batch[tile->slot].seq;
-    size_t element = f->kv->wide ? 4 : 2;
-    size_t key_bytes = 16 * (size_t)hd * element;  // of a block
-    float *queries = resize(NULL, (size_t)(hd * n), sizeof(float));  // (head_dim, n)
+    bool wide = f->kv->wide, widen = !wide && W < 16 && n > 6;  // for many queries, only once
+    size_t element = wide ? 4 : 2, key_bytes = 16 * (size_t)hd * element;  // of a block
+    float *queries = resize(NULL, (size_t)(hd * (n + 16)), sizeof(float)),  // (head_dim, n)
+          *widened = queries + hd * n;                                      // (head_dim, 16)
     for (int i = 0; i < n; i++) {
         const float *q = row_of(f->s->q, tile->slot + i / a->group, c->n_heads * hd) +
                          (kv_head * a->group + i % a->group) * hd;
@@ -2558,9 +2564,12 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
                 next += key_at(f->kv, ahead & ~15, 0) * element;
             if (n < 8 && tile->last < 512)  // the values will be needed soon
                 prefetch(chunk + value_at(f->kv, at & ~15, 0) * element, key_bytes);
+            for (int i = 0; i < 16 * hd && widen; i += W)
+                store(widened + i, load_half((const uint16_t *)(const void *)keys + i));
+            if (widen) keys = (const uint8_t *)widened;
             for (int j = 0, some; j < n; j += some) {
                 float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)b * 16;
-                some = score_block(n - j, f->kv->wide, keys, next, hd, queries + j, n,
+                some = score_block(n - j, wide || widen, keys, next, hd, queries + j, n,
                                    c->attn_scale, side ? own : out, side ? 16 : a->row);
                 for (int i = 0; i < some && side; i++)
                     for (int l = from - pos; l < 16; l++)
@@ -2603,7 +2612,7 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
         run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
         if (t < from && t + run > from) run = from - t;
         run = run < WIDEN ? run : WIDEN;
-        const uint8_t *next = values;
+        const uint8_t *next = NULL;
         if (!widen && t + AHEAD <= tile->last)
             next = cache_chunk(f->kv, seq, t + AHEAD, f->layer, kv_head, &at),
             next += value_at(f->kv, at, 0) * element;
@@ -2612,12 +2621,12 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
                 store(widened + i, load_half((const uint16_t *)(const void *)values + i));
             values = (const uint8_t *)widened;
         }
-        int most = W == 16 ? 4 : 2, weight = t < tile->end ? t : t - tile->skip;
+        int most = W == 16 || n <= 3 ? 4 : 2, weight = t < tile->end ? t : t - tile->skip;
         for (int ch = c0, v; ch < c1; ch += v * W) {
             v = c1 - ch >= most * W ? most : c1 - ch >= 2 * W ? 2 : 1;
             for (int j = 0; j < n;)
                 j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element),
-                               next + (size_t)ch * element, width, run,
+                               next ? next + (size_t)ch * element : NULL, width, run,
                                scores + (size_t)j * a->row + (size_t)weight, a->row,
                                out + j * width + ch);
         }
