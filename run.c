@@ -2342,29 +2342,46 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *
 
 // w[i] becomes column i of W rows of float32 that lie one after the other, `cols` apart.
 INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
-    for (int r = 0; r < W; r++) w[r] = load(rows + (size_t)(r < n_rows ? r : n_rows - 1) * cols);
-#ifdef AVX512
-    if (W == 16) {  // transposed by exchanging blocks of 1, 2, 4 and 8
-        for (int s = 1; s < W; s *= 2) {
-            vi low, high;
-            for (int l = 0; l < W; l++)
-                low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
-            for (int i = 0; i < W; i++) {
-                if (i & s) continue;
-                vf a = w[i], b = w[i | s];
-                w[i] = (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
-                w[i | s] = (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
-            }
+#define ROW(r) (rows + (size_t)((r) < n_rows ? (r) : n_rows - 1) * cols)
+#if defined __AVX2__ && !defined AVX512
+    for (int i = 0; i < W; i += 4) {  // rows 0 to 3 in the lower halves, 4 to 7 in the upper ones
+        __m256 x[4];
+        UNROLL for (int r = 0; r < 4; r++)
+            x[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(ROW(r) + i)),
+                                        _mm_loadu_ps(ROW(r + 4) + i), 1);
+        UNROLL for (int high = 0; high < 2; high++) {
+            __m256d a = (__m256d)(high ? _mm256_unpackhi_ps(x[0], x[1])
+                                       : _mm256_unpacklo_ps(x[0], x[1]));
+            __m256d b = (__m256d)(high ? _mm256_unpackhi_ps(x[2], x[3])
+                                       : _mm256_unpacklo_ps(x[2], x[3]));
+            w[i + high * 2] = (vf)_mm256_unpacklo_pd(a, b);
+            w[i + high * 2 + 1] = (vf)_mm256_unpackhi_pd(a, b);
         }
-        return;
     }
-#endif
+#else
+    for (int r = 0; r < W; r++) w[r] = load(ROW(r));
+#ifdef AVX512
+    for (int s = 1; s < W; s *= 2) {  // transposed by exchanging blocks of 1, 2, 4 and 8
+        vi low, high;
+        for (int l = 0; l < W; l++)
+            low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
+        for (int i = 0; i < W; i++) {
+            if (i & s) continue;
+            vf a = w[i], b = w[i | s];
+            w[i] = (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
+            w[i | s] = (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
+        }
+    }
+#else
     for (int i = 0; i < W; i++)
         for (int j = 0; j < i; j++) {
             float swap = w[i][j];
             w[i][j] = w[j][i];
             w[j][i] = swap;
         }
+#endif
+#endif
+#undef ROW
 }
 
 // Sums that do not wait for each other are what a processor needs for few tokens; 12 or 16 of them
@@ -2403,6 +2420,8 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
         const float *rows = f + (size_t)lane * (size_t)cols;
         for (; c + W <= end; c += W) {
             vf w[W];
+            for (int r = 0; r < W && ahead && c % 16 == 0; r++)  // the next rows
+                prefetch((const uint8_t *)(rows + c + (size_t)(W + r) * (size_t)cols), 64);
             load_columns(w, rows + c, (size_t)cols, n_rows - lane);
             UNROLL for (int i = 0; i < W; i++)
                 UNROLL for (int t = 0; t < T; t++) acc[t] += w[i] * x[t * x_stride + c + i];
@@ -2421,7 +2440,7 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
 static int float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int c, int end,
                       const float *x, int x_stride, int left, size_t ahead, float *out) {
 #define KERNEL(type)                                                                               \
-    for (int lane = 0; lane < n_rows; lane += rows_at_once(type, T), ahead = 0)                    \
+    for (int lane = 0; lane < n_rows; lane += rows_at_once(type, T), ahead *= type == ROWS)        \
     float_kernel(T, type, panel, w->cols, n_rows, lane, c, end, x, x_stride, ahead, out)
     if (W == 16 && left >= 16 && w->dtype != ROWS) {
         enum { T = 16 };
@@ -2446,11 +2465,12 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
     if (w->dtype >= Q8) quant_panel(w, p, xq, n, out);
     else {
         int step = n < 32 ? w->cols : 128;  // columns at a time, that stay in the L1 cache
+        size_t next = panel_bytes(w->dtype, w->cols);
         for (int c = 0; c < w->cols; c += step)
             for (int t = 0; t < n;)
                 t += float_tile(w, p, rows, c, w->cols - c < step ? w->cols : c + step,
                                 x + (size_t)t * (size_t)x_stride, x_stride, n - t,
-                                t ? 0 : n == 1 ? WEIGHTS_AHEAD : panel_bytes(w->dtype, w->cols),
+                                t ? 0 : n == 1 ? WEIGHTS_AHEAD : next,
                                 out + t * 16);
     }
     for (int t = 0; t < n; t++, y += stride)
