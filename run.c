@@ -2362,7 +2362,7 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
     for (int r = 0; r < W; r++) w[r] = load(ROW(r));
 #ifdef AVX512
     for (int s = 1; s < W; s *= 2) {  // transposed by exchanging blocks of 1, 2, 4 and 8
-        vi low, high;
+        vi low = {0}, high = {0};
         for (int l = 0; l < W; l++)
             low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
         for (int i = 0; i < W; i++) {
