@@ -260,13 +260,16 @@ static void rope(float *head, const float *table, int head_dim) {
 //     SiLU(x) = x / (1 + e^-x);  GELU(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3), the
 // tanh form of arXiv:1606.08415.
 static void gated_activation(float *gate, const float *up, int n, bool gelu) {
-    if (!gelu)
-        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-gate[i])) * up[i];
-    else
-        for (int i = 0; i < n; i++) {
+    float e[64];  // (In a loop of its own: GCC would else divide by e^88, too, just in case, and
+                  // the subnormal quotients take some processors a hundred cycles each.)
+    for (int done = 0; done < n; done += 64, gate += 64, up += 64) {
+        int some = n - done < 64 ? n - done : 64;
+        for (int i = 0; i < some; i++) {
             float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
-            gate[i] = x / (1.0f + exp_(-2.0f * u)) * up[i];
+            e[i] = exp_(gelu ? -2.0f * u : -x);
         }
+        for (int i = 0; i < some; i++) gate[i] = gate[i] / (1.0f + e[i]) * up[i];
+    }
 }
 
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
