@@ -1790,7 +1790,10 @@ def attention(model, x, layer):
         k = rmsnorm(k, model[at + "k_norm"], c.norm_eps)
     table = "rope_freqs_local" if local and "rope_freqs_local" in model.tensors else "rope_freqs"
     q, k = rope(q, model[table]), rope(k, model[table])
-    if model.tensors["token_embedding"].dtype != F32:       # the KV cache is fp16
+    kind = model.tensors["token_embedding"].dtype       # the KV cache is fp16, its keys int8
+    if kind in QUANTIZE:                                # where the embedding is quantized
+        q, k = (round_to_int8(a.reshape(-1, c.head_dim)).reshape(a.shape) for a in (q, k))
+    if kind != F32:
         k, v = (np.clip(a, -65504, 65504).astype(np.float16).astype(np.float32) for a in (k, v))
     k, v = (np.repeat(a, c.n_heads // c.n_kv_heads, axis=1) for a in (k, v))
     distance = np.arange(len(x))[:, None] - np.arange(len(x))           # query - key

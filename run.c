@@ -92,6 +92,7 @@ static void *resize(void *old, size_t count, size_t size);  // realloc that does
 // load it is to map it into memory and to note where each matrix begins: load_model, in Details.
 
 enum {      // how the numbers of a matrix are stored; weight(), in Details, reads them all
+    HALF = -1,  // half precision, in the KV cache only
     ROWS,   // float32, row by row: vectors, and llama2.c's files
     F32,    // float32, but 16 rows side by side, as all that follow
     BF16,   // the upper half of a float32
@@ -192,18 +193,22 @@ typedef struct {
     int n_blocks;     // of one token
 } Quantized;
 static float quantized_row(const Matrix *w, int r, const Quantized *x, int token);
+static void quantize(Quantized *out, int token, const float *x, int n);
+static Quantized new_quantized(int n, int cols);               // for n tokens; free(x.q) frees it
 
 // 1. The matrix product, y = W x: y[r] = sum over c of w[r][c] * x[c]. A row of W says how much of
-// each number of x goes into one number of y. Nearly all parameters and all time are here. This
-// does a panel, 16 rows of W, for n inputs, x_stride and stride numbers apart.
+// each number of x goes into one number of y. Nearly all parameters and all time are here. The
+// second function does a panel, 16 rows of W, for n inputs, x_stride and stride numbers apart.
+static float row_times(const Matrix *w, int r, const float *x, const Quantized *xq, int t) {
+    float sum = 0;
+    for (int c = 0; c < w->cols && w->dtype < Q8; c++) sum += weight(w, r, c) * x[c];
+    return w->dtype < Q8 ? sum : quantized_row(w, r, xq, t);
+}
 static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride,
                         const Quantized *xq, int n, float *y, int stride) {
     for (int t = 0; t < n; t++, x += x_stride, y += stride)
-        for (int r = panel * 16; r < w->rows && r < panel * 16 + 16; r++) {
-            float sum = 0;
-            for (int c = 0; c < w->cols && w->dtype < Q8; c++) sum += weight(w, r, c) * x[c];
-            y[r % 16] = w->dtype < Q8 ? sum : quantized_row(w, r, xq, t);
-        }
+        for (int r = panel * 16; r < w->rows && r < panel * 16 + 16; r++)
+            y[r % 16] = row_times(w, r, x, xq, t);
 }
 
 // 2. RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It brings a vector
@@ -287,7 +292,8 @@ typedef struct {
     const Model *m;
     int n_seqs, ctx;      // ctx: positions of the trunk
     int window;           // positions; 0: all
-    bool wide;            // float32 (for float32 checkpoints), else half precision
+    int key_dtype;        // F32 for float32 checkpoints, HALF for bf16, Q8 for quantized ones
+    int value_dtype;      // F32 or HALF
     int *from;            // (n_seqs)
     size_t head_bytes;    // of a chunk's keys and values of one head
     size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
@@ -313,13 +319,12 @@ typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position
 typedef struct { int start, gap, end; } Sight;
 static Sight sight(const Cache *kv, int layer, const Slot *slot);
 static bool sees(Sight s, int t) { return t >= s.start && (t < s.gap || t >= s.end); }
-// The chunk of the cache that holds a position, which is in it at *at; where in a chunk number d of
-// the key and of the value at `at` are, and what is there.
+// The chunk of the cache that holds a position, which is in it at *at. Keys are the rows of one
+// matrix, (positions, head_dim), values the columns of another, (head_dim, positions).
 static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int head, int *at);
-static size_t key_at(const Cache *kv, int at, int d);
-static size_t value_at(const Cache *kv, int at, int d);
-static float cache_get(const Cache *kv, const uint8_t *chunk, size_t i);
-static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x);
+static Matrix cache_keys(const Cache *kv, const uint8_t *chunk);
+static Matrix cache_values(const Cache *kv, const uint8_t *chunk);
+static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, const float *v);
 
 // Attention of one query head (arXiv:1706.03762). The query says what this token looks for, a key
 // what a token offers, a value what it passes on. Query times key is large where the two fit; by
@@ -327,9 +332,10 @@ static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x);
 //     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small. Local layers see a window of positions only. weights (pos + 1) are set, too.
+// small. Local layers see a window of positions only. weights (pos + 1) are set, too. (q is also
+// given rounded, for keys that are.)
 static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
-                         float *weights, float *out) {
+                         const Quantized *rounded, float *weights, float *out) {
     const Config *c = &kv->m->c;
     int kv_head = head / (c->n_heads / c->n_kv_heads), at;
     Sight seen = sight(kv, layer, slot);
@@ -337,18 +343,16 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
         weights[t] = 0;
         if (!sees(seen, t)) continue;
         const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
-        float score = 0;
-        for (int d = 0; d < c->head_dim; d++)
-            score += q[d] * cache_get(kv, chunk, key_at(kv, at, d));
-        weights[t] = score * c->attn_scale;
+        Matrix keys = cache_keys(kv, chunk);
+        weights[t] = row_times(&keys, at, q, rounded, 0) * c->attn_scale;
     }
     softmax_without(weights, seen.start, seen.gap, seen.end, slot->pos + 1);
     for (int d = 0; d < c->head_dim; d++) out[d] = 0;
     for (int t = 0; t <= slot->pos; t++) {
         if (!sees(seen, t)) continue;
         const uint8_t *chunk = cache_chunk(kv, slot->seq, t, layer, kv_head, &at);
-        for (int d = 0; d < c->head_dim; d++)
-            out[d] += weights[t] * cache_get(kv, chunk, value_at(kv, at, d));
+        Matrix values = cache_values(kv, chunk);
+        for (int d = 0; d < c->head_dim; d++) out[d] += weights[t] * weight(&values, d, at);
     }
 }
 
@@ -425,7 +429,6 @@ static void observe(const Pass *f, const char *name, const float *x, int width) 
 
 // Matrix products of the whole batch, y (n, rows) = x (n, cols) W^T, the rows of y `stride` numbers
 // apart (0: padded). The panels of all matrices that share the input are dealt out to the threads.
-static void quantize(Quantized *out, int token, const float *x, int n);
 static void quantize_stage(const Pass *f, int i) {
     int cols = f->products[0].w->cols;
     quantize(&f->s->xq, i, f->in + (size_t)i * (size_t)padded(cols), cols);
@@ -508,10 +511,7 @@ static void rope_and_cache(const Pass *f, int i) {
         if (l->k_norm.data) rmsnorm(k, k, vec(&l->k_norm), hd, c->norm_eps);
         rope(k, angles, hd);
         uint8_t *chunk = cache_chunk(f->kv, slot->seq, slot->pos, f->layer, h, &at);
-        for (int d = 0; d < hd; d++) {
-            cache_put(f->kv, chunk, key_at(f->kv, at, d), k[d]);
-            cache_put(f->kv, chunk, value_at(f->kv, at, d), v[d]);
-        }
+        cache_put(f->kv, chunk, at, k, v);
     }
 }
 
@@ -519,10 +519,14 @@ static void attend_stage(const Pass *f, int item) {
     const Config *c = &f->m->c;
     int i = item / c->n_heads, h = item % c->n_heads, q_dim = c->n_heads * c->head_dim;
     float *weights = resize(NULL, (size_t)f->batch[i].pos + 1, sizeof(float));
-    attend_plain(f->kv, f->layer, &f->batch[i], h, row_of(f->s->q, i, q_dim) + h * c->head_dim,
-                 weights, row_of(f->s->att_out, i, q_dim) + h * c->head_dim);
+    const float *q = row_of(f->s->q, i, q_dim) + h * c->head_dim;
+    Quantized rounded = new_quantized(1, c->head_dim);
+    quantize(&rounded, 0, q, c->head_dim);
+    attend_plain(f->kv, f->layer, &f->batch[i], h, q, &rounded, weights,
+                 row_of(f->s->att_out, i, q_dim) + h * c->head_dim);
     if (f->kv->observe)
         f->kv->observe(f->kv->observer, "attention", f->layer, weights, item, f->batch[i].pos + 1);
+    free(rounded.q);
     free(weights);
 }
 static void attention_plain(const Pass *f) { each(f, attend_stage, f->n * f->m->c.n_heads); }
@@ -781,13 +785,14 @@ static inline float sum16(const float *x, int first, int n, bool squares) {
     return tree_sum(sums);
 }
 static float largest(const float *x, int first, int n) {
-    float max[16];
+    enum { LANES = 32 };  // (A loop of 16 is unrolled by GCC 12 before it could become SIMD.)
+    float max[LANES];
     int i = first;
-    for (int j = 0; j < 16; j++) max[j] = x[first];
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
+    for (int j = 0; j < LANES; j++) max[j] = x[first];
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
     for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
-    for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    for (int j = 1; j < LANES; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
     return max[0];
 }
 
@@ -804,9 +809,11 @@ static void cos_sin(double x, float *cosine, float *sine) {
     *sine = (float)(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c);
 }
 
+static int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
 // ---- Details: how a matrix lies in memory. Vectors (and llama2.c's matrices) are ROWS. All other
 // dtypes come in panels of 16 rows, a number of each row side by side, so that a SIMD unit sums 16
-// rows at once, each in column order: F32 [cols][16], BF16 [cols / 2][16][2]. Quantized panels are
+// rows at once, each in column order: F32 and HALF [cols][16], BF16 [cols / 2][16][2]. Quantized panels are
 // cut into blocks of 32 columns: first the half-precision scales of the 16 rows, [16], for Q4A then
 // minima, [16], then quants, 4 columns of a row side by side: Q8 int8 [8][16][4]; Q4 and Q4A
 // [4][16][4], low halves of the bytes columns 0 to 15, high halves columns 16 to 31.
@@ -816,6 +823,7 @@ static int scale_bytes(int dtype) { return dtype == Q4A ? 64 : 32; }
 static int block_bytes(int dtype) { return scale_bytes(dtype) + (dtype == Q8 ? 512 : 256); }
 static size_t panel_bytes(int dtype, int cols) {
     size_t n = (size_t)cols;
+    if (dtype == HALF) return n * 32;
     if (dtype == ROWS || dtype == F32) return n * 64;
     return dtype == BF16 ? (n + 1) / 2 * 64 : (n + 31) / 32 * (size_t)block_bytes(dtype);
 }
@@ -838,6 +846,7 @@ static float weight(const Matrix *w, int r, int c) {
     const uint8_t *panel = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
     r %= 16;
     if (w->dtype == F32) return floats(panel)[i * 16 + (size_t)r];
+    if (w->dtype == HALF) return half_to_float(halves(panel)[i * 16 + (size_t)r]);
     if (w->dtype == BF16)
         return float_of((uint32_t)halves(panel)[(i / 2 * 16 + (size_t)r) * 2 + i % 2] << 16);
     const uint8_t *block = panel + i / 32 * (size_t)block_bytes(w->dtype);
@@ -846,6 +855,15 @@ static float weight(const Matrix *w, int r, int c) {
 }
 
 // Activations of 8 tokens lie side by side, block by block.
+static Quantized new_quantized(int n, int cols) {
+    Quantized x = {.n_blocks = (cols + 31) / 32};
+    size_t blocks = (size_t)round_up(n, TILE) * (size_t)x.n_blocks;
+    x.q = resize(NULL, blocks, 32 + 3 * 4);
+    x.d = (float *)(void *)(x.q + blocks * 32);
+    x.dsum = x.d + blocks;
+    x.minus8 = (int32_t *)(void *)(x.dsum + blocks);
+    return x;
+}
 static size_t block_at(const Quantized *x, int token, int block) {
     return (size_t)((token / TILE * x->n_blocks + block) * TILE + token % TILE);
 }
@@ -871,7 +889,9 @@ static float quantized_row(const Matrix *w, int r, const Quantized *x, int token
 // scale would be zero or subnormal is zero; one with an infinity or NaN has scale NaN, so that the
 // logits show it.
 static void quantize(Quantized *out, int token, const float *x, int n) {
+    float last[32] = {0};
     for (int b = 0; b * 32 < n; b++, x += 32) {
+        if (n - b * 32 < 32) x = memcpy(last, x, (size_t)(n - b * 32) * sizeof(float));
         size_t at = block_at(out, token, b);
         uint32_t max = 0;
         for (int i = 0; i < 32; i++) {
@@ -953,7 +973,6 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static int round_up(int n, int to) { return (n + to - 1) / to * to; }
 // (An odd number of cache lines, so that a column does not fall into a few sets of the cache.)
 static int padded(int width) { return round_up(width, 32) + 16; }
 
@@ -979,16 +998,16 @@ static State *get_state(Cache *kv, int n) {
         *arrays[i].array = own(s, rows * width, sizeof(float));
         widest = width > widest ? width : widest;
     }
-    size_t blocks = rows * (widest / 32 + 1);
-    s->xq = (Quantized){own(s, blocks, 32), own(s, blocks, 4), own(s, blocks, 4),
-                        own(s, blocks, 4), 0};
+    s->xq = new_quantized((int)rows, (int)widest);
+    s->owned[s->n_owned++] = s->xq.q;
     s->capacity = (int)rows;
     return s;
 }
 
 // ---- Details: how the KV cache lies in memory. 256 positions of a head lie together in a chunk:
-// keys transposed in blocks of 16 positions, [CHUNK / 16][head_dim][16], so that a SIMD unit scores
-// 16 positions at once; then values, [CHUNK][head_dim rounded up to 16].
+// first their keys, a matrix of 256 rows in panels of 16, as the model's matrices have them, then
+// their values, a matrix of 256 columns. So attention is two products of such matrices: K q, and
+// values times weights.
 
 enum { CHUNK = 256 };
 
@@ -1003,19 +1022,34 @@ static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int he
     return base + (size_t)(pos / CHUNK) * kv->chunk_bytes +
            ((size_t)layer * (size_t)kv->m->c.n_kv_heads + (size_t)head) * kv->head_bytes;
 }
-static size_t key_at(const Cache *kv, int at, int d) {
-    return (size_t)((at / 16 * kv->m->c.head_dim + d) * 16 + at % 16);
+static Matrix cache_keys(const Cache *kv, const uint8_t *chunk) {
+    return (Matrix){kv->key_dtype, CHUNK, kv->m->c.head_dim, chunk};
 }
-static size_t value_at(const Cache *kv, int at, int d) {
-    int hd = kv->m->c.head_dim;
-    return (size_t)(CHUNK * hd + at * round_up(hd, 16) + d);
+static Matrix cache_values(const Cache *kv, const uint8_t *chunk) {
+    size_t keys = matrix_bytes(kv->key_dtype, CHUNK, kv->m->c.head_dim);
+    return (Matrix){kv->value_dtype, kv->m->c.head_dim, CHUNK, chunk + keys};
 }
-static float cache_get(const Cache *kv, const uint8_t *chunk, size_t i) {
-    return kv->wide ? floats(chunk)[i] : half_to_float(halves(chunk)[i]);
+static void put_number(int dtype, uint8_t *panel, int i, float x) {
+    if (dtype == F32) ((float *)(void *)panel)[i] = x;
+    else ((uint16_t *)(void *)panel)[i] = float_to_half(x);
 }
-static void cache_put(const Cache *kv, uint8_t *chunk, size_t i, float x) {
-    if (kv->wide) ((float *)(void *)chunk)[i] = x;
-    else ((uint16_t *)(void *)chunk)[i] = float_to_half(x);
+static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, const float *v) {
+    int hd = kv->m->c.head_dim, r = at % 16;
+    uint8_t *values = chunk + matrix_bytes(kv->key_dtype, CHUNK, hd);
+    uint8_t *panel = chunk + (size_t)(at / 16) * panel_bytes(kv->key_dtype, hd);
+    for (int b = 0; b * 32 < hd && kv->key_dtype == Q8; b++, panel += block_bytes(Q8)) {
+        int8_t q[32];
+        float d, dsum;
+        int32_t minus8;
+        quantize(&(Quantized){q, &d, &dsum, &minus8, 1}, 0, k + b * 32,
+                 hd - b * 32 < 32 ? hd - b * 32 : 32);
+        put_number(HALF, panel, r, d);
+        for (int i = 0; i < 32; i += 4) memcpy(panel + 32 + i * 16 + r * 4, q + i, 4);
+    }
+    for (int i = 0; i < hd && kv->key_dtype != Q8; i++)
+        put_number(kv->key_dtype, panel, i * 16 + r, k[i]);
+    for (int i = 0; i < hd; i++)
+        put_number(kv->value_dtype, values, (i / 16 * CHUNK + at) * 16 + i % 16, v[i]);
 }
 
 static Sight sight(const Cache *kv, int layer, const Slot *slot) {
@@ -1045,9 +1079,12 @@ static void add_branches(Cache *kv, int n, int extra) {
 static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int extra) {
     const Config *c = &m->c;
     *kv = (Cache){.m = m, .n_seqs = 1, .ctx = ctx, .from = zeros(1, sizeof(int))};
-    kv->wide = m->token_embedding.dtype == ROWS || m->token_embedding.dtype == F32;
-    size_t size = kv->wide ? 4 : 2, chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
-    kv->head_bytes = value_at(kv, CHUNK, 0) * size;
+    int dtype = m->token_embedding.dtype;
+    kv->value_dtype = dtype <= F32 ? F32 : HALF;
+    kv->key_dtype = dtype <= BF16 ? kv->value_dtype : Q8;
+    size_t chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
+    kv->head_bytes = matrix_bytes(kv->key_dtype, CHUNK, c->head_dim) +
+                     matrix_bytes(kv->value_dtype, c->head_dim, CHUNK);
     kv->chunk_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
     kv->bytes = chunks * kv->chunk_bytes;
     kv->data = reserve(chunks, kv->chunk_bytes, "the KV cache (-c N makes the context shorter)");
@@ -2216,9 +2253,9 @@ INLINE vi add_pairs(vi sums) { return sums; }
 #endif
 
 // ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is
-// inlined. A single token reads the weights as they lie in the file: `blocks`. For more,
-// unpack_panel first makes plain bytes and float scales of them; `blocks` are then those of the
-// next panel, which are fetched from memory meanwhile, or NULL. (packed: u is NULL.)
+// inlined. Few tokens read the weights as they lie in the file: `blocks`. For more, unpack_panel
+// first makes plain bytes and float scales of them: u, else NULL. What `next` points to, the next
+// panel or what comes a little later in this one, is fetched from memory meanwhile, unless NULL.
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
@@ -2226,8 +2263,8 @@ typedef struct {
 } Unpacked;                             // up to 64 blocks of a panel
 
 INLINE void quant_kernel(const int T, const int dtype, const bool packed, const uint8_t *blocks,
-                         const Unpacked *u, int lane, const Quantized *xq, int t0, int b0,
-                         int n_blocks, float *out) {
+                         const uint8_t *next, const Unpacked *u, int lane, const Quantized *xq,
+                         int t0, int b0, int n_blocks, float *out) {
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
@@ -2241,7 +2278,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
         const uint16_t *halves = (const uint16_t *)(const void *)block;
-        if (blocks) prefetch(blocks + b * size + (packed ? WEIGHTS_AHEAD : 0), (size_t)size);
+        if (next) prefetch(next + b * size, (size_t)size);
         vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
@@ -2311,33 +2348,36 @@ static int tile_of(int left) { return left < TILE ? left : TILE; }
 
 static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int lane,
                        const Quantized *xq, int t, int left, int b0, int n_blocks, float *out) {
-#define KERNEL(type) quant_kernel(T, type, false, next, u, lane, xq, t, b0, n_blocks, out)
+#define KERNEL(type) quant_kernel(T, type, false, NULL, next, u, lane, xq, t, b0, n_blocks, out)
     if (dtype == Q8) FOR_TILE(left, KERNEL(Q8))
     else if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
     else FOR_TILE(left, KERNEL(Q4A))
 #undef KERNEL
 }
 
-static void quant_panel(const Matrix *w, const uint8_t *panel, const Quantized *xq, int n,
-                        float *out) {
+static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *next,
+                        const Quantized *xq, int n, float *out) {
     int blocks = (w->cols + 31) / 32;
-    if (n == 1) {
-#define KERNEL(type) quant_kernel(1, type, true, panel, NULL, 0, xq, 0, 0, blocks, out)
-        if (w->dtype == Q8) KERNEL(Q8);
-        else if (w->dtype == Q4) KERNEL(Q4);
-        else KERNEL(Q4A);
-#undef KERNEL
+#define KERNEL(T, type) quant_kernel(T, type, true, panel, next, NULL, 0, xq, 0, 0, blocks, out)
+    if (w->dtype == Q8 && n * HALVES <= TILE) {
+        FOR_TILE(n, KERNEL(T * HALVES <= TILE ? T : 1, Q8))
         return;
     }
+    if (n == 1) {
+        if (w->dtype == Q4) KERNEL(1, Q4);
+        else KERNEL(1, Q4A);
+        return;
+    }
+#undef KERNEL
     for (int b = 0; b < blocks; b += 64) {
         Unpacked u;
         int some = blocks - b < 64 ? blocks - b : 64;
-        const uint8_t *block = panel + (size_t)b * (size_t)block_bytes(w->dtype);
-        const uint8_t *next = block + panel_bytes(w->dtype, w->cols);
-        unpack_panel(&u, w->dtype, block, some);
+        size_t at = (size_t)b * (size_t)block_bytes(w->dtype);
+        const uint8_t *soon = next ? next + at : NULL;
+        unpack_panel(&u, w->dtype, panel + at, some);
         for (int lane = 0; lane < 16; lane += W)
-            for (int t = 0; t < n; t += tile_of(n - t), next = NULL)
-                quant_tile(w->dtype, next, &u, lane, xq, t, n - t, b, some, out + t * 16);
+            for (int t = 0; t < n; t += tile_of(n - t), soon = NULL)
+                quant_tile(w->dtype, soon, &u, lane, xq, t, n - t, b, some, out + t * 16);
     }
 }
 
@@ -2388,24 +2428,30 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
 // fit into its registers.
 INLINE int rows_at_once(int dtype, int T) { return dtype != ROWS && T * HALVES <= 12 ? 16 : W; }
 
-// Adds the products of the columns from c to end to out. With `ahead`, fetches the same columns of
-// the next panel, so many bytes further, meanwhile.
-INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int cols, int n_rows,
-                         int lane, int c, int end, const float *x, int x_stride, size_t ahead,
-                         float *out) {
+// Adds the products of the columns from c to end to out, and fetches the same columns of `next`,
+// unless it is NULL, meanwhile.
+INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, const uint8_t *next,
+                         int cols, int n_rows, int lane, int c, int end, const float *x,
+                         int x_stride, float *out) {
     const int H = rows_at_once(dtype, T) / W;
     vf acc[16];
     const float *f = (const float *)(const void *)panel;
     UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
-    if (dtype == F32) {
+    if (dtype == F32 || dtype == HALF) {
+        const int size = dtype == F32 ? 64 : 32;
         for (; c < end; c++) {
-            if (ahead) prefetch(panel + ahead + (size_t)c * 64, 64);
+            if (next && c * size % 64 == 0) prefetch(next + (size_t)c * (size_t)size, 64);
+            vf v[HALVES];
+            UNROLL for (int h = 0; h < H; h++)
+                v[h] = dtype == F32 ? load(f + c * 16 + lane + h * W)
+                                    : load_half(halves(panel) + c * 16 + lane + h * W);
             UNROLL for (int i = 0; i < T * H; i++)
-                acc[i] += load(f + c * 16 + lane + i % H * W) * x[i / H * x_stride + c];
+                // cppcheck-suppress uninitvar  // H is at least 1
+                acc[i] += v[i % H] * x[i / H * x_stride + c];
         }
     } else if (dtype == BF16) {
         for (; c < end; c += 2) {
-            if (ahead) prefetch(panel + ahead + (size_t)c * 32, 64);
+            if (next) prefetch(next + (size_t)c * 32, 64);
             vu pair[HALVES];
             UNROLL for (int h = 0; h < H; h++)
                 pair[h] = load_u(panel + (size_t)c * 32 + (size_t)(lane + h * W) * 4);
@@ -2420,7 +2466,7 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
         const float *rows = f + (size_t)lane * (size_t)cols;
         for (; c + W <= end; c += W) {
             vf w[W];
-            for (int r = 0; r < W && ahead && c % 16 == 0; r++)  // the next rows
+            for (int r = 0; r < W && next && c % 16 == 0; r++)  // the next rows
                 prefetch((const uint8_t *)(rows + c + (size_t)(W + r) * (size_t)cols), 64);
             load_columns(w, rows + c, (size_t)cols, n_rows - lane);
             UNROLL for (int i = 0; i < W; i++)
@@ -2437,41 +2483,50 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, int
 }
 
 // Does as many tokens as the registers allow, and returns how many.
-static int float_tile(const Matrix *w, const uint8_t *panel, int n_rows, int c, int end,
-                      const float *x, int x_stride, int left, size_t ahead, float *out) {
+static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next, int n_rows, int c,
+                      int end, const float *x, int x_stride, int left, float *out) {
 #define KERNEL(type)                                                                               \
-    for (int lane = 0; lane < n_rows; lane += rows_at_once(type, T), ahead *= type == ROWS)        \
-    float_kernel(T, type, panel, w->cols, n_rows, lane, c, end, x, x_stride, ahead, out)
+    for (int lane = 0; lane < n_rows; lane += rows_at_once(type, T), next = type ? NULL : next)    \
+    float_kernel(T, type, panel, next, w->cols, n_rows, lane, c, end, x, x_stride, out)
     if (W == 16 && left >= 16 && w->dtype != ROWS) {
         enum { T = 16 };
         if (w->dtype == F32) KERNEL(F32);
+        else if (w->dtype == HALF) KERNEL(HALF);
         else KERNEL(BF16);
         return 16;
     }
     if (W == 8 && left > 6) left = 6;
     if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
+    else if (w->dtype == HALF) FOR_TILE(left, KERNEL(HALF))
     else if (w->dtype == BF16) FOR_TILE(left, KERNEL(BF16))
     else FOR_TILE(left, KERNEL(ROWS))
 #undef KERNEL
     return tile_of(left);
 }
 
+// The products of a panel of `rows` rows with n inputs: out (n, 16).
+static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
+                           const float *x, int x_stride, const Quantized *xq, int n, float *out) {
+    memset(out, 0, (size_t)n * 16 * sizeof(float));
+    if (w->dtype >= Q8) {
+        quant_panel(w, panel, next, xq, n, out);
+        return;
+    }
+    int step = n < 32 ? w->cols : 128;  // columns at a time, that stay in the L1 cache
+    for (int c = 0; c < w->cols; c += step)
+        for (int t = 0; t < n;)
+            t += float_tile(w, panel, t ? NULL : next, rows, c,
+                            w->cols - c < step ? w->cols : c + step,
+                            x + (size_t)t * (size_t)x_stride, x_stride, n - t, out + t * 16);
+}
+
 static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
                        const Quantized *xq, int n, float *y, int stride) {
     float out[MAX_BATCH * 16];
     int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16;
-    const uint8_t *p = w->data + (size_t)panel * panel_bytes(w->dtype, w->cols);
-    memset(out, 0, (size_t)n * 16 * sizeof(float));
-    if (w->dtype >= Q8) quant_panel(w, p, xq, n, out);
-    else {
-        int step = n < 32 ? w->cols : 128;  // columns at a time, that stay in the L1 cache
-        size_t next = panel_bytes(w->dtype, w->cols);
-        for (int c = 0; c < w->cols; c += step)
-            for (int t = 0; t < n;)
-                t += float_tile(w, p, rows, c, w->cols - c < step ? w->cols : c + step,
-                                x + (size_t)t * (size_t)x_stride, x_stride, n - t,
-                                t ? 0 : n == 1 ? WEIGHTS_AHEAD : next, out + t * 16);
-    }
+    size_t bytes = panel_bytes(w->dtype, w->cols);
+    const uint8_t *p = w->data + (size_t)panel * bytes;
+    panel_products(w, p, p + (n == 1 ? WEIGHTS_AHEAD : bytes), rows, x, x_stride, xq, n, out);
     for (int t = 0; t < n; t++, y += stride)
         if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
         else memcpy(y, out + t * 16, (size_t)rows * sizeof(float));
@@ -2480,7 +2535,7 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
 // of a tile that share a key/value head pass over its keys and values together.
 
-enum { MAX_QUERIES = 32, AHEAD = 64 };  // positions that few queries prefetch: they wait for memory
+enum { MAX_QUERIES = 32, FEW = 8, AHEAD = 64 };  // few queries wait for memory: so far they prefetch
 // Slots, and the positions that any of them sees: [start, last] without [gap, end). A row of scores
 // has `skip` positions of the gap less, a multiple of 16.
 typedef struct { int slot, n, start, gap, end, skip, last; } AttendTile;
@@ -2492,110 +2547,44 @@ typedef struct {
     size_t row, area;          // floats of a query's scores; of a tile's
 } Attend;
 
-INLINE void score_kernel(const int Q, const bool wide, const uint8_t *keys, const uint8_t *next,
-                         int head_dim, const float *queries, int n_queries, float scale,
-                         float *out, size_t row) {
-    vf acc[24 * HALVES], k[HALVES];
-    UNROLL for (int j = 0; j < Q * HALVES; j++) acc[j] = (vf){0};
-    for (int d = 0; d < head_dim; d++) {
-        if (Q <= 4) __builtin_prefetch(next + d * (wide ? 64 : 32), 0, 2);
-        UNROLL for (int h = 0; h < HALVES; h++)
-            k[h] = wide ? load((const float *)(const void *)keys + d * 16 + h * W)
-                        : load_half((const uint16_t *)(const void *)keys + d * 16 + h * W);
-        UNROLL for (int j = 0; j < Q * HALVES; j++)
-            acc[j] += k[j % HALVES] * queries[d * n_queries + j / HALVES];
-    }
-    UNROLL for (int j = 0; j < Q * HALVES; j++)
-        store(out + (size_t)(j / HALVES) * row + j % HALVES * W, acc[j] * scale);
-}
-// Does as many queries at once as the registers allow, and returns how many.
-static int score_block(int left, bool wide, const uint8_t *keys, const uint8_t *next, int head_dim,
-                       const float *q, int n_queries, float scale, float *out, size_t row) {
-    int most = W == 16 ? 8 : 12 / HALVES, n = left < most ? left : most;
-    if (W == 16 && left >= 24) n = 24;
-#define SCORE(n, wide) score_kernel(n, wide, keys, next, head_dim, q, n_queries, scale, out, row)
-#define CASE(n) case n: if (wide) SCORE(n, true); else SCORE(n, false); break;
-    switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(24) }
-#undef CASE
-    return n;
-}
-
-// out[j][channel] += weights[j][t] * values[t][channel] over n positions, for V vectors of
-// channels.
-INLINE void mix_kernel(const int Q, const int V, const bool wide, const uint8_t *values,
-                       const uint8_t *next, int width, int n, const float *weights, size_t row,
-                       float *out) {
-    vf acc[6][4];
-    UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int i = 0; i < V; i++) acc[j][i] = load(out + j * width + i * W);
-    for (int t = 0; t < n; t++)
-        UNROLL for (int i = 0; i < V; i++) {
-            int at = t * width + i * W;
-            if (next && i * W % (wide ? 16 : 32) == 0)
-                __builtin_prefetch(next + (size_t)at * (wide ? 4 : 2), 0, 2);
-            vf v = wide ? load((const float *)(const void *)values + at)
-                        : load_half((const uint16_t *)(const void *)values + at);
-            UNROLL for (int j = 0; j < Q; j++) acc[j][i] +=
-                v * weights[(size_t)j * row + (size_t)t];
-        }
-    UNROLL for (int j = 0; j < Q; j++)
-        UNROLL for (int i = 0; i < V; i++) store(out + j * width + i * W, acc[j][i]);
-}
-// Does as many queries at once as the registers allow, and returns how many.
-static int mix_block(int left, int vectors, bool wide, const uint8_t *values, const uint8_t *next,
-                     int width, int n, const float *weights, size_t row, float *out) {
-    int most = W >= 8 ? 6 : 4, q = left < most ? left : most;
-#define MIX(q, v)                                                                                  \
-    if (wide) mix_kernel(q, v, true, values, next, width, n, weights, row, out);                   \
-    else mix_kernel(q, v, false, values, next, width, n, weights, row, out);                       \
-    break;
-#define CASE(q) case q * 8 + 1: MIX(q, 1) case q * 8 + 2: MIX(q, 2) case q * 8 + 4: MIX(q, 4)
-    switch (q * 8 + vectors) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
-#undef CASE
-    return q;
-}
-
 // Scores of the blocks of 16 positions from b0 to b1.
 static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, float *scores,
                           int b0, int b1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
-    int hd = c->head_dim, n = tile->n * a->group, at, ahead, seq = f->batch[tile->slot].seq;
-    bool wide = f->kv->wide, widen = !wide && W < 16 && n > 8;  // for many queries, only once
-    size_t element = wide ? 4 : 2, key_bytes = 16 * (size_t)hd * element;  // of a block
-    float *queries = resize(NULL, (size_t)(hd * (n + 16)), sizeof(float)),  // (head_dim, n)
-          *widened = queries + hd * n;                                      // (head_dim, 16)
+    int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
+    size_t bytes = panel_bytes(f->kv->key_dtype, hd);
+    float *queries = resize(NULL, (size_t)(n * hd), sizeof(float)), out[MAX_BATCH * 16];
+    Quantized rounded = new_quantized(n, hd);
     for (int i = 0; i < n; i++) {
         const float *q = row_of(f->s->q, tile->slot + i / a->group, c->n_heads * hd) +
                          (kv_head * a->group + i % a->group) * hd;
-        for (int d = 0; d < hd; d++) queries[d * n + i] = q[d];
+        memcpy(queries + i * hd, q, (size_t)hd * sizeof(float));
+        if (f->kv->key_dtype == Q8) quantize(&rounded, i, q, hd);
     }
     for (int b = b0; b < b1; b++) {
         // A block where a branch leaves the trunk lies in both: the trunk's part comes first.
         int from = f->kv->from[seq], pos = b * 16 < tile->gap ? b * 16 : b * 16 + tile->skip;
         int sides = from > pos && from < pos + 16 && tile->last >= from ? 2 : 1;
+        const uint8_t *next = NULL;
+        if (n <= FEW && pos + AHEAD <= tile->last)
+            next = cache_chunk(f->kv, seq, pos + AHEAD, f->layer, kv_head, &at),
+            next += (size_t)(at / 16) * bytes;
         for (int side = 0; side < sides; side++) {
             const uint8_t *chunk =
                 cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
-            const uint8_t *keys = chunk + key_at(f->kv, at & ~15, 0) * element, *next = keys;
-            if (n < 8 && pos + AHEAD <= tile->last)
-                next = cache_chunk(f->kv, seq, pos + AHEAD, f->layer, kv_head, &ahead),
-                next += key_at(f->kv, ahead & ~15, 0) * element;
-            if (n < 8 && tile->last < 512)  // the values will be needed soon
-                prefetch(chunk + value_at(f->kv, at & ~15, 0) * element, key_bytes);
-            for (int i = 0; i < 16 * hd && widen; i += W)
-                store(widened + i, load_half((const uint16_t *)(const void *)keys + i));
-            if (widen) keys = (const uint8_t *)widened;
-            for (int j = 0, some; j < n; j += some) {
-                float own[24 * 16], *out = scores + (size_t)j * a->row + (size_t)b * 16;
-                some = score_block(n - j, wide || widen, keys, next, hd, queries + j, n,
-                                   c->attn_scale, side ? own : out, side ? 16 : a->row);
-                for (int i = 0; i < some && side; i++)
-                    for (int l = from - pos; l < 16; l++)
-                        out[(size_t)i * a->row + (size_t)l] = own[i * 16 + l];
-            }
+            Matrix keys = cache_keys(f->kv, chunk);
+            panel_products(&keys, keys.data + (size_t)(at / 16) * bytes, next, 16, queries, hd,
+                           &rounded, n, out);
+            float *to = scores + (size_t)b * 16, scale = c->attn_scale;
+            for (int i = 0; i < n; i++, to += a->row)
+                if (!side)
+                    for (int l = 0; l < 16; l++) to[l] = out[i * 16 + l] * scale;
+                else
+                    for (int l = from - pos; l < 16; l++) to[l] = out[i * 16 + l] * scale;
         }
     }
+    free(rounded.q);
     free(queries);
 }
 
@@ -2611,70 +2600,61 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, float *score
     for (int t = slot->pos + 1; t <= tile->last; t++) row[t - tile->skip] = 0;
 }
 
-enum { WIDEN = 64 };  // positions
-// The weighted average of the values, for the channels from c0 to c1, multiples of 16.
+// The weighted average of the values, for the panels of 16 channels from p0 to p1.
 static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, const float *scores,
-                       int c0, int c1) {
+                       int p0, int p1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
-    int hd = c->head_dim, width = round_up(hd, 16), n = tile->n * a->group, at;
+    int hd = c->head_dim, n = tile->n * a->group, at, most = n <= FEW ? 2 * AHEAD : AHEAD;
     int seq = f->batch[tile->slot].seq, from = f->kv->from[seq];
-    size_t element = f->kv->wide ? 4 : 2;
-    bool wide = f->kv->wide, widen = !wide && n > 6;  // for many queries, made float only once
-    float *out = resize(NULL, (size_t)((n + WIDEN) * width), sizeof(float)),
-          *widened = out + n * width;
-    memset(out, 0, (size_t)(n * width) * sizeof(float));
+    size_t bytes = panel_bytes(f->kv->value_dtype, CHUNK), column = bytes / CHUNK;
+    float *out = zeros((size_t)(p1 - p0) * (size_t)n * 16, sizeof(float));  // (panels, n, 16)
     for (int t = tile->start, run; t <= tile->last; t += run) {  // positions that lie together
         if (t == tile->gap) t = tile->end;
-        const uint8_t *values = cache_chunk(f->kv, seq, t, f->layer, kv_head, &at) +
-                                value_at(f->kv, at, 0) * element;
+        Matrix values = cache_values(f->kv, cache_chunk(f->kv, seq, t, f->layer, kv_head, &at));
+        const uint8_t *panel = values.data + (size_t)at * column, *next = NULL;
         run = CHUNK - at < tile->last + 1 - t ? CHUNK - at : tile->last + 1 - t;
         if (t < from && t + run > from) run = from - t;
-        run = run < WIDEN ? run : WIDEN;
-        const uint8_t *next = NULL;
-        if (n <= 6 && t + AHEAD <= tile->last)
-            next = cache_chunk(f->kv, seq, t + AHEAD, f->layer, kv_head, &at),
-            next += value_at(f->kv, at, 0) * element;
-        if (widen) {
-            for (int i = 0; i < run * width; i += W)
-                store(widened + i, load_half((const uint16_t *)(const void *)values + i));
-            values = (const uint8_t *)widened;
+        run = run < most ? run : most;
+        if (n <= FEW && t + run <= tile->last) {
+            Matrix later =
+                cache_values(f->kv, cache_chunk(f->kv, seq, t + run, f->layer, kv_head, &at));
+            next = later.data + (size_t)at * column;
         }
-        int most = W == 16 || n <= 3 ? 4 : 2, weight = t < tile->end ? t : t - tile->skip;
-        for (int ch = c0, v; ch < c1; ch += v * W) {
-            v = c1 - ch >= most * W ? most : c1 - ch >= 2 * W ? 2 : 1;
+        const float *weights = scores + (t < tile->end ? t : t - tile->skip);
+        for (int p = p0; p < p1; p++)
             for (int j = 0; j < n;)
-                j += mix_block(n - j, v, wide || widen, values + (size_t)ch * (widen ? 4 : element),
-                               next ? next + (size_t)ch * element : NULL, width, run,
-                               scores + (size_t)j * a->row + (size_t)weight, a->row,
-                               out + j * width + ch);
-        }
+                j += float_tile(&values, panel + (size_t)p * bytes,
+                                next && !j ? next + (size_t)p * bytes : NULL, 16, 0, run,
+                                weights + (size_t)j * a->row, (int)a->row, n - j,
+                                out + ((p - p0) * n + j) * 16);
     }
     for (int j = 0; j < n; j++) {
         float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
                     (kv_head * a->group + j % a->group) * hd;
-        for (int ch = c0; ch < c1 && ch < hd; ch++) to[ch] = out[j * width + ch];
+        for (int d = p0 * 16; d < p1 * 16 && d < hd; d++)
+            to[d] = out[((d / 16 - p0) * n + j) * 16 + d % 16];
     }
     free(out);
 }
 
 // Phase 0 does a tile and key/value head as a whole, with the thread's own scratch. Where there are
 // few of these, phases 1 to 3 cut each into parts instead: by positions, by queries, by channels.
-enum { PART = 16, CHANNELS = 32 };  // blocks of positions; a cache line of values
+enum { PART = 16 };  // blocks of positions
 static void attend_part(void *context, int item, int thread) {
     const Attend *a = context;
     int pair = item / a->parts, part = item % a->parts, n_kv = a->f->m->c.n_kv_heads;
     const AttendTile *tile = &a->tiles[pair / n_kv];
     float *scores = a->f->s->scores + (size_t)(a->phase ? pair : thread) * a->area;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1, n = tile->n * a->group;
-    int c0 = 0, c1 = round_up(a->f->m->c.head_dim, 16);
+    int p0 = 0, p1 = (a->f->m->c.head_dim + 15) / 16;
     if (a->phase == 1) b0 += part * PART, b1 = b0 + PART < b1 ? b0 + PART : b1;
-    if (a->phase == 3) c0 = part * CHANNELS, c1 = c0 + CHANNELS < c1 ? c0 + CHANNELS : c1;
+    if (a->phase == 3) p0 = part, p1 = part + 1;
     if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, pair % n_kv, scores, b0, b1);
     if (a->phase == 0)
         for (int j = 0; j < n; j++) attend_softmax(a, tile, scores, j);
     if (a->phase == 2 && part < n) attend_softmax(a, tile, scores, part);
-    if (a->phase == 0 || a->phase == 3) attend_mix(a, tile, pair % n_kv, scores, c0, c1);
+    if (a->phase == 0 || a->phase == 3) attend_mix(a, tile, pair % n_kv, scores, p0, p1);
 }
 
 static void attention_fast(const Pass *f) {
@@ -2682,6 +2662,7 @@ static void attention_fast(const Pass *f) {
     AttendTile tiles[MAX_BATCH];
     Attend a = {.f = f, .tiles = tiles, .group = c->n_heads / c->n_kv_heads};
     int most = a.group <= 4 ? 8 : a.group > MAX_QUERIES ? 1 : MAX_QUERIES / a.group;
+    if (a.group > MAX_BATCH) { attention_plain(f); return; }
     int longest = 0, widest = 1;
     for (int i = 0; i < f->n; i++) {
         const Slot *slot = &f->batch[i];
@@ -2709,7 +2690,7 @@ static void attention_fast(const Pass *f) {
         f->s->scores = resize(f->s->scores, f->s->scores_capacity, sizeof(float));
     }
     int parts[] = {1, (longest - 1) / (16 * PART) + 2, a.group * widest,
-                   (c->head_dim - 1) / CHANNELS + 1};
+                   (c->head_dim + 15) / 16};
     for (a.phase = phases; a.phase <= 3 * phases; a.phase++) {
         a.parts = parts[a.phase];
         parallel(attend_part, &a, pairs * a.parts);
@@ -3139,11 +3120,11 @@ typedef struct {
     char magic[8];
     uint64_t model;         // the model's hash
     uint64_t chunk_bytes;
-    int32_t ctx, wide;
+    int32_t ctx, keys;
     uint64_t hash;          // of the above
     SessionState states[2];
 } SessionHeader;
-static const char session_magic[8] = "session1";
+static const char session_magic[8] = "session2";
 enum { PAGE = 4096 };
 
 typedef struct {
@@ -3167,7 +3148,7 @@ static int *session_ids(const void *file, int ctx, int area) {
     return (int *)(uintptr_t)file + PAGE / sizeof(int) + (size_t)area * ((size_t)ctx + 1);
 }
 static SessionHeader session_header(const Cache *kv) {
-    SessionHeader h = {.chunk_bytes = kv->chunk_bytes, .ctx = kv->ctx, .wide = kv->wide};
+    SessionHeader h = {.chunk_bytes = kv->chunk_bytes, .ctx = kv->ctx, .keys = kv->key_dtype};
     memcpy(h.magic, session_magic, sizeof h.magic);
     h.model = kv->m->c.version == 3 ? kv->m->c.content_hash : hash64(kv->m->file, kv->m->file_size);
     h.hash = hash64(&h, offsetof(SessionHeader, hash));
@@ -3193,7 +3174,7 @@ static const char *check_session(const void *file, size_t size, const Cache *kv,
     if (memcmp(h->magic, session_magic, 8)) return "is a session of another version";
     if (h->hash != hash64(h, offsetof(SessionHeader, hash))) return "is damaged: its header";
     if (h->model != mine.model) return "is a session of another model";
-    if (h->chunk_bytes != mine.chunk_bytes || h->wide != mine.wide || h->ctx < 1 ||
+    if (h->chunk_bytes != mine.chunk_bytes || h->keys != mine.keys || h->ctx < 1 ||
         h->ctx > 1 << 24)
         return "is a session of another version";
     if (ctx_too && h->ctx != kv->ctx) return "was made with another -c: leave that out";
@@ -4598,7 +4579,7 @@ static void page_begin(Explain *e, int end) {
     double rows = (double)c->n_layers * c->n_heads * end;
     e->least = rows < 1e5 ? 0.01f : rows < 2e6 ? (float)(rows / 1e7) : 0.2f;
     fprintf(e->f, "%s{\"layers\":%d,\"heads\":%d,\"kv\":%ld,\"local\":[", PAGE_HEAD, c->n_layers,
-            c->n_heads, 2L * c->n_layers * c->n_kv_heads * c->head_dim * (e->w.kv.wide ? 4 : 2));
+            c->n_heads, (long)(e->w.kv.chunk_bytes / CHUNK));
     for (int l = 0; l < c->n_layers; l++) fprintf(e->f, l ? ",%d" : "%d", is_local(c, l));
     for (int i = 0; i < 2 * half; i++)
         fprintf(e->f, "%s%g", i == 0 ? "],\"freqs\":[[" : i == half ? "],[" : ",",
@@ -4827,7 +4808,7 @@ enum {
     USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
-    MAGIC = 0x337a6d6c,                 // "lmz3"
+    MAGIC = 0x347a6d6c,                 // "lmz4"
 };
 
 typedef struct {

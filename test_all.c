@@ -528,7 +528,7 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
            *values = get((size_t)(s->layers * n * kvd), 8);
     double *x = get((size_t)dim, 8), *xb = get((size_t)width, 8), *q = get((size_t)width, 8);
     double *out = get((size_t)width, 8), *up = get((size_t)width, 8), *p = get((size_t)n, 8);
-    bool halves = s->embedding != F32 && s->embedding != ROWS;
+    bool exact = s->embedding == F32 || s->embedding == ROWS;  // what the cache holds
     for (int pos = 0; pos < n; pos++) {
         for (int i = 0; i < dim; i++)
             x[i] = (double)m->embedding.values[(size_t)ids[pos] * (size_t)dim + (size_t)i] *
@@ -551,9 +551,12 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
                 const Tensor *w = &t[h < s->heads ? Q_NORM : K_NORM];
                 if (w->bytes) norm(head, head, w, (double)m->eps);
                 turn(head, freqs, pos);
+                if (s->embedding >= Q8) round_activations(head, hd);
             }
-            for (int i = 0; i < kvd && halves; i++)
-                k[i] = half_value(nearest_half(k[i])), v[i] = half_value(nearest_half(v[i]));
+            for (int i = 0; i < kvd && !exact; i++) {
+                if (s->embedding == BF16) k[i] = half_value(nearest_half(k[i]));
+                v[i] = half_value(nearest_half(v[i]));
+            }
             for (int h = 0; h < s->heads; h++) {
                 int at = h / (s->heads / s->kv_heads) * hd, first = local ? pos - s->window + 1 : 0;
                 double total = 0;
@@ -751,20 +754,8 @@ static void test_numbers(void) {
 // 2. Quantized numbers and matrix products
 // =================================================================================================
 
-// A cache lends its scratch for quantized activations of up to `tokens` tokens of width cols.
-static Quantized *new_quantized(Cache *kv, int tokens, int cols) {
-    static Model m;
-    m = (Model){.c = {.dim = cols, .hidden_dim = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 2,
-                      .n_layers = 1}};
-    new_cache(kv, &m, 1, 0, 0);
-    State *s = get_state(kv, tokens);
-    s->xq.n_blocks = (cols + 31) / 32;
-    return &s->xq;
-}
-
 static void test_quantize(void) {
-    Cache kv;
-    Quantized *xq = new_quantized(&kv, 16, 96), x = *xq;
+    Quantized x = new_quantized(16, 96), *xq = &x;
     float in[96];
     int wrong = 0, sums = 0;
     for (int round = 0; round < 3000; round++) {
@@ -813,7 +804,15 @@ static void test_quantize(void) {
     quantize(xq, 1, in, 32);
     CHECK(x.q[block_at(&x, 1, 0) * 32] == -127 && x.q[block_at(&x, 1, 0) * 32 + 1] == 42,
           "the largest numbers quantize too");
-    free_cache(&kv);
+    for (int j = 0; j < 96; j++) in[j] = (float)(96 - j);
+    for (int n = 65; n < 96; n += 15) {  // a last block that is not full
+        quantize(xq, 1, in, 96);
+        quantize(xq, 2, in, n);
+        size_t at = block_at(&x, 1, 2) * 32, to = block_at(&x, 2, 2) * 32;
+        CHECK(x.d[at / 32] == x.d[to / 32] && !memcmp(x.q + at, x.q + to, (size_t)n - 64) &&
+              !x.q[to + (size_t)n - 64] && !x.q[to + 31], "numbers after the %dth count as zero", n);
+    }
+    free(x.q);
 }
 
 // One matrix times 1 to 17 and 40 tokens, plain and fast, against double precision.
@@ -826,8 +825,7 @@ static void test_product(int dtype, int rows, int cols) {
         for (int c = 0; c < cols; c++)
             wrong += weight(&w, r, c) != t.values[(size_t)r * (size_t)cols + (size_t)c];
     CHECK(!wrong, "weight() reads %s %d x %d: %d are wrong", formats[dtype], rows, cols, wrong);
-    Cache kv;
-    Quantized *xq = new_quantized(&kv, MOST, cols);
+    Quantized space = new_quantized(MOST, cols), *xq = &space;
     float *x = get((size_t)(MOST * wide), 4), *y = get((size_t)(MOST * stride), 4),
           *fast = get((size_t)(MOST * stride), 4);
     double *in = get((size_t)wide, 8), *out = get((size_t)rows, 8), worst = 0;
@@ -868,7 +866,7 @@ static void test_product(int dtype, int rows, int cols) {
           formats[dtype], rows, cols, worst);
     CHECK(!differ, "%s %d x %d: the fast product has the plain one's bits: %d differ",
           formats[dtype], rows, cols, differ);
-    free_cache(&kv);
+    free(space.q);
     free_tensor(&t);
     free(x), free(y), free(fast), free(in), free(out);
 }
@@ -888,33 +886,35 @@ static void test_products(void) {
 // positions long, of which the newest `seen` can be seen (0: all).
 typedef struct {
     int head_dim, group, kv_heads, window;
-    bool wide;
+    int dtype;  // of the embedding, and so of the keys
     int branch_at, seen, length;
 } AttentionCase;
 static const char *describe(const AttentionCase *a) {
     static char text[160];
     snprintf(text, sizeof text,
              "head size %d, %d queries a head, window %d, %s, branch at %d, %d of %d seen",
-             a->head_dim, a->group, a->window, a->wide ? "float" : "half", a->branch_at, a->seen,
+             a->head_dim, a->group, a->window, formats[a->dtype], a->branch_at, a->seen,
              a->length);
     return text;
 }
 
+// A number that the cache of a model of this dtype holds exactly: in half precision, or rounded to
+// int8, which finds the scale 1/64 in every block.
+static float representable(int dtype, double x, int d) {
+    if (dtype == BF16) return (float)half_value(nearest_half(x));
+    if (dtype == F32) return (float)x;
+    int q = d % 32 ? (int)(x * 32) : 127;
+    return (float)(q < -127 ? -127 : q > 127 ? 127 : q) / 64;
+}
 // A number of the key (what = 0) or value (1) at a sequence's position: a function of its place.
-static float stored(bool wide, int seq, int from, int pos, int head, int d, int what) {
+static float stored(int dtype, int seq, int from, int pos, int head, int d, int what) {
     uint64_t place = (uint64_t)(((seq && pos >= from ? seq : 0) * 2048 + pos) * 8 + head) * 512 +
                      (uint64_t)(d * 2 + what);
     uint64_t keep = random_state;
     random_state = place * 77;
     double x = spread();
     random_state = keep;
-    return wide ? (float)x : (float)half_value(nearest_half(x));
-}
-
-static void put_number(const Cache *kv, uint8_t *p, size_t at, float x) {
-    uint16_t half = (uint16_t)nearest_half((double)x);
-    if (kv->wide) memcpy(p + 4 * at, &x, 4);
-    else memcpy(p + 2 * at, &half, 2);
+    return representable(what && dtype != F32 ? BF16 : dtype, x, d);
 }
 
 static void test_attention_case(const AttentionCase *a) {
@@ -923,7 +923,7 @@ static void test_attention_case(const AttentionCase *a) {
                      .head_dim = a->head_dim, .n_layers = 1, .sliding_window = a->window,
                      .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1,
                      .local_layers = {1}},
-               .token_embedding = {.dtype = a->wide ? F32 : BF16}};
+               .token_embedding = {.dtype = a->dtype}};
     const Config *c = &m.c;
     Cache kv;
     new_cache(&kv, &m, CONTEXT, 2, a->seen ? a->seen + MAX_BATCH : a->length);
@@ -933,13 +933,14 @@ static void test_attention_case(const AttentionCase *a) {
     for (int seq = 0; seq < 3; seq++)
         for (int pos = seq ? kv.from[seq] : 0;
              pos < (seq ? kv.from[seq] + a->length : CONTEXT); pos++)
-            for (int h = 0, at; h < a->kv_heads; h++)
-                for (int d = 0; d < a->head_dim; d++) {
-                    uint8_t *chunk = cache_chunk(&kv, seq, pos, 0, h, &at);
-                    size_t k = key_at(&kv, at, d), v = value_at(&kv, at, d);
-                    put_number(&kv, chunk, k, stored(a->wide, seq, kv.from[seq], pos, h, d, 0));
-                    put_number(&kv, chunk, v, stored(a->wide, seq, kv.from[seq], pos, h, d, 1));
-                }
+            for (int h = 0, at; h < a->kv_heads; h++) {
+                float kv_numbers[2][256];
+                for (int d = 0; d < 2 * a->head_dim; d++)
+                    kv_numbers[d % 2][d / 2] =
+                        stored(a->dtype, seq, kv.from[seq], pos, h, d / 2, d % 2);
+                uint8_t *chunk = cache_chunk(&kv, seq, pos, 0, h, &at);
+                cache_put(&kv, chunk, at, kv_numbers[0], kv_numbers[1]);
+            }
     // Runs of positions of all three sequences; those of the branches start where these do, or
     // where there is more than can be seen.
     int late = a->seen ? a->length - 60 : 0, one = kv.from[1] + late, two = kv.from[2] + late;
@@ -952,7 +953,9 @@ static void test_attention_case(const AttentionCase *a) {
             batch[n++] = (Slot){0, starts[i][1] + j, starts[i][0], true};
     State *s = get_state(&kv, n);
     for (int i = 0; i < n; i++)
-        for (int j = 0; j < q_dim; j++) row_of(s->q, i, q_dim)[j] = (float)spread();
+        for (int j = 0; j < q_dim; j++)
+            row_of(s->q, i, q_dim)[j] =
+                representable(a->dtype == Q8 ? Q8 : F32, spread(), j % hd);
 
     double worst = 0, *p = get(MOST, 8);
     for (int i = 0; i < n; i += 1 + i / 7) {
@@ -962,19 +965,22 @@ static void test_attention_case(const AttentionCase *a) {
         double total = 0;
         float weights[MOST], out[512];
         const float *q = row_of(s->q, i, q_dim) + h * hd;
-        attend_plain(&kv, 0, &batch[i], h, q, weights, out);
+        Quantized rounded = new_quantized(1, hd);
+        quantize(&rounded, 0, q, hd);
+        attend_plain(&kv, 0, &batch[i], h, q, &rounded, weights, out);
+        free(rounded.q);
         for (int t = first; t <= pos; t++) {
             p[t] = 0;
             if (t >= from && t < end) continue;
             for (int d = 0; d < hd; d++)
-                p[t] += (double)q[d] * (double)stored(a->wide, seq, from, t, h / a->group, d, 0);
+                p[t] += (double)q[d] * (double)stored(a->dtype, seq, from, t, h / a->group, d, 0);
             total += p[t] = exp(p[t] * (double)c->attn_scale);
         }
         for (int d = 0; d < hd; d++) {
             double expected = 0;
             for (int t = first; t <= pos; t++)
                 expected +=
-                    p[t] / total * (double)stored(a->wide, seq, from, t, h / a->group, d, 1);
+                    p[t] / total * (double)stored(a->dtype, seq, from, t, h / a->group, d, 1);
             worst = worse(worst, fabs(expected - (double)out[d]));
         }
     }
@@ -1024,11 +1030,11 @@ static void test_attention(void) {
     static const int groups[] = {1, 3, 5, 2, 4, 9, 1, 40, 8};
     static const int windows[] = {0, 1, 7, 300, 16, 0, 257, 0, 100}, seen[] = {300, 1, 16, 100, 30};
     for (int i = 0; i < 9; i++)
-        for (int wide = 0; wide < 2; wide++) {
-            AttentionCase a = {sizes[i], groups[(i + wide) % 9], 1 + i % 2,
-                               windows[(i + 4 * wide) % 9], wide, places[i], 0, 60};
+        for (int j = 0; j < 3; j++) {
+            AttentionCase a = {sizes[i], groups[(i + j) % 9], 1 + i % 2, windows[(i + 4 * j) % 9],
+                               (int[]){BF16, F32, Q8}[j], places[i], 0, 60};
             test_attention_case(&a);
-            a.seen = seen[(i + 4 * wide) % 5];
+            a.seen = seen[(i + 4 * j) % 5];
             a.length = i % 2 ? 900 : a.seen + 60;  // the ring is used again, or the gap is new
             test_attention_case(&a);
         }
@@ -1062,7 +1068,7 @@ static void test_against_reference(const Made *made, const Model *m) {
     // A quantized activation may fall to the other side of a rounding step: rare, small, not zero.
     bool quantized = made->s.dtype >= Q8;
     bool exact = made->s.embedding == F32 || made->s.embedding == ROWS;  // and the cache is float32
-    double tolerance = quantized ? 0.15 : exact ? 2e-4 : 2e-2;
+    double tolerance = quantized ? 0.2 : exact ? 2e-4 : 2e-2;
     CHECK(worst < tolerance && mean < (exact ? 2e-3 : 2e-2) && (quantized || mean < 1e-3),
           "%s %s computes what the second transformer does: off by %g, on average %g (size %g)",
           made->s.name, formats[made->s.dtype], worst, mean, sqrt(square));
@@ -1197,14 +1203,14 @@ static void test_forward(void) {
 // The bytes are not only equal within a build: these are the hashes that every build must give.
 static void test_one_hash(void) {
     static const uint64_t expected[N_FAMILIES][5] = {
-        {0xd7dce9e698662dc9, 0x60d78e36ad3c0363, 0x730c1ff7e34fb417,
-         0xced36eb2ff7b8ad6, 0xac0d7502e0f3f27d},
-        {0xaa8ee0c72973702c, 0x516eaea9518442b9, 0x0ecc2eed881a0a1b,
-         0x54629833243679c4, 0x6dd46af142d8adf2},
-        {0x6e4b79e0431f69c7, 0x9e5acd97766e5407, 0x830ddc2f12fc57f8,
-         0x7cc0bb8f562cf19c, 0x94957638d81c88b0},
-        {0x429edc7fb999a388, 0xc8ebde280607b6c3, 0x64b8e175975b1e8b,
-         0x4f78c2685111f8b2, 0xe863208aadc3ba75},
+        {0xd7dce9e698662dc9, 0x60d78e36ad3c0363, 0x94cf093152cb567c,
+         0x841694d3b2afa463, 0x251b8c6756e4969d},
+        {0xaa8ee0c72973702c, 0x516eaea9518442b9, 0xdf00321efd10b8b4,
+         0xd6d50907fb7a864e, 0x83288e360827960a},
+        {0x6e4b79e0431f69c7, 0x9e5acd97766e5407, 0x14a3ca560a4f3419,
+         0x825d7cd69d5d46d9, 0xe86a83a78635a5e9},
+        {0x429edc7fb999a388, 0xc8ebde280607b6c3, 0xbd5ed1d2396c733a,
+         0xe25f7f087652b54b, 0xeccdfe662d199ec8},
     };
     for (int which = 0; which < N_FAMILIES; which++)
         for (int dtype = F32; dtype <= Q4A; dtype++) {
@@ -3144,11 +3150,11 @@ static bool whole_session(const char *path, const Model *m, int ctx, const Ids *
             const uint8_t *mine =
                 cache_chunk(&cache, 0, pos, i / m->c.n_kv_heads, i % m->c.n_kv_heads, &at);
             const uint8_t *theirs = file.p + session_cache_at(ctx) + (mine - cache.data);
-            for (int d = 0; d < m->c.head_dim; d++) {
-                size_t k = key_at(&cache, at, d), v = value_at(&cache, at, d);
-                whole &= cache_get(&cache, mine, k) == cache_get(&cache, theirs, k) &&
-                         cache_get(&cache, mine, v) == cache_get(&cache, theirs, v);
-            }
+            Matrix k[2] = {cache_keys(&cache, mine), cache_keys(&cache, theirs)};
+            Matrix v[2] = {cache_values(&cache, mine), cache_values(&cache, theirs)};
+            for (int d = 0; d < m->c.head_dim; d++)
+                whole &= weight(&k[0], at, d) == weight(&k[1], at, d) &&
+                         weight(&v[0], d, at) == weight(&v[1], d, at);
         }
     free(file.p);
     free_cache(&cache);
@@ -3697,14 +3703,16 @@ static void test_weights(const Made *made, const Model *m) {
             for (int h = 0; h < c->n_heads; h++) {
                 double p[SEEN], sum = 0, all = 0;
                 const float *w = seen->weights[l][i * c->n_heads + h];
+                double q[SEEN_HEAD];
+                for (int d = 0; d < hd; d++) q[d] = (double)seen->q[l][i][h * hd + d];
+                if (kv.key_dtype == Q8) round_activations(q, hd);
                 int first = made->s.window && made->s.local >> l & 1 ? i - made->s.window + 1 : 0;
                 for (int t = 0; t <= i; t++) {
-                    const uint8_t *keys =
-                        cache_chunk(&kv, 0, t, l, h / (c->n_heads / c->n_kv_heads), &at);
+                    int kv_head = h / (c->n_heads / c->n_kv_heads);
+                    Matrix keys = cache_keys(&kv, cache_chunk(&kv, 0, t, l, kv_head, &at));
                     p[t] = 0;
                     for (int d = 0; d < hd; d++)
-                        p[t] += (double)seen->q[l][i][h * hd + d] *
-                                (double)cache_get(&kv, keys, key_at(&kv, at, d));
+                        p[t] += q[d] * (double)weight(&keys, at, d);
                     p[t] = t < first ? 0 : exp(p[t] * (double)c->attn_scale);
                     sum += p[t], all += (double)w[t];
                 }
@@ -3859,7 +3867,7 @@ static void test_trace(void) {
             free_model(&m);
             free_made(&made);
         }
-    CHECK(hash == 0xac99f8185254bb4e, "the traces have hash 0x%016llx in %s",
+    CHECK(hash == 0x217bbf55ad407b99, "the traces have hash 0x%016llx in %s",
           (unsigned long long)hash, isa);
 }
 
@@ -4350,8 +4358,8 @@ static void test_compression(void) {
 
 // The bytes of a compressed file, which every build must write, and read.
 static void test_one_compressed_file(void) {
-    static const uint64_t expected[] = {0x2910feab4af6a12e, 0x108e6a53163ca3cb,
-                                        0xc0be9738e875ec4b, 0x8097fa01476d6700};
+    static const uint64_t expected[] = {0x47fc7080b7fd0534, 0xa6d14c613f469f36,
+                                        0x4665b44ffd37b148, 0x5300d63fbaded57e};
     for (int which = 0; which < 4; which++) {
         random_state = (uint64_t)(5000 + which);
         Vocabulary v;
