@@ -1758,6 +1758,11 @@ def round_to_int8(x):
     return (q * d).reshape(len(x), -1)[:, :x.shape[1]]
 
 
+def to_fp16(x):
+    """x as the KV cache holds it: half precision, saturating."""
+    return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
+
+
 def rmsnorm(x, weight, eps):
     """Root mean square norm over the last axis (arXiv:1910.07467)."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
@@ -1790,11 +1795,11 @@ def attention(model, x, layer):
         k = rmsnorm(k, model[at + "k_norm"], c.norm_eps)
     table = "rope_freqs_local" if local and "rope_freqs_local" in model.tensors else "rope_freqs"
     q, k = rope(q, model[table]), rope(k, model[table])
-    kind = model.tensors["token_embedding"].dtype       # the KV cache is fp16, its keys int8
-    if kind in QUANTIZE:                                # where the embedding is quantized
+    kind = model.tensors["token_embedding"].dtype
+    if kind != F32:                                                     # the KV cache is fp16,
+        k, v = to_fp16(k) if kind == BF16 else k, to_fp16(v)
+    if kind in QUANTIZE:                                                # or its keys are int8
         q, k = (round_to_int8(a.reshape(-1, c.head_dim)).reshape(a.shape) for a in (q, k))
-    if kind != F32:
-        k, v = (np.clip(a, -65504, 65504).astype(np.float16).astype(np.float32) for a in (k, v))
     k, v = (np.repeat(a, c.n_heads // c.n_kv_heads, axis=1) for a in (k, v))
     distance = np.arange(len(x))[:, None] - np.arange(len(x))           # query - key
     hidden = (distance < 0) | (local and distance >= c.sliding_window)

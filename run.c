@@ -91,15 +91,15 @@ static void *resize(void *old, size_t count, size_t size);  // realloc that does
 // ---- The parameters. A checkpoint is a file with the sizes in front and the matrices behind. To
 // load it is to map it into memory and to note where each matrix begins: load_model, in Details.
 
-enum {      // how the numbers of a matrix are stored; weight(), in Details, reads them all
-    HALF = -1,  // half precision, in the KV cache only
-    ROWS,   // float32, row by row: vectors, and llama2.c's files
-    F32,    // float32, but 16 rows side by side, as all that follow
-    BF16,   // the upper half of a float32
-    Q8,     // w = scale * q, q = -127..127, a scale for each 32 numbers of a row
-    Q4,     // w = scale * q, q = -8..7
-    Q4A,    // w = scale * q + minimum, q = 0..15
-    BYTES,  // not a matrix: bytes
+enum {          // how the numbers of a matrix are stored; weight(), in Details, reads them all
+    HALF = -1,  // half precision: only in the KV cache, in no file
+    ROWS,       // float32, row by row: vectors, and llama2.c's files
+    F32,        // float32, but 16 rows side by side, as all that follow
+    BF16,       // the upper half of a float32
+    Q8,         // w = scale * q, q = -127..127, a scale for each 32 numbers of a row
+    Q4,         // w = scale * q, q = -8..7
+    Q4A,        // w = scale * q + minimum, q = 0..15
+    BYTES,      // not a matrix: bytes
     N_DTYPES
 };
 typedef struct { int dtype, rows, cols; const uint8_t *data; } Matrix;
@@ -183,8 +183,8 @@ static inline float sum16(const float *x, int first, int n, bool squares);  // o
 static float largest(const float *x, int first, int n);
 static float weight(const Matrix *w, int r, int c);            // the parameter w[r][c]
 
-// Activations rounded to int8 by blocks of 32, x = d * q, for quantized weights: within a block the
-// products are then of integers. See quantize.
+// Activations rounded to int8 by blocks of 32, x = d * q, for quantized weights and keys: within a
+// block the products are then of integers. See quantize.
 typedef struct {
     int8_t *q;        // (blocks, 32)
     float *d;         // (blocks) scale
@@ -200,9 +200,10 @@ static Quantized new_quantized(int n, int cols);               // for n tokens; 
 // each number of x goes into one number of y. Nearly all parameters and all time are here. The
 // second function does a panel, 16 rows of W, for n inputs, x_stride and stride numbers apart.
 static float row_times(const Matrix *w, int r, const float *x, const Quantized *xq, int t) {
+    if (w->dtype >= Q8) return quantized_row(w, r, xq, t);
     float sum = 0;
-    for (int c = 0; c < w->cols && w->dtype < Q8; c++) sum += weight(w, r, c) * x[c];
-    return w->dtype < Q8 ? sum : quantized_row(w, r, xq, t);
+    for (int c = 0; c < w->cols; c++) sum += weight(w, r, c) * x[c];
+    return sum;
 }
 static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride,
                         const Quantized *xq, int n, float *y, int stride) {
@@ -332,8 +333,8 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
 //     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small. Local layers see a window of positions only. weights (pos + 1) are set, too. (q is also
-// given rounded, for keys that are.)
+// small. Local layers see a window of positions only. weights (pos + 1) are set, too. (Where the
+// keys are int8, it is `rounded`, the query as int8, that is multiplied.)
 static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
                          const Quantized *rounded, float *weights, float *out) {
     const Config *c = &kv->m->c;
@@ -813,10 +814,10 @@ static int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // ---- Details: how a matrix lies in memory. Vectors (and llama2.c's matrices) are ROWS. All other
 // dtypes come in panels of 16 rows, a number of each row side by side, so that a SIMD unit sums 16
-// rows at once, each in column order: F32 and HALF [cols][16], BF16 [cols / 2][16][2]. Quantized panels are
-// cut into blocks of 32 columns: first the half-precision scales of the 16 rows, [16], for Q4A then
-// minima, [16], then quants, 4 columns of a row side by side: Q8 int8 [8][16][4]; Q4 and Q4A
-// [4][16][4], low halves of the bytes columns 0 to 15, high halves columns 16 to 31.
+// rows at once, each in column order: F32 and HALF [cols][16], BF16 [cols / 2][16][2]. Quantized
+// panels are cut into blocks of 32 columns: first the half-precision scales of the 16 rows, [16],
+// for Q4A then minima, [16], then quants, 4 columns of a row side by side: Q8 int8 [8][16][4]; Q4
+// and Q4A [4][16][4], low halves of the bytes columns 0 to 15, high halves columns 16 to 31.
 
 static const char *const dtype_names[N_DTYPES] = {"f32", "f32", "bf16", "q8", "q4", "q4a", "bytes"};
 static int scale_bytes(int dtype) { return dtype == Q4A ? 64 : 32; }
@@ -854,7 +855,6 @@ static float weight(const Matrix *w, int r, int c) {
     return w->dtype == Q4A ? x + half_to_float(halves(block)[16 + r]) : x;
 }
 
-// Activations of 8 tokens lie side by side, block by block.
 static Quantized new_quantized(int n, int cols) {
     Quantized x = {.n_blocks = (cols + 31) / 32};
     size_t blocks = (size_t)round_up(n, TILE) * (size_t)x.n_blocks;
@@ -864,6 +864,7 @@ static Quantized new_quantized(int n, int cols) {
     x.minus8 = (int32_t *)(void *)(x.dsum + blocks);
     return x;
 }
+// Activations of 8 tokens lie side by side, block by block.
 static size_t block_at(const Quantized *x, int token, int block) {
     return (size_t)((token / TILE * x->n_blocks + block) * TILE + token % TILE);
 }
@@ -887,7 +888,7 @@ static float quantized_row(const Matrix *w, int r, const Quantized *x, int token
 
 // Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even. A block whose
 // scale would be zero or subnormal is zero; one with an infinity or NaN has scale NaN, so that the
-// logits show it.
+// logits show it (but in the KV cache it is zero).
 static void quantize(Quantized *out, int token, const float *x, int n) {
     float last[32] = {0};
     for (int b = 0; b * 32 < n; b++, x += 32) {
@@ -2256,9 +2257,9 @@ INLINE vi add_pairs(vi sums) { return sums; }
 #endif
 
 // ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is
-// inlined. Few tokens read the weights as they lie in the file: `blocks`. For more, unpack_panel
-// first makes plain bytes and float scales of them: u, else NULL. What `next` points to, the next
-// panel or what comes a little later in this one, is fetched from memory meanwhile, unless NULL.
+// inlined. Up to TILE accumulators read the weights as they lie in memory: `blocks`. For more
+// tokens, unpack_panel first makes plain bytes and float scales of them: u, else NULL. What `next`
+// points to, the next panel or what comes a little later, is fetched from memory meanwhile.
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
@@ -2365,7 +2366,8 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
                         const Quantized *xq, int n, float *out) {
     int blocks = (w->cols + 31) / 32;
 #define KERNEL(type)                                                                               \
-    quant_kernel(T * HALVES <= TILE ? T : 1, type, true, panel, next, NULL, 0, xq, 0, 0, blocks, out)
+    quant_kernel(T * HALVES <= TILE ? T : 1, type, true, panel, next, NULL, 0, xq, 0, 0, blocks,   \
+                 out)
     if (n * HALVES <= TILE) {
         if (w->dtype == Q8) FOR_TILE(n, KERNEL(Q8))
         else if (w->dtype == Q4) FOR_TILE(n, KERNEL(Q4))
@@ -2433,7 +2435,7 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
 INLINE int rows_at_once(int dtype, int T) { return dtype != ROWS && T * HALVES <= 12 ? 16 : W; }
 
 // Adds the products of the columns from c to end to out, and fetches the same columns of `next`,
-// unless it is NULL, meanwhile.
+// unless it is NULL, meanwhile (of ROWS, the next rows).
 INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, const uint8_t *next,
                          int cols, int n_rows, int lane, int c, int end, const float *x,
                          int x_stride, float *out) {
@@ -2539,7 +2541,7 @@ static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
 // of a tile that share a key/value head pass over its keys and values together.
 
-enum { MAX_QUERIES = 32, FEW = 8, AHEAD = 64 };  // few queries wait for memory: so far they prefetch
+enum { MAX_QUERIES = 32, FEW = 8, AHEAD = 64 };  // few wait for memory: so far they prefetch
 // Slots, and the positions that any of them sees: [start, last] without [gap, end). A row of scores
 // has `skip` positions of the gap less, a multiple of 16.
 typedef struct { int slot, n, start, gap, end, skip, last; } AttendTile;

@@ -480,20 +480,21 @@ static Buffer llama2c_file(const Made *m, int version) {
 
 // ---- The second transformer: double precision, one token after the other, nothing clever
 
-// x rounded to int8 by blocks of 32, as activations are before they meet quantized weights.
-static void round_activations(double *x, int n) {
+// x rounded to int8 by blocks of 32, as activations are before they meet quantized weights, and
+// keys, whose scales are in half precision.
+static void round_activations(double *x, int n, bool half) {
     for (int b = 0; b < n; b += 32) {
         double most = 0;
         int end = b + 32 < n ? b + 32 : n;
         for (int i = b; i < end; i++) most = worse(most, fabs(x[i]));
-        double d = most / 127;
-        for (int i = b; i < end; i++) x[i] = d < FLT_MIN ? 0 : nearbyint(x[i] / d) * d;
+        double d = most / 127, scale = half ? half_value(nearest_half(d)) : d;
+        for (int i = b; i < end; i++) x[i] = d < FLT_MIN ? 0 : nearbyint(x[i] / d) * scale;
     }
 }
 static void times(double *y, const Tensor *w, const double *input) {
     double *x = get((size_t)w->cols, 8);
     memcpy(x, input, (size_t)w->cols * 8);
-    if (w->dtype >= Q8) round_activations(x, w->cols);
+    if (w->dtype >= Q8) round_activations(x, w->cols, false);
     for (int r = 0; r < w->rows; r++) {
         y[r] = 0;
         for (int c = 0; c < w->cols; c++)
@@ -551,7 +552,7 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
                 const Tensor *w = &t[h < s->heads ? Q_NORM : K_NORM];
                 if (w->bytes) norm(head, head, w, (double)m->eps);
                 turn(head, freqs, pos);
-                if (s->embedding >= Q8) round_activations(head, hd);
+                if (s->embedding >= Q8) round_activations(head, hd, h >= s->heads);
             }
             for (int i = 0; i < kvd && !exact; i++) {
                 if (s->embedding == BF16) k[i] = half_value(nearest_half(k[i]));
@@ -810,7 +811,8 @@ static void test_quantize(void) {
         quantize(xq, 2, in, n);
         size_t at = block_at(&x, 1, 2) * 32, to = block_at(&x, 2, 2) * 32;
         CHECK(x.d[at / 32] == x.d[to / 32] && !memcmp(x.q + at, x.q + to, (size_t)n - 64) &&
-              !x.q[to + (size_t)n - 64] && !x.q[to + 31], "numbers after the %dth count as zero", n);
+                  !x.q[to + (size_t)n - 64] && !x.q[to + 31],
+              "numbers after the %dth count as zero", n);
     }
     free(x.q);
 }
@@ -899,12 +901,12 @@ static const char *describe(const AttentionCase *a) {
 }
 
 // A number that the cache of a model of this dtype holds exactly: in half precision, or rounded to
-// int8, which finds the scale 1/64 in every block.
-static float representable(int dtype, double x, int d) {
+// int8, which finds this scale, a power of two, in the block.
+static float representable(int dtype, double x, int d, float scale) {
     if (dtype == BF16) return (float)half_value(nearest_half(x));
     if (dtype == F32) return (float)x;
     int q = d % 32 ? (int)(x * 32) : 127;
-    return (float)(q < -127 ? -127 : q > 127 ? 127 : q) / 64;
+    return (float)(q < -127 ? -127 : q > 127 ? 127 : q) * scale;
 }
 // A number of the key (what = 0) or value (1) at a sequence's position: a function of its place.
 static float stored(int dtype, int seq, int from, int pos, int head, int d, int what) {
@@ -914,7 +916,8 @@ static float stored(int dtype, int seq, int from, int pos, int head, int d, int 
     random_state = place * 77;
     double x = spread();
     random_state = keep;
-    return representable(what && dtype != F32 ? BF16 : dtype, x, d);
+    float scale = (pos * 3 + head + d / 32) % 4 ? 1.0f / 64 : 1.0f / 32;
+    return representable(what && dtype != F32 ? BF16 : dtype, x, d, scale);
 }
 
 static void test_attention_case(const AttentionCase *a) {
@@ -927,6 +930,8 @@ static void test_attention_case(const AttentionCase *a) {
     const Config *c = &m.c;
     Cache kv;
     new_cache(&kv, &m, CONTEXT, 2, a->seen ? a->seen + MAX_BATCH : a->length);
+    memset(kv.data, 0xff, kv.bytes);  // what lies beside the keys and values must not matter
+    memset(kv.branches, 0xff, 2 * kv.branch_bytes);
     kv.window = a->seen;
     kv.from[1] = a->branch_at;
     kv.from[2] = a->branch_at ? a->branch_at - 1 : 3;
@@ -955,7 +960,7 @@ static void test_attention_case(const AttentionCase *a) {
     for (int i = 0; i < n; i++)
         for (int j = 0; j < q_dim; j++)
             row_of(s->q, i, q_dim)[j] =
-                representable(a->dtype == Q8 ? Q8 : F32, spread(), j % hd);
+                representable(a->dtype == Q8 ? Q8 : F32, spread(), j % hd, 1.0f / 64);
 
     double worst = 0, *p = get(MOST, 8);
     for (int i = 0; i < n; i += 1 + i / 7) {
@@ -1038,6 +1043,8 @@ static void test_attention(void) {
             a.length = i % 2 ? 900 : a.seen + 60;  // the ring is used again, or the gap is new
             test_attention_case(&a);
         }
+    for (int many = MAX_BATCH; many < MAX_BATCH + 2; many++)
+        test_attention_case(&(AttentionCase){2, many, 1, 0, Q8, 17, 0, 60});
 }
 
 // =================================================================================================
@@ -1068,7 +1075,7 @@ static void test_against_reference(const Made *made, const Model *m) {
     // A quantized activation may fall to the other side of a rounding step: rare, small, not zero.
     bool quantized = made->s.dtype >= Q8;
     bool exact = made->s.embedding == F32 || made->s.embedding == ROWS;  // and the cache is float32
-    double tolerance = quantized ? 0.2 : exact ? 2e-4 : 2e-2;
+    double tolerance = quantized ? 0.15 : exact ? 2e-4 : 2e-2;
     CHECK(worst < tolerance && mean < (exact ? 2e-3 : 2e-2) && (quantized || mean < 1e-3),
           "%s %s computes what the second transformer does: off by %g, on average %g (size %g)",
           made->s.name, formats[made->s.dtype], worst, mean, sqrt(square));
@@ -3705,7 +3712,7 @@ static void test_weights(const Made *made, const Model *m) {
                 const float *w = seen->weights[l][i * c->n_heads + h];
                 double q[SEEN_HEAD];
                 for (int d = 0; d < hd; d++) q[d] = (double)seen->q[l][i][h * hd + d];
-                if (kv.key_dtype == Q8) round_activations(q, hd);
+                if (kv.key_dtype == Q8) round_activations(q, hd, false);
                 int first = made->s.window && made->s.local >> l & 1 ? i - made->s.window + 1 : 0;
                 for (int t = 0; t <= i; t++) {
                     int kv_head = h / (c->n_heads / c->n_kv_heads);
