@@ -1750,12 +1750,16 @@ class Stored:
                                for i in range(0, t.rows, t.chunk_rows)], axis=1)
 
 
-def round_to_int8(x):
-    """x [T, cols], each block of 32 columns rounded to -127..127 times max|x| / 127."""
+def round_to_int8(x, scale=lambda d: d):
+    """x [..., cols], each block of 32 columns rounded to -127..127 times max|x| / 127.
+
+    `scale` rounds that scale itself: for keys, to half precision.
+    """
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
     blocks = pad_axis(x, 1, round_up(x.shape[1], BLOCK)).reshape(len(x), -1, BLOCK)
     d = int8_scale(blocks)
     q = np.rint(blocks * divide(np.ones_like(d), d))
-    return (q * d).reshape(len(x), -1)[:, :x.shape[1]]
+    return (q * scale(d)).reshape(len(x), -1)[:, :x.shape[1]].reshape(shape)
 
 
 def to_fp16(x):
@@ -1799,7 +1803,7 @@ def attention(model, x, layer):
     if kind != F32:                                                     # the KV cache is fp16,
         k, v = to_fp16(k) if kind == BF16 else k, to_fp16(v)
     if kind in QUANTIZE:                                                # or its keys are int8
-        q, k = (round_to_int8(a.reshape(-1, c.head_dim)).reshape(a.shape) for a in (q, k))
+        q, k = round_to_int8(q), round_to_int8(k, to_fp16)
     k, v = (np.repeat(a, c.n_heads // c.n_kv_heads, axis=1) for a in (k, v))
     distance = np.arange(len(x))[:, None] - np.arange(len(x))           # query - key
     hidden = (distance < 0) | (local and distance >= c.sliding_window)
