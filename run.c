@@ -2565,8 +2565,8 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     for (int i = 0; i < n; i++) {
         const float *q = row_of(f->s->q, tile->slot + i / a->group, c->n_heads * hd) +
                          (kv_head * a->group + i % a->group) * hd;
-        memcpy(queries + i * hd, q, (size_t)hd * sizeof(float));
         if (f->kv->key_dtype == Q8) quantize(&rounded, i, q, hd);
+        else memcpy(queries + i * hd, q, (size_t)hd * sizeof(float));
     }
     for (int b = b0; b < b1; b++) {
         // A block where a branch leaves the trunk lies in both: the trunk's part comes first.
