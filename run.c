@@ -172,7 +172,7 @@ static bool is_local(const Config *c, int layer) {
     return c->sliding_window && c->local_layers[layer / 8] >> layer % 8 & 1;
 }
 
-// ---- The mathematics: five functions. Part 3 has faster versions of panel_plain and, below, of
+// ---- The mathematics: five functions. Part 3 has faster versions of rows_plain and, below, of
 // attend_plain, with equal results. The functions declared here are in Details.
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
@@ -198,18 +198,17 @@ static Quantized new_quantized(int n, int cols);               // for n tokens; 
 
 // 1. The matrix product, y = W x: y[r] = sum over c of w[r][c] * x[c]. A row of W says how much of
 // each number of x goes into one number of y. Nearly all parameters and all time are here. The
-// second function does a panel, 16 rows of W, for n inputs, x_stride and stride numbers apart.
+// second function does some rows of W for n inputs, which are x_stride and stride numbers apart.
 static float row_times(const Matrix *w, int r, const float *x, const Quantized *xq, int t) {
     if (w->dtype >= Q8) return quantized_row(w, r, xq, t);
     float sum = 0;
     for (int c = 0; c < w->cols; c++) sum += weight(w, r, c) * x[c];
     return sum;
 }
-static void panel_plain(const Matrix *w, int panel, const float *x, int x_stride,
-                        const Quantized *xq, int n, float *y, int stride) {
+static void rows_plain(const Matrix *w, int first, int rows, const float *x, int x_stride,
+                       const Quantized *xq, int n, float *y, int stride) {
     for (int t = 0; t < n; t++, x += x_stride, y += stride)
-        for (int r = panel * 16; r < w->rows && r < panel * 16 + 16; r++)
-            y[r % 16] = row_times(w, r, x, xq, t);
+        for (int r = 0; r < rows; r++) y[r] = row_times(w, first + r, x, xq, t);
 }
 
 // 2. RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It brings a vector
@@ -391,7 +390,8 @@ typedef struct {              // a batch on its way through the layers
     const Layer *l;
     const Matrix *norm;       // of the stage that runs
     const float *in;          // input of matmul
-    const Product *products;  // ... and what it makes of it
+    const Product *products;  // ... what it makes of it,
+    int rows;                 // ... and so many rows at a time
 } Pass;
 
 // Calls task(context, item, thread) for each item, on all threads, in any order: part 3.
@@ -401,17 +401,19 @@ static void parallel(Task *task, void *context, int n_items);
 static void parallel(Task *task, void *context, int n_items) {
     for (int i = 0; i < n_items; i++) task(context, i, 0);
 }
-#define panel_fast panel_plain
+#define rows_fast rows_plain
+#define rows_at_once(n, rows) 16
 #define attention_fast attention_plain
 #define map_weights map_file
 #else
-static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
-                       const Quantized *xq, int n, float *y, int stride);
+static void rows_fast(const Matrix *w, int first, int rows, const float *x, int x_stride,
+                      const Quantized *xq, int n, float *y, int stride);
+static int rows_at_once(int n, int rows);
 static void attention_fast(const Pass *f);
 static const uint8_t *map_weights(const char *path, size_t *size);  // map_file in large pages
 #endif
 
-// Runs a stage of forward for each slot (or head, or panel).
+// Runs a stage of forward for each slot (or head, or for some rows of a matrix).
 typedef void Stage(const Pass *f, int i);
 typedef struct { const Pass *f; Stage *stage; } Job;
 static void stage_task(void *context, int i, int thread) {
@@ -429,31 +431,34 @@ static void observe(const Pass *f, const char *name, const float *x, int width) 
 }
 
 // Matrix products of the whole batch, y (n, rows) = x (n, cols) W^T, the rows of y `stride` numbers
-// apart (0: padded). The panels of all matrices that share the input are dealt out to the threads.
+// apart (0: padded). The rows of all matrices that share the input are dealt out to the threads.
 static void quantize_stage(const Pass *f, int i) {
     int cols = f->products[0].w->cols;
     quantize(&f->s->xq, i, f->in + (size_t)i * (size_t)padded(cols), cols);
 }
-static void panel_stage(const Pass *f, int panel) {
+static int items_of(const Matrix *w, int rows) { return (w->rows + rows - 1) / rows; }
+static void rows_stage(const Pass *f, int item) {
     const Product *p = f->products;
-    for (; panel >= (p->w->rows + 15) / 16; p++) panel -= (p->w->rows + 15) / 16;
-    (f->kv->plain ? panel_plain : panel_fast)(p->w, panel, f->in, padded(p->w->cols), &f->s->xq,
-                                              f->n, p->y + panel * 16,
-                                              p->stride ? p->stride : padded(p->w->rows));
+    for (; item >= items_of(p->w, f->rows); p++) item -= items_of(p->w, f->rows);
+    int first = item * f->rows, left = p->w->rows - first;
+    (f->kv->plain ? rows_plain : rows_fast)(p->w, first, left < f->rows ? left : f->rows, f->in,
+                                            padded(p->w->cols), &f->s->xq, f->n, p->y + first,
+                                            p->stride ? p->stride : padded(p->w->rows));
 }
 static void matmul(const Pass *pass, int n, const float *x, const Product *products,
                    int n_products) {
     Pass f = *pass;
-    int panels = 0;
+    int rows = 0, items = 0;
     bool quantized = false;
     for (int i = 0; i < n_products; i++) {
-        panels += (products[i].w->rows + 15) / 16;
+        rows += products[i].w->rows;
         quantized |= products[i].w->dtype >= Q8;
     }
-    f.n = n, f.in = x, f.products = products;
+    f.n = n, f.in = x, f.products = products, f.rows = rows_at_once(n, rows);
+    for (int i = 0; i < n_products; i++) items += items_of(products[i].w, f.rows);
     f.s->xq.n_blocks = (products[0].w->cols + 31) / 32;
     if (quantized) each(&f, quantize_stage, n);
-    each(&f, panel_stage, panels);
+    each(&f, rows_stage, items);
 }
 
 // A token becomes a vector: its row of the embedding matrix. The angles of its position are
@@ -2136,11 +2141,21 @@ INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 // A single token waits for the weights. Fetched so many bytes ahead, they come up to 1.5 times as
-// fast as without.
-enum { WEIGHTS_AHEAD = 4096 };
+// fast as without, and from four panels at once another 1.15 times.
+enum { WEIGHTS_AHEAD = 3072, MAX_PANELS = W / 4 };
 // Into the second-level cache, which can wait for more of the memory at once than the first.
 INLINE void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+// The same place of P panels, each `bytes` long; near their end of the next P.
+INLINE void prefetch_panels(const int P, const uint8_t *next, size_t at, size_t bytes,
+                            size_t size) {
+    if (P > 1 && at + WEIGHTS_AHEAD >= bytes) at += (size_t)(P - 1) * bytes;
+    for (int p = 0; p < P; p++) prefetch(next + (size_t)p * bytes + at, size);
+}
+// Where vector h of a panel's 32-bit words begins; behind the first panel come the others.
+INLINE size_t at_vector(int h, size_t bytes) {
+    return (size_t)(h / HALVES) * bytes + (size_t)(h % HALVES * W * 4);
 }
 INLINE int32_t read_4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
 
@@ -2256,23 +2271,25 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 INLINE vi add_pairs(vi sums) { return sums; }
 #endif
 
-// ---- Quantized panels. W rows times T tokens; T, dtype and `packed` are constants where it is
-// inlined. Up to TILE accumulators read the weights as they lie in memory: `blocks`. For more
-// tokens, unpack_panel first makes plain bytes and float scales of them: u, else NULL. What `next`
-// points to, the next panel or what comes a little later, is fetched from memory meanwhile.
+// ---- Quantized panels. W rows times T tokens; T, P, dtype and `packed` are constants where it is
+// inlined. Up to TILE accumulators read the weights as they lie in memory: `blocks`, and a single
+// token those of P panels side by side. For more tokens, unpack_panel first makes plain bytes and
+// float scales of them: u, else NULL. What `next` points to, the next panel or what comes a little
+// later, is fetched from memory meanwhile.
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
     float scales[64][16], minima[64][16];
 } Unpacked;                             // up to 64 blocks of a panel
 
-INLINE void quant_kernel(const int T, const int dtype, const bool packed, const uint8_t *blocks,
-                         const uint8_t *next, const Unpacked *u, int lane, const Quantized *xq,
-                         int t0, int b0, int n_blocks, float *out) {
+INLINE void quant_kernel(const int T, const int P, const int dtype, const bool packed,
+                         const uint8_t *blocks, const uint8_t *next, const Unpacked *u, int lane,
+                         const Quantized *xq, int t0, int b0, int n_blocks, float *out) {
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
-    const int H = packed ? HALVES : 1;            // vectors of rows; accumulator t * H + h
+    const int H = packed ? HALVES * P : 1;        // vectors of rows; accumulator t * H + h
+    const size_t bytes = (size_t)(n_blocks * size);  // of a panel
     vf acc[TILE];
     for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
     size_t at = block_at(xq, t0, b0);
@@ -2281,15 +2298,14 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
         // cppcheck-suppress [nullPointer, nullPointerArithmeticRedundantCheck]
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
-        const uint16_t *halves = (const uint16_t *)(const void *)block;
-        if (next) prefetch(next + b * size, (size_t)size);
+        if (next) prefetch_panels(P, next, (size_t)(b * size), bytes, (size_t)size);
         vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
                      (bias8 + !bias8);
         if (packed && dtype != Q8) {
             UNROLL for (int g = 0; g < 4 * H; g++) {
-                vu w = load_u(quants + g / H * 64 + g % H * W * 4);
+                vu w = load_u(quants + at_vector(g % H, bytes) + g / H * 64);
                 vu low = w & 0x0f0f0f0f, high = w >> 4 & 0x0f0f0f0f;
                 for (int t = 0; t < T; t++) {
                     const int8_t *from = x + t * 32 + g / H * 4;
@@ -2299,7 +2315,7 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
             }
         } else {
             UNROLL for (int g = 0; g < 8 * H; g++) {
-                vu w = load_u(quants + g / H * 64 + g % H * W * 4);
+                vu w = load_u(quants + at_vector(g % H, bytes) + g / H * 64);
                 if (packed && BIAS8 != 0) w ^= 0x80808080;
                 for (int t = 0; t < T; t++) {
                     const int8_t *from = x + t * 32 + g / H * 4;
@@ -2309,8 +2325,10 @@ INLINE void quant_kernel(const int T, const int dtype, const bool packed, const 
             }
         }
         for (int i = 0; i < T * H; i++) {
-            int h = lane + i % H * W;
+            int h = lane + i % H % HALVES * W;
             size_t t = at + (size_t)(i / H);
+            const void *panel = block + (size_t)(i % H / HALVES) * bytes;
+            const uint16_t *halves = panel;
             if (late) sum[i] = add_pairs(sum[i]) + (bias8 ? xq->minus8[t] : 0);
             // cppcheck-suppress nullPointer
             vf scale = packed ? load_half(halves + h) : load(u->scales[b] + h);
@@ -2342,32 +2360,44 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
     }
 }
 
-// Writes BODY with T = the tokens that are left, at most 8, as a constant.
+// Writes BODY with constants: T = the tokens that are left, at most 8, and P = 1; or T = 1 and P =
+// the panels of so many rows.
 // NOLINTNEXTLINE(bugprone-macro-parentheses): a label cannot have parentheses
-#define TILE_CASE(label, n, BODY) label: { enum { T = n }; BODY; } break;
+#define TILE_CASE(label, t, p, BODY) label: { enum { T = t, P = p }; BODY; } break;
 #define FOR_TILE(left, BODY)                                                                       \
     switch (left) {                                                                                \
-        TILE_CASE(case 1, 1, BODY) TILE_CASE(case 2, 2, BODY) TILE_CASE(case 3, 3, BODY)           \
-        TILE_CASE(case 4, 4, BODY) TILE_CASE(case 5, 5, BODY) TILE_CASE(case 6, 6, BODY)           \
-        TILE_CASE(case 7, 7, BODY) TILE_CASE(default, 8, BODY)                                     \
+        TILE_CASE(case 1, 1, 1, BODY) TILE_CASE(case 2, 2, 1, BODY) TILE_CASE(case 3, 3, 1, BODY)  \
+        TILE_CASE(case 4, 4, 1, BODY) TILE_CASE(case 5, 5, 1, BODY) TILE_CASE(case 6, 6, 1, BODY)  \
+        TILE_CASE(case 7, 7, 1, BODY) TILE_CASE(default, 8, 1, BODY)                               \
+    }
+#define FOR_PANELS(rows, BODY)                                                                     \
+    switch (rows) {                                                                                \
+        TILE_CASE(case 32, 1, MAX_PANELS < 2 ? 1 : 2, BODY)                                        \
+        TILE_CASE(default, 1, MAX_PANELS, BODY)                                                    \
     }
 static int tile_of(int left) { return left < TILE ? left : TILE; }
 
 static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int lane,
                        const Quantized *xq, int t, int left, int b0, int n_blocks, float *out) {
-#define KERNEL(type) quant_kernel(T, type, false, NULL, next, u, lane, xq, t, b0, n_blocks, out)
+#define KERNEL(type) quant_kernel(T, P, type, false, NULL, next, u, lane, xq, t, b0, n_blocks, out)
     if (dtype == Q8) FOR_TILE(left, KERNEL(Q8))
     else if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
     else FOR_TILE(left, KERNEL(Q4A))
 #undef KERNEL
 }
 
-static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *next,
+static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                         const Quantized *xq, int n, float *out) {
     int blocks = (w->cols + 31) / 32;
 #define KERNEL(type)                                                                               \
-    quant_kernel(T * HALVES <= TILE ? T : 1, type, true, panel, next, NULL, 0, xq, 0, 0, blocks,   \
-                 out)
+    quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, NULL, 0, xq, 0, 0,        \
+                 blocks, out)
+    if (rows > 16) {
+        if (w->dtype == Q8) FOR_PANELS(rows, KERNEL(Q8))
+        else if (w->dtype == Q4) FOR_PANELS(rows, KERNEL(Q4))
+        else FOR_PANELS(rows, KERNEL(Q4A))
+        return;
+    }
     if (n * HALVES <= TILE) {
         if (w->dtype == Q8) FOR_TILE(n, KERNEL(Q8))
         else if (w->dtype == Q4) FOR_TILE(n, KERNEL(Q4))
@@ -2432,24 +2462,28 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
 
 // Sums that do not wait for each other are what a processor needs for few tokens; 12 or 16 of them
 // fit into its registers.
-INLINE int rows_at_once(int dtype, int T) { return dtype != ROWS && T * HALVES <= 12 ? 16 : W; }
+INLINE int rows_of(int dtype, int T, int P) {
+    return dtype != ROWS && T * HALVES <= 12 ? 16 * P : W;
+}
 
 // Adds the products of the columns from c to end to out, and fetches the same columns of `next`,
 // unless it is NULL, meanwhile (of ROWS, the next rows).
-INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, const uint8_t *next,
-                         int cols, int n_rows, int lane, int c, int end, const float *x,
-                         int x_stride, float *out) {
-    const int H = rows_at_once(dtype, T) / W;
+INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_t *panel,
+                         const uint8_t *next, int cols, int n_rows, int lane, int c, int end,
+                         const float *x, int x_stride, float *out) {
+    enum { VECTORS = HALVES * MAX_PANELS };
+    const int H = rows_of(dtype, T, P) / W;
+    const size_t bytes = panel_bytes(dtype, cols);
     vf acc[16];
-    const float *f = (const float *)(const void *)panel;
     UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
     if (dtype == F32 || dtype == HALF) {
         const int size = dtype == F32 ? 64 : 32;
         for (; c < end; c++) {
-            if (next && c * size % 64 == 0) prefetch(next + (size_t)c * (size_t)size, 64);
-            vf v[HALVES];
+            if (next && c * size % 64 == 0)
+                prefetch_panels(P, next, (size_t)c * (size_t)size, bytes, 64);
+            vf v[VECTORS];
             UNROLL for (int h = 0; h < H; h++)
-                v[h] = dtype == F32 ? load(f + c * 16 + lane + h * W)
+                v[h] = dtype == F32 ? load(panel + at_vector(h, bytes) + (c * 16 + lane) * 4)
                                     : load_half(halves(panel) + c * 16 + lane + h * W);
             UNROLL for (int i = 0; i < T * H; i++)
                 // cppcheck-suppress uninitvar  // H is at least 1
@@ -2457,10 +2491,10 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, con
         }
     } else if (dtype == BF16) {
         for (; c < end; c += 2) {
-            if (next) prefetch(next + (size_t)c * 32, 64);
-            vu pair[HALVES];
+            if (next) prefetch_panels(P, next, (size_t)c * 32, bytes, 64);
+            vu pair[VECTORS];
             UNROLL for (int h = 0; h < H; h++)
-                pair[h] = load_u(panel + (size_t)c * 32 + (size_t)(lane + h * W) * 4);
+                pair[h] = load_u(panel + at_vector(h, bytes) + c * 32 + lane * 4);
             UNROLL for (int i = 0; i < T * H; i++)
                 // cppcheck-suppress uninitvar  // H is at least 1
                 acc[i] += (vf)(pair[i % H] << 16) * x[i / H * x_stride + c];
@@ -2469,7 +2503,7 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, con
                 acc[i] += (vf)(pair[i % H] & 0xffff0000) * x[i / H * x_stride + c + 1];
         }
     } else {
-        const float *rows = f + (size_t)lane * (size_t)cols;
+        const float *rows = floats(panel) + (size_t)lane * (size_t)cols;
         for (; c + W <= end; c += W) {
             vf w[W];
             for (int r = 0; r < W && next && c % 16 == 0; r++)  // the next rows
@@ -2492,10 +2526,15 @@ INLINE void float_kernel(const int T, const int dtype, const uint8_t *panel, con
 static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next, int n_rows, int c,
                       int end, const float *x, int x_stride, int left, float *out) {
 #define KERNEL(type)                                                                               \
-    for (int lane = 0; lane < n_rows; lane += rows_at_once(type, T), next = type ? NULL : next)    \
-    float_kernel(T, type, panel, next, w->cols, n_rows, lane, c, end, x, x_stride, out)
+    for (int lane = 0; lane < n_rows; lane += rows_of(type, T, P), next = type ? NULL : next)      \
+    float_kernel(T, P, type, panel, next, w->cols, n_rows, lane, c, end, x, x_stride, out)
+    if (n_rows > 16) {
+        if (w->dtype == F32) FOR_PANELS(n_rows, KERNEL(F32))
+        else FOR_PANELS(n_rows, KERNEL(BF16))
+        return 1;
+    }
     if (W == 16 && left >= 16 && w->dtype != ROWS) {
-        enum { T = 16 };
+        enum { T = 16, P = 1 };
         if (w->dtype == F32) KERNEL(F32);
         else if (w->dtype == HALF) KERNEL(HALF);
         else KERNEL(BF16);
@@ -2510,12 +2549,13 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
     return tile_of(left);
 }
 
-// The products of a panel of `rows` rows with n inputs: out (n, 16).
+// The products of a panel of `rows` rows with n inputs: out (n, 16). Or of several panels with one
+// input: out (rows).
 static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                            const float *x, int x_stride, const Quantized *xq, int n, float *out) {
-    memset(out, 0, (size_t)n * 16 * sizeof(float));
+    memset(out, 0, (size_t)n * (size_t)(rows < 16 ? 16 : rows) * sizeof(float));
     if (w->dtype >= Q8) {
-        quant_panel(w, panel, next, xq, n, out);
+        quant_panel(w, panel, next, rows, xq, n, out);
         return;
     }
     int step = n < 32 ? w->cols : 128;  // columns at a time, that stay in the L1 cache
@@ -2526,16 +2566,28 @@ static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t 
                             x + (size_t)t * (size_t)x_stride, x_stride, n - t, out + t * 16);
 }
 
-static void panel_fast(const Matrix *w, int panel, const float *x, int x_stride,
-                       const Quantized *xq, int n, float *y, int stride) {
+static void rows_fast(const Matrix *w, int first, int rows, const float *x, int x_stride,
+                      const Quantized *xq, int n, float *y, int stride) {
     float out[MAX_BATCH * 16];
-    int rows = w->rows - panel * 16 < 16 ? w->rows - panel * 16 : 16;
     size_t bytes = panel_bytes(w->dtype, w->cols);
-    const uint8_t *p = w->data + (size_t)panel * bytes;
-    panel_products(w, p, p + (n == 1 ? WEIGHTS_AHEAD : bytes), rows, x, x_stride, xq, n, out);
-    for (int t = 0; t < n; t++, y += stride)
-        if (rows == 16) memcpy(y, out + t * 16, 16 * sizeof(float));
-        else memcpy(y, out + t * 16, (size_t)rows * sizeof(float));
+    bool whole = n == 1 && w->dtype != ROWS && (rows == 16 * MAX_PANELS || rows == 32);
+    for (int r = 0, some; r < rows; r += some) {
+        const uint8_t *p = w->data + (size_t)((first + r) / 16) * bytes;
+        some = whole ? rows : rows - r < 16 ? rows - r : 16;
+        panel_products(w, p, p + (n == 1 ? WEIGHTS_AHEAD : bytes), some, x, x_stride, xq, n, out);
+        float *to = y + r;
+        for (int t = 0; t < n; t++, to += stride)
+            if (some == 16) memcpy(to, out + t * 16, 16 * sizeof(float));
+            else memcpy(to, out + t * 16, (size_t)some * sizeof(float));
+    }
+}
+
+// A single token's rows are dealt out by several panels, where enough of them are left for each
+// thread.
+static int rows_at_once(int n, int rows) {
+    int panels = 1;
+    while (n == 1 && panels < MAX_PANELS && rows / 256 / pool.n_threads >= panels) panels *= 2;
+    return 16 * panels;
 }
 
 // ---- Attention. A tile is a few slots of one sequence at consecutive positions; all query heads
