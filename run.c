@@ -597,10 +597,11 @@ static int forward_batch(Pass *f, size_t done) {
     observe(f, "xb = final_norm(x)", s->xb, c->dim);
     matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
     observe(f, "logits = classifier xb", logits, c->vocab_size);
-    for (size_t i = 0; i < (size_t)wanted * (size_t)c->vocab_size; i++)
-        if (!isfinite(logits[i]))
-            die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
-                "try -m check", f->m->path);
+    int bad = 0;
+    for (size_t i = 0; i < (size_t)wanted * (size_t)c->vocab_size; i++) bad |= !isfinite(logits[i]);
+    if (bad)
+        die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
+            "try -m check", f->m->path);
     return wanted;
 }
 
@@ -650,9 +651,10 @@ static uint32_t random_u32(uint64_t *state) {
 static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
 
 static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
-    return best;
+    float max = largest(x, 0, n);
+    for (int i = 0; i < n; i++)
+        if (x[i] == max) return i;
+    return 0;
 }
 
 // The limits: draws from the smallest number of the likeliest tokens that all of them allow. The
@@ -664,6 +666,7 @@ static int sample_candidates(Sampler *s);
 // with logits 2 and 1 are drawn with 73% and 27%; at T = 0.5, with logits 4 and 2, with 88% and
 // 12%; at T = 2 with 62% and 38%. So a low temperature sharpens, a high one levels.
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
+    if (s->temperature == 0 && s->repeat_penalty == 1) return argmax(logits, s->vocab_size);
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
     if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
         for (int i = 0; i < n; i++) {
@@ -1884,7 +1887,7 @@ static bool is_stop(const Tokenizer *t, int id) {
 #ifndef PLAIN
 
 // ---- Threads. A job is a number of items, dealt out in equal ranges, one for each thread. A
-// thread takes from its own range, most of what is left at a time, and then helps with the others:
+// thread takes from its own range, half of what is left at a time, and then helps with the others:
 // a thread that is not running holds nobody up. A range is one number, the job's above the count of
 // items left, so that one compare-and-swap takes items of this job and of no other.
 
@@ -1924,7 +1927,7 @@ static void work(int thread) {
         int range = (thread + i) % pool.n_threads;
         uint64_t was = atomic_load(&pool.ranges[range]);
         while ((uint32_t)was) {
-            int left = (int)(uint32_t)was, take = left - left / 4;
+            int left = (int)(uint32_t)was, take = left - left / 2;
             if (!atomic_compare_exchange_weak(&pool.ranges[range], &was, was - (uint64_t)take))
                 continue;
             Task *task = RELAXED(load, &pool.task);
@@ -1938,24 +1941,29 @@ static void work(int thread) {
     if (did) atomic_fetch_add(&pool.done, did);
 }
 
-enum { SPINS = 1000 };  // about 50 microseconds of waiting before a thread sleeps
+// A moment of waiting, the spins-th. False after 50 microseconds: time to sleep.
+static bool spin(int spins, double *since) {
+    pause_cpu();
+    if (spins == 0) *since = seconds();
+    return spins % 16 || seconds() - *since < 50e-6;
+}
 
 static void *worker(void *argument) {
     int thread = (int)(intptr_t)argument, spins = 0;
+    double since = 0;
     for (uint32_t seen = 0;;) {
         uint32_t job = atomic_load(&pool.job);
         if (job != seen) {
             seen = job;
             work(thread);
             spins = 0;
-        } else if (spins++ < SPINS) {
-            pause_cpu();
-        } else {
+        } else if (!spin(spins++, &since)) {
             pthread_mutex_lock(&pool.mutex);
             atomic_fetch_add(&pool.sleepers, 1);
             while (atomic_load(&pool.job) == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
             atomic_fetch_sub(&pool.sleepers, 1);
             pthread_mutex_unlock(&pool.mutex);
+            spins = 0;
         }
     }
     return NULL;
@@ -1986,11 +1994,10 @@ static void parallel(Task *task, void *context, int n_items) {
         pthread_mutex_unlock(&pool.mutex);
     }
     work(0);
-    double waiting = 0;
+    double waiting = 0, since = 0;
     for (int spins = 0; atomic_load(&pool.done) != n_items; spins++) {
-        if (spins == SPINS) waiting = seconds();
-        if (spins < SPINS) pause_cpu();
-        else usleep(20);
+        if (waiting > 0) usleep(20);
+        else if (!spin(spins, &since)) waiting = seconds();
     }
     double end = waiting > 0 ? seconds() : began;
     if (waiting > 0 && end - waiting > 5e-4 && end - waiting > 0.5 * (end - began)) {
@@ -3480,13 +3487,17 @@ typedef struct {
     Output text;            // in memory, too: what is searched for questions to tools
 } Decoder;
 
-// Speculation: what guesses, and how it pays.
+// Speculation: what guesses, and how it pays. How sure a guess is tells its lead, how far its logit
+// is above the best other one: there are five classes of leads, and class 0 is all guesses.
+enum { LEADS = 6, FIRST_STEPS = 3 };
 typedef struct {
     const Model *m;         // a small model; NULL: the text so far is looked up
     Cache kv;
     int done;               // tokens that its cache holds
-    double hit;             // moving average: how often a guess is right
+    int lead[MAX_DRAFT];    // the guesses' classes
+    double right[LEADS], of[LEADS];  // moving sums of each class: right ones, of so many
     double plain, more;     // seconds of a step without guesses; of each guess on top of that
+    int plain_steps;        // without guesses; the first ones are slower, and the fastest counts
     double token;           // seconds of a small model's token
     double catching_up;     // seconds in which the small model read what it did not know yet
     double total, lost;     // seconds of all steps; what guesses have cost on balance
@@ -3574,23 +3585,38 @@ static int look_back(const Decoder *d, int *guess, int most) {
     return most;
 }
 
+static double hit(const Draft *f, int lead) { return f->right[lead] / f->of[lead]; }
+
+static int lead_of(const float *logits, int n, int token) {
+    float other = -INFINITY;
+    if (token > 0) other = largest(logits, 0, token);
+    if (token < n - 1) other = fmaxf(other, largest(logits, token + 1, n));
+    float lead = logits[token] - other;
+    return 1 + (lead >= -2) + (lead >= 0) + (lead >= 0.15f) + (lead >= 0.5f);
+}
+
 // Guesses up to `most` tokens with the small model: it draws with the random numbers that the large
-// one will draw with, so that they part only where the models do.
-static int small_model_guesses(Machine *w, Decoder *d, int most) {
+// one will draw with, so that they part only where the models do. Stops where one more guess will
+// come to less than `rate` tokens a second.
+static int small_model_guesses(Machine *w, Decoder *d, int most, double rate) {
     Draft *f = &w->draft;
     Sampler s = d->s;
     size_t n = d->ids.n;
     int made = 0;
+    double reach = 1;  // the probability that all guesses so far are right
     if ((int)n + most > f->kv.ctx) return 0;
     double start = seconds();
     prefill(f->m, &f->kv, 0, d->ids.ids, f->done, (int)n - 2);
     f->catching_up = seconds() - start;
     if (f->done < (int)n - 2 && !interrupted) f->done = (int)n - 2;
-    while (made < most) {  // two tokens are new after guesses that were all right, else one
+    // Two tokens are new after guesses that were all right, else one.
+    while (made < most && (!made || reach * hit(f, 0) > rate * f->more)) {
         const float *logits = prefill(f->m, &f->kv, 0, d->ids.ids, f->done, (int)d->ids.n);
         if (interrupted) break;
         f->done = (int)d->ids.n;
         int next = sample(&s, logits, d->ids.ids, (int)d->ids.n);
+        f->lead[made] = lead_of(logits, f->m->c.vocab_size, next);
+        reach *= hit(f, f->lead[made]);
         d->draft[made++] = next;
         push(&d->ids, next);
         if (is_stop(w->t, next)) break;
@@ -3606,32 +3632,30 @@ static void propose(Machine *w, Decoder *d) {
     Draft *f = &w->draft;
     int most = 0, room = w->ctx - (int)d->ids.n, limit = f->m ? TILE - 1 : MAX_DRAFT;
     double tokens = 1, power = 1, best = 1.03 / f->plain;
+    bool again = d->n_draft > 0;
     d->n_draft = 0;
-    if (!w->o->draft || f->plain == 0) return;  // the first step measures the time without guesses
-    if (f->m && f->more == 0) {  // the small model's second token tells what its guesses will cost
-        if ((int)d->ids.n < 3 || f->kv.ctx < 3) return;
-        for (; f->done < 2; f->done++) {
-            double start = seconds();
-            forward(f->m, &f->kv, &(Slot){d->ids.ids[f->done], f->done, 0, false}, 1);
-            f->token = seconds() - start;
-        }
-    }
+    if (!w->o->draft || f->plain_steps < FIRST_STEPS) return;
+    if (f->more == 0 && f->m)  // as memory goes
+        f->token = f->plain * (double)f->m->file_size / (double)w->m->file_size;
     if (f->more == 0) f->more = f->token + 0.3 * f->plain;
     for (int n = 1; n <= limit; n++) {
-        tokens += power *= f->hit;
+        tokens += power *= hit(f, 0);
         double speed = tokens / (f->plain + n * f->more);
         if (speed > best) best = speed, most = n;
     }
+    if (f->m && most) most = limit;
     // A small model must first catch up with the text, and the tokens to come must win that back.
-    // Where guesses do not pay they are tried again, as long as trials cost under 3% of the time.
+    // Guesses may lose 2% of the time on balance: so much is tried where they do not seem to pay.
     double behind = 0.5 * f->token * ((int)d->ids.n - f->done);
     double ahead = (double)(d->budget < 256 ? d->budget : 256);
+    double allowed = fmax(f->plain, 0.02 * (f->total + ahead * f->plain)) - f->lost;
     if (behind > ahead * (f->plain - 1 / best)) most = 0;
-    if (!most && f->lost + 2 * f->more + behind < 0.03 * (f->total + ahead * f->plain)) most = 2;
+    if (!most && !again && behind < allowed) most = 2;
+    if (most * f->more > allowed) most = (int)(allowed / f->more);
     if (room > d->budget - 1) room = (int)d->budget - 1;
     if (most > room) most = room;
     if (most > 0)
-        d->n_draft = f->m ? small_model_guesses(w, d, most) : look_back(d, d->draft, most);
+        d->n_draft = f->m ? small_model_guesses(w, d, most, best) : look_back(d, d->draft, most);
     f->proposed += d->n_draft;
 }
 
@@ -3646,15 +3670,19 @@ static void measure(Draft *f, int proposed, int accepted, double time, bool usua
     if (!usual) return;
     time -= f->catching_up;
     if (proposed == 0) {
-        if (f->plain == 0) f->plain = time;
-        if (time < 2 * f->plain) f->plain += 0.2 * (time - f->plain);
+        bool fast = f->plain_steps++ < FIRST_STEPS && (f->plain == 0 || time < f->plain);
+        if (fast) f->plain = time;
+        else if (time < 2 * f->plain) f->plain += 0.2 * (time - f->plain);
         return;
     }
     double more = (time - f->plain) / proposed, least = 0.02 * f->plain;
     more = more < least ? least : more > 2 * f->plain ? 2 * f->plain : more;
     f->more += (more < f->more ? 0.5 : 0.1) * (more - f->more);  // slow steps are often chance
-    for (int i = 0; i < accepted; i++) f->hit += 0.1 * (1 - f->hit);
-    if (accepted < proposed) f->hit -= 0.1 * f->hit;
+    for (int i = 0; i < proposed && i <= accepted; i++)
+        for (int lead = 0; lead <= f->lead[i]; lead += f->lead[i] ? f->lead[i] : 1) {
+            f->right[lead] = 0.95 * f->right[lead] + (i < accepted);
+            f->of[lead] = 0.95 * f->of[lead] + 1;
+        }
 }
 
 static void print_receipt(const Decoder *d) {
@@ -3814,7 +3842,7 @@ static void open_machine(Machine *w, Decoder *d, const Options *o, const Model *
     }
     if (!o->draft) return;
     static Model small;
-    w->draft.hit = 0.8;
+    for (int i = 0; i < LEADS; i++) w->draft.right[i] = 1.6, w->draft.of[i] = 2;
     if (!strcmp(o->draft, "lookup")) return;
     load_model(&small, o->draft);
     if (small.c.vocab_size != m->c.vocab_size || small.c.tokenizer_hash != m->c.tokenizer_hash)

@@ -2847,7 +2847,7 @@ static Output drafted(const Options *o, const char *draft, long long *proposed,
     open_machine(&w, &d, &with, &m, &t, &out);
     encode(&t, (Text){o->prompt, strlen(o->prompt)}, NULL, true, &d.ids);
     d.keep = 4, d.budget = o->steps;
-    w.draft.plain = 1e3, w.draft.more = 1;  // seconds
+    w.draft.plain = 1e3, w.draft.more = 1, w.draft.plain_steps = FIRST_STEPS;  // seconds
     run_decoders(&w, &d, 1);
     *proposed = w.draft.proposed, *accepted = w.draft.accepted;
     uint64_t receipt = mix64(d.receipt + d.words);
