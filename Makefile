@@ -6,7 +6,9 @@ OPT ?= -O3
 WARN = -Wall -Wextra -Wpedantic -Wshadow
 # -march=native is spelled -mcpu=native by some compilers for arm64.
 MACHINE := $(shell echo | $(CC) -march=$(ARCH) -E - >/dev/null 2>&1 && echo -march=$(ARCH) || echo -mcpu=$(ARCH))
-CFLAGS = $(OPT) $(MACHINE) $(WARN)
+# GCC takes half of the width that some processors have.
+WIDE := $(shell echo | $(CC) -mprefer-vector-width=512 -E - >/dev/null 2>&1 && echo -mprefer-vector-width=512)
+CFLAGS = $(OPT) $(MACHINE) $(WIDE) $(WARN)
 # Not to be overridden: fused multiply-adds would change the bits of the results.
 # (What follows -ffp-contract only says that nobody looks at exception flags and errno.)
 EXACT = -std=gnu11 -ffp-contract=off -fno-trapping-math -fno-math-errno -pthread
