@@ -2565,7 +2565,7 @@ static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t 
         quant_panel(w, panel, next, rows, xq, n, out);
         return;
     }
-    int step = n < 32 ? w->cols : 128;  // columns at a time, that stay in the L1 cache
+    int step = n < 32 ? w->cols : 256;  // columns at a time, that stay in the L1 cache
     for (int c = 0; c < w->cols; c += step)
         for (int t = 0; t < n;)
             t += float_tile(w, panel, t ? NULL : next, rows, c,
