@@ -402,13 +402,13 @@ static void parallel(Task *task, void *context, int n_items) {
     for (int i = 0; i < n_items; i++) task(context, i, 0);
 }
 #define rows_fast rows_plain
-#define rows_at_once(n, rows) 16
+#define rows_at_once(n, rows, dtype) 16
 #define attention_fast attention_plain
 #define map_weights map_file
 #else
 static void rows_fast(const Matrix *w, int first, int rows, const float *x, int x_stride,
                       const Quantized *xq, int n, float *y, int stride);
-static int rows_at_once(int n, int rows);
+static int rows_at_once(int n, int rows, int dtype);
 static void attention_fast(const Pass *f);
 static const uint8_t *map_weights(const char *path, size_t *size);  // map_file in large pages
 #endif
@@ -454,7 +454,7 @@ static void matmul(const Pass *pass, int n, const float *x, const Product *produ
         rows += products[i].w->rows;
         quantized |= products[i].w->dtype >= Q8;
     }
-    f.n = n, f.in = x, f.products = products, f.rows = rows_at_once(n, rows);
+    f.n = n, f.in = x, f.products = products, f.rows = rows_at_once(n, rows, products[0].w->dtype);
     for (int i = 0; i < n_products; i++) items += items_of(products[i].w, f.rows);
     f.s->xq.n_blocks = (products[0].w->cols + 31) / 32;
     if (quantized) each(&f, quantize_stage, n);
@@ -2149,7 +2149,7 @@ INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 // A single token waits for the weights. Fetched so many bytes ahead, they come up to 1.5 times as
 // fast as without, and from four panels at once another 1.15 times.
-enum { WEIGHTS_AHEAD = 3072, MAX_PANELS = W / 4 };
+enum { WEIGHTS_AHEAD = 3072, MAX_PANELS = W / 4, SUMS = W == 16 ? 16 : 12 };
 // Into the second-level cache, which can wait for more of the memory at once than the first.
 INLINE void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
@@ -2298,7 +2298,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     const int H = packed ? HALVES * P : 1;        // vectors of rows; accumulator t * H + h
     const size_t bytes = (size_t)(n_blocks * size);  // of a panel
     vf acc[TILE];
-    for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
+    for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 * P + lane + i % H * W);
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
@@ -2346,7 +2346,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
             acc[i] += minimum * xq->dsum[t];
         }
     }
-    for (int i = 0; i < T * H; i++) store(out + i / H * 16 + lane + i % H * W, acc[i]);
+    for (int i = 0; i < T * H; i++) store(out + i / H * 16 * P + lane + i % H * W, acc[i]);
 }
 
 static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blocks) {
@@ -2367,20 +2367,27 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
     }
 }
 
-// Writes BODY with constants: T = the tokens that are left, at most 8, and P = 1; or T = 1 and P =
-// the panels of so many rows.
+// Writes BODY with constants: T = the tokens that are left, at most 8, and P = 1; for few tokens
+// also with P = the panels of so many rows.
 // NOLINTNEXTLINE(bugprone-macro-parentheses): a label cannot have parentheses
-#define TILE_CASE(label, t, p, BODY) label: { enum { T = t, P = p }; BODY; } break;
+#define TILE_CASE(label, t, p, BODY)                                                               \
+    label: { enum { T = t, P = W < 4 * (p) || HALVES * (t) * (p) > SUMS ? 1 : (p) }; BODY; } break;
 #define FOR_TILE(left, BODY)                                                                       \
     switch (left) {                                                                                \
         TILE_CASE(case 1, 1, 1, BODY) TILE_CASE(case 2, 2, 1, BODY) TILE_CASE(case 3, 3, 1, BODY)  \
         TILE_CASE(case 4, 4, 1, BODY) TILE_CASE(case 5, 5, 1, BODY) TILE_CASE(case 6, 6, 1, BODY)  \
         TILE_CASE(case 7, 7, 1, BODY) TILE_CASE(default, 8, 1, BODY)                               \
     }
-#define FOR_PANELS(rows, BODY)                                                                     \
-    switch (rows) {                                                                                \
-        TILE_CASE(case 32, 1, MAX_PANELS < 2 ? 1 : 2, BODY)                                        \
-        TILE_CASE(default, 1, MAX_PANELS, BODY)                                                    \
+#define FOR_PANELS_OF_1(rows, BODY)                                                                \
+    switch (rows) { TILE_CASE(case 32, 1, 2, BODY) TILE_CASE(default, 1, 4, BODY) }
+#define FOR_PANELS(n, rows, BODY)                                                                  \
+    switch ((n) + (rows)) {                                                                        \
+        TILE_CASE(case 33, 1, 2, BODY) TILE_CASE(case 34, 2, 2, BODY)                              \
+        TILE_CASE(case 35, 3, 2, BODY) TILE_CASE(case 36, 4, 2, BODY)                              \
+        TILE_CASE(case 37, 5, 2, BODY) TILE_CASE(case 38, 6, 2, BODY)                              \
+        TILE_CASE(case 39, 7, 2, BODY) TILE_CASE(case 40, 8, 2, BODY)                              \
+        TILE_CASE(case 65, 1, 4, BODY) TILE_CASE(case 66, 2, 4, BODY)                              \
+        TILE_CASE(case 67, 3, 4, BODY) TILE_CASE(default, 4, 4, BODY)                              \
     }
 static int tile_of(int left) { return left < TILE ? left : TILE; }
 
@@ -2400,9 +2407,9 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
     quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, NULL, 0, xq, 0, 0,        \
                  blocks, out)
     if (rows > 16) {
-        if (w->dtype == Q8) FOR_PANELS(rows, KERNEL(Q8))
-        else if (w->dtype == Q4) FOR_PANELS(rows, KERNEL(Q4))
-        else FOR_PANELS(rows, KERNEL(Q4A))
+        if (w->dtype == Q8) FOR_PANELS_OF_1(rows, KERNEL(Q8))
+        else if (w->dtype == Q4) FOR_PANELS_OF_1(rows, KERNEL(Q4))
+        else FOR_PANELS_OF_1(rows, KERNEL(Q4A))
         return;
     }
     if (n * HALVES <= TILE) {
@@ -2467,10 +2474,10 @@ INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
 #undef ROW
 }
 
-// Sums that do not wait for each other are what a processor needs for few tokens; 12 or 16 of them
-// fit into its registers.
+// Sums that do not wait for each other are what a processor needs for few tokens; SUMS of them fit
+// into its registers.
 INLINE int rows_of(int dtype, int T, int P) {
-    return dtype != ROWS && T * HALVES <= 12 ? 16 * P : W;
+    return dtype != ROWS && T * HALVES <= SUMS ? 16 * P : W;
 }
 
 // Adds the products of the columns from c to end to out, and fetches the same columns of `next`,
@@ -2482,7 +2489,7 @@ INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_
     const int H = rows_of(dtype, T, P) / W;
     const size_t bytes = panel_bytes(dtype, cols);
     vf acc[16];
-    UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 + lane + i % H * W);
+    UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 * P + lane + i % H * W);
     if (dtype == F32 || dtype == HALF) {
         const int size = dtype == F32 ? 64 : 32;
         for (; c < end; c++) {
@@ -2526,7 +2533,7 @@ INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_
             UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
         }
     }
-    UNROLL for (int i = 0; i < T * H; i++) store(out + i / H * 16 + lane + i % H * W, acc[i]);
+    UNROLL for (int i = 0; i < T * H; i++) store(out + i / H * 16 * P + lane + i % H * W, acc[i]);
 }
 
 // Does as many tokens as the registers allow, and returns how many.
@@ -2535,11 +2542,6 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
 #define KERNEL(type)                                                                               \
     for (int lane = 0; lane < n_rows; lane += rows_of(type, T, P), next = type ? NULL : next)      \
     float_kernel(T, P, type, panel, next, w->cols, n_rows, lane, c, end, x, x_stride, out)
-    if (n_rows > 16) {
-        if (w->dtype == F32) FOR_PANELS(n_rows, KERNEL(F32))
-        else FOR_PANELS(n_rows, KERNEL(BF16))
-        return 1;
-    }
     if (W == 16 && left >= 16 && w->dtype != ROWS) {
         enum { T = 16, P = 1 };
         if (w->dtype == F32) KERNEL(F32);
@@ -2548,7 +2550,9 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
         return 16;
     }
     if (W == 8 && left > 6) left = 6;
-    if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
+    if (n_rows > 16 && w->dtype == F32) FOR_PANELS(left, n_rows, KERNEL(F32))
+    else if (n_rows > 16) FOR_PANELS(left, n_rows, KERNEL(BF16))
+    else if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
     else if (w->dtype == HALF) FOR_TILE(left, KERNEL(HALF))
     else if (w->dtype == BF16) FOR_TILE(left, KERNEL(BF16))
     else FOR_TILE(left, KERNEL(ROWS))
@@ -2556,8 +2560,15 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
     return tile_of(left);
 }
 
-// The products of a panel of `rows` rows with n inputs: out (n, 16). Or of several panels with one
-// input: out (rows).
+// So many panels are read together: several for one token, and for few where floats are multiplied.
+static int panels_at_once(int dtype, int n) {
+    int panels = n == 1 || (dtype < Q8 && n <= TILE) ? MAX_PANELS : 1;
+    while (panels > 1 && n * HALVES * panels > SUMS) panels /= 2;
+    return dtype == ROWS ? 1 : panels;
+}
+
+// The products of a panel of `rows` rows, or of several panels, with n inputs: out (n, rows), but
+// at least 16 numbers apart.
 static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                            const float *x, int x_stride, const Quantized *xq, int n, float *out) {
     memset(out, 0, (size_t)n * (size_t)(rows < 16 ? 16 : rows) * sizeof(float));
@@ -2577,23 +2588,23 @@ static void rows_fast(const Matrix *w, int first, int rows, const float *x, int 
                       const Quantized *xq, int n, float *y, int stride) {
     float out[MAX_BATCH * 16];
     size_t bytes = panel_bytes(w->dtype, w->cols);
-    bool whole = n == 1 && w->dtype != ROWS && (rows == 16 * MAX_PANELS || rows == 32);
+    bool whole = panels_at_once(w->dtype, n) * 16 >= rows && (rows == 32 || rows == 64);
     for (int r = 0, some; r < rows; r += some) {
         const uint8_t *p = w->data + (size_t)((first + r) / 16) * bytes;
         some = whole ? rows : rows - r < 16 ? rows - r : 16;
-        panel_products(w, p, p + (n == 1 ? WEIGHTS_AHEAD : bytes), some, x, x_stride, xq, n, out);
-        float *to = y + r;
-        for (int t = 0; t < n; t++, to += stride)
-            if (some == 16) memcpy(to, out + t * 16, 16 * sizeof(float));
-            else memcpy(to, out + t * 16, (size_t)some * sizeof(float));
+        size_t ahead = n == 1 || some > 16 ? WEIGHTS_AHEAD : bytes;
+        panel_products(w, p, p + ahead, some, x, x_stride, xq, n, out);
+        float *to = y + r, *from = out;
+        for (int t = 0; t < n; t++, to += stride, from += some < 16 ? 16 : some)
+            if (some == 16) memcpy(to, from, 16 * sizeof(float));
+            else memcpy(to, from, (size_t)some * sizeof(float));
     }
 }
 
-// A single token's rows are dealt out by several panels, where enough of them are left for each
-// thread.
-static int rows_at_once(int n, int rows) {
-    int panels = 1;
-    while (n == 1 && panels < MAX_PANELS && rows / 256 / pool.n_threads >= panels) panels *= 2;
+// Rows are dealt out by so many panels, if then enough items are left for each thread.
+static int rows_at_once(int n, int rows, int dtype) {
+    int panels = panels_at_once(dtype, n);
+    while (panels > 1 && rows / 128 / pool.n_threads < panels) panels /= 2;
     return 16 * panels;
 }
 
