@@ -402,7 +402,7 @@ static void parallel(Task *task, void *context, int n_items) {
     for (int i = 0; i < n_items; i++) task(context, i, 0);
 }
 #define rows_fast rows_plain
-#define rows_at_once(n, rows, dtype) 16
+#define rows_at_once(n, rows, dtype) ((void)(rows), 16)
 #define attention_fast attention_plain
 #define map_weights map_file
 #else
@@ -666,7 +666,6 @@ static int sample_candidates(Sampler *s);
 // with logits 2 and 1 are drawn with 73% and 27%; at T = 0.5, with logits 4 and 2, with 88% and
 // 12%; at T = 2 with 62% and 38%. So a low temperature sharpens, a high one levels.
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
-    if (s->temperature == 0 && s->repeat_penalty == 1) return argmax(logits, s->vocab_size);
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
     if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
         for (int i = 0; i < n; i++) {
@@ -2406,7 +2405,7 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
 #define KERNEL(type)                                                                               \
     quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, NULL, 0, xq, 0, 0,        \
                  blocks, out)
-    if (rows > 16) {
+    if (MAX_PANELS > 1 && rows > 16) {
         if (w->dtype == Q8) FOR_PANELS_OF_1(rows, KERNEL(Q8))
         else if (w->dtype == Q4) FOR_PANELS_OF_1(rows, KERNEL(Q4))
         else FOR_PANELS_OF_1(rows, KERNEL(Q4A))
@@ -2550,9 +2549,10 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
         return 16;
     }
     if (W == 8 && left > 6) left = 6;
-    if (n_rows > 16 && w->dtype == F32) FOR_PANELS(left, n_rows, KERNEL(F32))
-    else if (n_rows > 16) FOR_PANELS(left, n_rows, KERNEL(BF16))
-    else if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
+    if (MAX_PANELS > 1 && n_rows > 16) {
+        if (w->dtype == F32) FOR_PANELS(left, n_rows, KERNEL(F32))
+        else FOR_PANELS(left, n_rows, KERNEL(BF16))
+    } else if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
     else if (w->dtype == HALF) FOR_TILE(left, KERNEL(HALF))
     else if (w->dtype == BF16) FOR_TILE(left, KERNEL(BF16))
     else FOR_TILE(left, KERNEL(ROWS))
@@ -2564,7 +2564,7 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
 static int panels_at_once(int dtype, int n) {
     int panels = n == 1 || (dtype < Q8 && n <= TILE) ? MAX_PANELS : 1;
     while (panels > 1 && n * HALVES * panels > SUMS) panels /= 2;
-    return dtype == ROWS ? 1 : panels;
+    return dtype == ROWS || dtype == HALF ? 1 : panels;
 }
 
 // The products of a panel of `rows` rows, or of several panels, with n inputs: out (n, rows), but
@@ -3638,7 +3638,8 @@ static int small_model_guesses(Machine *w, Decoder *d, int most, double rate) {
 
 // Speculative decoding (arXiv:2211.17192): a batch checks several guessed tokens at nearly the cost
 // of one. How many to guess: with the probability h that one is right, n guesses give
-// 1 + h + ... + h^n tokens in the time plain + n * more; the best n may be 0.
+// 1 + h + ... + h^n tokens in the time plain + n * more; the best n may be 0. (If it is not, a
+// small model guesses as long as it is sure.)
 static void propose(Machine *w, Decoder *d) {
     Draft *f = &w->draft;
     int most = 0, room = w->ctx - (int)d->ids.n, limit = f->m ? TILE - 1 : MAX_DRAFT;
@@ -3656,10 +3657,12 @@ static void propose(Machine *w, Decoder *d) {
     }
     if (f->m && most) most = limit;
     // A small model must first catch up with the text, and the tokens to come must win that back.
-    // Guesses may lose 2% of the time on balance: so much is tried where they do not seem to pay.
+    // Guesses may lose 2% of the time on balance, and at first the time of a token: so many are
+    // made at most, and so often they are tried where they do not seem to pay.
     double behind = 0.5 * f->token * ((int)d->ids.n - f->done);
     double ahead = (double)(d->budget < 256 ? d->budget : 256);
     double allowed = fmax(f->plain, 0.02 * (f->total + ahead * f->plain)) - f->lost;
+    if (allowed < 0) allowed = 0;
     if (behind > ahead * (f->plain - 1 / best)) most = 0;
     if (!most && !again && behind < allowed) most = 2;
     if (most * f->more > allowed) most = (int)(allowed / f->more);
@@ -3676,14 +3679,16 @@ static void measure(Draft *f, int proposed, int accepted, double time, bool usua
     f->steps++;
     f->accepted += accepted;
     f->total += time;
-    if (proposed) f->lost += time - f->plain * (1 + accepted);
-    if (f->lost < 0) f->lost = 0;
     if (!usual) return;
+    // (A step that something else held up is not charged to the guesses.)
+    double most = f->catching_up + 2 * f->plain * proposed;
+    if (proposed) f->lost += fmin(time - f->plain * (1 + accepted), most);
+    if (f->lost < 0) f->lost = 0;
     time -= f->catching_up;
     if (proposed == 0) {
         bool fast = f->plain_steps++ < FIRST_STEPS && (f->plain == 0 || time < f->plain);
         if (fast) f->plain = time;
-        else if (time < 2 * f->plain) f->plain += 0.2 * (time - f->plain);
+        else f->plain += 0.2 * (fmin(time, 2 * f->plain) - f->plain);
         return;
     }
     double more = (time - f->plain) / proposed, least = 0.02 * f->plain;
@@ -3814,7 +3819,7 @@ static void run_decoders(Machine *w, Decoder *d, int n) {
         int before = d->done;
         w->draft.catching_up = 0;
         if (!compute(w, d, n)) return;
-        bool usual = d->done - before <= 1;
+        bool usual = d->done - before == 0 || d->done - before == 1;
         for (bool drawing = true; drawing;) {
             parallel(draw_task, w, n);
             drawing = false;

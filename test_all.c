@@ -877,9 +877,10 @@ static void test_product(int dtype, int rows, int cols) {
 }
 
 static void test_products(void) {
-    static const int rows[] = {1, 15, 16, 17, 33}, cols[] = {1, 2, 31, 32, 33, 50, 100, 2117};
+    static const int rows[] = {1, 15, 16, 17, 33, 64, 130};
+    static const int cols[] = {1, 2, 31, 32, 33, 50, 100, 2117};
     for (int dtype = ROWS; dtype <= Q4A; dtype++)
-        for (int i = 0; i < 5; i++)
+        for (int i = 0; i < 7; i++)
             for (int j = 0; j < 8; j++) if (j < 7 || i == 3) test_product(dtype, rows[i], cols[j]);
 }
 
@@ -2905,6 +2906,20 @@ static void test_speculation(const char *endless) {
     refused(RUN(endless, "-i", "a", "-d", save("other.bin", b.p, b.n)), 1, "a damaged draft model");
     free(b.p), free(t.p), free_made(&m), free_vocabulary(v);
 
+    Draft f = {.plain = 0.02, .more = 0.002, .plain_steps = FIRST_STEPS, .of = {1, 1}};
+    for (int i = 0; i < 20; i++) measure(&f, 4, 4, 0.03, true);
+    CHECK(f.lost == 0 && hit(&f, 0) > 0.95, "right guesses lose nothing");
+    measure(&f, 4, 4, 60, true);
+    CHECK(f.lost <= 4 * 2 * 0.02, "a step that was held up is not charged to the guesses");
+    double lost = f.lost;
+    measure(&f, 4, 0, 60, false);
+    CHECK(f.lost == lost, "nor is one that read a prompt");
+    for (int i = 0; i < 20; i++) measure(&f, 1, 0, 0.025, true);
+    CHECK(fabs(f.lost - lost - 20 * 0.005) < 1e-9 && hit(&f, 0) < 0.5, "wrong guesses are charged");
+    float logits[] = {1, 3, 2.9f, -1};
+    CHECK(lead_of(logits, 4, 1) == 3 && lead_of(logits, 4, 2) == 2 && lead_of(logits, 4, 3) == 1 &&
+              lead_of(logits + 1, 1, 0) == LEADS - 1, "the classes of leads");
+
     Decoder d = {0};
     int text[] = {1, 2, 3, 4, 5, 9, 1, 2, 3}, guess[20];
     for (int i = 0; i < 9; i++) push(&d.ids, text[i]);
@@ -3969,6 +3984,8 @@ static void test_page(void) {
         put(&titles, NULL, 1);
         CHECK(titles.n >= texts[1].n && !memcmp(titles.p, texts[1].p, texts[1].n - 1),
               "the terminal shows the page's tokens: %s, not %s", titles.p, texts[1].p);
+        CHECK(count(&r.out, "\n> ") > 0 && !count(&r.out, "\n>   0.0%"),
+              "no drawn token has the probability 0");
         free_ran(&r);
         free(page.p), free(texts[0].p), free(texts[1].p), free(bytes.p), free(titles.p);
     }
