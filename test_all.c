@@ -3984,8 +3984,9 @@ static void test_page(void) {
         put(&titles, NULL, 1);
         CHECK(titles.n >= texts[1].n && !memcmp(titles.p, texts[1].p, texts[1].n - 1),
               "the terminal shows the page's tokens: %s, not %s", titles.p, texts[1].p);
-        CHECK(count(&r.out, "\n> ") > 0 && !count(&r.out, "\n>   0.0%"),
-              "no drawn token has the probability 0");
+        if (options[i][1][0] == '0')
+            CHECK(count(&r.out, "\n> ") > 0 && !count(&r.out, "\n>   0.0%"),
+                  "the likeliest token does not have the probability 0");
         free_ran(&r);
         free(page.p), free(texts[0].p), free(texts[1].p), free(bytes.p), free(titles.p);
     }
