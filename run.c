@@ -636,7 +636,7 @@ typedef struct {
     uint64_t rng;           // state of the random generator
     float coin;             // the random number of the last draw, and from how many candidates
     int kept;               // it drew; 0: from all tokens, in the order of their ids
-    float *p;               // (vocab_size) probabilities
+    float *p;               // (vocab_size) probabilities; at temperature 0 the logits
     Candidate *candidates;  // (vocab_size)
     int vocab_size;
 } Sampler;
