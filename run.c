@@ -4053,18 +4053,20 @@ static double answer_bits(const Model *m, const Tokenizer *t, Text prompt, Text 
 
 // Loads another model. False, after a word on stderr, if it cannot answer the prompt.
 static bool takes_part(const Options *o, const char *path, Text prompt, Model *m, Tokenizer *t) {
-    static Ids ids;
+    static Ids ids;  // static, and so known after a longjmp
     jmp_buf failed;
+    bool fails = true;
     if (!setjmp(failed)) {
         recovery = &failed;
         load_model(m, path);
         find_tokenizer(t, NULL, m);
-        ids.n = 0;
         start_text(o, m, t, context_of(o, m), prompt, &ids);
-        recovery = NULL;
-        return true;
+        fails = false;
     }
     recovery = NULL;
+    free(ids.ids);
+    ids = (Ids){0};
+    if (!fails) return true;
     fprintf(stderr, "run: %s does not take part\n", path);
     if (t->file) free_tokenizer(t);
     if (m->file) free_model(m);
