@@ -4055,14 +4055,14 @@ static double answer_bits(const Model *m, const Tokenizer *t, Text prompt, Text 
 static bool takes_part(const Options *o, const char *path, Text prompt, Model *m, Tokenizer *t) {
     static Ids ids;  // static, and so known after a longjmp
     jmp_buf failed;
-    bool fails = true;
     if (!setjmp(failed)) {
         recovery = &failed;
         load_model(m, path);
         find_tokenizer(t, NULL, m);
         start_text(o, m, t, context_of(o, m), prompt, &ids);
-        fails = false;
+        recovery = NULL;
     }
+    bool fails = recovery != NULL;
     recovery = NULL;
     free(ids.ids);
     ids = (Ids){0};
@@ -5609,15 +5609,18 @@ static void bench(const Options *o, const Model *m, const Tokenizer *t) {
     Stream stream = {reserve(1, bytes, "measuring the memory"), threads, 1, false};
     large_pages(stream.data, bytes);
     memset((void *)(uintptr_t)stream.data, 1, bytes);
-    double memory[3] = {0}, decode[3] = {0}, prompt[3] = {0}, batch[3] = {0}, start = seconds();
+    double memory[3] = {0}, decode[3] = {0}, prompt[3] = {0}, batch[3] = {0};
+    double *all[] = {memory, decode, prompt, batch}, start = seconds();
     for (int i = 0; i < 3 && !interrupted; i++) {
-        bool slow = i == 2 && seconds() - start > 6;  // then the mean of two must do
-        memory[i] = slow ? (memory[0] + memory[1]) / 2 : stream_rate(&stream);
-        if (!slow) prefill(m, &kv, 0, ids, 0, first);
-        decode[i] = slow ? (decode[0] + decode[1]) / 2
-                         : token_rate(m, &kv, ids, first, first + n / 4, 1);
-        prompt[i] = slow ? (prompt[0] + prompt[1]) / 2 : token_rate(m, &kv, ids, 0, n, n);
-        batch[i] = slow ? (batch[0] + batch[1]) / 2 : batch_rate(m, &kv, ids, n / 4, n / 16);
+        if (i == 2 && seconds() - start > 6) {  // the mean of two must do
+            for (int j = 0; j < 4; j++) all[j][2] = (all[j][0] + all[j][1]) / 2;
+            break;
+        }
+        memory[i] = stream_rate(&stream);
+        prefill(m, &kv, 0, ids, 0, first);
+        decode[i] = token_rate(m, &kv, ids, first, first + n / 4, 1);
+        prompt[i] = token_rate(m, &kv, ids, 0, n, n);
+        batch[i] = batch_rate(m, &kv, ids, n / 4, n / 16);
     }
     double deep_prompt = token_rate(m, &kv, ids, 0, depth, depth);
     double deep_decode = token_rate(m, &kv, ids, depth, end, 1);
