@@ -195,6 +195,7 @@ typedef struct {
 static float quantized_row(const Matrix *w, int r, const Quantized *x, int token);
 static void quantize(Quantized *out, int token, const float *x, int n);
 static Quantized new_quantized(int n, int cols);               // for n tokens; free(x.q) frees it
+static Quantized from_token(Quantized x, int token);           // the tokens from a multiple of 8 on
 
 // 1. The matrix product, y = W x: y[r] = sum over c of w[r][c] * x[c]. A row of W says how much of
 // each number of x goes into one number of y. Nearly all parameters and all time are here. The
@@ -359,7 +360,9 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
 // ---- forward computes a batch of n positions together: one token to go on, or a prompt, or the
 // newest tokens of many sequences. Each weight is then fetched from memory once for all of them.
 
-enum { MAX_BATCH = 256, TILE = 8 };  // slots computed at once; tokens that pass a weight together
+// Slots computed at once; those that a thread takes through a matrix; those that pass a weight
+// together.
+enum { MAX_BATCH = 256, PART = 128, TILE = 8 };
 
 typedef struct State {     // the activations: arrays of n rows, padded(width) numbers apart
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
@@ -391,7 +394,8 @@ typedef struct {              // a batch on its way through the layers
     const Matrix *norm;       // of the stage that runs
     const float *in;          // input of matmul
     const Product *products;  // ... what it makes of it,
-    int rows;                 // ... and so many rows at a time
+    int rows;                 // ... so many rows at a time,
+    int items;                // ... which makes so many pieces of work for a part of the batch
 } Pass;
 
 // Calls task(context, item, thread) for each item, on all threads, in any order: part 3.
@@ -431,7 +435,8 @@ static void observe(const Pass *f, const char *name, const float *x, int width) 
 }
 
 // Matrix products of the whole batch, y (n, rows) = x (n, cols) W^T, the rows of y `stride` numbers
-// apart (0: padded). The rows of all matrices that share the input are dealt out to the threads.
+// apart (0: padded). The rows of all matrices that share the input are dealt out to the threads,
+// for PART tokens and then for the next, so that a thread's inputs stay in its cache.
 static void quantize_stage(const Pass *f, int i) {
     int cols = f->products[0].w->cols;
     quantize(&f->s->xq, i, f->in + (size_t)i * (size_t)padded(cols), cols);
@@ -439,11 +444,15 @@ static void quantize_stage(const Pass *f, int i) {
 static int items_of(const Matrix *w, int rows) { return (w->rows + rows - 1) / rows; }
 static void rows_stage(const Pass *f, int item) {
     const Product *p = f->products;
+    int t = item / f->items * PART, n = f->n - t < PART ? f->n - t : PART;
+    item %= f->items;
     for (; item >= items_of(p->w, f->rows); p++) item -= items_of(p->w, f->rows);
-    int first = item * f->rows, left = p->w->rows - first;
-    (f->kv->plain ? rows_plain : rows_fast)(p->w, first, left < f->rows ? left : f->rows, f->in,
-                                            padded(p->w->cols), &f->s->xq, f->n, p->y + first,
-                                            p->stride ? p->stride : padded(p->w->rows));
+    int first = item * f->rows, rows = p->w->rows - first < f->rows ? p->w->rows - first : f->rows;
+    int x_stride = padded(p->w->cols), stride = p->stride ? p->stride : padded(p->w->rows);
+    Quantized xq = from_token(f->s->xq, t);
+    (f->kv->plain ? rows_plain : rows_fast)(p->w, first, rows,
+                                            f->in + (size_t)t * (size_t)x_stride, x_stride, &xq, n,
+                                            p->y + (size_t)t * (size_t)stride + first, stride);
 }
 static void matmul(const Pass *pass, int n, const float *x, const Product *products,
                    int n_products) {
@@ -456,9 +465,9 @@ static void matmul(const Pass *pass, int n, const float *x, const Product *produ
     }
     f.n = n, f.in = x, f.products = products, f.rows = rows_at_once(n, rows, products[0].w->dtype);
     for (int i = 0; i < n_products; i++) items += items_of(products[i].w, f.rows);
-    f.s->xq.n_blocks = (products[0].w->cols + 31) / 32;
+    f.s->xq.n_blocks = (products[0].w->cols + 31) / 32, f.items = items;
     if (quantized) each(&f, quantize_stage, n);
-    each(&f, rows_stage, items);
+    each(&f, rows_stage, items * ((n + PART - 1) / PART));
 }
 
 // A token becomes a vector: its row of the embedding matrix. The angles of its position are
@@ -800,7 +809,8 @@ static float largest(const float *x, int first, int n) {
     for (; i + LANES <= n; i += LANES)
         for (int j = 0; j < LANES; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
     for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
-    for (int j = 1; j < LANES; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) max[j] = max[j + width] > max[j] ? max[j + width] : max[j];
     return max[0];
 }
 
@@ -874,6 +884,11 @@ static Quantized new_quantized(int n, int cols) {
 // Activations of 8 tokens lie side by side, block by block.
 static size_t block_at(const Quantized *x, int token, int block) {
     return (size_t)((token / TILE * x->n_blocks + block) * TILE + token % TILE);
+}
+static Quantized from_token(Quantized x, int token) {
+    size_t at = block_at(&x, token, 0);
+    x.q += at * 32, x.d += at, x.dsum += at, x.minus8 += at;
+    return x;
 }
 
 // One row of a quantized matrix times the rounded activations of a token: in integers within a
@@ -2153,10 +2168,10 @@ enum { WEIGHTS_AHEAD = 3072, MAX_PANELS = W / 4, SUMS = W == 16 ? 16 : 12 };
 INLINE void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
-// The same place of P panels, each `bytes` long; near their end of the next P.
-INLINE void prefetch_panels(const int P, const uint8_t *next, size_t at, size_t bytes,
-                            size_t size) {
-    if (P > 1 && at + WEIGHTS_AHEAD >= bytes) at += (size_t)(P - 1) * bytes;
+// The same place of P panels, each `bytes` long; beyond their end of the next P.
+INLINE void prefetch_panels(const int P, const uint8_t *panel, const uint8_t *next, size_t at,
+                            size_t bytes, size_t size) {
+    if (P > 1 && next + at >= panel + bytes) at += (size_t)(P - 1) * bytes;
     for (int p = 0; p < P; p++) prefetch(next + (size_t)p * bytes + at, size);
 }
 // Where vector h of a panel's 32-bit words begins; behind the first panel come the others.
@@ -2297,14 +2312,15 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     const int H = packed ? HALVES * P : 1;        // vectors of rows; accumulator t * H + h
     const size_t bytes = (size_t)(n_blocks * size);  // of a panel
     vf acc[TILE];
-    for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 * P + lane + i % H * W);
+    for (int i = 0; i < T * H; i++)
+        acc[i] = b0 ? load(out + i / H * 16 * P + lane + i % H * W) : (vf){0};
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
         // cppcheck-suppress [nullPointer, nullPointerArithmeticRedundantCheck]
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
-        if (next) prefetch_panels(P, next, (size_t)(b * size), bytes, (size_t)size);
+        if (next) prefetch_panels(P, blocks, next, (size_t)(b * size), bytes, (size_t)size);
         vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
@@ -2479,21 +2495,22 @@ INLINE int rows_of(int dtype, int T, int P) {
     return dtype != ROWS && T * HALVES <= SUMS ? 16 * P : W;
 }
 
-// Adds the products of the columns from c to end to out, and fetches the same columns of `next`,
-// unless it is NULL, meanwhile (of ROWS, the next rows).
+// Writes the products of the columns from c to end to out, or adds them to what is there (`more`),
+// and fetches `rate` bytes of `next`, unless it is NULL, with each column (of ROWS, the next rows).
 INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_t *panel,
-                         const uint8_t *next, int cols, int n_rows, int lane, int c, int end,
-                         const float *x, int x_stride, float *out) {
+                         const uint8_t *next, int rate, int cols, int n_rows, int lane, int c,
+                         int end, const float *x, int x_stride, bool more, float *out, int stride) {
     enum { VECTORS = HALVES * MAX_PANELS };
     const int H = rows_of(dtype, T, P) / W;
     const size_t bytes = panel_bytes(dtype, cols);
-    vf acc[16];
-    UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(out + i / H * 16 * P + lane + i % H * W);
+    vf acc[24];
+#define SUM(i) (out + (size_t)((i) / H) * (size_t)stride + lane + (i) % H * W)
+    UNROLL for (int i = 0; i < T * H; i++) acc[i] = (vf){0};
+    if (more)
+        UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(SUM(i));
     if (dtype == F32 || dtype == HALF) {
-        const int size = dtype == F32 ? 64 : 32;
         for (; c < end; c++) {
-            if (next && c * size % 64 == 0)
-                prefetch_panels(P, next, (size_t)c * (size_t)size, bytes, 64);
+            if (next) prefetch_panels(P, panel, next, (size_t)(c * rate), bytes, 64);
             vf v[VECTORS];
             UNROLL for (int h = 0; h < H; h++)
                 v[h] = dtype == F32 ? load(panel + at_vector(h, bytes) + (c * 16 + lane) * 4)
@@ -2504,7 +2521,7 @@ INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_
         }
     } else if (dtype == BF16) {
         for (; c < end; c += 2) {
-            if (next) prefetch_panels(P, next, (size_t)c * 32, bytes, 64);
+            if (next) prefetch_panels(P, panel, next, (size_t)(c * rate), bytes, 64);
             vu pair[VECTORS];
             UNROLL for (int h = 0; h < H; h++)
                 pair[h] = load_u(panel + at_vector(h, bytes) + c * 32 + lane * 4);
@@ -2532,23 +2549,32 @@ INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_
             UNROLL for (int t = 0; t < T; t++) acc[t] += w * x[t * x_stride + c];
         }
     }
-    UNROLL for (int i = 0; i < T * H; i++) store(out + i / H * 16 * P + lane + i % H * W, acc[i]);
+    UNROLL for (int i = 0; i < T * H; i++) store(SUM(i), acc[i]);
+#undef SUM
 }
 
 // Does as many tokens as the registers allow, and returns how many.
-static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next, int n_rows, int c,
-                      int end, const float *x, int x_stride, int left, float *out) {
+static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rate,
+                      int n_rows, int c, int end, const float *x, int x_stride, int left, bool more,
+                      float *out, int stride) {
 #define KERNEL(type)                                                                               \
     for (int lane = 0; lane < n_rows; lane += rows_of(type, T, P), next = type ? NULL : next)      \
-    float_kernel(T, P, type, panel, next, w->cols, n_rows, lane, c, end, x, x_stride, out)
-    if (W == 16 && left >= 16 && w->dtype != ROWS) {
+    float_kernel(T, P, type, panel, next, rate, w->cols, n_rows, lane, c, end, x, x_stride, more,  \
+                 out, stride)
+    if (W == 16 && left >= 12 && n_rows == 32) {
+        enum { T = 12, P = 2 };
+        if (w->dtype == F32) KERNEL(F32);
+        else KERNEL(BF16);
+        return 12;
+    }
+    if (W == 16 && left >= 16 && n_rows <= 16 && w->dtype != ROWS) {
         enum { T = 16, P = 1 };
         if (w->dtype == F32) KERNEL(F32);
         else if (w->dtype == HALF) KERNEL(HALF);
         else KERNEL(BF16);
         return 16;
     }
-    if (W == 8 && left > 6) left = 6;
+    left = W == 8 && left > 6 ? 6 : tile_of(left);
     if (MAX_PANELS > 1 && n_rows > 16) {
         if (w->dtype == F32) FOR_PANELS(left, n_rows, KERNEL(F32))
         else FOR_PANELS(left, n_rows, KERNEL(BF16))
@@ -2557,45 +2583,59 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
     else if (w->dtype == BF16) FOR_TILE(left, KERNEL(BF16))
     else FOR_TILE(left, KERNEL(ROWS))
 #undef KERNEL
-    return tile_of(left);
+    return left;
 }
 
-// So many panels are read together: several for one token, and for few where floats are multiplied.
+// So many panels are read together: several for one token, and where floats are multiplied.
 static int panels_at_once(int dtype, int n) {
-    int panels = n == 1 || (dtype < Q8 && n <= TILE) ? MAX_PANELS : 1;
-    while (panels > 1 && n * HALVES * panels > SUMS) panels /= 2;
+    int panels = n == 1 || dtype < Q8 ? MAX_PANELS : 1;
+    while (panels > 1 && tile_of(n) * HALVES * panels > SUMS) panels /= 2;
     return dtype == ROWS || dtype == HALF ? 1 : panels;
 }
 
-// The products of a panel of `rows` rows, or of several panels, with n inputs: out (n, rows), but
-// at least 16 numbers apart.
+// The products of a panel of `rows` rows, or of several panels, with n inputs: rows of out, `stride`
+// apart, with room for at least 16 numbers (of quantized panels right behind each other).
 static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
-                           const float *x, int x_stride, const Quantized *xq, int n, float *out) {
-    memset(out, 0, (size_t)n * (size_t)(rows < 16 ? 16 : rows) * sizeof(float));
+                           const float *x, int x_stride, const Quantized *xq, int n, float *out,
+                           int stride) {
     if (w->dtype >= Q8) {
         quant_panel(w, panel, next, rows, xq, n, out);
         return;
     }
-    int step = n < 32 ? w->cols : 256;  // columns at a time, that stay in the L1 cache
-    for (int c = 0; c < w->cols; c += step)
-        for (int t = 0; t < n;)
-            t += float_tile(w, panel, t ? NULL : next, rows, c,
-                            w->cols - c < step ? w->cols : c + step,
-                            x + (size_t)t * (size_t)x_stride, x_stride, n - t, out + t * 16);
+    // For many tokens some columns at a time, which stay in the L1 cache. Each tile of tokens fetches
+    // a part of the same columns of the next panel.
+    int step = n < 32 ? w->cols : 256, size = (int)panel_bytes(w->dtype, 2) / 2, rate = size;
+    if (n > TILE && w->dtype != ROWS) rate = size * 16 / n < 4 ? 4 : size * 16 / n;
+    rate = rate < size ? rate : size;
+    for (int c = 0, end; c < w->cols; c = end) {
+        const uint8_t *from = next ? next + c * (size - rate) : NULL;
+        end = w->cols - c < step ? w->cols : c + step;
+        for (int t = 0, part = 0; t < n; part += rate)
+            t += float_tile(w, panel, from && part < size ? from + (end - c) * part : NULL, rate,
+                            rows, c, end, x + (size_t)t * (size_t)x_stride, x_stride, n - t, c > 0,
+                            out + (size_t)t * (size_t)stride, stride);
+    }
 }
 
 static void rows_fast(const Matrix *w, int first, int rows, const float *x, int x_stride,
                       const Quantized *xq, int n, float *y, int stride) {
-    float out[MAX_BATCH * 16];
+    float out[MAX_BATCH * 32];
     size_t bytes = panel_bytes(w->dtype, w->cols);
     bool whole = panels_at_once(w->dtype, n) * 16 >= rows && (rows == 32 || rows == 64);
+    // Rows of y that lie a multiple of 4 KiB apart would share a set of the L1 cache.
+    bool in_place = w->dtype < Q8 && stride % 1024;
     for (int r = 0, some; r < rows; r += some) {
         const uint8_t *p = w->data + (size_t)((first + r) / 16) * bytes;
         some = whole ? rows : rows - r < 16 ? rows - r : 16;
-        size_t ahead = n == 1 || some > 16 ? WEIGHTS_AHEAD : bytes;
-        panel_products(w, p, p + ahead, some, x, x_stride, xq, n, out);
+        size_t ahead = n == 1 || (some > 16 && n <= TILE) ? WEIGHTS_AHEAD : bytes;
+        if (in_place && some >= 16) {
+            panel_products(w, p, p + ahead, some, x, x_stride, xq, n, y + r, stride);
+            continue;
+        }
+        int wide = some < 16 ? 16 : some;
+        panel_products(w, p, p + ahead, some, x, x_stride, xq, n, out, wide);
         float *to = y + r, *from = out;
-        for (int t = 0; t < n; t++, to += stride, from += some < 16 ? 16 : some)
+        for (int t = 0; t < n; t++, to += stride, from += wide)
             if (some == 16) memcpy(to, from, 16 * sizeof(float));
             else memcpy(to, from, (size_t)some * sizeof(float));
     }
@@ -2651,7 +2691,7 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
                 cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
             Matrix keys = cache_keys(f->kv, chunk);
             panel_products(&keys, keys.data + (size_t)(at / 16) * bytes, next, 16, queries, hd,
-                           &rounded, n, out);
+                           &rounded, n, out, 16);
             float *to = scores + (size_t)b * 16, scale = c->attn_scale;
             for (int i = 0; i < n; i++, to += a->row)
                 if (!side)
@@ -2671,9 +2711,15 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, float *score
     Sight seen = sight(a->f->kv, a->f->layer, slot);
     seen.end -= tile->skip;
     if (seen.start >= tile->end) seen.start -= tile->skip, seen.gap -= tile->skip;
-    softmax_without(row, seen.start, seen.gap, seen.end, slot->pos + 1 - tile->skip);
+    int n = slot->pos + 1 - tile->skip, end = round_up(tile->last + 1 - tile->skip, 32);
+    if (seen.gap == seen.end) {  // the rest is the gap: so there are whole vectors only
+        row[end - 1] = row[n - 1];
+        softmax_without(row, seen.start, n, end, end);
+    } else {
+        softmax_without(row, seen.start, seen.gap, seen.end, n);
+        for (int t = n; t <= tile->last - tile->skip; t++) row[t] = 0;
+    }
     for (int t = tile->start; t < seen.start; t++) row[t] = 0;
-    for (int t = slot->pos + 1; t <= tile->last; t++) row[t - tile->skip] = 0;
 }
 
 // The weighted average of the values, for the panels of 16 channels from p0 to p1.
@@ -2701,9 +2747,9 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
         for (int p = p0; p < p1; p++)
             for (int j = 0; j < n;)
                 j += float_tile(&values, panel + (size_t)p * bytes,
-                                next && !j ? next + (size_t)p * bytes : NULL, 16, 0, run,
-                                weights + (size_t)j * a->row, (int)a->row, n - j,
-                                out + ((p - p0) * n + j) * 16);
+                                next && !j ? next + (size_t)p * bytes : NULL, (int)column, 16, 0,
+                                run, weights + (size_t)j * a->row, (int)a->row, n - j, true,
+                                out + ((p - p0) * n + j) * 16, 16);
     }
     for (int j = 0; j < n; j++) {
         float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
@@ -2716,7 +2762,7 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
 
 // Phase 0 does a tile and key/value head as a whole, with the thread's own scratch. Where there are
 // few of these, phases 1 to 3 cut each into parts instead: by positions, by queries, by channels.
-enum { PART = 16 };  // blocks of positions
+enum { SOME = 16 };  // blocks of positions
 static void attend_part(void *context, int item, int thread) {
     const Attend *a = context;
     int pair = item / a->parts, part = item % a->parts, n_kv = a->f->m->c.n_kv_heads;
@@ -2724,7 +2770,7 @@ static void attend_part(void *context, int item, int thread) {
     float *scores = a->f->s->scores + (size_t)(a->phase ? pair : thread) * a->area;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1, n = tile->n * a->group;
     int p0 = 0, p1 = (a->f->m->c.head_dim + 15) / 16;
-    if (a->phase == 1) b0 += part * PART, b1 = b0 + PART < b1 ? b0 + PART : b1;
+    if (a->phase == 1) b0 += part * SOME, b1 = b0 + SOME < b1 ? b0 + SOME : b1;
     if (a->phase == 3) p0 = part, p1 = part + 1;
     if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, pair % n_kv, scores, b0, b1);
     if (a->phase == 0)
@@ -2765,7 +2811,7 @@ static void attention_fast(const Pass *f) {
         f->s->scores_capacity = need + need / 4;
         f->s->scores = resize(f->s->scores, f->s->scores_capacity, sizeof(float));
     }
-    int parts[] = {1, (longest - 1) / (16 * PART) + 2, a.group * widest,
+    int parts[] = {1, (longest - 1) / (16 * SOME) + 2, a.group * widest,
                    (c->head_dim + 15) / 16};
     for (a.phase = phases; a.phase <= 3 * phases; a.phase++) {
         a.parts = parts[a.phase];

@@ -822,7 +822,8 @@ static void test_product(int dtype, int rows, int cols) {
     enum { MOST = 40 };
     Tensor t = matrix(dtype, rows, cols);
     Matrix w = {dtype, rows, cols, t.bytes};
-    int wrong = 0, differ = 0, panels = (rows + 15) / 16, stride = rows + 3, wide = padded(cols);
+    int wrong = 0, differ = 0, panels = (rows + 15) / 16, wide = padded(cols);
+    int stride = rows == 64 ? 1024 : rows + 3;  // outputs 4 KiB apart are written in another way
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++)
             wrong += weight(&w, r, c) != t.values[(size_t)r * (size_t)cols + (size_t)c];
