@@ -2449,15 +2449,14 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
 // ---- Float panels.
 
 // w[i] becomes column i of W rows of float32 that lie one after the other, `cols` apart.
-INLINE void load_columns(vf *w, const float *rows, size_t cols, int n_rows) {
-#define ROW(r) (rows + (size_t)((r) < n_rows ? (r) : n_rows - 1) * cols)
+INLINE void load_columns(vf *w, const float *rows, size_t cols) {
+#define ROW(r) (rows + (size_t)(r) * cols)
 #ifdef AVX512
-    for (int r = 0; r < W; r++) w[r] = load(ROW(r));
-    for (int s = 1; s < W; s *= 2) {  // transposed by exchanging blocks of 1, 2, 4 and 8
-        vi low = {0}, high = {0};
-        for (int l = 0; l < W; l++)
-            low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
-        for (int i = 0; i < W; i++) {
+    UNROLL for (int r = 0; r < W; r++) w[r] = load(ROW(r));
+    UNROLL for (int s = 1; s < W; s *= 2) {  // transposed by exchanging blocks of 1, 2, 4 and 8
+        const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        vi low = lane + (((lane & s) != 0) & (W - s)), high = low + s;
+        UNROLL for (int i = 0; i < W; i++) {
             if (i & s) continue;
             vf a = w[i], b = w[i | s];
             w[i] = (vf)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
@@ -2534,11 +2533,11 @@ INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_
         }
     } else {
         const float *rows = floats(panel) + (size_t)lane * (size_t)cols;
-        for (; c + W <= end; c += W) {
+        for (; n_rows - lane >= W && c + W <= end; c += W) {
             vf w[W];
             for (int r = 0; r < W && next && c % 16 == 0; r++)  // the next rows
                 prefetch((const uint8_t *)(rows + c + (size_t)(W + r) * (size_t)cols), 64);
-            load_columns(w, rows + c, (size_t)cols, n_rows - lane);
+            load_columns(w, rows + c, (size_t)cols);
             UNROLL for (int i = 0; i < W; i++)
                 UNROLL for (int t = 0; t < T; t++) acc[t] += w[i] * x[t * x_stride + c + i];
         }
@@ -2593,8 +2592,8 @@ static int panels_at_once(int dtype, int n) {
     return dtype == ROWS || dtype == HALF ? 1 : panels;
 }
 
-// The products of a panel of `rows` rows, or of several panels, with n inputs: rows of out, `stride`
-// apart, with room for at least 16 numbers (of quantized panels right behind each other).
+// The products of a panel of `rows` rows, or of several panels, with n inputs: rows of out that are
+// `stride` apart, with room for at least 16 numbers (of quantized panels right behind each other).
 static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                            const float *x, int x_stride, const Quantized *xq, int n, float *out,
                            int stride) {
@@ -2602,8 +2601,8 @@ static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t 
         quant_panel(w, panel, next, rows, xq, n, out);
         return;
     }
-    // For many tokens some columns at a time, which stay in the L1 cache. Each tile of tokens fetches
-    // a part of the same columns of the next panel.
+    // For many tokens some columns at a time, which stay in the L1 cache. Each tile of tokens
+    // fetches a part of the same columns of the next panel.
     int step = n < 32 ? w->cols : 256, size = (int)panel_bytes(w->dtype, 2) / 2, rate = size;
     if (n > TILE && w->dtype != ROWS) rate = size * 16 / n < 4 ? 4 : size * 16 / n;
     rate = rate < size ? rate : size;
