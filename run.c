@@ -2691,12 +2691,12 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
             Matrix keys = cache_keys(f->kv, chunk);
             panel_products(&keys, keys.data + (size_t)(at / 16) * bytes, next, 16, queries, hd,
                            &rounded, n, out, 16);
-            float *to = scores + (size_t)b * 16, scale = c->attn_scale;
-            for (int i = 0; i < n; i++, to += a->row)
+            float *to = scores + (size_t)b * 16, *sums = out, scale = c->attn_scale;
+            for (int i = 0; i < n; i++, to += a->row, sums += 16)
                 if (!side)
-                    for (int l = 0; l < 16; l++) to[l] = out[i * 16 + l] * scale;
+                    for (int l = 0; l < 16; l += W) store(to + l, load(sums + l) * scale);
                 else
-                    for (int l = from - pos; l < 16; l++) to[l] = out[i * 16 + l] * scale;
+                    for (int l = from - pos; l < 16; l++) to[l] = sums[l] * scale;
         }
     }
     free(rounded.q);
