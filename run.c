@@ -2560,7 +2560,7 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
     for (int lane = 0; lane < n_rows; lane += rows_of(type, T, P), next = type ? NULL : next)      \
     float_kernel(T, P, type, panel, next, rate, w->cols, n_rows, lane, c, end, x, x_stride, more,  \
                  out, stride)
-    if (W == 16 && left >= 12 && n_rows == 32) {
+    if (W == 16 && left >= 12 && n_rows == 32) {  // 24 sums; an input serves two panels
         enum { T = 12, P = 2 };
         if (w->dtype == F32) KERNEL(F32);
         else KERNEL(BF16);
@@ -2627,14 +2627,11 @@ static void rows_fast(const Matrix *w, int first, int rows, const float *x, int 
         const uint8_t *p = w->data + (size_t)((first + r) / 16) * bytes;
         some = whole ? rows : rows - r < 16 ? rows - r : 16;
         size_t ahead = n == 1 || (some > 16 && n <= TILE) ? WEIGHTS_AHEAD : bytes;
-        if (in_place && some >= 16) {
-            panel_products(w, p, p + ahead, some, x, x_stride, xq, n, y + r, stride);
-            continue;
-        }
-        int wide = some < 16 ? 16 : some;
-        panel_products(w, p, p + ahead, some, x, x_stride, xq, n, out, wide);
-        float *to = y + r, *from = out;
-        for (int t = 0; t < n; t++, to += stride, from += wide)
+        bool direct = in_place && some >= 16;
+        int wide = direct ? stride : some < 16 ? 16 : some;
+        float *to = y + r, *from = direct ? to : out;
+        panel_products(w, p, p + ahead, some, x, x_stride, xq, n, from, wide);
+        for (int t = 0; t < n && !direct; t++, to += stride, from += wide)
             if (some == 16) memcpy(to, from, 16 * sizeof(float));
             else memcpy(to, from, (size_t)some * sizeof(float));
     }
@@ -2761,7 +2758,7 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
 
 // Phase 0 does a tile and key/value head as a whole, with the thread's own scratch. Where there are
 // few of these, phases 1 to 3 cut each into parts instead: by positions, by queries, by channels.
-enum { SOME = 16 };  // blocks of positions
+enum { PART_BLOCKS = 16 };  // blocks of positions
 static void attend_part(void *context, int item, int thread) {
     const Attend *a = context;
     int pair = item / a->parts, part = item % a->parts, n_kv = a->f->m->c.n_kv_heads;
@@ -2769,7 +2766,7 @@ static void attend_part(void *context, int item, int thread) {
     float *scores = a->f->s->scores + (size_t)(a->phase ? pair : thread) * a->area;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1, n = tile->n * a->group;
     int p0 = 0, p1 = (a->f->m->c.head_dim + 15) / 16;
-    if (a->phase == 1) b0 += part * SOME, b1 = b0 + SOME < b1 ? b0 + SOME : b1;
+    if (a->phase == 1) b0 += part * PART_BLOCKS, b1 = b0 + PART_BLOCKS < b1 ? b0 + PART_BLOCKS : b1;
     if (a->phase == 3) p0 = part, p1 = part + 1;
     if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, pair % n_kv, scores, b0, b1);
     if (a->phase == 0)
@@ -2810,7 +2807,7 @@ static void attention_fast(const Pass *f) {
         f->s->scores_capacity = need + need / 4;
         f->s->scores = resize(f->s->scores, f->s->scores_capacity, sizeof(float));
     }
-    int parts[] = {1, (longest - 1) / (16 * SOME) + 2, a.group * widest,
+    int parts[] = {1, (longest - 1) / (16 * PART_BLOCKS) + 2, a.group * widest,
                    (c->head_dim + 15) / 16};
     for (a.phase = phases; a.phase <= 3 * phases; a.phase++) {
         a.parts = parts[a.phase];
