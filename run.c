@@ -2293,9 +2293,9 @@ INLINE vi add_pairs(vi sums) { return sums; }
 #endif
 
 // ---- Quantized panels. W rows times T tokens; T, P, dtype and `packed` are constants where it is
-// inlined. Up to TILE accumulators read the weights as they lie in memory: `blocks`, and a single
-// token those of P panels side by side. For more tokens, unpack_panel first makes plain bytes and
-// float scales of them: u, else NULL. What `next` points to, the next panel or what comes a little
+// inlined. They read the weights as they lie in memory: `blocks`, and a single token those of P
+// panels side by side. For many tokens, unpack_panel first makes plain bytes and float scales of
+// weights of 4 bits: u, else NULL. What `next` points to, the next panel or what comes a little
 // later, is fetched from memory meanwhile.
 
 typedef struct {
@@ -2369,11 +2369,9 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
         uint8_t *to = u->quants + b * 512;
         const uint8_t *from = block + scale_bytes(dtype);
         const uint16_t *halves = (const uint16_t *)(const void *)block;
-        for (int i = 0; i < (dtype == Q8 ? 512 : 256); i += 4 * W) {
+        for (int i = 0; i < 256; i += 4 * W) {
             vu w = load_u(from + i);
-            if (dtype == Q8) store(to + i, (vf)(BIAS8 != 0 ? w ^ 0x80808080 : w));
-            else
-                store(to + i, (vf)(w & 0x0f0f0f0f)), store(to + i + 256, (vf)(w >> 4 & 0x0f0f0f0f));
+            store(to + i, (vf)(w & 0x0f0f0f0f)), store(to + i + 256, (vf)(w >> 4 & 0x0f0f0f0f));
         }
         for (int i = 0; i < 16; i += W) {
             store(u->scales[b] + i, load_half(halves + i));
@@ -2409,28 +2407,30 @@ static int tile_of(int left) { return left < TILE ? left : TILE; }
 static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int lane,
                        const Quantized *xq, int t, int left, int b0, int n_blocks, float *out) {
 #define KERNEL(type) quant_kernel(T, P, type, false, NULL, next, u, lane, xq, t, b0, n_blocks, out)
-    if (dtype == Q8) FOR_TILE(left, KERNEL(Q8))
-    else if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
+    if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
     else FOR_TILE(left, KERNEL(Q4A))
 #undef KERNEL
 }
 
 static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                         const Quantized *xq, int n, float *out) {
-    int blocks = (w->cols + 31) / 32;
+    int blocks = (w->cols + 31) / 32, t = 0;
 #define KERNEL(type)                                                                               \
-    quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, NULL, 0, xq, 0, 0,        \
-                 blocks, out)
+    quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, NULL, 0, xq, t, 0,        \
+                 blocks, out + t * 16)
     if (MAX_PANELS > 1 && rows > 16) {
         if (w->dtype == Q8) FOR_PANELS_OF_1(rows, KERNEL(Q8))
         else if (w->dtype == Q4) FOR_PANELS_OF_1(rows, KERNEL(Q4))
         else FOR_PANELS_OF_1(rows, KERNEL(Q4A))
         return;
     }
-    if (n * HALVES <= TILE) {
-        if (w->dtype == Q8) FOR_TILE(n, KERNEL(Q8))
-        else if (w->dtype == Q4) FOR_TILE(n, KERNEL(Q4))
-        else FOR_TILE(n, KERNEL(Q4A))
+    if (w->dtype == Q8 || n * HALVES * HALVES <= 4 * TILE) {
+        for (int some; t < n; t += some, next = NULL) {
+            some = n - t < TILE / HALVES ? n - t : TILE / HALVES;
+            if (w->dtype == Q8) FOR_TILE(some, KERNEL(Q8))
+            else if (w->dtype == Q4) FOR_TILE(some, KERNEL(Q4))
+            else FOR_TILE(some, KERNEL(Q4A))
+        }
         return;
     }
 #undef KERNEL
@@ -2441,7 +2441,7 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
         const uint8_t *soon = next ? next + at : NULL;
         unpack_panel(&u, w->dtype, panel + at, some);
         for (int lane = 0; lane < 16; lane += W)
-            for (int t = 0; t < n; t += tile_of(n - t), soon = NULL)
+            for (t = 0; t < n; t += tile_of(n - t), soon = NULL)
                 quant_tile(w->dtype, soon, &u, lane, xq, t, n - t, b, some, out + t * 16);
     }
 }
