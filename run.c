@@ -288,7 +288,8 @@ static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x
 // One cache holds several sequences. Sequence 0 is the trunk; sequence s > 0 is a branch, which
 // reads the positions before from[s] from the trunk, and stores only its own: many continuations of
 // one prompt share it. With a window, a token sees the trunk's positions before from[s], and of its
-// own sequence the newest only; a branch then keeps little more than these. Details has the layout.
+// own sequence the newest only (in the first half of the layers, which look less far back, a third
+// of these); a branch then keeps little more than the window. Details has the layout.
 typedef struct {
     const Model *m;
     int n_seqs, ctx;      // ctx: positions of the trunk
@@ -1077,7 +1078,8 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
 
 static Sight sight(const Cache *kv, int layer, const Slot *slot) {
     const Config *c = &kv->m->c;
-    int from = kv->from[slot->seq], newest = kv->window ? slot->pos + 1 - kv->window : 0;
+    int window = layer < c->n_layers / 2 ? (kv->window + 2) / 3 : kv->window;
+    int from = kv->from[slot->seq], newest = window ? slot->pos + 1 - window : 0;
     int start = is_local(c, layer) ? slot->pos + 1 - c->sliding_window : 0;
     if (start < 0) start = 0;
     if (start < from && from < newest) return (Sight){start, from, newest};
@@ -4950,11 +4952,13 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
-    SEGMENTS = 16, SHORTEST = 3500,     // at most so many, of at least so many pieces
-    USUAL_CONTEXT = 1280,               // positions
+    SEGMENTS = 16, SHORTEST = 2250,     // at most so many, of at least so many pieces
+    USUAL_CONTEXT = 1024,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
-    MAGIC = 0x347a6d6c,                 // "lmz4"
+    PLACES = 64,                       // places in a line
+    MOST_LOCAL = 1 << 20,
+    MAGIC = 0x357a6d6c,                 // "lmz5"
 };
 
 typedef struct {
@@ -4984,6 +4988,9 @@ typedef struct {
 // A bit that is predicted from how often it was set: a probability in 2^-32.
 typedef struct { uint32_t one, seen; } Bit;
 
+// A token that was seen after some token, or at some place in the line, and its bias there.
+typedef struct { int token, next; float bias, squares; } LocalBias;
+
 typedef struct {
     const Model *m;
     const Tokenizer *t;
@@ -4995,6 +5002,11 @@ typedef struct {
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
+    LocalBias *local;       // lists: each ends with next = 0
+    int n_local, local_capacity;
+    int *local_at;     // (vocab_size + PLACES) the first after a token, and at a place in the line
+    int *lists[SEGMENTS][2];  // those that hold for a segment's next token
+    int column[SEGMENTS];     // bytes of the line before it; -1: not known
     Bit escape[2], tree[256];
     const float *logits[SEGMENTS];  // the model's for this step; NULL: the segment has ended
     float *p;         // (SEGMENTS, vocab_size) probabilities
@@ -5044,7 +5056,7 @@ static int code_bit(Coder *c, Bit *b, int bit) {
     return bit;
 }
 // A token: its share of the interval is its probability in 2^-30, rounded down, plus 1.
-static uint32_t frequency(float p) { return p > 0 ? (uint32_t)(int32_t)(p * 0x1p30f) + 1 : 1; }
+static uint32_t frequency(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
 static int code_token(Codec *z, int s, int token) {
     Coder *c = &z->coder;
     const float *p = z->p + (size_t)s * (size_t)z->m->c.vocab_size;
@@ -5061,8 +5073,10 @@ static int code_token(Codec *z, int s, int token) {
     return i;
 }
 
-// ---- What is learned from the text: a bias for each token v, which is added to the model's logit.
-// It moves along the gradient of ln p(token), which is (v is the token) - p[v].
+// ---- What is learned from the text: biases of each token v, which are added to its logit. One
+// always holds, one after the token before, one at this place in the line. They move along the
+// gradient of ln p(token), which is (v is the token) - p[v], by Adagrad (Duchi et al., 2011): steps
+// are divided by the root of the sum of squared gradients.
 
 // Probabilities of a segment's next token, and sums of their frequencies for code_token.
 static void predict_task(void *context, int s, int thread) {
@@ -5073,13 +5087,19 @@ static void predict_task(void *context, int s, int thread) {
     (void)thread;
     if (!z->logits[s]) return;
     for (int i = 0; i < vocab; i++) p[i] = z->logits[s][i] + z->bias[i];
+    for (int l = 0; l < 2; l++)
+        for (int i = *z->lists[s][l]; i; i = z->local[i].next)
+            p[z->local[i].token] += z->local[i].bias;
     softmax(p, 0, vocab);
-    memset(sums, 0, (size_t)z->n_groups * sizeof *sums);
-    for (int i = 0; i < vocab; i++) sums[i / GROUP] += frequency(p[i]);
+    for (int first = 0; first < vocab; first += GROUP) {
+        uint32_t sum = 0;
+        for (int i = first; i < vocab && i < first + GROUP; i++) sum += frequency(p[i]);
+        sums[first / GROUP] = sum;
+    }
 }
 
 // Moves the biases of GROUP tokens by the gradients of all segments, of which p now holds minus the
-// values (Adagrad, Duchi et al., 2011: steps by the root of the sum of squared gradients).
+// values.
 static void bias_task(void *context, int group, int thread) {
     Codec *z = context;
     int vocab = z->m->c.vocab_size, first = group * GROUP;
@@ -5095,8 +5115,32 @@ static void bias_task(void *context, int group, int thread) {
     for (int i = 0; i < n; i++) bias[i] -= 0.6f * sum[i] / sqrtf(squares[i] + 1.0f);
 }
 
+// Moves the biases of the lists that hold for a segment, to which its token is added.
+static void learn_local(Codec *z, int s, int token) {
+    const float *p = z->p + (size_t)s * (size_t)z->m->c.vocab_size;
+    for (int l = 0; l < 2; l++) {
+        int *first = z->lists[s][l], i = *first;
+        while (i && z->local[i].token != token) i = z->local[i].next;
+        if (!i && z->n_local < MOST_LOCAL) {
+            if (z->n_local == z->local_capacity)
+                z->local = resize(z->local, (size_t)(z->local_capacity *= 2), sizeof(LocalBias));
+            z->local[z->n_local] = (LocalBias){token, *first, 0, 0};
+            *first = z->n_local++;
+        }
+        for (i = *first; i; i = z->local[i].next) {
+            LocalBias *bias = &z->local[i];
+            float g = p[bias->token];
+            if (g < 1e-4f && g > -1e-4f) continue;
+            bias->squares += g * g;
+            bias->bias -= (l ? 0.15f : 0.4f) * g / sqrtf(bias->squares + 1.0f);
+        }
+    }
+}
+
 static void forget(Codec *z) {
     size_t vocab = (size_t)z->m->c.vocab_size;
+    memset(z->local_at, 0, (vocab + PLACES) * sizeof(int));
+    z->n_local = 1;
     memset(z->bias, 0, vocab * sizeof(float));
     memset(z->squares, 0, vocab * sizeof(float));
     for (int i = 0; i < 256; i++) z->tree[i] = (Bit){1u << 31, 0};
@@ -5108,7 +5152,7 @@ static void forget(Codec *z) {
 // ---- Blocks
 
 // Positions that all segments share.
-static int prefix_of(const Codec *z) { return z->context / 5; }
+static int prefix_of(const Codec *z) { return z->context / 4; }
 
 // The token before piece first + i + 1 of a segment; before its first, the prefix's last.
 static int input_at(const Codec *z, const Block *b, int first, int i) {
@@ -5140,6 +5184,7 @@ static void code_piece(Codec *z, Block *b, int s, Piece *piece) {
     if (!code_bit(c, &z->escape[0], piece->token < 0)) {
         piece->token = code_token(z, s, piece->token);
         z->p[(size_t)s * (size_t)z->m->c.vocab_size + (size_t)piece->token] -= 1;
+        learn_local(z, s, piece->token);
         return;
     }
     z->logits[s] = NULL;  // nothing to be learned
@@ -5153,6 +5198,19 @@ static void code_piece(Codec *z, Block *b, int s, Piece *piece) {
     }
 }
 
+// Which lists hold for piece number t of a segment, which starts at piece `first`.
+static void find_lists(Codec *z, const Block *b, int s, int first, int t) {
+    int before = input_at(z, b, first, t - 1), *column = &z->column[s];
+    // A model can have more tokens than its tokenizer.
+    bool known = t && b->pieces[first + t - 1].token >= 0 && before < z->t->h.vocab_size;
+    if (!known) *column = -1;
+    for (Text x = z->t->tokens[known ? before : 0].text; known && x.len; x.s++, x.len--)
+        *column = *x.s == '\n' ? 0 : *column + (*column >= 0);
+    int place = *column < 0 ? 0 : *column / 2 + 1;
+    z->lists[s][0] = &z->local_at[before];
+    z->lists[s][1] = &z->local_at[z->m->c.vocab_size + (place < PLACES ? place : PLACES - 1)];
+}
+
 // Codes step t of all segments; the logits are those of `some` steps from `from` on.
 static void code_step(Codec *z, const Span *span, int t, int from, int some, const float *logits) {
     Block *b = span->b;
@@ -5162,6 +5220,7 @@ static void code_step(Codec *z, const Span *span, int t, int from, int some, con
         if (t - from >= left) continue;
         z->logits[s] = logits + (size_t)(t - from) * (size_t)z->m->c.vocab_size;
         logits += (size_t)(left < some ? left : some) * (size_t)z->m->c.vocab_size;
+        find_lists(z, b, s, span->first + at, t);
     }
     parallel(predict_task, z, SEGMENTS);
     for (int s = 0; s < SEGMENTS; s++)
@@ -5267,6 +5326,8 @@ static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet)
     z->start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0;
     z->bias = resize(NULL, vocab, sizeof(float));
     z->squares = resize(NULL, vocab, sizeof(float));
+    z->local = resize(NULL, (size_t)(z->local_capacity = 1 << 12), sizeof(LocalBias));
+    z->local_at = resize(NULL, vocab + PLACES, sizeof(int));
     z->p = resize(NULL, SEGMENTS * vocab, sizeof(float));
     z->sums = resize(NULL, SEGMENTS * n_groups, sizeof(uint32_t));
     z->progress = (Progress){.on = !quiet && isatty(2), .began = seconds()};
@@ -5280,7 +5341,8 @@ static void set_context(Codec *z, int context) {
     z->kv.window = window;
 }
 static void free_codec(Codec *z) {
-    void *all[] = {z->bias, z->squares, z->p, z->sums, z->tail.ids, z->coder.bytes};
+    void *all[] = {z->bias, z->squares, z->local, z->local_at,
+                   z->p,    z->sums,    z->tail.ids, z->coder.bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     if (z->context) free_cache(&z->kv);
 }
