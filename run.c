@@ -4953,7 +4953,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
     SEGMENTS = 16, SHORTEST = 2250,     // at most so many, of at least so many pieces
-    USUAL_CONTEXT = 1024,               // positions
+    USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
     PLACES = 64,                       // places in a line
@@ -5205,7 +5205,7 @@ static void find_lists(Codec *z, const Block *b, int s, int first, int t) {
     bool known = t && b->pieces[first + t - 1].token >= 0 && before < z->t->h.vocab_size;
     if (!known) *column = -1;
     for (Text x = z->t->tokens[known ? before : 0].text; known && x.len; x.s++, x.len--)
-        *column = *x.s == '\n' ? 0 : *column + (*column >= 0);
+        *column = *x.s == '\n' ? 0 : *column + (*column >= 0 && *column < 2 * PLACES);
     int place = *column < 0 ? 0 : *column / 2 + 1;
     z->lists[s][0] = &z->local_at[before];
     z->lists[s][1] = &z->local_at[z->m->c.vocab_size + (place < PLACES ? place : PLACES - 1)];
