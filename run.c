@@ -4956,8 +4956,8 @@ enum {
     USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
-    PLACES = 64,                       // places in a line
-    MOST_LOCAL = 1 << 20,
+    PLACES = 64,                        // places in a line: not known, bytes 0 and 1, 2 and 3 ...
+    MOST_LOCAL = 1 << 20,               // biases that hold in one place
     MAGIC = 0x357a6d6c,                 // "lmz5"
 };
 
@@ -5002,11 +5002,11 @@ typedef struct {
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
-    LocalBias *local;       // lists: each ends with next = 0
+    LocalBias *local; // lists, which end with next = 0
     int n_local, local_capacity;
-    int *local_at;     // (vocab_size + PLACES) the first after a token, and at a place in the line
+    int *local_at;    // (vocab_size + PLACES) the first after a token, and at a place in the line
     int *lists[SEGMENTS][2];  // those that hold for a segment's next token
-    int column[SEGMENTS];     // bytes of the line before it; -1: not known
+    int column[SEGMENTS];     // bytes of its line before it; -1: not known
     Bit escape[2], tree[256];
     const float *logits[SEGMENTS];  // the model's for this step; NULL: the segment has ended
     float *p;         // (SEGMENTS, vocab_size) probabilities
