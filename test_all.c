@@ -859,9 +859,9 @@ static void test_product(int dtype, int rows, int cols) {
     for (int sign = -1; sign <= 1 && dtype >= Q8; sign += 2) {
         for (size_t i = 0; i < t.n; i++)
             if (i % block >= scales) t.bytes[i] = dtype == Q8 ? (uint8_t)(sign * 127) : 0xff;
-        for (int i = 0; i < 9 * wide; i++) x[i] = (float)sign;
-        for (int i = 0; i < 9; i++) quantize(xq, i, x + i * wide, cols);
-        for (int p = 0, n = 1; n <= 9; p = (p + 1) % panels, n += 8) {
+        for (int i = 0; i < MOST * wide; i++) x[i] = (float)sign;
+        for (int i = 0; i < MOST; i++) quantize(xq, i, x + i * wide, cols);
+        for (int p = 0, n = 1; n <= MOST; p = (p + 1) % panels, n += n < 9 ? 8 : MOST - 9) {
             int some = rows - p * 16 < 16 ? rows - p * 16 : 16;
             rows_plain(&w, p * 16, some, x, wide, xq, n, y, stride);
             rows_fast(&w, p * 16, some, x, wide, xq, n, fast, stride);
