@@ -1095,6 +1095,7 @@ static void add_branches(Cache *kv, int n, int extra) {
     kv->branch_bytes = chunks * kv->chunk_bytes;
     kv->branch_room = (int)chunks * CHUNK;
     kv->branches = reserve(chunks * (size_t)n, kv->chunk_bytes, "the KV cache of many sequences");
+    if (kv->chunk_bytes < 8 << 20) large_pages(kv->branches, (size_t)n * kv->branch_bytes);
     kv->n_seqs = n + 1;
     free(kv->from);
     kv->from = zeros((size_t)kv->n_seqs, sizeof(int));
@@ -2511,11 +2512,13 @@ INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_
         UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(SUM(i));
     if (dtype == F32 || dtype == HALF) {
         for (; c < end; c++) {
-            if (next) prefetch_panels(P, panel, next, (size_t)(c * rate), bytes, 64);
+            if (next && (dtype == F32 || c % 2 == 0))
+                prefetch_panels(P, panel, next, (size_t)(c * rate), bytes, 64);
             vf v[VECTORS];
             UNROLL for (int h = 0; h < H; h++)
                 v[h] = dtype == F32 ? load(panel + at_vector(h, bytes) + (c * 16 + lane) * 4)
-                                    : load_half(halves(panel) + c * 16 + lane + h * W);
+                                    : load_half(halves(panel + at_vector(h, bytes * 2) / 2) +
+                                                c * 16 + lane);
             UNROLL for (int i = 0; i < T * H; i++)
                 // cppcheck-suppress uninitvar  // H is at least 1
                 acc[i] += v[i % H] * x[i / H * x_stride + c];
@@ -2565,6 +2568,7 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
     if (W == 16 && left >= 12 && n_rows == 32) {  // 24 sums; an input serves two panels
         enum { T = 12, P = 2 };
         if (w->dtype == F32) KERNEL(F32);
+        else if (w->dtype == HALF) KERNEL(HALF);
         else KERNEL(BF16);
         return 12;
     }
@@ -2578,6 +2582,7 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
     left = W == 8 && left > 6 ? 6 : tile_of(left);
     if (MAX_PANELS > 1 && n_rows > 16) {
         if (w->dtype == F32) FOR_PANELS(left, n_rows, KERNEL(F32))
+        else if (w->dtype == HALF) FOR_PANELS(left, n_rows, KERNEL(HALF))
         else FOR_PANELS(left, n_rows, KERNEL(BF16))
     } else if (w->dtype == F32) FOR_TILE(left, KERNEL(F32))
     else if (w->dtype == HALF) FOR_TILE(left, KERNEL(HALF))
@@ -2728,7 +2733,8 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
     int hd = c->head_dim, n = tile->n * a->group, at, most = n <= FEW ? 2 * AHEAD : AHEAD;
     int seq = f->batch[tile->slot].seq, from = f->kv->from[seq];
     size_t bytes = panel_bytes(f->kv->value_dtype, CHUNK), column = bytes / CHUNK;
-    float *out = zeros((size_t)(p1 - p0) * (size_t)n * 16, sizeof(float));  // (panels, n, 16)
+    int wide = (p1 - p0) * 16;
+    float *out = zeros((size_t)(wide * n), sizeof(float));
     for (int t = tile->start, run; t <= tile->last; t += run) {  // positions that lie together
         if (t == tile->gap) t = tile->end;
         Matrix values = cache_values(f->kv, cache_chunk(f->kv, seq, t, f->layer, kv_head, &at));
@@ -2742,18 +2748,21 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
             next = later.data + (size_t)at * column;
         }
         const float *weights = scores + (t < tile->end ? t : t - tile->skip);
-        for (int p = p0; p < p1; p++)
+        for (int p = p0, some; p < p1; p += some) {
+            some = MAX_PANELS;
+            while (some > 1 && (some > p1 - p || tile_of(n) * HALVES * some > SUMS)) some /= 2;
             for (int j = 0; j < n;)
                 j += float_tile(&values, panel + (size_t)p * bytes,
-                                next && !j ? next + (size_t)p * bytes : NULL, (int)column, 16, 0,
-                                run, weights + (size_t)j * a->row, (int)a->row, n - j, true,
-                                out + ((p - p0) * n + j) * 16, 16);
+                                next && !j ? next + (size_t)p * bytes : NULL, (int)column,
+                                16 * some, 0, run, weights + (size_t)j * a->row, (int)a->row,
+                                n - j, true, out + j * wide + (p - p0) * 16, wide);
+        }
     }
     for (int j = 0; j < n; j++) {
         float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
                     (kv_head * a->group + j % a->group) * hd;
-        for (int d = p0 * 16; d < p1 * 16 && d < hd; d++)
-            to[d] = out[((d / 16 - p0) * n + j) * 16 + d % 16];
+        int end = p1 * 16 < hd ? p1 * 16 : hd;
+        memcpy(to + p0 * 16, out + j * wide, (size_t)(end - p0 * 16) * sizeof(float));
     }
     free(out);
 }
