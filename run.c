@@ -2512,8 +2512,9 @@ INLINE void float_kernel(const int T, const int P, const int dtype, const uint8_
         UNROLL for (int i = 0; i < T * H; i++) acc[i] = load(SUM(i));
     if (dtype == F32 || dtype == HALF) {
         for (; c < end; c++) {
-            if (next && (dtype == F32 || c % 2 == 0))
-                prefetch_panels(P, panel, next, (size_t)(c * rate), bytes, 64);
+            if (next && (dtype == F32 || c % 2 == 0))  // (of HALF, `next` is no next panel)
+                prefetch_panels(P, dtype == F32 ? panel : next, next, (size_t)(c * rate), bytes,
+                                64);
             vf v[VECTORS];
             UNROLL for (int h = 0; h < H; h++)
                 v[h] = dtype == F32 ? load(panel + at_vector(h, bytes) + (c * 16 + lane) * 4)
