@@ -2597,7 +2597,7 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
 static int panels_at_once(int dtype, int n) {
     int panels = n == 1 || dtype < Q8 ? MAX_PANELS : 1;
     while (panels > 1 && tile_of(n) * HALVES * panels > SUMS) panels /= 2;
-    return dtype == ROWS || dtype == HALF ? 1 : panels;
+    return dtype == ROWS ? 1 : panels;
 }
 
 // The products of a panel of `rows` rows, or of several panels, with n inputs: rows of out that are
@@ -2750,8 +2750,8 @@ static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, con
         }
         const float *weights = scores + (t < tile->end ? t : t - tile->skip);
         for (int p = p0, some; p < p1; p += some) {
-            some = MAX_PANELS;
-            while (some > 1 && (some > p1 - p || tile_of(n) * HALVES * some > SUMS)) some /= 2;
+            some = panels_at_once(values.dtype, n);
+            while (some > p1 - p) some /= 2;
             for (int j = 0; j < n;)
                 j += float_tile(&values, panel + (size_t)p * bytes,
                                 next && !j ? next + (size_t)p * bytes : NULL, (int)column,
