@@ -92,6 +92,7 @@ static void *resize(void *old, size_t count, size_t size);  // realloc that does
 // load it is to map it into memory and to note where each matrix begins: load_model, in Details.
 
 enum {          // how the numbers of a matrix are stored; weight(), in Details, reads them all
+    Q8V = -2,   // w = scale * q, a scale for each column: only values in the KV cache
     HALF = -1,  // half precision: only in the KV cache, in no file
     ROWS,       // float32, row by row: vectors, and llama2.c's files
     F32,        // float32, but 16 rows side by side, as all that follow
@@ -295,7 +296,7 @@ typedef struct {
     int n_seqs, ctx;      // ctx: positions of the trunk
     int window;           // positions; 0: all
     int key_dtype;        // F32 for float32 checkpoints, HALF for bf16, Q8 for quantized ones
-    int value_dtype;      // F32 or HALF
+    int value_dtype;      // F32, HALF, and Q8V
     int *from;            // (n_seqs)
     size_t head_bytes;    // of a chunk's keys and values of one head
     size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
@@ -327,6 +328,8 @@ static uint8_t *cache_chunk(const Cache *kv, int seq, int pos, int layer, int he
 static Matrix cache_keys(const Cache *kv, const uint8_t *chunk);
 static Matrix cache_values(const Cache *kv, const uint8_t *chunk);
 static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, const float *v);
+static void average_int8(const Cache *kv, int layer, const Slot *slot, int kv_head,
+                         const float *weights, float *out);
 
 // Attention of one query head (arXiv:1706.03762). The query says what this token looks for, a key
 // what a token offers, a value what it passes on. Query times key is large where the two fit; by
@@ -334,8 +337,8 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
 //     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small. Local layers see a window of positions only. weights (pos + 1) are set, too. (Where the
-// keys are int8, it is `rounded`, the query as int8, that is multiplied.)
+// small. Local layers see a window of positions only. weights (pos + 1) are set, too. (Where keys
+// and values are int8, `rounded`, the query as int8, and weights as integers are multiplied.)
 static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head, const float *q,
                          const Quantized *rounded, float *weights, float *out) {
     const Config *c = &kv->m->c;
@@ -349,6 +352,10 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
         weights[t] = row_times(&keys, at, q, rounded, 0) * c->attn_scale;
     }
     softmax_without(weights, seen.start, seen.gap, seen.end, slot->pos + 1);
+    if (kv->value_dtype == Q8V) {
+        average_int8(kv, layer, slot, kv_head, weights, out);
+        return;
+    }
     for (int d = 0; d < c->head_dim; d++) out[d] = 0;
     for (int t = 0; t <= slot->pos; t++) {
         if (!sees(seen, t)) continue;
@@ -836,6 +843,7 @@ static int round_up(int n, int to) { return (n + to - 1) / to * to; }
 // panels are cut into blocks of 32 columns: first the half-precision scales of the 16 rows, [16],
 // for Q4A then minima, [16], then quants, 4 columns of a row side by side: Q8 int8 [8][16][4]; Q4
 // and Q4A [4][16][4], low halves of the bytes columns 0 to 15, high halves columns 16 to 31.
+// Q8V are int8 [cols / 4][16][4]; float scales of the columns come behind all panels.
 
 static const char *const dtype_names[N_DTYPES] = {"f32", "f32", "bf16", "q8", "q4", "q4a", "bytes"};
 static int scale_bytes(int dtype) { return dtype == Q4A ? 64 : 32; }
@@ -843,13 +851,25 @@ static int block_bytes(int dtype) { return scale_bytes(dtype) + (dtype == Q8 ? 5
 static size_t panel_bytes(int dtype, int cols) {
     size_t n = (size_t)cols;
     if (dtype == HALF) return n * 32;
+    if (dtype == Q8V) return n * 16;
     if (dtype == ROWS || dtype == F32) return n * 64;
     return dtype == BF16 ? (n + 1) / 2 * 64 : (n + 31) / 32 * (size_t)block_bytes(dtype);
 }
 static size_t matrix_bytes(int dtype, int rows, int cols) {
     if (dtype == BYTES) return (size_t)cols;
     if (dtype == ROWS) return (size_t)rows * (size_t)cols * 4;
-    return ((size_t)rows + 15) / 16 * panel_bytes(dtype, cols);
+    return ((size_t)rows + 15) / 16 * panel_bytes(dtype, cols) +
+           (dtype == Q8V ? (size_t)cols * sizeof(float) : 0);
+}
+static const float *column_scales(const Matrix *w) {
+    return floats(w->data + ((size_t)w->rows + 15) / 16 * panel_bytes(Q8V, w->cols));
+}
+static size_t column_at(int cols, int r, int c) {
+    return (((size_t)(r / 16) * (size_t)cols + (size_t)c) / 4 * 16 + (size_t)(r % 16)) * 4 +
+           (size_t)(c % 4);
+}
+static int column_quant(const Matrix *w, int r, int c) {
+    return (int8_t)w->data[column_at(w->cols, r, c)];
 }
 
 // The integer of column c (0 to 31) of a block for row r (0 to 15) of its panel.
@@ -862,6 +882,7 @@ static int quant(int dtype, const uint8_t *block, int r, int c) {
 static float weight(const Matrix *w, int r, int c) {
     size_t i = (size_t)c;
     if (w->dtype == ROWS) return vec(w)[(size_t)r * (size_t)w->cols + i];
+    if (w->dtype == Q8V) return column_scales(w)[c] * (float)column_quant(w, r, c);
     const uint8_t *panel = w->data + (size_t)(r / 16) * panel_bytes(w->dtype, w->cols);
     r %= 16;
     if (w->dtype == F32) return floats(panel)[i * 16 + (size_t)r];
@@ -912,25 +933,28 @@ static float quantized_row(const Matrix *w, int r, const Quantized *x, int token
 // Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even. A block whose
 // scale would be zero or subnormal is zero; one with an infinity or NaN has scale NaN, so that the
 // logits show it (but in the KV cache it is zero).
+static inline int32_t to_integer(float x) {  // the nearest, of |x| < 2^22
+    return (int32_t)(bits_of(x + 12582912.0f) - 0x4b400000u);
+}
+static inline float scale_of(const float *x, int n, float steps) {  // max|x| becomes `steps`
+    uint32_t max = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t a = bits_of(x[i]) & 0x7fffffff;
+        max = a > max ? a : max;
+    }
+    float d = float_of(max) / steps;
+    return max >= 0x7f800000 ? NAN : d < FLT_MIN ? 0 : d;
+}
 static void quantize(Quantized *out, int token, const float *x, int n) {
     float last[32] = {0};
     for (int b = 0; b * 32 < n; b++, x += 32) {
         if (n - b * 32 < 32) x = memcpy(last, x, (size_t)(n - b * 32) * sizeof(float));
         size_t at = block_at(out, token, b);
-        uint32_t max = 0;
-        for (int i = 0; i < 32; i++) {
-            uint32_t a = bits_of(x[i]) & 0x7fffffff;
-            max = a > max ? a : max;
-        }
-        float d = float_of(max) / 127.0f;
-        if (d < FLT_MIN) d = 0;
-        if (max >= 0x7f800000) d = NAN;
-        float inverse = d > 0 ? 1.0f / d : 0.0f;
+        float d = scale_of(x, 32, 127), inverse = d > 0 ? 1.0f / d : 0.0f;
         int8_t *q = out->q + at * 32;
         int32_t sum = 0;
         for (int i = 0; i < 32; i++) {
-            float y = d > 0 ? x[i] * inverse : 0.0f;
-            int32_t v = (int32_t)(bits_of(y + 12582912.0f) - 0x4b400000u);
+            int32_t v = to_integer(d > 0 ? x[i] * inverse : 0.0f);
             q[i] = (int8_t)v;
             sum += v;
         }
@@ -1072,8 +1096,41 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
     }
     for (int i = 0; i < hd && kv->key_dtype != Q8; i++)
         put_number(kv->key_dtype, panel, i * 16 + r, k[i]);
-    for (int i = 0; i < hd; i++)
+    for (int i = 0; i < hd && kv->value_dtype != Q8V; i++)
         put_number(kv->value_dtype, values, (i / 16 * CHUNK + at) * 16 + i % 16, v[i]);
+    if (kv->value_dtype != Q8V) return;
+    float d = scale_of(v, hd, 127), inverse = d > 0 ? 1.0f / d : 0.0f;
+    ((float *)(void *)(values + (hd + 15) / 16 * CHUNK * 16))[at] = d > 0 ? d : 0;
+    for (int i = 0; i < hd; i++)
+        values[column_at(CHUNK, i, at)] = (uint8_t)to_integer(d > 0 ? v[i] * inverse : 0.0f);
+}
+
+// The weighted average of int8 values, v = s * q. Weight times s becomes an integer w in units of a
+// 2^21st of the largest, and the sums of w q are exact in any order. SIMD units multiply bytes: so w
+// is cut into pieces of 7 bits, each with its own sums, which 2^17 positions cannot overflow.
+enum { PIECES = 3, LARGEST = (1 << 21) - 64, MOST_SUMMED = 1 << 17 };
+static float join_pieces(const int32_t *sums, int stride, float unit) {
+    return ((float)sums[0] * 16384 + (float)sums[stride] * 128 + (float)sums[2 * stride]) * unit;
+}
+static void average_int8(const Cache *kv, int layer, const Slot *slot, int kv_head,
+                         const float *weights, float *out) {
+    int n = slot->pos + 1, hd = kv->m->c.head_dim, at;
+    float *scaled = resize(NULL, (size_t)n, sizeof(float));
+    for (int t = 0; t < n; t++) {
+        Matrix values = cache_values(kv, cache_chunk(kv, slot->seq, t, layer, kv_head, &at));
+        scaled[t] = weights[t] != 0 ? weights[t] * column_scales(&values)[at] : 0;
+    }
+    float unit = scale_of(scaled, n, LARGEST), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+    int32_t *sums = zeros((size_t)(PIECES * hd), sizeof *sums);
+    for (int t = 0; t < n && unit > 0; t++) {
+        int32_t w = to_integer(scaled[t] * inverse);
+        Matrix values = cache_values(kv, cache_chunk(kv, slot->seq, t, layer, kv_head, &at));
+        for (int i = 0; i < PIECES * hd; i++)
+            sums[i] += (w >> (14 - i / hd * 7) & 127) * column_quant(&values, i % hd, at);
+    }
+    for (int d = 0; d < hd; d++) out[d] = join_pieces(sums + d, hd, unit);
+    free(scaled);
+    free(sums);
 }
 
 static Sight sight(const Cache *kv, int layer, const Slot *slot) {
@@ -1108,6 +1165,7 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
     int dtype = m->token_embedding.dtype;
     kv->value_dtype = dtype <= F32 ? F32 : HALF;
     kv->key_dtype = dtype <= BF16 ? kv->value_dtype : Q8;
+    if (dtype >= Q8 && c->seq_len <= MOST_SUMMED) kv->value_dtype = Q8V;
     size_t chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
     kv->head_bytes = matrix_bytes(kv->key_dtype, CHUNK, c->head_dim) +
                      matrix_bytes(kv->value_dtype, c->head_dim, CHUNK);
@@ -2289,6 +2347,23 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 }
 #endif
 
+// As dot, of bytes x that are not negative and bytes w that are not -128.
+#if defined AVX512 && defined __AVX512VNNI__
+INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(read_4(x)), (__m512i)w);
+}
+#elif defined __AVX2__ && !defined SHORT_SUMS
+INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
+    return (vi)_mm256_dpbusd_epi32((__m256i)acc, _mm256_set1_epi32(read_4(x)), (__m256i)w);
+}
+#elif defined SHORT_SUMS
+INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
+    return acc + add_pairs(MADDUBS(splat_i(read_4(x)), w));
+}
+#else
+#define dot_7bit dot
+#endif
+
 #ifndef SHORT_SUMS
 #define SHORT_SUMS 0
 #define dot_4bit dot
@@ -2656,6 +2731,7 @@ static int rows_at_once(int n, int rows, int dtype) {
 // of a tile that share a key/value head pass over its keys and values together.
 
 enum { MAX_QUERIES = 32, FEW = 8, AHEAD = 64 };  // few wait for memory: so far they prefetch
+enum { MOST_Q = W == 16 ? 4 : 2 };  // queries whose sums of int8 values fit into the registers
 // Slots, and the positions that any of them sees: [start, last] without [gap, end). A row of scores
 // has `skip` positions of the gap less, a multiple of 16.
 typedef struct { int slot, n, start, gap, end, skip, last; } AttendTile;
@@ -2666,6 +2742,27 @@ typedef struct {
     int phase, parts;          // into how many parts the phase cuts a tile
     size_t row, area;          // floats of a query's scores; of a tile's
 } Attend;
+
+// At most n blocks of 16 positions from block b of a row of scores on that lie together in memory.
+// Of the block where a branch leaves the trunk, the positions from `split` on lie at `other`.
+typedef struct { int n, at, split, other_at; const uint8_t *chunk, *other; } Stretch;
+static Stretch stretch_of(const Attend *a, const AttendTile *tile, int kv_head, int b, int n) {
+    const Cache *kv = a->f->kv;
+    int pos = b * 16 < tile->gap ? b * 16 : b * 16 + tile->skip;
+    int seq = a->f->batch[tile->slot].seq, left = kv->from[seq] - pos;
+    Stretch s = {0};
+    s.chunk = cache_chunk(kv, seq, pos, a->f->layer, kv_head, &s.at);
+    int most = CHUNK - s.at;
+    if (left > 0 && left < 16 && pos + left <= tile->last) {
+        s.split = left;
+        s.other = cache_chunk(kv, seq, pos + left, a->f->layer, kv_head, &s.other_at);
+        s.other_at &= ~15;
+    }
+    if (left > 0 && most > left) most = left < 16 ? 16 : left & ~15;
+    if (pos < tile->gap && most > tile->gap - pos) most = round_up(tile->gap - pos, 16);
+    s.n = n < most / 16 ? n : most / 16;
+    return s;
+}
 
 // Scores of the blocks of 16 positions from b0 to b1.
 static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, float *scores,
@@ -2683,33 +2780,155 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         else memcpy(queries + i * hd, q, (size_t)hd * sizeof(float));
     }
     for (int b = b0; b < b1; b++) {
-        // A block where a branch leaves the trunk lies in both: the trunk's part comes first.
-        int from = f->kv->from[seq], pos = b * 16 < tile->gap ? b * 16 : b * 16 + tile->skip;
-        int sides = from > pos && from < pos + 16 && tile->last >= from ? 2 : 1;
+        Stretch at_b = stretch_of(a, tile, kv_head, b, 1);
+        int ahead = (b * 16 < tile->gap ? b * 16 : b * 16 + tile->skip) + AHEAD;
         const uint8_t *next = NULL;
-        if (n <= FEW && pos + AHEAD <= tile->last)
-            next = cache_chunk(f->kv, seq, pos + AHEAD, f->layer, kv_head, &at),
+        if (n <= FEW && ahead <= tile->last)
+            next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at),
             next += (size_t)(at / 16) * bytes;
-        for (int side = 0; side < sides; side++) {
-            const uint8_t *chunk =
-                cache_chunk(f->kv, seq, side ? from : pos, f->layer, kv_head, &at);
-            Matrix keys = cache_keys(f->kv, chunk);
-            panel_products(&keys, keys.data + (size_t)(at / 16) * bytes, next, 16, queries, hd,
-                           &rounded, n, out, 16);
+        for (int side = 0; side < 1 + (at_b.split > 0); side++) {
+            Matrix keys = cache_keys(f->kv, side ? at_b.other : at_b.chunk);
+            at = (side ? at_b.other_at : at_b.at) / 16;
+            panel_products(&keys, keys.data + (size_t)at * bytes, next, 16, queries, hd, &rounded,
+                           n, out, 16);
             float *to = scores + (size_t)b * 16, *sums = out, scale = c->attn_scale;
             for (int i = 0; i < n; i++, to += a->row, sums += 16)
                 if (!side)
                     for (int l = 0; l < 16; l += W) store(to + l, load(sums + l) * scale);
                 else
-                    for (int l = from - pos; l < 16; l++) to[l] = sums[l] * scale;
+                    for (int l = at_b.split; l < 16; l++) to[l] = sums[l] * scale;
         }
     }
     free(rounded.q);
     free(queries);
 }
 
+// A row of weights becomes integers, as average_int8 says, where it lies: in the place of 16 floats
+// there are 16 bytes of each piece. Behind the first of these is the unit.
+static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, float *row) {
+    typedef uint8_t vb __attribute__((vector_size(W)));
+    int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
+    vi max = {0};
+    for (int b = b0, some; b < b1; b += some) {
+        Stretch s = stretch_of(a, tile, kv_head, b, b1 - b);
+        some = s.n;
+        Matrix values = cache_values(a->f->kv, s.chunk);
+        const float *scales = column_scales(&values) + s.at;
+        float both[16];
+        if (s.split) {
+            values = cache_values(a->f->kv, s.other);
+            memcpy(both, column_scales(&values) + s.other_at, sizeof both);
+            scales = memcpy(both, scales, (size_t)s.split * sizeof(float));
+        }
+        for (int i = 0; i < some * 16; i += W) {
+            vf x = load(row + b * 16 + i);
+            vi scaled = (vi)(x * load(scales + i)) & (vi)(x != 0), larger = scaled > max;
+            store(row + b * 16 + i, (vf)scaled);
+            max = (scaled & larger) | (max & ~larger);
+        }
+    }
+    float largest_of[W], unit, inverse;
+    store(largest_of, (vf)max);
+    unit = scale_of(largest_of, W, LARGEST), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+    for (int b = b0; b < b1; b++) {
+        uint8_t *to = (uint8_t *)(row + b * 16);
+        vi w[HALVES];
+        for (int i = 0; i < HALVES; i++)
+            w[i] = (vi)(load(row + b * 16 + i * W) * inverse + 12582912.0f) - 0x4b400000;
+        for (int p = 0; p < PIECES; p++)
+            for (int i = 0; i < HALVES; i++) {
+                vb piece = __builtin_convertvector(w[i] >> (14 - 7 * p) & 127, vb);
+                memcpy(to + p * 16 + i * W, &piece, W);
+            }
+    }
+    row[b0 * 16 + 12] = unit;
+}
+
+// V vectors of channels of 16 * blocks int8 values, times the pieces of the weights of Q queries, are
+// added to sums (Q, PIECES, wide).
+INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const uint8_t *next,
+                        const uint8_t *x, size_t stride, int blocks, int32_t *sums, int wide) {
+    const size_t bytes = panel_bytes(Q8V, CHUNK);
+    vi acc[2 * MOST_Q * PIECES];
+#define SUM(i) (sums + (i) / V * wide + (i) % V * W)
+    UNROLL for (int i = 0; i < Q * PIECES * V; i++) acc[i] = (vi)load(SUM(i));
+    for (int g = 0; g < 4 * blocks; g++) {  // 4 positions
+        vu v[2];
+        if (next) prefetch_panels(V > HALVES ? 2 : 1, next, next, (size_t)g * 64, bytes, 64);
+        UNROLL for (int h = 0; h < V; h++) v[h] = load_u(values + at_vector(h, bytes) + g * 64);
+        const int8_t *w = (const int8_t *)x + g / 4 * 64 + g % 4 * 4;
+        UNROLL for (int i = 0; i < Q * PIECES * V; i++)
+            // cppcheck-suppress uninitvar  // V is at least 1
+            acc[i] = dot_7bit(acc[i], v[i % V],
+                              w + (size_t)(i / V / PIECES) * stride + i / V % PIECES * 16);
+    }
+    UNROLL for (int i = 0; i < Q * PIECES * V; i++) store(SUM(i), (vf)acc[i]);
+#undef SUM
+}
+static void int8_average(const uint8_t *values, const uint8_t *next, const uint8_t *x,
+                         size_t stride, int n, int blocks, int32_t *sums, int wide) {
+#define CASE(Q, V)                                                                                 \
+    case Q * 2 + V:                                                                                \
+        int8_kernel(Q, V, values + at, next && !j && i % 16 == 0 ? next + at : NULL,               \
+                    x + (size_t)j * stride, stride, blocks, sums + j * PIECES * wide + i, wide);   \
+        break;
+    for (int i = 0, v; i < wide; i += v * W) {
+        size_t at = (size_t)(i / 16) * panel_bytes(Q8V, CHUNK) + (size_t)(i % 16) * 4;
+        v = wide - i < 2 * W ? 1 : 2;
+        for (int j = 0; j < n; j += MOST_Q)
+            switch ((n - j < MOST_Q ? n - j : MOST_Q) * 2 + v) {
+                CASE(1, 1) CASE(1, 2) CASE(2, 1) CASE(2, 2)
+                CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2)
+            }
+    }
+#undef CASE
+}
+
+// As attend_mix, of int8 values.
+static void attend_mix_int8(const Attend *a, const AttendTile *tile, int kv_head,
+                            const float *scores, int p0, int p1) {
+    const Pass *f = a->f;
+    const Config *c = &f->m->c;
+    int hd = c->head_dim, n = tile->n * a->group, wide = (p1 - p0) * 16;
+    int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
+    size_t first = (size_t)p0 * panel_bytes(Q8V, CHUNK), stride = a->row * sizeof(float);
+    int32_t *sums = zeros((size_t)(n * PIECES * wide), sizeof *sums);
+    Stretch s = stretch_of(a, tile, kv_head, b0, b1 - b0 < 8 ? b1 - b0 : 8), later = {0};
+    for (int b = b0; b < b1; b += s.n, s = later) {
+        const uint8_t *x = (const uint8_t *)(scores + b * 16), *next = NULL;
+        int left = b1 - b - s.n;
+        if (left > 0) later = stretch_of(a, tile, kv_head, b + s.n, left < 8 ? left : 8);
+        if (n <= FEW && left > 0)
+            next = cache_values(f->kv, later.chunk).data + first + later.at * 16;
+        const uint8_t *values = cache_values(f->kv, s.chunk).data + first + s.at * 16;
+        if (!s.split) {
+            int8_average(values, next, x, stride, n, s.n, sums, wide);
+            continue;
+        }
+        for (int side = 0; side < 2; side++)
+            for (int j = 0; j < n; j++) {
+                uint8_t some[64];
+                memcpy(some, x + (size_t)j * stride, 64);
+                for (int i = 0; i < PIECES * 16; i++)
+                    if ((i % 16 >= s.split) != side) some[i] = 0;
+                int8_average(values, NULL, some, 0, 1, 1, sums + j * PIECES * wide, wide);
+                if (!side && j == n - 1)
+                    values = cache_values(f->kv, s.other).data + first + s.other_at * 16;
+            }
+    }
+    for (int j = 0; j < n; j++) {
+        float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
+                    (kv_head * a->group + j % a->group) * hd;
+        float unit = scores[(size_t)j * a->row + (size_t)b0 * 16 + 12];
+        for (int d = p0 * 16; d < p1 * 16 && d < hd; d++)
+            to[d] = join_pieces(sums + j * PIECES * wide + d - p0 * 16, wide, unit);
+    }
+    free(sums);
+}
+
 // Scores of one query become weights; positions that it does not see get weight 0.
-static void attend_softmax(const Attend *a, const AttendTile *tile, float *scores, int query) {
+static void attend_softmax(const Attend *a, const AttendTile *tile, int kv_head, float *scores,
+                           int query) {
     float *row = scores + (size_t)query * a->row;
     const Slot *slot = &a->f->batch[tile->slot + query / a->group];
     Sight seen = sight(a->f->kv, a->f->layer, slot);
@@ -2721,9 +2940,10 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, float *score
         softmax_without(row, seen.start, n, end, end);
     } else {
         softmax_without(row, seen.start, seen.gap, seen.end, n);
-        for (int t = n; t <= tile->last - tile->skip; t++) row[t] = 0;
+        for (int t = n; t < end; t++) row[t] = 0;
     }
-    for (int t = tile->start; t < seen.start; t++) row[t] = 0;
+    for (int t = tile->start & ~15; t < seen.start; t++) row[t] = 0;
+    if (a->f->kv->value_dtype == Q8V) attend_round(a, tile, kv_head, row);
 }
 
 // The weighted average of the values, for the panels of 16 channels from p0 to p1.
@@ -2782,9 +3002,11 @@ static void attend_part(void *context, int item, int thread) {
     if (a->phase == 3) p0 = part, p1 = part + 1;
     if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, pair % n_kv, scores, b0, b1);
     if (a->phase == 0)
-        for (int j = 0; j < n; j++) attend_softmax(a, tile, scores, j);
-    if (a->phase == 2 && part < n) attend_softmax(a, tile, scores, part);
-    if (a->phase == 0 || a->phase == 3) attend_mix(a, tile, pair % n_kv, scores, p0, p1);
+        for (int j = 0; j < n; j++) attend_softmax(a, tile, pair % n_kv, scores, j);
+    if (a->phase == 2 && part < n) attend_softmax(a, tile, pair % n_kv, scores, part);
+    if (a->phase == 0 || a->phase == 3)
+        (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, tile, pair % n_kv,
+                                                                         scores, p0, p1);
 }
 
 static void attention_fast(const Pass *f) {
@@ -4968,7 +5190,7 @@ enum {
     GROUP = 256,                        // tokens whose frequencies are summed together
     PLACES = 64,                        // places in a line: not known, bytes 0 and 1, 2 and 3 ...
     MOST_LOCAL = 1 << 20,               // biases that hold in one place
-    MAGIC = 0x357a6d6c,                 // "lmz5"
+    MAGIC = 0x367a6d6c,                 // "lmz6"
 };
 
 typedef struct {
