@@ -930,13 +930,13 @@ static float quantized_row(const Matrix *w, int r, const Quantized *x, int token
     return sum;
 }
 
-// Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even. A block whose
-// scale would be zero or subnormal is zero; one with an infinity or NaN has scale NaN, so that the
-// logits show it (but in the KV cache it is zero).
-static inline int32_t to_integer(float x) {  // the nearest, of |x| < 2^22
+// The integer nearest to x, |x| < 2^22; halves to even.
+static inline int32_t to_integer(float x) {
     return (int32_t)(bits_of(x + 12582912.0f) - 0x4b400000u);
 }
-static inline float scale_of(const float *x, int n, float steps) {  // max|x| becomes `steps`
+// The scale with which the largest |x| becomes `steps`. Instead of a subnormal one it is 0; of an
+// infinity or NaN it is NaN, so that the logits show it (but in the KV cache it is zero).
+static inline float scale_of(const float *x, int n, float steps) {
     uint32_t max = 0;
     for (int i = 0; i < n; i++) {
         uint32_t a = bits_of(x[i]) & 0x7fffffff;
@@ -945,6 +945,7 @@ static inline float scale_of(const float *x, int n, float steps) {  // max|x| be
     float d = float_of(max) / steps;
     return max >= 0x7f800000 ? NAN : d < FLT_MIN ? 0 : d;
 }
+// Rounds x (n) to int8 by blocks of 32: d = max|x| / 127, q = x / d to nearest even.
 static void quantize(Quantized *out, int token, const float *x, int n) {
     float last[32] = {0};
     for (int b = 0; b * 32 < n; b++, x += 32) {
@@ -1974,11 +1975,10 @@ static struct {
     _Atomic(void *) context;
     _Atomic uint64_t ranges[MAX_THREADS];
     _Atomic int n_threads;
-    double alone_until, penalty;  // until when the first thread works alone; for how long next time
+    double alone_until, penalty;  // until when the first thread works alone; for how long
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-} pool = {.n_threads = 1, .penalty = 4e-3, .mutex = PTHREAD_MUTEX_INITIALIZER,
-          .wake = PTHREAD_COND_INITIALIZER};
+} pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 #define RELAXED(load_or_store, ...)                                                                \
     atomic_##load_or_store##_explicit(__VA_ARGS__, memory_order_relaxed)
 
@@ -2045,7 +2045,7 @@ static void *worker(void *argument) {
 }
 
 // When a thread that has items is not running, as another program has its core, the first one must
-// wait. It then works alone for a few milliseconds, and longer if that happens again.
+// wait. It then works alone for a few milliseconds, and longer if that happens again soon after.
 static void parallel(Task *task, void *context, int n_items) {
     double began = n_items > 1 && pool.n_threads > 1 ? seconds() : 0;
     if (began <= pool.alone_until) {
@@ -2076,9 +2076,10 @@ static void parallel(Task *task, void *context, int n_items) {
     }
     double end = waiting > 0 ? seconds() : began;
     if (waiting > 0 && end - waiting > 5e-4 && end - waiting > 0.5 * (end - began)) {
+        bool again = began < pool.alone_until + 2 * pool.penalty;
+        pool.penalty = !again ? 4e-3 : pool.penalty < 0.1 ? pool.penalty * 2 : 0.1;
         pool.alone_until = end + pool.penalty;
-        pool.penalty = pool.penalty < 0.1 ? pool.penalty * 2 : 0.1;
-    } else if (end > pool.alone_until + 10 * pool.penalty) pool.penalty = 4e-3;
+    }
 }
 
 // Where there is a thread for every core, each stays on its own: a scheduler may else wake one on a
