@@ -296,7 +296,7 @@ typedef struct {
     int n_seqs, ctx;      // ctx: positions of the trunk
     int window;           // positions; 0: all
     int key_dtype;        // F32 for float32 checkpoints, HALF for bf16, Q8 for quantized ones
-    int value_dtype;      // F32, HALF, and Q8V
+    int value_dtype;      // F32, HALF, and Q8V (or HALF, for more than 2^17 positions)
     int *from;            // (n_seqs)
     size_t head_bytes;    // of a chunk's keys and values of one head
     size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
@@ -1107,8 +1107,8 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
 }
 
 // The weighted average of int8 values, v = s * q. Weight times s becomes an integer w in units of a
-// 2^21st of the largest, and the sums of w q are exact in any order. SIMD units multiply bytes: so w
-// is cut into pieces of 7 bits, each with its own sums, which 2^17 positions cannot overflow.
+// 2^21st of the largest, and the sums of w q are exact in any order. SIMD units multiply bytes, so
+// w is cut into pieces of 7 bits, each with its own sums, which 2^17 positions cannot overflow.
 enum { PIECES = 3, LARGEST = (1 << 21) - 64, MOST_SUMMED = 1 << 17 };
 static float join_pieces(const int32_t *sums, int stride, float unit) {
     return ((float)sums[0] * 16384 + (float)sums[stride] * 128 + (float)sums[2 * stride]) * unit;
@@ -2845,8 +2845,8 @@ static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, f
     row[b0 * 16 + 12] = unit;
 }
 
-// V vectors of channels of 16 * blocks int8 values, times the pieces of the weights of Q queries, are
-// added to sums (Q, PIECES, wide).
+// V vectors of channels of 16 * blocks int8 values, times the pieces of the weights of Q queries,
+// are added to sums (Q, PIECES, wide).
 INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const uint8_t *next,
                         const uint8_t *x, size_t stride, int blocks, int32_t *sums, int wide) {
     const size_t bytes = panel_bytes(Q8V, CHUNK);
