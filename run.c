@@ -5639,10 +5639,12 @@ static bool join_block(const Tokenizer *t, const Block *b, char *text) {
 // what is wrong with the file, or NULL.
 static const char *expand(Codec *z, Input *in, Output *out) {
     uint64_t mine[3], header[3] = {0}, hash = 0, check, its_check;
-    if (read_input(in, header, sizeof header) < sizeof header || (uint32_t)header[0] != MAGIC)
+    bool whole = read_input(in, header, sizeof header) == sizeof header;
+    if ((uint32_t)header[0] != MAGIC)
         return (uint32_t)header[0] << 8 == (uint32_t)MAGIC << 8
                    ? "was compressed by another version of this program"
                    : "is not a file that -m compress wrote";
+    if (!whole) return "is truncated or damaged";
     if (header[0] >> 32 < SHORTEST_CONTEXT || header[0] >> 32 > (uint64_t)z->m->c.seq_len)
         return "is damaged, or was compressed with another model";
     set_context(z, (int)(header[0] >> 32));
