@@ -2906,15 +2906,15 @@ static void attend_mix_int8(const Attend *a, const AttendTile *tile, int kv_head
             int8_average(values, next, x, stride, n, s.n, sums, wide);
             continue;
         }
-        for (int side = 0; side < 2; side++)
-            for (int j = 0; j < n; j++) {
+        const uint8_t *other = cache_values(f->kv, s.other).data + first + s.other_at * 16;
+        for (int j = 0; j < n; j++)
+            for (int side = 0; side < 2; side++) {
                 uint8_t some[64];
                 memcpy(some, x + (size_t)j * stride, 64);
                 for (int i = 0; i < PIECES * 16; i++)
                     if ((i % 16 >= s.split) != side) some[i] = 0;
-                int8_average(values, NULL, some, 0, 1, 1, sums + j * PIECES * wide, wide);
-                if (!side && j == n - 1)
-                    values = cache_values(f->kv, s.other).data + first + s.other_at * 16;
+                int8_average(side ? other : values, NULL, some, 0, 1, 1, sums + j * PIECES * wide,
+                             wide);
             }
     }
     for (int j = 0; j < n; j++) {
@@ -3005,9 +3005,9 @@ static void attend_part(void *context, int item, int thread) {
     if (a->phase == 0)
         for (int j = 0; j < n; j++) attend_softmax(a, tile, pair % n_kv, scores, j);
     if (a->phase == 2 && part < n) attend_softmax(a, tile, pair % n_kv, scores, part);
-    if (a->phase == 0 || a->phase == 3)
-        (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, tile, pair % n_kv,
-                                                                         scores, p0, p1);
+    if (a->phase == 1 || a->phase == 2) return;
+    (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, tile, pair % n_kv, scores,
+                                                                  p0, p1);
 }
 
 static void attention_fast(const Pass *f) {

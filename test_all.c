@@ -897,6 +897,7 @@ typedef struct {
     int dtype;  // of the embedding, and so of keys and values
     int branch_at, seen, length;
     int layer;  // of two; the first sees a third of `seen`
+    int seq_len;  // of a model for which int8 values are not made, or 0
 } AttentionCase;
 static const char *describe(const AttentionCase *a) {
     static char text[160];
@@ -931,7 +932,7 @@ static void test_attention_case(const AttentionCase *a) {
     enum { CONTEXT = 640, MOST = 1200 };
     Model m = {.c = {.n_heads = a->group * a->kv_heads, .n_kv_heads = a->kv_heads,
                      .head_dim = a->head_dim, .n_layers = 2, .sliding_window = a->window,
-                     .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1,
+                     .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1, .seq_len = a->seq_len,
                      .local_layers = {3}},
                .token_embedding = {.dtype = a->dtype}};
     int layer = a->layer, sees = layer ? a->seen : (a->seen + 2) / 3;
@@ -1046,16 +1047,18 @@ static void test_attention(void) {
     for (int i = 0; i < 9; i++)
         for (int j = 0; j < 3; j++) {
             AttentionCase a = {sizes[i], groups[(i + j) % 9], 1 + i % 2, windows[(i + 4 * j) % 9],
-                               (int[]){BF16, F32, Q8}[j], places[i], 0, 60, j % 2};
+                               (int[]){BF16, F32, Q8}[j], places[i], 0, 60, j % 2, 0};
             test_attention_case(&a);
             a.seen = seen[(i + 4 * j) % 5];
             a.length = i % 2 ? 900 : a.seen + 60;  // the ring is used again, or the gap is new
             test_attention_case(&a);
             a.layer ^= 1;
             test_attention_case(&a);
+            a.seq_len = MOST_SUMMED + 1;
+            if (a.dtype == Q8) test_attention_case(&a);
         }
     for (int many = MAX_BATCH; many < MAX_BATCH + 2; many++)
-        test_attention_case(&(AttentionCase){2, many, 1, 0, Q8, 17, 0, 60, 0});
+        test_attention_case(&(AttentionCase){2, many, 1, 0, Q8, 17, 0, 60, 0, 0});
 }
 
 // =================================================================================================
