@@ -2760,7 +2760,6 @@ static Stretch stretch_of(const Attend *a, const AttendTile *tile, int kv_head, 
         s.other_at &= ~15;
     }
     if (left > 0 && most > left) most = left < 16 ? 16 : left & ~15;
-    if (pos < tile->gap && most > tile->gap - pos) most = round_up(tile->gap - pos, 16);
     s.n = n < most / 16 ? n : most / 16;
     return s;
 }

@@ -924,7 +924,8 @@ static float stored(int dtype, int seq, int from, int pos, int head, int d, int 
     random_state = place * 77;
     double x = spread();
     random_state = keep;
-    float scale = (pos * 3 + head + (what ? 0 : d / 32)) % 4 ? 1.0f / 64 : 1.0f / 32;
+    int which = pos * 3 + head + (what ? 0 : d / 32) + (pos >= from ? seq : 0);
+    float scale = which % 4 ? 1.0f / 64 : 1.0f / 32;
     return representable(dtype, x, d, scale);
 }
 
@@ -959,7 +960,7 @@ static void test_attention_case(const AttentionCase *a) {
     // where there is more than can be seen.
     int late = a->seen ? a->length - 60 : 0, one = kv.from[1] + late, two = kv.from[2] + late;
     int starts[][3] = {{0, 0, 9}, {0, 14, 4}, {0, 250, 13}, {0, 509, 5}, {0, 623, 1},
-                       {1, one, 20}, {1, one + 41, 3}, {2, two, 1}, {2, two + 16, 2}};
+                       {1, one, 20}, {1, one + 57, 3}, {2, two, 1}, {2, two + 16, 2}};
     Slot batch[MAX_BATCH];
     int n = 0, hd = a->head_dim, q_dim = c->n_heads * hd;
     for (int i = 0; i < 9; i++)
