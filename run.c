@@ -1107,8 +1107,9 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
 }
 
 // The weighted average of int8 values, v = s * q. Weight times s becomes an integer w in units of a
-// 2^21st of the largest, and the sums of w q are exact in any order. SIMD units multiply bytes, so
-// w is cut into pieces of 7 bits, each with its own sums, which 2^17 positions cannot overflow.
+// 2^21st of the largest (less a little, lest rounding reach 2^21), and the sums of w q are exact in
+// any order. SIMD units multiply bytes, so w is cut into pieces of 7 bits, each with its own sums,
+// which 2^17 positions cannot overflow: 2^17 * 127 * 127 < 2^31.
 enum { PIECES = 3, LARGEST = (1 << 21) - 64, MOST_SUMMED = 1 << 17 };
 static float join_pieces(const int32_t *sums, int stride, float unit) {
     return ((float)sums[0] * 16384 + (float)sums[stride] * 128 + (float)sums[2 * stride]) * unit;
@@ -2050,6 +2051,8 @@ static void parallel(Task *task, void *context, int n_items) {
     double began = n_items > 1 && pool.n_threads > 1 ? seconds() : 0;
     if (began <= pool.alone_until) {
         for (int i = 0; i < n_items; i++) task(context, i, 0);
+        double end = began > 0 ? seconds() : 0;  // the last such job may end much later
+        if (end > pool.alone_until) pool.alone_until = end;
         return;
     }
     uint32_t job = RELAXED(load, &pool.job) + 1;
@@ -2348,7 +2351,7 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 }
 #endif
 
-// As dot, of bytes x that are not negative and bytes w that are not -128.
+// As dot, of bytes x that are not negative: so it needs neither a bias nor signs.
 #if defined AVX512 && defined __AVX512VNNI__
 INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(read_4(x)), (__m512i)w);
@@ -2375,7 +2378,7 @@ INLINE vi add_pairs(vi sums) { return sums; }
 // inlined. They read the weights as they lie in memory: `blocks`, and a single token those of P
 // panels side by side. For many tokens, unpack_panel first makes plain bytes and float scales of
 // weights of 4 bits: u, else NULL. What `next` points to, the next panel or what comes a little
-// later, is fetched from memory meanwhile.
+// later, is fetched from memory meanwhile, `rate` bytes of each block.
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
@@ -2383,8 +2386,9 @@ typedef struct {
 } Unpacked;                             // up to 64 blocks of a panel
 
 INLINE void quant_kernel(const int T, const int P, const int dtype, const bool packed,
-                         const uint8_t *blocks, const uint8_t *next, const Unpacked *u, int lane,
-                         const Quantized *xq, int t0, int b0, int n_blocks, float *out) {
+                         const uint8_t *blocks, const uint8_t *next, int rate, const Unpacked *u,
+                         int lane, const Quantized *xq, int t0, int b0, int n_blocks,
+                         float *out) {
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
@@ -2396,10 +2400,10 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
-        // cppcheck-suppress [nullPointer, nullPointerArithmeticRedundantCheck]
+        // cppcheck-suppress [nullPointer, nullPointerArithmetic, nullPointerArithmeticRedundantCheck]
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
-        if (next) prefetch_panels(P, blocks, next, (size_t)(b * size), bytes, (size_t)size);
+        if (next) prefetch_panels(P, blocks, next, (size_t)(b * size), bytes, (size_t)rate);
         vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
@@ -2453,6 +2457,7 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
             store(to + i, (vf)(w & 0x0f0f0f0f)), store(to + i + 256, (vf)(w >> 4 & 0x0f0f0f0f));
         }
         for (int i = 0; i < 16; i += W) {
+            // cppcheck-suppress uninitvar  // it is written here
             store(u->scales[b] + i, load_half(halves + i));
             if (dtype == Q4A) store(u->minima[b] + i, load_half(halves + 16 + i));
         }
@@ -2485,7 +2490,9 @@ static int tile_of(int left) { return left < TILE ? left : TILE; }
 
 static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int lane,
                        const Quantized *xq, int t, int left, int b0, int n_blocks, float *out) {
-#define KERNEL(type) quant_kernel(T, P, type, false, NULL, next, u, lane, xq, t, b0, n_blocks, out)
+#define KERNEL(type)                                                                               \
+    quant_kernel(T, P, type, false, NULL, next, block_bytes(type), u, lane, xq, t, b0, n_blocks,   \
+                 out)
     if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
     else FOR_TILE(left, KERNEL(Q4A))
 #undef KERNEL
@@ -2493,9 +2500,11 @@ static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int la
 
 static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                         const Quantized *xq, int n, float *out) {
-    int blocks = (w->cols + 31) / 32, t = 0;
+    const uint8_t *from = next;
+    int blocks = (w->cols + 31) / 32, t = 0, most = TILE / HALVES, size = block_bytes(w->dtype);
+    int rate = size;
 #define KERNEL(type)                                                                               \
-    quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, NULL, 0, xq, t, 0,        \
+    quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, rate, NULL, 0, xq, t, 0,  \
                  blocks, out + t * 16)
     if (MAX_PANELS > 1 && rows > 16) {
         if (w->dtype == Q8) FOR_PANELS_OF_1(rows, KERNEL(Q8))
@@ -2504,8 +2513,11 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
         return;
     }
     if (w->dtype == Q8 || n * HALVES * HALVES <= 4 * TILE) {
-        for (int some; t < n; t += some, next = NULL) {
-            some = n - t < TILE / HALVES ? n - t : TILE / HALVES;
+        int tiles = (n + most - 1) / most;  // each fetches a part of the next panel's blocks
+        rate = size / tiles < 64 ? 64 : round_up(size / tiles, 16);
+        for (int some, part = 0; t < n; t += some, part += rate) {
+            some = n - t < most ? n - t : most;
+            next = from && part < size ? from + part : NULL;
             if (w->dtype == Q8) FOR_TILE(some, KERNEL(Q8))
             else if (w->dtype == Q4) FOR_TILE(some, KERNEL(Q4))
             else FOR_TILE(some, KERNEL(Q4A))
@@ -2516,7 +2528,7 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
     for (int b = 0; b < blocks; b += 64) {
         Unpacked u;
         int some = blocks - b < 64 ? blocks - b : 64;
-        size_t at = (size_t)b * (size_t)block_bytes(w->dtype);
+        size_t at = (size_t)(b * size);
         const uint8_t *soon = next ? next + at : NULL;
         unpack_panel(&u, w->dtype, panel + at, some);
         for (int lane = 0; lane < 16; lane += W)
@@ -2713,6 +2725,7 @@ static void rows_fast(const Matrix *w, int first, int rows, const float *x, int 
         size_t ahead = n == 1 || (some > 16 && n <= TILE) ? WEIGHTS_AHEAD : bytes;
         bool direct = in_place && some >= 16;
         int wide = direct ? stride : some < 16 ? 16 : some;
+        // cppcheck-suppress legacyUninitvar
         float *to = y + r, *from = direct ? to : out;
         panel_products(w, p, p + ahead, some, x, x_stride, xq, n, from, wide);
         for (int t = 0; t < n && !direct; t++, to += stride, from += wide)
@@ -2741,11 +2754,13 @@ typedef struct {
     const AttendTile *tiles;
     int n_tiles, group;        // query heads of a key/value head
     int phase, parts;          // into how many parts the phase cuts a tile
+    bool crossed;              // values are fetched with the scores, keys with the values before
     size_t row, area;          // floats of a query's scores; of a tile's
 } Attend;
 
 // At most n blocks of 16 positions from block b of a row of scores on that lie together in memory.
-// Of the block where a branch leaves the trunk, the positions from `split` on lie at `other`.
+// Of the block where a branch leaves the trunk, the positions from `split` on lie at `other`. (A
+// gap begins where the branch does, so none lies within.)
 typedef struct { int n, at, split, other_at; const uint8_t *chunk, *other; } Stretch;
 static Stretch stretch_of(const Attend *a, const AttendTile *tile, int kv_head, int b, int n) {
     const Cache *kv = a->f->kv;
@@ -2783,9 +2798,14 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         Stretch at_b = stretch_of(a, tile, kv_head, b, 1);
         int ahead = (b * 16 < tile->gap ? b * 16 : b * 16 + tile->skip) + AHEAD;
         const uint8_t *next = NULL;
-        if (n <= FEW && ahead <= tile->last)
-            next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at),
+        if (n <= FEW && a->crossed) {
+            const uint8_t *values = cache_values(f->kv, at_b.chunk).data + at_b.at * 16;
+            for (int p = 0; p < (hd + 15) / 16; p++)
+                prefetch(values + (size_t)p * panel_bytes(Q8V, CHUNK), 16 * 16);
+        } else if (n <= FEW && ahead <= tile->last) {
+            next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at);
             next += (size_t)(at / 16) * bytes;
+        }
         for (int side = 0; side < 1 + (at_b.split > 0); side++) {
             Matrix keys = cache_keys(f->kv, side ? at_b.other : at_b.chunk);
             at = (side ? at_b.other_at : at_b.at) / 16;
@@ -2822,9 +2842,10 @@ static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, f
         }
         for (int i = 0; i < some * 16; i += W) {
             vf x = load(row + b * 16 + i);
-            vi scaled = (vi)(x * load(scales + i)) & (vi)(x != 0), larger = scaled > max;
+            vi scaled = (vi)(x * load(scales + i)) & (vi)(x != 0), size = scaled & 0x7fffffff;
+            vi larger = size > max;  // as integers; a NaN is the largest
             store(row + b * 16 + i, (vf)scaled);
-            max = (scaled & larger) | (max & ~larger);
+            max = (size & larger) | (max & ~larger);
         }
     }
     float largest_of[W], unit, inverse;
@@ -2845,16 +2866,17 @@ static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, f
 }
 
 // V vectors of channels of 16 * blocks int8 values, times the pieces of the weights of Q queries,
-// are added to sums (Q, PIECES, wide).
+// are added to sums (Q, PIECES, wide). For each panel as much is fetched, `apart` bytes apart.
 INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const uint8_t *next,
-                        const uint8_t *x, size_t stride, int blocks, int32_t *sums, int wide) {
+                        size_t apart, const uint8_t *x, size_t stride, int blocks, int32_t *sums,
+                        int wide) {
     const size_t bytes = panel_bytes(Q8V, CHUNK);
     vi acc[2 * MOST_Q * PIECES];
 #define SUM(i) (sums + (i) / V * wide + (i) % V * W)
     UNROLL for (int i = 0; i < Q * PIECES * V; i++) acc[i] = (vi)load(SUM(i));
     for (int g = 0; g < 4 * blocks; g++) {  // 4 positions
         vu v[2];
-        if (next) prefetch_panels(V > HALVES ? 2 : 1, next, next, (size_t)g * 64, bytes, 64);
+        if (next) prefetch_panels(V > HALVES ? 2 : 1, next, next, (size_t)g * 64, apart, 64);
         UNROLL for (int h = 0; h < V; h++) v[h] = load_u(values + at_vector(h, bytes) + g * 64);
         const int8_t *w = (const int8_t *)x + g / 4 * 64 + g % 4 * 4;
         UNROLL for (int i = 0; i < Q * PIECES * V; i++)
@@ -2865,11 +2887,13 @@ INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const u
     UNROLL for (int i = 0; i < Q * PIECES * V; i++) store(SUM(i), (vf)acc[i]);
 #undef SUM
 }
-static void int8_average(const uint8_t *values, const uint8_t *next, const uint8_t *x,
-                         size_t stride, int n, int blocks, int32_t *sums, int wide) {
+static void int8_average(const uint8_t *values, const uint8_t *next, size_t apart,
+                         const uint8_t *x, size_t stride, int n, int blocks, int32_t *sums,
+                         int wide) {
 #define CASE(Q, V)                                                                                 \
     case Q * 2 + V:                                                                                \
-        int8_kernel(Q, V, values + at, next && !j && i % 16 == 0 ? next + at : NULL,               \
+        int8_kernel(Q, V, values + at,                                                             \
+                    next && !j && i % 16 == 0 ? next + (size_t)(i / 16) * apart : NULL, apart,     \
                     x + (size_t)j * stride, stride, blocks, sums + j * PIECES * wide + i, wide);   \
         break;
     for (int i = 0, v; i < wide; i += v * W) {
@@ -2885,10 +2909,13 @@ static void int8_average(const uint8_t *values, const uint8_t *next, const uint8
 }
 
 // As attend_mix, of int8 values.
-static void attend_mix_int8(const Attend *a, const AttendTile *tile, int kv_head,
-                            const float *scores, int p0, int p1) {
+static void attend_mix_int8(const Attend *a, int pair, const float *scores, int p0, int p1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
+    const AttendTile *tile = &a->tiles[pair / c->n_kv_heads], *then = NULL;
+    int kv_head = pair % c->n_kv_heads;
+    if (a->crossed && ++pair < a->n_tiles * c->n_kv_heads) then = &a->tiles[pair / c->n_kv_heads];
+    size_t keys = panel_bytes(f->kv->key_dtype, c->head_dim);
     int hd = c->head_dim, n = tile->n * a->group, wide = (p1 - p0) * 16;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
     size_t first = (size_t)p0 * panel_bytes(Q8V, CHUNK), stride = a->row * sizeof(float);
@@ -2898,11 +2925,16 @@ static void attend_mix_int8(const Attend *a, const AttendTile *tile, int kv_head
         const uint8_t *x = (const uint8_t *)(scores + b * 16), *next = NULL;
         int left = b1 - b - s.n;
         if (left > 0) later = stretch_of(a, tile, kv_head, b + s.n, left < 8 ? left : 8);
-        if (n <= FEW && left > 0)
+        size_t apart = panel_bytes(Q8V, CHUNK);
+        if (n <= FEW && then && b * 16 >= then->start && b * 16 <= then->last - then->skip) {
+            Stretch k = stretch_of(a, then, pair % c->n_kv_heads, b, s.n);
+            next = cache_keys(f->kv, k.chunk).data + (size_t)(k.at / 16) * keys;
+            apart = (size_t)s.n * keys / (size_t)(p1 - p0);
+        } else if (n <= FEW && !a->crossed && left > 0)
             next = cache_values(f->kv, later.chunk).data + first + later.at * 16;
         const uint8_t *values = cache_values(f->kv, s.chunk).data + first + s.at * 16;
         if (!s.split) {
-            int8_average(values, next, x, stride, n, s.n, sums, wide);
+            int8_average(values, next, apart, x, stride, n, s.n, sums, wide);
             continue;
         }
         const uint8_t *other = cache_values(f->kv, s.other).data + first + s.other_at * 16;
@@ -2912,8 +2944,8 @@ static void attend_mix_int8(const Attend *a, const AttendTile *tile, int kv_head
                 memcpy(some, x + (size_t)j * stride, 64);
                 for (int i = 0; i < PIECES * 16; i++)
                     if ((i % 16 >= s.split) != side) some[i] = 0;
-                int8_average(side ? other : values, NULL, some, 0, 1, 1, sums + j * PIECES * wide,
-                             wide);
+                int8_average(side ? other : values, NULL, 0, some, 0, 1, 1,
+                             sums + j * PIECES * wide, wide);
             }
     }
     for (int j = 0; j < n; j++) {
@@ -2947,10 +2979,11 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, int kv_head,
 }
 
 // The weighted average of the values, for the panels of 16 channels from p0 to p1.
-static void attend_mix(const Attend *a, const AttendTile *tile, int kv_head, const float *scores,
-                       int p0, int p1) {
+static void attend_mix(const Attend *a, int pair, const float *scores, int p0, int p1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
+    const AttendTile *tile = &a->tiles[pair / c->n_kv_heads];
+    int kv_head = pair % c->n_kv_heads;
     int hd = c->head_dim, n = tile->n * a->group, at, most = n <= FEW ? 2 * AHEAD : AHEAD;
     int seq = f->batch[tile->slot].seq, from = f->kv->from[seq];
     size_t bytes = panel_bytes(f->kv->value_dtype, CHUNK), column = bytes / CHUNK;
@@ -3005,8 +3038,7 @@ static void attend_part(void *context, int item, int thread) {
         for (int j = 0; j < n; j++) attend_softmax(a, tile, pair % n_kv, scores, j);
     if (a->phase == 2 && part < n) attend_softmax(a, tile, pair % n_kv, scores, part);
     if (a->phase == 1 || a->phase == 2) return;
-    (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, tile, pair % n_kv, scores,
-                                                                  p0, p1);
+    (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, pair, scores, p0, p1);
 }
 
 static void attention_fast(const Pass *f) {
@@ -3034,6 +3066,8 @@ static void attention_fast(const Pass *f) {
     }
     int pairs = a.n_tiles * c->n_kv_heads, threads = pool.n_threads;
     bool phases = pairs < 4 * threads && threads > 1 && (longest > 256 || longest * widest > 1024);
+    a.crossed = !phases && f->kv->value_dtype == Q8V &&  // if they stay in the L2 cache so long
+                f->kv->head_bytes / CHUNK * (size_t)longest <= 1 << 18;
     a.row = (size_t)round_up(longest, 16) + 16;
     a.area = a.row * (size_t)(a.group * most);
     size_t need = a.area * (size_t)(phases ? pairs : threads);

@@ -1036,6 +1036,21 @@ static void test_attention_case(const AttentionCase *a) {
                   differ, n, describe(a), threads);
         }
     set_threads(1);
+    // Scores that are infinite make numbers that are NaN, of either sign: forward must see these.
+    int nans[2] = {0}, differ = 0;
+    for (int i = 0; i < n * padded(q_dim); i++) f.s->q[i] = i % 3 ? 3e38f : -3e38f;
+    for (int fast = 0; fast < 2; fast++) {
+        kv.plain = !fast, f.n = n, f.batch = batch;
+        attention(&f);
+        for (int i = 0; i < n * q_dim; i++) {
+            size_t at = (size_t)(i / q_dim) * (size_t)padded(q_dim) + (size_t)(i % q_dim);
+            nans[fast] += isnan(s->att_out[at]);
+            if (fast) differ += isnan(s->att_out[at]) != isnan(plain[at]);
+            else plain[at] = s->att_out[at];
+        }
+    }
+    CHECK(!differ && nans[0], "infinite scores: %d numbers are NaN, fast attention's %d (%s)",
+          nans[0], nans[1], describe(a));
     free(plain);
     free_cache(&kv);
 }
