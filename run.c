@@ -2387,8 +2387,7 @@ typedef struct {
 
 INLINE void quant_kernel(const int T, const int P, const int dtype, const bool packed,
                          const uint8_t *blocks, const uint8_t *next, int rate, const Unpacked *u,
-                         int lane, const Quantized *xq, int t0, int b0, int n_blocks,
-                         float *out) {
+                         int lane, const Quantized *xq, int t0, int b0, int n_blocks, float *out) {
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
@@ -2400,7 +2399,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
-        // cppcheck-suppress [nullPointer, nullPointerArithmetic, nullPointerArithmeticRedundantCheck]
+        // cppcheck-suppress [nullPointer, nullPointerArithmetic]
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
         if (next) prefetch_panels(P, blocks, next, (size_t)(b * size), bytes, (size_t)rate);
@@ -2912,29 +2911,31 @@ static void int8_average(const uint8_t *values, const uint8_t *next, size_t apar
 static void attend_mix_int8(const Attend *a, int pair, const float *scores, int p0, int p1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
-    const AttendTile *tile = &a->tiles[pair / c->n_kv_heads], *then = NULL;
-    int kv_head = pair % c->n_kv_heads;
-    if (a->crossed && ++pair < a->n_tiles * c->n_kv_heads) then = &a->tiles[pair / c->n_kv_heads];
+    int n_kv = c->n_kv_heads, kv_head = pair % n_kv, soon = pair + a->crossed;  // what is fetched
+    const AttendTile *tile = &a->tiles[pair / n_kv], *then = &a->tiles[soon / n_kv];
     size_t keys = panel_bytes(f->kv->key_dtype, c->head_dim);
     int hd = c->head_dim, n = tile->n * a->group, wide = (p1 - p0) * 16;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
     size_t first = (size_t)p0 * panel_bytes(Q8V, CHUNK), stride = a->row * sizeof(float);
     int32_t *sums = zeros((size_t)(n * PIECES * wide), sizeof *sums);
-    Stretch s = stretch_of(a, tile, kv_head, b0, b1 - b0 < 8 ? b1 - b0 : 8), later = {0};
-    for (int b = b0; b < b1; b += s.n, s = later) {
+    for (int b = b0, run; b < b1; b += run) {
+        Stretch s = stretch_of(a, tile, kv_head, b, b1 - b < 8 ? b1 - b : 8), later;
+        run = s.n;
         const uint8_t *x = (const uint8_t *)(scores + b * 16), *next = NULL;
-        int left = b1 - b - s.n;
-        if (left > 0) later = stretch_of(a, tile, kv_head, b + s.n, left < 8 ? left : 8);
         size_t apart = panel_bytes(Q8V, CHUNK);
-        if (n <= FEW && then && b * 16 >= then->start && b * 16 <= then->last - then->skip) {
-            Stretch k = stretch_of(a, then, pair % c->n_kv_heads, b, s.n);
-            next = cache_keys(f->kv, k.chunk).data + (size_t)(k.at / 16) * keys;
-            apart = (size_t)s.n * keys / (size_t)(p1 - p0);
-        } else if (n <= FEW && !a->crossed && left > 0)
+        int ahead = a->crossed ? b : b + run;
+        if (n <= FEW && soon < a->n_tiles * n_kv && ahead * 16 >= then->start &&
+            ahead * 16 <= then->last - then->skip) {
+            later = stretch_of(a, then, soon % n_kv, ahead, run);
             next = cache_values(f->kv, later.chunk).data + first + later.at * 16;
+            if (a->crossed) {
+                next = cache_keys(f->kv, later.chunk).data + (size_t)(later.at / 16) * keys;
+                apart = (size_t)run * keys / (size_t)(p1 - p0);
+            }
+        }
         const uint8_t *values = cache_values(f->kv, s.chunk).data + first + s.at * 16;
         if (!s.split) {
-            int8_average(values, next, apart, x, stride, n, s.n, sums, wide);
+            int8_average(values, next, apart, x, stride, n, run, sums, wide);
             continue;
         }
         const uint8_t *other = cache_values(f->kv, s.other).data + first + s.other_at * 16;
