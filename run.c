@@ -2233,6 +2233,10 @@ enum { WEIGHTS_AHEAD = 3072, MAX_PANELS = W / 4, SUMS = W == 16 ? 16 : 12 };
 INLINE void prefetch(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
+// Line i of `bytes` bytes, and each n-th after it.
+INLINE void prefetch_every(const int n, const uint8_t *p, int i, int bytes) {
+    for (i *= 64; i < bytes; i += n * 64) __builtin_prefetch(p + i, 0, 2);
+}
 // The same place of P panels, each `bytes` long; beyond their end of the next P.
 INLINE void prefetch_panels(const int P, const uint8_t *panel, const uint8_t *next, size_t at,
                             size_t bytes, size_t size) {
@@ -2378,7 +2382,8 @@ INLINE vi add_pairs(vi sums) { return sums; }
 // inlined. They read the weights as they lie in memory: `blocks`, and a single token those of P
 // panels side by side. For many tokens, unpack_panel first makes plain bytes and float scales of
 // weights of 4 bits: u, else NULL. What `next` points to, the next panel or what comes a little
-// later, is fetched from memory meanwhile, `rate` bytes of each block.
+// later, is fetched from memory meanwhile, `rate` bytes of each block: line by line between the
+// products, since a core waits when it asks for many at once.
 
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
@@ -2402,7 +2407,9 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
         // cppcheck-suppress [nullPointer, nullPointerArithmetic]
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
-        if (next) prefetch_panels(P, blocks, next, (size_t)(b * size), bytes, (size_t)rate);
+        const uint8_t *soon = next && P == 1 ? next + b * size : NULL;
+        if (next && P > 1)
+            prefetch_panels(P, blocks, next, (size_t)(b * size), bytes, (size_t)rate);
         vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
@@ -2411,6 +2418,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
             UNROLL for (int g = 0; g < 4 * H; g++) {
                 vu w = load_u(quants + at_vector(g % H, bytes) + g / H * 64);
                 vu low = w & 0x0f0f0f0f, high = w >> 4 & 0x0f0f0f0f;
+                if (soon && g % H == 0) prefetch_every(4, soon, g / H, rate);
                 for (int t = 0; t < T; t++) {
                     const int8_t *from = x + t * 32 + g / H * 4;
                     vi *to = &sum[t * H + g % H];
@@ -2421,6 +2429,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
             UNROLL for (int g = 0; g < 8 * H; g++) {
                 vu w = load_u(quants + at_vector(g % H, bytes) + g / H * 64);
                 if (packed && BIAS8 != 0) w ^= 0x80808080;
+                if (soon && g % H == 0) prefetch_every(8, soon, g / H, rate);
                 for (int t = 0; t < T; t++) {
                     const int8_t *from = x + t * 32 + g / H * 4;
                     vi *to = &sum[t * H + g % H];
@@ -2919,7 +2928,7 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
     size_t first = (size_t)p0 * panel_bytes(Q8V, CHUNK), stride = a->row * sizeof(float);
     int32_t *sums = zeros((size_t)(n * PIECES * wide), sizeof *sums);
     for (int b = b0, run; b < b1; b += run) {
-        Stretch s = stretch_of(a, tile, kv_head, b, b1 - b < 8 ? b1 - b : 8), later;
+        Stretch s = stretch_of(a, tile, kv_head, b, b1 - b), later;
         run = s.n;
         const uint8_t *x = (const uint8_t *)(scores + b * 16), *next = NULL;
         size_t apart = panel_bytes(Q8V, CHUNK);
@@ -2951,10 +2960,11 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
     }
     for (int j = 0; j < n; j++) {
         float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
-                    (kv_head * a->group + j % a->group) * hd;
+                    (kv_head * a->group + j % a->group) * hd + p0 * 16;
         float unit = scores[(size_t)j * a->row + (size_t)b0 * 16 + 12];
-        for (int d = p0 * 16; d < p1 * 16 && d < hd; d++)
-            to[d] = join_pieces(sums + j * PIECES * wide + d - p0 * 16, wide, unit);
+        int most = hd - p0 * 16 < wide ? hd - p0 * 16 : wide;
+        for (int d = 0; d < most; d++)
+            to[d] = join_pieces(sums + j * PIECES * wide + d, wide, unit);
     }
     free(sums);
 }
