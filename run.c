@@ -2397,6 +2397,8 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
     const int H = packed ? HALVES * P : 1;        // vectors of rows; accumulator t * H + h
+    const bool nibbles = packed && dtype != Q8;  // two weights in a byte
+    const int G = nibbles ? 4 : 8;        // vectors of a row's quants
     const size_t bytes = (size_t)(n_blocks * size);  // of a panel
     vf acc[TILE];
     for (int i = 0; i < T * H; i++)
@@ -2407,34 +2409,24 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
         // cppcheck-suppress [nullPointer, nullPointerArithmetic]
         const uint8_t *block = packed ? blocks + b * size : u->quants + b * 512;
         const uint8_t *quants = (packed ? block + scale_bytes(dtype) : block) + lane * 4;
-        const uint8_t *soon = next && P == 1 ? next + b * size : NULL;
-        if (next && P > 1)
-            prefetch_panels(P, blocks, next, (size_t)(b * size), bytes, (size_t)rate);
+        const uint8_t *soon = next ? next + b * size : NULL;
+        if (P > 1 && soon && soon >= blocks + bytes) soon += (size_t)(P - 1) * bytes;
         vi sum[TILE];
         for (int i = 0; i < T * H; i++)
             sum[i] = splat_i(bias8 && !late ? xq->minus8[at + (size_t)(i / H)] : 0) *
                      (bias8 + !bias8);
-        if (packed && dtype != Q8) {
-            UNROLL for (int g = 0; g < 4 * H; g++) {
-                vu w = load_u(quants + at_vector(g % H, bytes) + g / H * 64);
-                vu low = w & 0x0f0f0f0f, high = w >> 4 & 0x0f0f0f0f;
-                if (soon && g % H == 0) prefetch_every(4, soon, g / H, rate);
-                for (int t = 0; t < T; t++) {
-                    const int8_t *from = x + t * 32 + g / H * 4;
-                    vi *to = &sum[t * H + g % H];
-                    *to = dot_4bit(dot_4bit(*to, low, from), high, from + 16);
-                }
-            }
-        } else {
-            UNROLL for (int g = 0; g < 8 * H; g++) {
-                vu w = load_u(quants + at_vector(g % H, bytes) + g / H * 64);
-                if (packed && BIAS8 != 0) w ^= 0x80808080;
-                if (soon && g % H == 0) prefetch_every(8, soon, g / H, rate);
-                for (int t = 0; t < T; t++) {
-                    const int8_t *from = x + t * 32 + g / H * 4;
-                    vi *to = &sum[t * H + g % H];
-                    *to = dtype == Q8 ? dot(*to, w, from) : dot_4bit(*to, w, from);
-                }
+        UNROLL for (int g = 0; g < G * H; g++) {
+            vu w = load_u(quants + at_vector(g % H, bytes) + g / H * 64);
+            vu high = w >> 4 & 0x0f0f0f0f;
+            if (nibbles) w &= 0x0f0f0f0f;
+            else if (packed && BIAS8 != 0) w ^= 0x80808080;
+            if (soon && g % H % HALVES == 0)
+                prefetch_every(G, soon + (size_t)(g % H / HALVES) * bytes, g / H, rate);
+            for (int t = 0; t < T; t++) {
+                const int8_t *from = x + t * 32 + g / H * 4;
+                vi *to = &sum[t * H + g % H];
+                *to = dtype == Q8 ? dot(*to, w, from) : dot_4bit(*to, w, from);
+                if (nibbles) *to = dot_4bit(*to, high, from + 16);
             }
         }
         for (int i = 0; i < T * H; i++) {
