@@ -776,8 +776,8 @@ static inline uint16_t float_to_half(float x) {
 
 // e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial.
 static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+    float most = x > 88.0f ? 88.0f : x;  // (To change x twice takes GCC 12 twice the steps.)
+    x = x < -87.0f ? -87.0f : most;
     float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
     float n = shifted - 12582912.0f, r = x - n * 0.693359375f - n * -2.12194440e-4f;
     float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r;
@@ -1106,13 +1106,13 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
         values[column_at(CHUNK, i, at)] = (uint8_t)to_integer(d > 0 ? v[i] * inverse : 0.0f);
 }
 
-// The weighted average of int8 values, v = s * q. Weight times s becomes an integer w in units of a
-// 2^21st of the largest (less a little, lest rounding reach 2^21), and the sums of w q are exact in
-// any order. SIMD units multiply bytes, so w is cut into pieces of 7 bits, each with its own sums,
-// which 2^17 positions cannot overflow: 2^17 * 127 * 127 < 2^31.
-enum { PIECES = 3, LARGEST = (1 << 21) - 64, MOST_SUMMED = 1 << 17 };
+// The weighted average of int8 values, v = s * q. Weight times s becomes an integer w of 14 bits,
+// the largest 16383, and the sums of w q are exact in any order. SIMD units multiply bytes, so w is
+// cut into two pieces of 7 bits, each with its own sums, which 2^17 positions cannot overflow:
+// 2^17 * 127 * 127 < 2^31.
+enum { PIECES = 2, LARGEST = (1 << 14) - 1, MOST_SUMMED = 1 << 17 };
 static float join_pieces(const int32_t *sums, int stride, float unit) {
-    return ((float)sums[0] * 16384 + (float)sums[stride] * 128 + (float)sums[2 * stride]) * unit;
+    return ((float)sums[0] * 128 + (float)sums[stride]) * unit;
 }
 static void average_int8(const Cache *kv, int layer, const Slot *slot, int kv_head,
                          const float *weights, float *out) {
@@ -1128,7 +1128,7 @@ static void average_int8(const Cache *kv, int layer, const Slot *slot, int kv_he
         int32_t w = to_integer(scaled[t] * inverse);
         Matrix values = cache_values(kv, cache_chunk(kv, slot->seq, t, layer, kv_head, &at));
         for (int i = 0; i < PIECES * hd; i++)
-            sums[i] += (w >> (14 - i / hd * 7) & 127) * column_quant(&values, i % hd, at);
+            sums[i] += (i < hd ? w >> 7 : w & 127) * column_quant(&values, i % hd, at);
     }
     for (int d = 0; d < hd; d++) out[d] = join_pieces(sums + d, hd, unit);
     free(scaled);
@@ -2372,8 +2372,8 @@ INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
 #define dot_7bit dot
 #endif
 
-// 16 numbers from 0 to 127 become bytes. (What GCC 12 makes of the last of these without AVX-512 takes
-// ten times as long.)
+// 16 numbers from 0 to 127 become bytes. (Of the last of these, GCC 12 makes one step for each byte
+// unless it has AVX-512.)
 INLINE void store_bytes(uint8_t *to, const vi *x) {
 #if defined __AVX2__ && !defined AVX512
     __m256i words = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
@@ -2406,6 +2406,9 @@ INLINE vi add_pairs(vi sums) { return sums; }
 // later, is fetched from memory meanwhile, `rate` bytes of each block: line by line between the
 // products, since a core waits when it asks for many at once.
 
+// Of unpacked weights a tile takes two vectors of rows, if a panel has so many, so that a token's
+// numbers serve both.
+enum { ABREAST = W < 16 ? 2 : 1, TOKENS = TILE / ABREAST };
 typedef struct {
     uint8_t quants[64 * 512];           // [block][8][16][4]
     float scales[64][16], minima[64][16];
@@ -2417,7 +2420,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
-    const int H = packed ? HALVES * P : 1;        // vectors of rows; accumulator t * H + h
+    const int H = packed ? HALVES * P : ABREAST;  // vectors of rows; accumulator t * H + h
     const bool nibbles = packed && dtype != Q8;  // two weights in a byte
     const int G = nibbles ? 4 : 8;        // vectors of a row's quants
     const size_t bytes = (size_t)(n_blocks * size);  // of a panel
@@ -2509,13 +2512,13 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
     }
 static int tile_of(int left) { return left < TILE ? left : TILE; }
 
-static void quant_tile(int dtype, const uint8_t *next, const Unpacked *u, int lane,
-                       const Quantized *xq, int t, int left, int b0, int n_blocks, float *out) {
+static void quant_tile(int dtype, const uint8_t *next, int rate, const Unpacked *u, int lane,
+                       const Quantized *xq, int t, int some, int b0, int n_blocks, float *out) {
 #define KERNEL(type)                                                                               \
-    quant_kernel(T, P, type, false, NULL, next, block_bytes(type), u, lane, xq, t, b0, n_blocks,   \
-                 out)
-    if (dtype == Q4) FOR_TILE(left, KERNEL(Q4))
-    else FOR_TILE(left, KERNEL(Q4A))
+    quant_kernel(T * ABREAST <= TILE ? T : 1, P, type, false, NULL, next, rate, u, lane, xq, t,    \
+                 b0, n_blocks, out)
+    if (dtype == Q4) FOR_TILE(some, KERNEL(Q4))
+    else FOR_TILE(some, KERNEL(Q4A))
 #undef KERNEL
 }
 
@@ -2546,15 +2549,18 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
         return;
     }
 #undef KERNEL
+    int tiles = (n + TOKENS - 1) / TOKENS * (HALVES / ABREAST);
+    rate = size / tiles < 64 ? 64 : round_up(size / tiles, 16);
     for (int b = 0; b < blocks; b += 64) {
         Unpacked u;
-        int some = blocks - b < 64 ? blocks - b : 64;
-        size_t at = (size_t)(b * size);
-        const uint8_t *soon = next ? next + at : NULL;
-        unpack_panel(&u, w->dtype, panel + at, some);
-        for (int lane = 0; lane < 16; lane += W)
-            for (t = 0; t < n; t += tile_of(n - t), soon = NULL)
-                quant_tile(w->dtype, soon, &u, lane, xq, t, n - t, b, some, out + t * 16);
+        int some = blocks - b < 64 ? blocks - b : 64, tokens, part = 0;
+        unpack_panel(&u, w->dtype, panel + b * size, some);
+        for (int lane = 0; lane < 16; lane += W * ABREAST)
+            for (t = 0; t < n; t += tokens, part += rate) {
+                tokens = n - t < TOKENS ? n - t : TOKENS;
+                next = from && part < size ? from + b * size + part : NULL;
+                quant_tile(w->dtype, next, rate, &u, lane, xq, t, tokens, b, some, out + t * 16);
+            }
     }
 }
 
@@ -2766,7 +2772,8 @@ static int rows_at_once(int n, int rows, int dtype) {
 // of a tile that share a key/value head pass over its keys and values together.
 
 enum { MAX_QUERIES = 32, FEW = 8, AHEAD = 64 };  // few wait for memory: so far they prefetch
-enum { MOST_Q = W == 16 ? 4 : 2 };  // queries whose sums of int8 values fit into the registers
+// Queries whose sums of int8 values fit into the registers.
+enum { MOST_Q = W == 16 ? 4 : W == 8 ? 3 : 2 };
 // Slots, and the positions that any of them sees: [start, last] without [gap, end). A row of scores
 // has `skip` positions of the gap less, a multiple of 16.
 typedef struct { int slot, n, start, gap, end, skip, last; } AttendTile;
@@ -2877,7 +2884,7 @@ static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, f
         for (int i = 0; i < HALVES; i++)
             w[i] = (vi)(load(row + b * 16 + i * W) * inverse + 12582912.0f) - 0x4b400000;
         for (int p = 0; p < PIECES; p++) {
-            for (int i = 0; i < HALVES; i++) piece[i] = w[i] >> (14 - 7 * p) & 127;
+            for (int i = 0; i < HALVES; i++) piece[i] = w[i] >> (7 - 7 * p) & 127;
             store_bytes(to + p * 16, piece);
         }
     }
@@ -2890,7 +2897,7 @@ INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const u
                         size_t apart, const uint8_t *x, size_t stride, int blocks, int32_t *sums,
                         int wide) {
     const size_t bytes = panel_bytes(Q8V, CHUNK);
-    vi acc[2 * MOST_Q * PIECES];
+    vi acc[2 * 4 * PIECES];
 #define SUM(i) (sums + (i) / V * wide + (i) % V * W)
     UNROLL for (int i = 0; i < Q * PIECES * V; i++) acc[i] = (vi)load(SUM(i));
     for (int g = 0; g < 4 * blocks; g++) {  // 4 positions
@@ -3532,7 +3539,7 @@ typedef struct {
     uint64_t hash;          // of the above
     SessionState states[2];
 } SessionHeader;
-static const char session_magic[8] = "session2";
+static const char session_magic[8] = "session3";
 enum { PAGE = 4096 };
 
 typedef struct {
@@ -5246,7 +5253,7 @@ enum {
     GROUP = 256,                        // tokens whose frequencies are summed together
     PLACES = 64,                        // places in a line: not known, bytes 0 and 1, 2 and 3 ...
     MOST_LOCAL = 1 << 20,               // biases that hold in one place
-    MAGIC = 0x367a6d6c,                 // "lmz6"
+    MAGIC = 0x377a6d6c,                 // "lmz7"
 };
 
 typedef struct {

@@ -1000,8 +1000,8 @@ static void test_attention_case(const AttentionCase *a) {
         }
     }
     free(p);
-    CHECK(worst < 2e-5, "attention is the average of values by softmax(q k): off by %g (%s)", worst,
-          describe(a));
+    CHECK(worst < (a->dtype == Q8 ? 1e-3 : 2e-5),  // 14 bits of weights times values up to 4
+          "attention is the average of values by softmax(q k): off by %g (%s)", worst, describe(a));
 
     size_t size = (size_t)n * (size_t)padded(q_dim) * sizeof(float);
     float *plain = get(size, 1);
@@ -1240,14 +1240,14 @@ static void test_forward(void) {
 // The bytes are not only equal within a build: these are the hashes that every build must give.
 static void test_one_hash(void) {
     static const uint64_t expected[N_FAMILIES][5] = {
-        {0xd7dce9e698662dc9, 0x60d78e36ad3c0363, 0x26611caef540789b,
-         0x575cf8deabdbe249, 0xe821b2979db700f2},
-        {0xaa8ee0c72973702c, 0x516eaea9518442b9, 0xc371f3cc193a38ad,
-         0xc72531b3da958880, 0xaa1dffebe2f81b63},
-        {0x6e4b79e0431f69c7, 0x9e5acd97766e5407, 0x6574459ddfecea5a,
-         0x64935bfd1150a37d, 0x791ca0cb0bf7b688},
-        {0x429edc7fb999a388, 0xc8ebde280607b6c3, 0xf9e175e58218c9f9,
-         0x14a559950fb6f726, 0x7a58a3c82023933a},
+        {0xd7dce9e698662dc9, 0x60d78e36ad3c0363, 0xa5f4a32a54b0497a,
+         0x702b8341905d99ec, 0x6dea5d907600060b},
+        {0xaa8ee0c72973702c, 0x516eaea9518442b9, 0xb9b18610ef74b7d1,
+         0xd5c61810a25a97cd, 0x37aea453e3b45cce},
+        {0x6e4b79e0431f69c7, 0x9e5acd97766e5407, 0x2f5802e9446c11ff,
+         0x5b2e4a27be07b2c6, 0x9e1f9aabfed33936},
+        {0x429edc7fb999a388, 0xc8ebde280607b6c3, 0x8ec7c30022842111,
+         0x649fdc9d053e1f2e, 0x8d8e0bb28cb0d394},
     };
     for (int which = 0; which < N_FAMILIES; which++)
         for (int dtype = F32; dtype <= Q4A; dtype++) {
@@ -3919,7 +3919,7 @@ static void test_trace(void) {
             free_model(&m);
             free_made(&made);
         }
-    CHECK(hash == 0xdf60c5e542f11c0d, "the traces have hash 0x%016llx in %s",
+    CHECK(hash == 0xd973f172a49223ce, "the traces have hash 0x%016llx in %s",
           (unsigned long long)hash, isa);
 }
 
@@ -4410,8 +4410,8 @@ static void test_compression(void) {
 
 // The bytes of a compressed file, which every build must write, and read.
 static void test_one_compressed_file(void) {
-    static const uint64_t expected[] = {0x7cd8ecad4c387bcd, 0x9bcdf52c86d0ee75,
-                                        0x9910d300638414aa, 0x443a650ceca13960};
+    static const uint64_t expected[] = {0xd4023a0d8330d5c4, 0x2cd7fd2103813363,
+                                        0x284d97f13ac515fb, 0x375cf96019060294};
     for (int which = 0; which < 4; which++) {
         random_state = (uint64_t)(5000 + which);
         Vocabulary v;
