@@ -2372,8 +2372,8 @@ INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
 #define dot_7bit dot
 #endif
 
-// 16 numbers from 0 to 127 become bytes. (Of the last of these, GCC 12 makes one step for each byte
-// unless it has AVX-512.)
+// 16 numbers from 0 to 127 become bytes. (Without AVX-512, GCC 12
+// makes of the last of these one step for each byte.)
 INLINE void store_bytes(uint8_t *to, const vi *x) {
 #if defined __AVX2__ && !defined AVX512
     __m256i words = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
@@ -2399,12 +2399,12 @@ INLINE void store_bytes(uint8_t *to, const vi *x) {
 INLINE vi add_pairs(vi sums) { return sums; }
 #endif
 
-// ---- Quantized panels. W rows times T tokens; T, P, dtype and `packed` are constants where it is
-// inlined. They read the weights as they lie in memory: `blocks`, and a single token those of P
-// panels side by side. For many tokens, unpack_panel first makes plain bytes and float scales of
-// weights of 4 bits: u, else NULL. What `next` points to, the next panel or what comes a little
-// later, is fetched from memory meanwhile, `rate` bytes of each block: line by line between the
-// products, since a core waits when it asks for many at once.
+// ---- Quantized panels. H vectors of rows times T tokens; T, P, dtype and `packed` are constants
+// where it is inlined. They read the weights as they lie in memory: `blocks`, and a single token
+// those of P panels side by side. For many tokens, unpack_panel first makes plain bytes and float
+// scales of weights of 4 bits: u, else NULL. What `next` points to, the next panel or what comes a
+// little later, is fetched from memory meanwhile, `rate` bytes of each block: line by line between
+// the products, since a core waits when it asks for many at once.
 
 // Of unpacked weights a tile takes two vectors of rows, if a panel has so many, so that a token's
 // numbers serve both.
@@ -2772,7 +2772,7 @@ static int rows_at_once(int n, int rows, int dtype) {
 // of a tile that share a key/value head pass over its keys and values together.
 
 enum { MAX_QUERIES = 32, FEW = 8, AHEAD = 64 };  // few wait for memory: so far they prefetch
-// Queries whose sums of int8 values fit into the registers.
+// Queries whose int8 values are summed at once: their sums fit into the registers.
 enum { MOST_Q = W == 16 ? 4 : W == 8 ? 3 : 2 };
 // Slots, and the positions that any of them sees: [start, last] without [gap, end). A row of scores
 // has `skip` positions of the gap less, a multiple of 16.
@@ -2888,7 +2888,7 @@ static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, f
             store_bytes(to + p * 16, piece);
         }
     }
-    row[b0 * 16 + 12] = unit;
+    row[b0 * 16 + PIECES * 4] = unit;
 }
 
 // V vectors of channels of 16 * blocks int8 values, times the pieces of the weights of Q queries,
@@ -2979,7 +2979,7 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
     for (int j = 0; j < n; j++) {
         float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
                     (kv_head * a->group + j % a->group) * hd + p0 * 16;
-        float unit = scores[(size_t)j * a->row + (size_t)b0 * 16 + 12];
+        float unit = scores[(size_t)j * a->row + (size_t)(b0 * 16 + PIECES * 4)];
         int most = hd - p0 * 16 < wide ? hd - p0 * 16 : wide;
         for (int d = 0; d < most; d++)
             to[d] = join_pieces(sums + j * PIECES * wide + d, wide, unit);
