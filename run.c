@@ -2372,8 +2372,8 @@ INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
 #define dot_7bit dot
 #endif
 
-// 16 numbers from 0 to 127 become bytes. (Without AVX-512, GCC 12
-// makes of the last of these one step for each byte.)
+// 16 numbers from 0 to 127 become bytes. (Without AVX-512, GCC 12 makes of the last of these one
+// step for each byte.)
 INLINE void store_bytes(uint8_t *to, const vi *x) {
 #if defined __AVX2__ && !defined AVX512
     __m256i words = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
@@ -2525,8 +2525,7 @@ static void quant_tile(int dtype, const uint8_t *next, int rate, const Unpacked 
 static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                         const Quantized *xq, int n, float *out) {
     const uint8_t *from = next;
-    int blocks = (w->cols + 31) / 32, t = 0, most = TILE / HALVES, size = block_bytes(w->dtype);
-    int rate = size;
+    int blocks = (w->cols + 31) / 32, t = 0, size = block_bytes(w->dtype), rate = size, part = 0;
 #define KERNEL(type)                                                                               \
     quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, rate, NULL, 0, xq, t, 0,  \
                  blocks, out + t * 16)
@@ -2536,10 +2535,12 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
         else FOR_PANELS_OF_1(rows, KERNEL(Q4A))
         return;
     }
-    if (w->dtype == Q8 || n * HALVES * HALVES <= 4 * TILE) {
-        int tiles = (n + most - 1) / most;  // each fetches a part of the next panel's blocks
-        rate = size / tiles < 64 ? 64 : round_up(size / tiles, 16);
-        for (int some, part = 0; t < n; t += some, part += rate) {
+    bool unpacked = w->dtype != Q8 && n * HALVES * HALVES > 4 * TILE;
+    int most = unpacked ? TOKENS : TILE / HALVES, tiles = (n + most - 1) / most;
+    if (unpacked) tiles *= HALVES / ABREAST;
+    rate = size / tiles < 64 ? 64 : round_up(size / tiles, 16);  // each fetches a part of a block
+    if (!unpacked) {
+        for (int some; t < n; t += some, part += rate) {
             some = n - t < most ? n - t : most;
             next = from && part < size ? from + part : NULL;
             if (w->dtype == Q8) FOR_TILE(some, KERNEL(Q8))
@@ -2549,15 +2550,13 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
         return;
     }
 #undef KERNEL
-    int tiles = (n + TOKENS - 1) / TOKENS * (HALVES / ABREAST);
-    rate = size / tiles < 64 ? 64 : round_up(size / tiles, 16);
-    for (int b = 0; b < blocks; b += 64) {
+    for (int b = 0; b < blocks; b += 64, part = 0) {
         Unpacked u;
-        int some = blocks - b < 64 ? blocks - b : 64, tokens, part = 0;
+        int some = blocks - b < 64 ? blocks - b : 64, tokens;
         unpack_panel(&u, w->dtype, panel + b * size, some);
         for (int lane = 0; lane < 16; lane += W * ABREAST)
             for (t = 0; t < n; t += tokens, part += rate) {
-                tokens = n - t < TOKENS ? n - t : TOKENS;
+                tokens = n - t < most ? n - t : most;
                 next = from && part < size ? from + b * size + part : NULL;
                 quant_tile(w->dtype, next, rate, &u, lane, xq, t, tokens, b, some, out + t * 16);
             }
@@ -2897,7 +2896,7 @@ INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const u
                         size_t apart, const uint8_t *x, size_t stride, int blocks, int32_t *sums,
                         int wide) {
     const size_t bytes = panel_bytes(Q8V, CHUNK);
-    vi acc[2 * 4 * PIECES];
+    vi acc[2 * 4 * PIECES];  // for the largest of the cases below
 #define SUM(i) (sums + (i) / V * wide + (i) % V * W)
     UNROLL for (int i = 0; i < Q * PIECES * V; i++) acc[i] = (vi)load(SUM(i));
     for (int g = 0; g < 4 * blocks; g++) {  // 4 positions
