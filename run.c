@@ -780,9 +780,11 @@ static inline float exp_(float x) {
     x = x < -87.0f ? -87.0f : most;
     float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
     float n = shifted - 12582912.0f, r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r;
-    p = (((p + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r);
-    return float_of(bits_of(p + r + 1.0f) + ((bits_of(shifted) - 0x4b400000u) << 23));
+    float r2 = r * r;  // (a tree: a chain of products would wait for each)
+    float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r2 +
+               (8.3334519073e-3f * r + 4.1665795894e-2f)) * r2 +
+              (1.6666665459e-1f * r + 5.0000001201e-1f);
+    return float_of(bits_of(p * r2 + r + 1.0f) + ((bits_of(shifted) - 0x4b400000u) << 23));
 }
 
 // e^x in double for |x| < 700: (e^(x/1024))^1024 with a short Taylor series.
@@ -1106,33 +1108,31 @@ static void cache_put(const Cache *kv, uint8_t *chunk, int at, const float *k, c
         values[column_at(CHUNK, i, at)] = (uint8_t)to_integer(d > 0 ? v[i] * inverse : 0.0f);
 }
 
-// The weighted average of int8 values, v = s * q. Weight times s becomes an integer w of 14 bits,
-// the largest 16383, and the sums of w q are exact in any order. SIMD units multiply bytes, so w is
-// cut into two pieces of 7 bits, each with its own sums, which 2^17 positions cannot overflow:
-// 2^17 * 127 * 127 < 2^31.
-enum { PIECES = 2, LARGEST = (1 << 14) - 1, MOST_SUMMED = 1 << 17 };
-static float join_pieces(const int32_t *sums, int stride, float unit) {
-    return ((float)sums[0] * 128 + (float)sums[stride]) * unit;
-}
+// The weighted average of int8 values, v = s * q. Weight times s is rounded as activations are, by
+// blocks of 16 positions: unit = max / 127, w = weight * s / unit. Within a block integers w q are
+// summed up; out = sum over blocks of unit * sum of w q.
 static void average_int8(const Cache *kv, int layer, const Slot *slot, int kv_head,
                          const float *weights, float *out) {
-    int n = slot->pos + 1, hd = kv->m->c.head_dim, at;
-    float *scaled = resize(NULL, (size_t)n, sizeof(float));
-    for (int t = 0; t < n; t++) {
-        Matrix values = cache_values(kv, cache_chunk(kv, slot->seq, t, layer, kv_head, &at));
-        scaled[t] = weights[t] != 0 ? weights[t] * column_scales(&values)[at] : 0;
+    int hd = kv->m->c.head_dim, at[16];
+    Matrix values[16];
+    for (int d = 0; d < hd; d++) out[d] = 0;
+    for (int t = 0, n; t <= slot->pos; t += n) {
+        float scaled[16];
+        n = slot->pos + 1 - t < 16 ? slot->pos + 1 - t : 16;
+        for (int i = 0; i < n; i++) {
+            const uint8_t *chunk = cache_chunk(kv, slot->seq, t + i, layer, kv_head, &at[i]);
+            values[i] = cache_values(kv, chunk);
+            float w = weights[t + i];
+            scaled[i] = w != 0 ? w * column_scales(&values[i])[at[i]] : 0;
+        }
+        float unit = scale_of(scaled, n, 127), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+        for (int d = 0; d < hd; d++) {
+            int32_t sum = 0;
+            for (int i = 0; i < n && unit > 0; i++)
+                sum += to_integer(scaled[i] * inverse) * column_quant(&values[i], d, at[i]);
+            out[d] += (float)sum * unit;
+        }
     }
-    float unit = scale_of(scaled, n, LARGEST), inverse = unit > 0 ? 1.0f / unit : 0.0f;
-    int32_t *sums = zeros((size_t)(PIECES * hd), sizeof *sums);
-    for (int t = 0; t < n && unit > 0; t++) {
-        int32_t w = to_integer(scaled[t] * inverse);
-        Matrix values = cache_values(kv, cache_chunk(kv, slot->seq, t, layer, kv_head, &at));
-        for (int i = 0; i < PIECES * hd; i++)
-            sums[i] += (i < hd ? w >> 7 : w & 127) * column_quant(&values, i % hd, at);
-    }
-    for (int d = 0; d < hd; d++) out[d] = join_pieces(sums + d, hd, unit);
-    free(scaled);
-    free(sums);
 }
 
 static Sight sight(const Cache *kv, int layer, const Slot *slot) {
@@ -1167,7 +1167,7 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
     int dtype = m->token_embedding.dtype;
     kv->value_dtype = dtype <= F32 ? F32 : HALF;
     kv->key_dtype = dtype <= BF16 ? kv->value_dtype : Q8;
-    if (dtype >= Q8 && c->seq_len <= MOST_SUMMED) kv->value_dtype = Q8V;
+    if (dtype >= Q8) kv->value_dtype = Q8V;
     size_t chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
     kv->head_bytes = matrix_bytes(kv->key_dtype, CHUNK, c->head_dim) +
                      matrix_bytes(kv->value_dtype, c->head_dim, CHUNK);
@@ -2393,6 +2393,25 @@ INLINE void store_bytes(uint8_t *to, const vi *x) {
 #endif
 }
 
+// The largest of 16 numbers without a sign.
+INLINE uint32_t largest_of_16(const vi *x) {
+#ifdef AVX512
+    return _mm512_reduce_max_epu32((__m512i)x[0]);
+#elif defined __AVX2__
+    __m256i both = _mm256_max_epu32((__m256i)x[0], (__m256i)x[1]);
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));  // with the other half, then the neighbours
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1)));
+#else
+    uint32_t max = 0;
+    for (int i = 0; i < 16; i++) {
+        uint32_t number = (uint32_t)x[i / W][i % W];
+        max = number > max ? number : max;
+    }
+    return max;
+#endif
+}
+
 #ifndef SHORT_SUMS
 #define SHORT_SUMS 0
 #define dot_4bit dot
@@ -2416,7 +2435,8 @@ typedef struct {
 
 INLINE void quant_kernel(const int T, const int P, const int dtype, const bool packed,
                          const uint8_t *blocks, const uint8_t *next, int rate, const Unpacked *u,
-                         int lane, const Quantized *xq, int t0, int b0, int n_blocks, float *out) {
+                         int lane, const Quantized *xq, int t0, int b0, int n_blocks, float *out,
+                         int stride) {
     const int bias8 = dtype == Q4 ? 1 : dtype == Q8 ? BIAS8 / 8 : 0;  // eighths of the bias
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int size = block_bytes(dtype);
@@ -2426,7 +2446,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     const size_t bytes = (size_t)(n_blocks * size);  // of a panel
     vf acc[TILE];
     for (int i = 0; i < T * H; i++)
-        acc[i] = b0 ? load(out + i / H * 16 * P + lane + i % H * W) : (vf){0};
+        acc[i] = b0 ? load(out + i / H * stride + lane + i % H * W) : (vf){0};
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
@@ -2468,7 +2488,7 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
             acc[i] += minimum * xq->dsum[t];
         }
     }
-    for (int i = 0; i < T * H; i++) store(out + i / H * 16 * P + lane + i % H * W, acc[i]);
+    for (int i = 0; i < T * H; i++) store(out + i / H * stride + lane + i % H * W, acc[i]);
 }
 
 static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blocks) {
@@ -2513,22 +2533,23 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
 static int tile_of(int left) { return left < TILE ? left : TILE; }
 
 static void quant_tile(int dtype, const uint8_t *next, int rate, const Unpacked *u, int lane,
-                       const Quantized *xq, int t, int some, int b0, int n_blocks, float *out) {
+                       const Quantized *xq, int t, int some, int b0, int n_blocks, float *out,
+                       int stride) {
 #define KERNEL(type)                                                                               \
     quant_kernel(T * ABREAST <= TILE ? T : 1, P, type, false, NULL, next, rate, u, lane, xq, t,    \
-                 b0, n_blocks, out)
+                 b0, n_blocks, out, stride)
     if (dtype == Q4) FOR_TILE(some, KERNEL(Q4))
     else FOR_TILE(some, KERNEL(Q4A))
 #undef KERNEL
 }
 
 static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
-                        const Quantized *xq, int n, float *out) {
+                        const Quantized *xq, int n, float *out, int stride) {
     const uint8_t *from = next;
     int blocks = (w->cols + 31) / 32, t = 0, size = block_bytes(w->dtype), rate = size, part = 0;
 #define KERNEL(type)                                                                               \
     quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, rate, NULL, 0, xq, t, 0,  \
-                 blocks, out + t * 16)
+                 blocks, out + t * stride, stride)
     if (MAX_PANELS > 1 && rows > 16) {
         if (w->dtype == Q8) FOR_PANELS_OF_1(rows, KERNEL(Q8))
         else if (w->dtype == Q4) FOR_PANELS_OF_1(rows, KERNEL(Q4))
@@ -2558,7 +2579,8 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
             for (t = 0; t < n; t += tokens, part += rate) {
                 tokens = n - t < most ? n - t : most;
                 next = from && part < size ? from + b * size + part : NULL;
-                quant_tile(w->dtype, next, rate, &u, lane, xq, t, tokens, b, some, out + t * 16);
+                quant_tile(w->dtype, next, rate, &u, lane, xq, t, tokens, b, some,
+                           out + t * stride, stride);
             }
     }
 }
@@ -2715,12 +2737,12 @@ static int panels_at_once(int dtype, int n) {
 }
 
 // The products of a panel of `rows` rows, or of several panels, with n inputs: rows of out that are
-// `stride` apart, with room for at least 16 numbers (of quantized panels right behind each other).
+// `stride` apart, with room for at least 16 numbers.
 static void panel_products(const Matrix *w, const uint8_t *panel, const uint8_t *next, int rows,
                            const float *x, int x_stride, const Quantized *xq, int n, float *out,
                            int stride) {
     if (w->dtype >= Q8) {
-        quant_panel(w, panel, next, rows, xq, n, out);
+        quant_panel(w, panel, next, rows, xq, n, out, stride);
         return;
     }
     // For many tokens some columns at a time, which stay in the L1 cache. Each tile of tokens
@@ -2744,7 +2766,7 @@ static void rows_fast(const Matrix *w, int first, int rows, const float *x, int 
     size_t bytes = panel_bytes(w->dtype, w->cols);
     bool whole = panels_at_once(w->dtype, n) * 16 >= rows && (rows == 32 || rows == 64);
     // Rows of y that lie a multiple of 4 KiB apart would share a set of the L1 cache.
-    bool in_place = w->dtype < Q8 && stride % 1024;
+    bool in_place = stride % 1024;
     for (int r = 0, some; r < rows; r += some) {
         const uint8_t *p = w->data + (size_t)((first + r) / 16) * bytes;
         some = whole ? rows : rows - r < 16 ? rows - r : 16;
@@ -2771,8 +2793,7 @@ static int rows_at_once(int n, int rows, int dtype) {
 // of a tile that share a key/value head pass over its keys and values together.
 
 enum { MAX_QUERIES = 32, FEW = 8, AHEAD = 64 };  // few wait for memory: so far they prefetch
-// Queries whose int8 values are summed at once: their sums fit into the registers.
-enum { MOST_Q = W == 16 ? 4 : W == 8 ? 3 : 2 };
+enum { MOST_Q = 4 };  // queries whose int8 values are summed at once: the sums fit into registers
 // Slots, and the positions that any of them sees: [start, last] without [gap, end). A row of scores
 // has `skip` positions of the gap less, a multiple of 16.
 typedef struct { int slot, n, start, gap, end, skip, last; } AttendTile;
@@ -2821,105 +2842,111 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         if (f->kv->key_dtype == Q8) quantize(&rounded, i, q, hd);
         else memcpy(queries + i * hd, q, (size_t)hd * sizeof(float));
     }
-    for (int b = b0; b < b1; b++) {
-        Stretch at_b = stretch_of(a, tile, kv_head, b, 1);
-        int ahead = (b * 16 < tile->gap ? b * 16 : b * 16 + tile->skip) + AHEAD;
-        const uint8_t *next = NULL;
-        if (n <= FEW && a->crossed) {
-            const uint8_t *values = cache_values(f->kv, at_b.chunk).data + at_b.at * 16;
-            for (int p = 0; p < (hd + 15) / 16; p++)
-                prefetch(values + (size_t)p * panel_bytes(Q8V, CHUNK), 16 * 16);
-        } else if (n <= FEW && ahead <= tile->last) {
-            next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at);
-            next += (size_t)(at / 16) * bytes;
+    for (int b = b0, some; b < b1; b += some) {
+        Stretch s = stretch_of(a, tile, kv_head, b, b1 - b);
+        Matrix keys = cache_keys(f->kv, s.chunk);
+        const uint8_t *panel = keys.data + (size_t)(s.at / 16) * bytes, *next = NULL;
+        const uint8_t *values = cache_values(f->kv, s.chunk).data + s.at * 16;
+        float *to = scores + b * 16;
+        some = s.n;
+        for (int i = 0; i < some; i++, panel += bytes, values += 16 * 16, to += 16) {
+            int ahead = (b + i) * 16 + AHEAD + ((b + i) * 16 < tile->gap ? 0 : tile->skip);
+            if (n <= FEW && a->crossed) {
+                for (int p = 0; p < (hd + 15) / 16; p++)
+                    prefetch(values + (size_t)p * panel_bytes(Q8V, CHUNK), 16 * 16);
+            } else if (n <= FEW) {
+                next = NULL;
+                if (ahead <= tile->last) {
+                    next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at);
+                    next += (size_t)(at / 16) * bytes;
+                }
+            }
+            panel_products(&keys, panel, next, 16, queries, hd, &rounded, n, out, 16);
+            for (int j = 0; j < n; j++)
+                for (int l = 0; l < 16; l += W)
+                    store(to + (size_t)j * a->row + l, load(out + j * 16 + l) * c->attn_scale);
         }
-        for (int side = 0; side < 1 + (at_b.split > 0); side++) {
-            Matrix keys = cache_keys(f->kv, side ? at_b.other : at_b.chunk);
-            at = (side ? at_b.other_at : at_b.at) / 16;
-            panel_products(&keys, keys.data + (size_t)at * bytes, next, 16, queries, hd, &rounded,
-                           n, out, 16);
-            float *to = scores + (size_t)b * 16, *sums = out, scale = c->attn_scale;
-            for (int i = 0; i < n; i++, to += a->row, sums += 16)
-                if (!side)
-                    for (int l = 0; l < 16; l += W) store(to + l, load(sums + l) * scale);
-                else
-                    for (int l = at_b.split; l < 16; l++) to[l] = sums[l] * scale;
-        }
+        if (!s.split) continue;
+        keys = cache_keys(f->kv, s.other), to -= 16;
+        panel = keys.data + (size_t)(s.other_at / 16) * bytes;
+        panel_products(&keys, panel, NULL, 16, queries, hd, &rounded, n, out, 16);
+        for (int j = 0; j < n; j++, to += a->row)
+            for (int l = s.split; l < 16; l++) to[l] = out[j * 16 + l] * c->attn_scale;
     }
     free(rounded.q);
     free(queries);
 }
 
-// A row of weights becomes integers, as average_int8 says, where it lies: in the place of 16 floats
-// there are 16 bytes of each piece. Behind the first of these is the unit.
+// A row of weights is rounded, as average_int8 says, where it lies: in the place of a block's 16
+// floats there are 16 bytes, then the unit.
 static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, float *row) {
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
-    vi max = {0};
     for (int b = b0, some; b < b1; b += some) {
         Stretch s = stretch_of(a, tile, kv_head, b, b1 - b);
         some = s.n;
         Matrix values = cache_values(a->f->kv, s.chunk);
         const float *scales = column_scales(&values) + s.at;
-        float both[16];
+        float both[16], max[CHUNK / 16] = {0}, inverse[CHUNK / 16], unit[CHUNK / 16];
         if (s.split) {
             values = cache_values(a->f->kv, s.other);
             memcpy(both, column_scales(&values) + s.other_at, sizeof both);
             scales = memcpy(both, scales, (size_t)s.split * sizeof(float));
         }
-        for (int i = 0; i < some * 16; i += W) {
-            vf x = load(row + b * 16 + i);
-            vi scaled = (vi)(x * load(scales + i)) & (vi)(x != 0), size = scaled & 0x7fffffff;
-            vi larger = size > max;  // as integers; a NaN is the largest
-            store(row + b * 16 + i, (vf)scaled);
-            max = (size & larger) | (max & ~larger);
+        float *block = row + b * 16;
+        for (int i = 0; i < some; i++) {
+            vi scaled[HALVES];
+            for (int h = 0; h < HALVES; h++) {
+                vf x = load(block + i * 16 + h * W);
+                scaled[h] = (vi)(x * load(scales + i * 16 + h * W)) & (vi)(x != 0);
+                store(block + i * 16 + h * W, (vf)scaled[h]);
+            }
+            max[i] = float_of(largest_of_16(scaled));  // as integers; a NaN is the largest
+        }
+        for (int i = 0; i < CHUNK / 16; i++) {
+            unit[i] = scale_of(&max[i], 1, 127);
+            inverse[i] = unit[i] > 0 ? 1.0f / unit[i] : 0.0f;
+        }
+        for (int i = 0; i < some; i++, block += 16) {
+            vi w[HALVES];
+            for (int h = 0; h < HALVES; h++)
+                w[h] = (vi)(load(block + h * W) * inverse[i] + 12582912.0f) - 0x4b400000;
+            store_bytes((uint8_t *)block, w);
+            block[4] = unit[i];
         }
     }
-    float largest_of[W], unit, inverse;
-    store(largest_of, (vf)max);
-    unit = scale_of(largest_of, W, LARGEST), inverse = unit > 0 ? 1.0f / unit : 0.0f;
-    for (int b = b0; b < b1; b++) {
-        uint8_t *to = (uint8_t *)(row + b * 16);
-        vi w[HALVES], piece[HALVES];
-        for (int i = 0; i < HALVES; i++)
-            w[i] = (vi)(load(row + b * 16 + i * W) * inverse + 12582912.0f) - 0x4b400000;
-        for (int p = 0; p < PIECES; p++) {
-            for (int i = 0; i < HALVES; i++) piece[i] = w[i] >> (7 - 7 * p) & 127;
-            store_bytes(to + p * 16, piece);
-        }
-    }
-    row[b0 * 16 + PIECES * 4] = unit;
 }
 
-// V vectors of channels of 16 * blocks int8 values, times the pieces of the weights of Q queries,
-// are added to sums (Q, PIECES, wide). For each panel as much is fetched, `apart` bytes apart.
+// V vectors of channels of 16 * blocks int8 values, times the rounded weights of Q queries, are
+// added to out (Q, wide). For each panel as much is fetched, `apart` bytes apart.
 INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const uint8_t *next,
-                        size_t apart, const uint8_t *x, size_t stride, int blocks, int32_t *sums,
+                        size_t apart, const float *x, size_t stride, int blocks, float *out,
                         int wide) {
     const size_t bytes = panel_bytes(Q8V, CHUNK);
-    vi acc[2 * 4 * PIECES];  // for the largest of the cases below
-#define SUM(i) (sums + (i) / V * wide + (i) % V * W)
-    UNROLL for (int i = 0; i < Q * PIECES * V; i++) acc[i] = (vi)load(SUM(i));
-    for (int g = 0; g < 4 * blocks; g++) {  // 4 positions
-        vu v[2];
-        if (next) prefetch_panels(V > HALVES ? 2 : 1, next, next, (size_t)g * 64, apart, 64);
-        UNROLL for (int h = 0; h < V; h++) v[h] = load_u(values + at_vector(h, bytes) + g * 64);
-        const int8_t *w = (const int8_t *)x + g / 4 * 64 + g % 4 * 4;
-        UNROLL for (int i = 0; i < Q * PIECES * V; i++)
-            // cppcheck-suppress uninitvar  // V is at least 1
-            acc[i] = dot_7bit(acc[i], v[i % V],
-                              w + (size_t)(i / V / PIECES) * stride + i / V % PIECES * 16);
+    for (int b = 0; b < blocks; b++, x += 16) {
+        vi sum[2 * MOST_Q] = {{0}};
+        UNROLL for (int g = 0; g < 4; g++) {  // 4 positions
+            vu v[2];
+            int at = (b * 4 + g) * 64;
+            if (next) prefetch_panels(V > HALVES ? 2 : 1, next, next, (size_t)at, apart, 64);
+            UNROLL for (int h = 0; h < V; h++) v[h] = load_u(values + at_vector(h, bytes) + at);
+            UNROLL for (int i = 0; i < Q * V; i++)
+                // cppcheck-suppress uninitvar  // V is at least 1
+                sum[i] = dot_7bit(sum[i], v[i % V],
+                                  (const int8_t *)(x + (size_t)(i / V) * stride) + g * 4);
+        }
+        UNROLL for (int i = 0; i < Q * V; i++) {
+            float *to = out + i / V * wide + i % V * W, unit = x[(size_t)(i / V) * stride + 4];
+            store(to, load(to) + __builtin_convertvector(sum[i], vf) * unit);
+        }
     }
-    UNROLL for (int i = 0; i < Q * PIECES * V; i++) store(SUM(i), (vf)acc[i]);
-#undef SUM
 }
-static void int8_average(const uint8_t *values, const uint8_t *next, size_t apart,
-                         const uint8_t *x, size_t stride, int n, int blocks, int32_t *sums,
-                         int wide) {
+static void int8_average(const uint8_t *values, const uint8_t *next, size_t apart, const float *x,
+                         size_t stride, int n, int blocks, float *out, int wide) {
 #define CASE(Q, V)                                                                                 \
     case Q * 2 + V:                                                                                \
         int8_kernel(Q, V, values + at,                                                             \
                     next && !j && i % 16 == 0 ? next + (size_t)(i / 16) * apart : NULL, apart,     \
-                    x + (size_t)j * stride, stride, blocks, sums + j * PIECES * wide + i, wide);   \
+                    x + (size_t)j * stride, stride, blocks, out + j * wide + i, wide);             \
         break;
     for (int i = 0, v; i < wide; i += v * W) {
         size_t at = (size_t)(i / 16) * panel_bytes(Q8V, CHUNK) + (size_t)(i % 16) * 4;
@@ -2942,12 +2969,12 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
     size_t keys = panel_bytes(f->kv->key_dtype, c->head_dim);
     int hd = c->head_dim, n = tile->n * a->group, wide = (p1 - p0) * 16;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
-    size_t first = (size_t)p0 * panel_bytes(Q8V, CHUNK), stride = a->row * sizeof(float);
-    int32_t *sums = zeros((size_t)(n * PIECES * wide), sizeof *sums);
+    size_t first = (size_t)p0 * panel_bytes(Q8V, CHUNK);
+    float *out = zeros((size_t)(n * wide), sizeof(float));
     for (int b = b0, run; b < b1; b += run) {
         Stretch s = stretch_of(a, tile, kv_head, b, b1 - b), later;
         run = s.n;
-        const uint8_t *x = (const uint8_t *)(scores + b * 16), *next = NULL;
+        const uint8_t *next = NULL;
         size_t apart = panel_bytes(Q8V, CHUNK);
         int ahead = a->crossed ? b : b + run;
         if (n <= FEW && soon < a->n_tiles * n_kv && ahead * 16 >= then->start &&
@@ -2960,30 +2987,30 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
             }
         }
         const uint8_t *values = cache_values(f->kv, s.chunk).data + first + s.at * 16;
-        if (!s.split) {
-            int8_average(values, next, apart, x, stride, n, run, sums, wide);
-            continue;
+        uint8_t *both = NULL;
+        if (s.split) {  // positions below s.split of `values`, the others of s.other
+            both = resize(NULL, (size_t)wide, CHUNK);
+            const uint8_t *other = cache_values(f->kv, s.other).data + first + s.other_at * 16;
+            for (int p = 0; p < p1 - p0; p++)
+                for (int i = 0; i < 256; i += 4 * W) {
+                    size_t from = (size_t)p * panel_bytes(Q8V, CHUNK) + (size_t)i;
+                    int left = s.split - i / 64 * 4;  // of the 4 positions in a word
+                    uint32_t mask = left >= 4 ? ~0u : left < 1 ? 0 : (1u << 8 * left) - 1;
+                    vu mixed = (load_u(values + from) & mask) | (load_u(other + from) & ~mask);
+                    store(both + from, (vf)mixed);
+                }
+            values = both;
         }
-        const uint8_t *other = cache_values(f->kv, s.other).data + first + s.other_at * 16;
-        for (int j = 0; j < n; j++)
-            for (int side = 0; side < 2; side++) {
-                uint8_t some[64];
-                memcpy(some, x + (size_t)j * stride, 64);
-                for (int i = 0; i < PIECES * 16; i++)
-                    if ((i % 16 >= s.split) != side) some[i] = 0;
-                int8_average(side ? other : values, NULL, 0, some, 0, 1, 1,
-                             sums + j * PIECES * wide, wide);
-            }
+        int8_average(values, next, apart, scores + b * 16, a->row, n, run, out, wide);
+        free(both);
     }
     for (int j = 0; j < n; j++) {
         float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
                     (kv_head * a->group + j % a->group) * hd + p0 * 16;
-        float unit = scores[(size_t)j * a->row + (size_t)(b0 * 16 + PIECES * 4)];
         int most = hd - p0 * 16 < wide ? hd - p0 * 16 : wide;
-        for (int d = 0; d < most; d++)
-            to[d] = join_pieces(sums + j * PIECES * wide + d, wide, unit);
+        memcpy(to, out + j * wide, (size_t)most * sizeof(float));
     }
-    free(sums);
+    free(out);
 }
 
 // Scores of one query become weights; positions that it does not see get weight 0.
@@ -3538,7 +3565,7 @@ typedef struct {
     uint64_t hash;          // of the above
     SessionState states[2];
 } SessionHeader;
-static const char session_magic[8] = "session3";
+static const char session_magic[8] = "session4";
 enum { PAGE = 4096 };
 
 typedef struct {
@@ -5252,7 +5279,7 @@ enum {
     GROUP = 256,                        // tokens whose frequencies are summed together
     PLACES = 64,                        // places in a line: not known, bytes 0 and 1, 2 and 3 ...
     MOST_LOCAL = 1 << 20,               // biases that hold in one place
-    MAGIC = 0x377a6d6c,                 // "lmz7"
+    MAGIC = 0x387a6d6c,                 // "lmz8"
 };
 
 typedef struct {
@@ -5292,7 +5319,7 @@ typedef struct {
     int context, start, n_groups;
     size_t block;     // bytes of a block
     int shortest;     // pieces of a segment
-    Ids tail;         // the prefix of the next segments: `start`, then the last tokens
+    Ids tail;         // the prefix of the next segments and their input: `start`, the last tokens
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
@@ -5387,7 +5414,8 @@ static void predict_task(void *context, int s, int thread) {
     softmax(p, 0, vocab);
     for (int first = 0; first < vocab; first += GROUP) {
         uint32_t sum = 0;
-        for (int i = first; i < vocab && i < first + GROUP; i++) sum += frequency(p[i]);
+        int end = first + GROUP < vocab ? first + GROUP : vocab;
+        for (int i = first; i < end; i++) sum += frequency(p[i]);
         sums[first / GROUP] = sum;
     }
 }
@@ -5445,7 +5473,7 @@ static void forget(Codec *z) {
 
 // ---- Blocks
 
-// Positions that all segments share.
+// Positions that all segments share, before the first that they compute.
 static int prefix_of(const Codec *z) { return z->context / 4; }
 
 // The token before piece first + i + 1 of a segment; before its first, the prefix's last.
@@ -5546,7 +5574,7 @@ static void code_span(Codec *z, const Span *span) {
                       z->bytes + done * (double)span->b->n_bytes);
     }
     for (int i = 0; i < span->n; i++) push(&z->tail, input_at(z, span->b, span->first, i));
-    int extra = (int)z->tail.n - prefix_of(z);
+    int extra = (int)z->tail.n - prefix_of(z) - 1;
     if (extra <= 0) return;
     z->tail.n -= (size_t)extra;
     memmove(z->tail.ids + 1, z->tail.ids + 1 + extra, (z->tail.n - 1) * sizeof(int));

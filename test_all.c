@@ -481,15 +481,19 @@ static Buffer llama2c_file(const Made *m, int version) {
 // ---- The second transformer: double precision, one token after the other, nothing clever
 
 // x rounded to int8 by blocks of 32, as activations are before they meet quantized weights; keys,
-// whose scales are in half precision; and values, which have one block.
-static void round_activations(double *x, int n, int block, bool half) {
+// whose scales are in half precision; values, which have one block; and attention's weights, by 16
+// positions. Returns the last scale.
+static double round_activations(double *x, int n, int block, bool half) {
+    double scale = 0;
     for (int b = 0; b < n; b += block) {
         double most = 0;
         int end = b + block < n ? b + block : n;
         for (int i = b; i < end; i++) most = worse(most, fabs(x[i]));
-        double d = most / 127, scale = half ? half_value(nearest_half(d)) : d;
+        double d = most / 127;
+        scale = half ? half_value(nearest_half(d)) : d;
         for (int i = b; i < end; i++) x[i] = d < FLT_MIN ? 0 : nearbyint(x[i] / d) * scale;
     }
+    return scale;
 }
 static void times(double *y, const Tensor *w, const double *input) {
     double *x = get((size_t)w->cols, 8);
@@ -526,7 +530,8 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
     int hd = s->head_dim, qd = s->heads * hd, kvd = s->kv_heads * hd, dim = s->dim;
     int width = dim + qd + kvd + s->hidden;
     double *keys = get((size_t)(s->layers * n * kvd), 8),
-           *values = get((size_t)(s->layers * n * kvd), 8);
+           *values = get((size_t)(s->layers * n * kvd), 8),
+           *scales = get((size_t)(s->layers * n * s->kv_heads), 8);  // of values
     double *x = get((size_t)dim, 8), *xb = get((size_t)width, 8), *q = get((size_t)width, 8);
     double *out = get((size_t)width, 8), *up = get((size_t)width, 8), *p = get((size_t)n, 8);
     for (int pos = 0; pos < n; pos++) {
@@ -553,14 +558,17 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
                 turn(head, freqs, pos);
                 if (s->embedding >= Q8) round_activations(head, hd, 32, h >= s->heads);
             }
-            for (int h = 0; h < s->kv_heads && s->embedding >= Q8; h++)
-                round_activations(v + h * hd, hd, hd, false);
+            for (int h = 0; h < s->kv_heads; h++)
+                scales[(l * n + pos) * s->kv_heads + h] =
+                    s->embedding >= Q8 ? round_activations(v + h * hd, hd, hd, false) : 1;
             for (int i = 0; i < kvd && s->embedding == BF16; i++) {
                 k[i] = half_value(nearest_half(k[i]));
                 v[i] = half_value(nearest_half(v[i]));
             }
             for (int h = 0; h < s->heads; h++) {
-                int at = h / (s->heads / s->kv_heads) * hd, first = local ? pos - s->window + 1 : 0;
+                int kv_head = h / (s->heads / s->kv_heads), at = kv_head * hd;
+                int first = local ? pos - s->window + 1 : 0;
+                const double *scale = scales + l * n * s->kv_heads + kv_head;
                 double total = 0;
                 first = first < 0 ? 0 : first;
                 for (int j = first; j <= pos; j++) {
@@ -569,10 +577,14 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
                         score += q[h * hd + d] * keys[(l * n + j) * kvd + at + d];
                     total += p[j] = exp(score * (double)m->attn_scale);
                 }
+                for (int j = 0; j <= pos; j++)
+                    p[j] = j < first ? 0 : p[j] / total * scale[j * s->kv_heads];
+                if (s->embedding >= Q8) round_activations(p, pos + 1, 16, false);
                 for (int d = 0; d < hd; d++) {
                     out[h * hd + d] = 0;
                     for (int j = first; j <= pos; j++)
-                        out[h * hd + d] += p[j] / total * values[(l * n + j) * kvd + at + d];
+                        out[h * hd + d] += p[j] / scale[j * s->kv_heads] *
+                                           values[(l * n + j) * kvd + at + d];
                 }
             }
             times(xb, &t[WO], out);
@@ -592,7 +604,7 @@ static void reference(const Made *m, const int *ids, int n, double *logits, doub
         times(logits + (size_t)pos * (size_t)s->vocab,
               m->classifier.bytes ? &m->classifier : &m->embedding, xb);
     }
-    double *all[] = {keys, values, x, xb, q, out, up, p};
+    double *all[] = {keys, values, scales, x, xb, q, out, up, p};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -897,7 +909,6 @@ typedef struct {
     int dtype;  // of the embedding, and so of keys and values
     int branch_at, seen, length;
     int layer;  // of two; the first sees a third of `seen`
-    int seq_len;  // of a model for which int8 values are not made, or 0
 } AttentionCase;
 static const char *describe(const AttentionCase *a) {
     static char text[160];
@@ -933,7 +944,7 @@ static void test_attention_case(const AttentionCase *a) {
     enum { CONTEXT = 640, MOST = 1200 };
     Model m = {.c = {.n_heads = a->group * a->kv_heads, .n_kv_heads = a->kv_heads,
                      .head_dim = a->head_dim, .n_layers = 2, .sliding_window = a->window,
-                     .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1, .seq_len = a->seq_len,
+                     .attn_scale = 0.4f, .dim = 1, .hidden_dim = 1,
                      .local_layers = {3}},
                .token_embedding = {.dtype = a->dtype}};
     int layer = a->layer, sees = layer ? a->seen : (a->seen + 2) / 3;
@@ -1000,7 +1011,7 @@ static void test_attention_case(const AttentionCase *a) {
         }
     }
     free(p);
-    CHECK(worst < (kv.value_dtype == Q8V ? 1e-3 : 2e-5),  // 14 bits of weights, values up to 4
+    CHECK(worst < (kv.value_dtype == Q8V ? 0.04 : 2e-5),  // 7 bits of weights, values up to 4
           "attention is the average of values by softmax(q k): off by %g (%s)", worst, describe(a));
 
     size_t size = (size_t)n * (size_t)padded(q_dim) * sizeof(float);
@@ -1063,18 +1074,16 @@ static void test_attention(void) {
     for (int i = 0; i < 9; i++)
         for (int j = 0; j < 3; j++) {
             AttentionCase a = {sizes[i], groups[(i + j) % 9], 1 + i % 2, windows[(i + 4 * j) % 9],
-                               (int[]){BF16, F32, Q8}[j], places[i], 0, 60, j % 2, 0};
+                               (int[]){BF16, F32, Q8}[j], places[i], 0, 60, j % 2};
             test_attention_case(&a);
             a.seen = seen[(i + 4 * j) % 5];
             a.length = i % 2 ? 900 : a.seen + 60;  // the ring is used again, or the gap is new
             test_attention_case(&a);
             a.layer ^= 1;
             test_attention_case(&a);
-            a.seq_len = MOST_SUMMED + 1;
-            if (a.dtype == Q8) test_attention_case(&a);
         }
     for (int many = MAX_BATCH; many < MAX_BATCH + 2; many++)
-        test_attention_case(&(AttentionCase){2, many, 1, 0, Q8, 17, 0, 60, 0, 0});
+        test_attention_case(&(AttentionCase){2, many, 1, 0, Q8, 17, 0, 60, 0});
 }
 
 // =================================================================================================
@@ -1240,14 +1249,14 @@ static void test_forward(void) {
 // The bytes are not only equal within a build: these are the hashes that every build must give.
 static void test_one_hash(void) {
     static const uint64_t expected[N_FAMILIES][5] = {
-        {0xd7dce9e698662dc9, 0x60d78e36ad3c0363, 0xa5f4a32a54b0497a,
-         0x702b8341905d99ec, 0x6dea5d907600060b},
-        {0xaa8ee0c72973702c, 0x516eaea9518442b9, 0xb9b18610ef74b7d1,
-         0xd5c61810a25a97cd, 0x37aea453e3b45cce},
-        {0x6e4b79e0431f69c7, 0x9e5acd97766e5407, 0x2f5802e9446c11ff,
-         0x5b2e4a27be07b2c6, 0x9e1f9aabfed33936},
-        {0x429edc7fb999a388, 0xc8ebde280607b6c3, 0x8ec7c30022842111,
-         0x649fdc9d053e1f2e, 0x8d8e0bb28cb0d394},
+        {0xf08751220fb70102, 0xa63b11c5c52b739f, 0x5fbac05074536a4a,
+         0xd4eecf8fa3eef0b9, 0x67d1801a51b3044d},
+        {0x100cc0d775cd45a2, 0x59a781e316b89637, 0xb5e8d346844c8d49,
+         0x9447d026ac5d40b0, 0x28a933d7059ba94d},
+        {0x470abff88ef6c643, 0x2373650bb220abd6, 0xc0b199b7baf9bc7c,
+         0x9b4cd66cfe1ea288, 0xa2b723c9464dbdf3},
+        {0xc5246bc12da0c1cc, 0xeff01d9d3674ef99, 0x0301c3f772877fcf,
+         0xb2e6b2a22beca4e3, 0x6695f43aebc8850e},
     };
     for (int which = 0; which < N_FAMILIES; which++)
         for (int dtype = F32; dtype <= Q4A; dtype++) {
@@ -3919,7 +3928,7 @@ static void test_trace(void) {
             free_model(&m);
             free_made(&made);
         }
-    CHECK(hash == 0xd973f172a49223ce, "the traces have hash 0x%016llx in %s",
+    CHECK(hash == 0x7fd4739cb67552f5, "the traces have hash 0x%016llx in %s",
           (unsigned long long)hash, isa);
 }
 
@@ -4410,8 +4419,8 @@ static void test_compression(void) {
 
 // The bytes of a compressed file, which every build must write, and read.
 static void test_one_compressed_file(void) {
-    static const uint64_t expected[] = {0xd4023a0d8330d5c4, 0x2cd7fd2103813363,
-                                        0x284d97f13ac515fb, 0x375cf96019060294};
+    static const uint64_t expected[] = {0x1f6f64cf38473ebb, 0x32c4aa08bea4f9a5,
+                                        0x66b7c0c2a1ca533c, 0xf54678a584b5917f};
     for (int which = 0; which < 4; which++) {
         random_state = (uint64_t)(5000 + which);
         Vocabulary v;
