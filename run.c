@@ -296,7 +296,7 @@ typedef struct {
     int n_seqs, ctx;      // ctx: positions of the trunk
     int window;           // positions; 0: all
     int key_dtype;        // F32 for float32 checkpoints, HALF for bf16, Q8 for quantized ones
-    int value_dtype;      // F32, HALF, and Q8V (or HALF, for more than 2^17 positions)
+    int value_dtype;      // F32, HALF, and Q8V
     int *from;            // (n_seqs)
     size_t head_bytes;    // of a chunk's keys and values of one head
     size_t chunk_bytes;   // (n_layers, n_kv_heads, head_bytes)
@@ -1126,10 +1126,11 @@ static void average_int8(const Cache *kv, int layer, const Slot *slot, int kv_he
             scaled[i] = w != 0 ? w * column_scales(&values[i])[at[i]] : 0;
         }
         float unit = scale_of(scaled, n, 127), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+        int32_t w[16];
+        for (int i = 0; i < n; i++) w[i] = unit > 0 ? to_integer(scaled[i] * inverse) : 0;
         for (int d = 0; d < hd; d++) {
             int32_t sum = 0;
-            for (int i = 0; i < n && unit > 0; i++)
-                sum += to_integer(scaled[i] * inverse) * column_quant(&values[i], d, at[i]);
+            for (int i = 0; i < n; i++) sum += w[i] * column_quant(&values[i], d, at[i]);
             out[d] += (float)sum * unit;
         }
     }
@@ -1165,9 +1166,8 @@ static void new_cache(Cache *kv, const Model *m, int ctx, int n_branches, int ex
     const Config *c = &m->c;
     *kv = (Cache){.m = m, .n_seqs = 1, .ctx = ctx, .from = zeros(1, sizeof(int))};
     int dtype = m->token_embedding.dtype;
-    kv->value_dtype = dtype <= F32 ? F32 : HALF;
-    kv->key_dtype = dtype <= BF16 ? kv->value_dtype : Q8;
-    if (dtype >= Q8) kv->value_dtype = Q8V;
+    kv->key_dtype = dtype <= F32 ? F32 : dtype <= BF16 ? HALF : Q8;
+    kv->value_dtype = kv->key_dtype == Q8 ? Q8V : kv->key_dtype;
     size_t chunks = ((size_t)ctx + CHUNK - 1) / CHUNK;
     kv->head_bytes = matrix_bytes(kv->key_dtype, CHUNK, c->head_dim) +
                      matrix_bytes(kv->value_dtype, c->head_dim, CHUNK);
@@ -2393,7 +2393,7 @@ INLINE void store_bytes(uint8_t *to, const vi *x) {
 #endif
 }
 
-// The largest of 16 numbers without a sign.
+// The largest of 16 floats that are not negative, compared as integers: a NaN is the largest.
 INLINE uint32_t largest_of_16(const vi *x) {
 #ifdef AVX512
     return _mm512_reduce_max_epu32((__m512i)x[0]);
@@ -2403,11 +2403,13 @@ INLINE uint32_t largest_of_16(const vi *x) {
     m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));  // with the other half, then the neighbours
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1)));
 #else
+    vu most = (vu)x[0];
     uint32_t max = 0;
-    for (int i = 0; i < 16; i++) {
-        uint32_t number = (uint32_t)x[i / W][i % W];
-        max = number > max ? number : max;
+    for (int h = 1; h < HALVES; h++) {
+        vu larger = (vu)((vu)x[h] > most);
+        most = ((vu)x[h] & larger) | (most & ~larger);
     }
+    for (int i = 0; i < W; i++) max = most[i] > max ? most[i] : max;
     return max;
 #endif
 }
@@ -2445,8 +2447,9 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
     const int G = nibbles ? 4 : 8;        // vectors of a row's quants
     const size_t bytes = (size_t)(n_blocks * size);  // of a panel
     vf acc[TILE];
+#define OUT(i) (out + (size_t)((i) / H) * (size_t)stride + lane + (i) % H * W)
     for (int i = 0; i < T * H; i++)
-        acc[i] = b0 ? load(out + i / H * stride + lane + i % H * W) : (vf){0};
+        acc[i] = b0 ? load(OUT(i)) : (vf){0};
     size_t at = block_at(xq, t0, b0);
     for (int b = 0; b < n_blocks; b++, at += TILE) {
         const int8_t *x = xq->q + at * 32;
@@ -2488,7 +2491,8 @@ INLINE void quant_kernel(const int T, const int P, const int dtype, const bool p
             acc[i] += minimum * xq->dsum[t];
         }
     }
-    for (int i = 0; i < T * H; i++) store(out + i / H * stride + lane + i % H * W, acc[i]);
+    for (int i = 0; i < T * H; i++) store(OUT(i), acc[i]);
+#undef OUT
 }
 
 static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blocks) {
@@ -2549,7 +2553,7 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
     int blocks = (w->cols + 31) / 32, t = 0, size = block_bytes(w->dtype), rate = size, part = 0;
 #define KERNEL(type)                                                                               \
     quant_kernel(T * HALVES <= TILE ? T : 1, P, type, true, panel, next, rate, NULL, 0, xq, t, 0,  \
-                 blocks, out + t * stride, stride)
+                 blocks, out + (size_t)t * (size_t)stride, stride)
     if (MAX_PANELS > 1 && rows > 16) {
         if (w->dtype == Q8) FOR_PANELS_OF_1(rows, KERNEL(Q8))
         else if (w->dtype == Q4) FOR_PANELS_OF_1(rows, KERNEL(Q4))
@@ -2580,7 +2584,7 @@ static void quant_panel(const Matrix *w, const uint8_t *panel, const uint8_t *ne
                 tokens = n - t < most ? n - t : most;
                 next = from && part < size ? from + b * size + part : NULL;
                 quant_tile(w->dtype, next, rate, &u, lane, xq, t, tokens, b, some,
-                           out + t * stride, stride);
+                           out + (size_t)t * (size_t)stride, stride);
             }
     }
 }
@@ -2807,8 +2811,8 @@ typedef struct {
 } Attend;
 
 // At most n blocks of 16 positions from block b of a row of scores on that lie together in memory.
-// Of the block where a branch leaves the trunk, the positions from `split` on lie at `other`. (A
-// gap begins where the branch does, so none lies within.)
+// Of the block where a branch leaves the trunk, the positions from `split` on lie at `other`: it is
+// a stretch of its own. (A gap begins where the branch does, so none lies within.)
 typedef struct { int n, at, split, other_at; const uint8_t *chunk, *other; } Stretch;
 static Stretch stretch_of(const Attend *a, const AttendTile *tile, int kv_head, int b, int n) {
     const Cache *kv = a->f->kv;
@@ -2845,21 +2849,19 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
     for (int b = b0, some; b < b1; b += some) {
         Stretch s = stretch_of(a, tile, kv_head, b, b1 - b);
         Matrix keys = cache_keys(f->kv, s.chunk);
-        const uint8_t *panel = keys.data + (size_t)(s.at / 16) * bytes, *next = NULL;
+        const uint8_t *panel = keys.data + (size_t)(s.at / 16) * bytes;
         const uint8_t *values = cache_values(f->kv, s.chunk).data + s.at * 16;
         float *to = scores + b * 16;
         some = s.n;
         for (int i = 0; i < some; i++, panel += bytes, values += 16 * 16, to += 16) {
             int ahead = (b + i) * 16 + AHEAD + ((b + i) * 16 < tile->gap ? 0 : tile->skip);
+            const uint8_t *next = NULL;
             if (n <= FEW && a->crossed) {
                 for (int p = 0; p < (hd + 15) / 16; p++)
                     prefetch(values + (size_t)p * panel_bytes(Q8V, CHUNK), 16 * 16);
-            } else if (n <= FEW) {
-                next = NULL;
-                if (ahead <= tile->last) {
-                    next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at);
-                    next += (size_t)(at / 16) * bytes;
-                }
+            } else if (n <= FEW && ahead <= tile->last) {
+                next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at);
+                next += (size_t)(at / 16) * bytes;
             }
             panel_products(&keys, panel, next, 16, queries, hd, &rounded, n, out, 16);
             for (int j = 0; j < n; j++)
@@ -2900,9 +2902,9 @@ static void attend_round(const Attend *a, const AttendTile *tile, int kv_head, f
                 scaled[h] = (vi)(x * load(scales + i * 16 + h * W)) & (vi)(x != 0);
                 store(block + i * 16 + h * W, (vf)scaled[h]);
             }
-            max[i] = float_of(largest_of_16(scaled));  // as integers; a NaN is the largest
+            max[i] = float_of(largest_of_16(scaled));
         }
-        for (int i = 0; i < CHUNK / 16; i++) {
+        for (int i = 0; i < CHUNK / 16; i++) {  // (of all, so that it becomes SIMD)
             unit[i] = scale_of(&max[i], 1, 127);
             inverse[i] = unit[i] > 0 ? 1.0f / unit[i] : 0.0f;
         }
@@ -2989,7 +2991,7 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
         const uint8_t *values = cache_values(f->kv, s.chunk).data + first + s.at * 16;
         uint8_t *both = NULL;
         if (s.split) {  // positions below s.split of `values`, the others of s.other
-            both = resize(NULL, (size_t)wide, CHUNK);
+            both = resize(NULL, (size_t)wide, CHUNK);  // a block of panels as far apart as others
             const uint8_t *other = cache_values(f->kv, s.other).data + first + s.other_at * 16;
             for (int p = 0; p < p1 - p0; p++)
                 for (int i = 0; i < 256; i += 4 * W) {
@@ -5319,7 +5321,7 @@ typedef struct {
     int context, start, n_groups;
     size_t block;     // bytes of a block
     int shortest;     // pieces of a segment
-    Ids tail;         // the prefix of the next segments and their input: `start`, the last tokens
+    Ids tail;         // `start` and the last tokens: the next segments' prefix and first input
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
@@ -5473,10 +5475,10 @@ static void forget(Codec *z) {
 
 // ---- Blocks
 
-// Positions that all segments share, before the first that they compute.
+// Positions that all segments share. (Attention is fastest where it is a multiple of 16.)
 static int prefix_of(const Codec *z) { return z->context / 4; }
 
-// The token before piece first + i + 1 of a segment; before its first, the prefix's last.
+// The token before piece first + i + 1 of a segment; before its first, the one behind the prefix.
 static int input_at(const Codec *z, const Block *b, int first, int i) {
     if (i < 0) return z->tail.ids[z->tail.n - 1];
     return b->pieces[first + i].token < 0 ? z->start : b->pieces[first + i].token;
