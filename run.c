@@ -2831,13 +2831,36 @@ static Stretch stretch_of(const Attend *a, const AttendTile *tile, int kv_head, 
     return s;
 }
 
+// Products of n_panels panels of int8 keys with n queries, to out (n, stride). A core begins the
+// next panel while it waits for the last one's sums. With each, `some` bytes of `next` are fetched,
+// unless it is NULL; if `apart` is not 0, so many for each 16 columns, which lie that far apart.
+static void score_panels(const Matrix *keys, const uint8_t *panel, int n_panels,
+                         const uint8_t *next, size_t some, size_t apart, const Quantized *xq,
+                         int n, float *out, int stride) {
+    const size_t bytes = panel_bytes(Q8, keys->cols);
+    int blocks = (keys->cols + 31) / 32, pieces = apart ? (keys->cols + 15) / 16 : 1;
+#define KERNEL                                                                                     \
+    for (int i = 0; i < n_panels; i++) {                                                           \
+        for (int p = 0; next && p < pieces; p++)                                                   \
+            prefetch(next + (size_t)i * some + (size_t)p * apart, some);                           \
+        quant_kernel(T * HALVES <= TILE ? T : 1, 1, Q8, true, panel + (size_t)i * bytes, NULL, 0,  \
+                     NULL, 0, xq, t, 0, blocks, out + i * 16, stride);                             \
+    }
+    for (int t = 0, tile; t < n; t += tile, out += (size_t)tile * (size_t)stride, next = NULL) {
+        tile = n - t < TILE / HALVES ? n - t : TILE / HALVES;
+        FOR_TILE(tile, KERNEL)
+    }
+#undef KERNEL
+}
+
 // Scores of the blocks of 16 positions from b0 to b1.
 static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, float *scores,
                           int b0, int b1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
-    int hd = c->head_dim, n = tile->n * a->group, at, seq = f->batch[tile->slot].seq;
-    size_t bytes = panel_bytes(f->kv->key_dtype, hd);
+    int hd = c->head_dim, n = tile->n * a->group;
+    int most = n <= FEW && a->crossed ? b1 - b0 : AHEAD / 16;
+    size_t bytes = panel_bytes(f->kv->key_dtype, hd), row = a->row;
     float *queries = resize(NULL, (size_t)(n * hd), sizeof(float)), out[MAX_BATCH * 16];
     Quantized rounded = new_quantized(n, hd);
     for (int i = 0; i < n; i++) {
@@ -2847,32 +2870,32 @@ static void attend_scores(const Attend *a, const AttendTile *tile, int kv_head, 
         else memcpy(queries + i * hd, q, (size_t)hd * sizeof(float));
     }
     for (int b = b0, some; b < b1; b += some) {
-        Stretch s = stretch_of(a, tile, kv_head, b, b1 - b);
+        Stretch s = stretch_of(a, tile, kv_head, b, b1 - b < most ? b1 - b : most), later;
         Matrix keys = cache_keys(f->kv, s.chunk);
-        const uint8_t *panel = keys.data + (size_t)(s.at / 16) * bytes;
-        const uint8_t *values = cache_values(f->kv, s.chunk).data + s.at * 16;
+        const uint8_t *panel = keys.data + (size_t)(s.at / 16) * bytes, *next = NULL;
         float *to = scores + b * 16;
         some = s.n;
-        for (int i = 0; i < some; i++, panel += bytes, values += 16 * 16, to += 16) {
-            int ahead = (b + i) * 16 + AHEAD + ((b + i) * 16 < tile->gap ? 0 : tile->skip);
-            const uint8_t *next = NULL;
-            if (n <= FEW && a->crossed) {
-                for (int p = 0; p < (hd + 15) / 16; p++)
-                    prefetch(values + (size_t)p * panel_bytes(Q8V, CHUNK), 16 * 16);
-            } else if (n <= FEW && ahead <= tile->last) {
-                next = cache_chunk(f->kv, seq, ahead, f->layer, kv_head, &at);
-                next += (size_t)(at / 16) * bytes;
-            }
-            panel_products(&keys, panel, next, 16, queries, hd, &rounded, n, out, 16);
-            for (int j = 0; j < n; j++)
-                for (int l = 0; l < 16; l += W)
-                    store(to + (size_t)j * a->row + l, load(out + j * 16 + l) * c->attn_scale);
+        if (n <= FEW && a->crossed) {
+            next = cache_values(f->kv, s.chunk).data + s.at * 16;
+        } else if (n <= FEW && (b + some) * 16 <= tile->last - tile->skip) {
+            later = stretch_of(a, tile, kv_head, b + some, some);
+            next = cache_keys(f->kv, later.chunk).data + (size_t)(later.at / 16) * bytes;
         }
+        if (keys.dtype == Q8)
+            score_panels(&keys, panel, some, next, a->crossed ? 16 * 16 : bytes,
+                         a->crossed ? panel_bytes(Q8V, CHUNK) : 0, &rounded, n, to, (int)row);
+        for (int i = 0; i < some && keys.dtype != Q8; i++)
+            panel_products(&keys, panel + (size_t)i * bytes,
+                           next ? next + (size_t)i * bytes : NULL, 16, queries, hd, &rounded, n,
+                           to + i * 16, (int)row);
+        for (int j = 0; j < n; j++)
+            for (int l = 0; l < some * 16; l += W)
+                store(to + (size_t)j * row + l, load(to + (size_t)j * row + l) * c->attn_scale);
         if (!s.split) continue;
-        keys = cache_keys(f->kv, s.other), to -= 16;
+        keys = cache_keys(f->kv, s.other), to += (some - 1) * 16;
         panel = keys.data + (size_t)(s.other_at / 16) * bytes;
         panel_products(&keys, panel, NULL, 16, queries, hd, &rounded, n, out, 16);
-        for (int j = 0; j < n; j++, to += a->row)
+        for (int j = 0; j < n; j++, to += row)
             for (int l = s.split; l < 16; l++) to[l] = out[j * 16 + l] * c->attn_scale;
     }
     free(rounded.q);
@@ -5275,7 +5298,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
-    SEGMENTS = 24, SHORTEST = 1600,     // at most so many, of at least so many pieces
+    SEGMENTS = 24, SHORTEST = 2250,     // at most so many, of at least so many pieces
     USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
