@@ -5298,7 +5298,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
-    SEGMENTS = 24, SHORTEST = 2250,     // at most so many, of at least so many pieces
+    SEGMENTS = 16, SHORTEST = 2250,     // at most so many, of at least so many pieces
     USUAL_CONTEXT = 1280,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
