@@ -1968,14 +1968,18 @@ static bool is_stop(const Tokenizer *t, int id) {
 // a thread that is not running holds nobody up. A range is one number, the job's above the count of
 // items left, so that one compare-and-swap takes items of this job and of no other.
 
-enum { MAX_THREADS = 256 };
+// What several threads write is in cache lines of its own (which are fetched in pairs): a line that
+// changes hands takes as long as hundreds of products.
+
+enum { MAX_THREADS = 256, LINES = 128 };
+typedef struct { _Alignas(LINES) _Atomic uint64_t left; } Share;
 static struct {
-    _Alignas(64) _Atomic uint32_t job;
-    _Atomic int n_items, done, sleepers;
+    Share shares[MAX_THREADS];
+    _Alignas(LINES) _Atomic int done;
+    _Alignas(LINES) _Atomic uint32_t job;
+    _Atomic int n_items, n_threads, sleepers;
     _Atomic(Task *) task;
     _Atomic(void *) context;
-    _Atomic uint64_t ranges[MAX_THREADS];
-    _Atomic int n_threads;
     double alone_until, penalty;  // until when the first thread works alone; for how long
     pthread_mutex_t mutex;
     pthread_cond_t wake;
@@ -2001,17 +2005,17 @@ static void work(int thread) {
     int did = 0;
     for (int i = 0; i < pool.n_threads; i++) {
         int range = (thread + i) % pool.n_threads;
-        uint64_t was = atomic_load(&pool.ranges[range]);
+        _Atomic uint64_t *share = &pool.shares[range].left;
+        uint64_t was = atomic_load(share);
         while ((uint32_t)was) {
             int left = (int)(uint32_t)was, take = left - left / 2;
-            if (!atomic_compare_exchange_weak(&pool.ranges[range], &was, was - (uint64_t)take))
-                continue;
+            if (!atomic_compare_exchange_weak(share, &was, was - (uint64_t)take)) continue;
             Task *task = RELAXED(load, &pool.task);
             void *context = RELAXED(load, &pool.context);
             int first = range_start(RELAXED(load, &pool.n_items), range + 1) - left;
             for (int item = first; item < first + take; item++) task(context, item, thread);
             did += take;
-            was = atomic_load(&pool.ranges[range]);
+            was = atomic_load(share);
         }
     }
     if (did) atomic_fetch_add(&pool.done, did);
@@ -2062,8 +2066,8 @@ static void parallel(Task *task, void *context, int n_items) {
     RELAXED(store, &pool.done, 0);
     for (int i = 0, start = 0, end; i < pool.n_threads; i++, start = end) {
         end = range_start(n_items, i + 1);
-        atomic_store_explicit(&pool.ranges[i], (uint64_t)job << 32 | (uint32_t)(end - start),
-                              memory_order_release);
+        uint64_t share = (uint64_t)job << 32 | (uint32_t)(end - start);
+        atomic_store_explicit(&pool.shares[i].left, share, memory_order_release);
     }
     atomic_store(&pool.job, job);
     if (atomic_load(&pool.sleepers)) {
@@ -5288,10 +5292,10 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 // last bit, the same probabilities. What the model does not know of this very text is learned on
 // the way, after each token, by encoder and decoder alike.
 //
-// A block of text is cut into segments of equally many tokens, which are coded in lockstep: the
-// first token of each, then the second of each, and so on. So the decoder decodes all segments as
-// one batch, and all of them learn from each other. Each starts from the same context: the end of
-// the block before, or the first tokens of the text, which are coded alone.
+// A block of text is cut at ends of lines into segments of about equally many tokens, which are
+// coded in lockstep: the first token of each, then the second of each, and so on. So the decoder
+// decodes all segments as one batch, and all of them learn from each other. Each starts from the
+// same context: the end of the block before, or the text's first tokens, which are coded alone.
 //
 // The file: magic and context, fingerprints of model and tokenizer; then blocks: a BlockHead, the
 // coded bytes, a checksum of all up to here.
@@ -5299,12 +5303,14 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
     SEGMENTS = 16, SHORTEST = 2250,     // at most so many, of at least so many pieces
-    USUAL_CONTEXT = 1280,               // positions
+    USUAL_CONTEXT = 1024,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
+    CUT = 32,                           // segments end earlier by at most their 32nd part
     PLACES = 64,                        // places in a line: not known, bytes 0 and 1, 2 and 3 ...
-    MOST_LOCAL = 1 << 20,               // biases that hold in one place
-    MAGIC = 0x387a6d6c,                 // "lmz8"
+    LISTS = 4, HEADS = 1 << 20,         // of biases that hold in one context
+    MOST_LOCAL = 1 << 21, MOST_SEEN = 3,  // biases; times that a token is counted
+    MAGIC = 0x397a6d6c,                 // "lmz9"
 };
 
 typedef struct {
@@ -5334,28 +5340,33 @@ typedef struct {
 // A bit that is predicted from how often it was set: a probability in 2^-32.
 typedef struct { uint32_t one, seen; } Bit;
 
-// A token that was seen after some token, or at some place in the line, and its bias there.
-typedef struct { int token, next; float bias, squares; } LocalBias;
+// What is added to a logit, and the sum of its squared gradients.
+typedef struct { float value, squares; } Bias;
+
+// A token that was seen in a context (after some tokens, or at a place in the line).
+typedef struct { int token, next, seen; Bias bias; } LocalBias;
 
 typedef struct {
     const Model *m;
     const Tokenizer *t;
     Cache kv;         // the trunk holds the prefix, branch 1 + s segment s
-    int context, start, n_groups;
+    int context, start, line_end, n_groups;
     size_t block;     // bytes of a block
     int shortest;     // pieces of a segment
     Ids tail;         // `start` and the last tokens: the next segments' prefix and first input
     Coder coder;
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
+    Bias scale;       // the logits are multiplied by 1 + scale
     LocalBias *local; // lists, which end with next = 0
     int n_local, local_capacity;
-    int *local_at;    // (vocab_size + PLACES) the first after a token, and at a place in the line
-    int *lists[SEGMENTS][2];  // those that hold for a segment's next token
+    int *local_at;    // (HEADS) the first of a list, by a hash of the context
+    Bias trust[LISTS][MOST_SEEN + 1];  // what tokens that were seen so often have beside their own
+    int *lists[SEGMENTS][LISTS];  // those that hold for a segment's next token
     int column[SEGMENTS];     // bytes of its line before it; -1: not known
     Bit escape[2], tree[256];
     const float *logits[SEGMENTS];  // the model's for this step; NULL: the segment has ended
-    float *p;         // (SEGMENTS, vocab_size) probabilities
+    float *p, mean[SEGMENTS];  // (SEGMENTS, vocab_size) probabilities; the logits' mean by these
     uint32_t *sums;   // (SEGMENTS, n_groups) frequencies of GROUP tokens
     Progress progress;
     double bytes, part, block_part;  // text done; of the file: part done, part that this block is
@@ -5420,28 +5431,41 @@ static int code_token(Codec *z, int s, int token) {
 }
 
 // ---- What is learned from the text: biases of each token v, which are added to its logit. One
-// always holds, one after the token before, one at this place in the line. They move along the
-// gradient of ln p(token), which is (v is the token) - p[v], by Adagrad (Duchi et al., 2011): steps
-// are divided by the root of the sum of squared gradients.
+// always holds, others after the last one, two and four tokens and at this place in the line, and
+// one is common to all tokens that were seen as often in a context of that kind. They move along
+// the gradient of ln p(token), which is (v is the token) - p[v], by Adagrad (Duchi et al., 2011):
+// steps are divided by the root of the sum of squared gradients. So does a scale of all logits.
+
+static void learn(Bias *b, float gradient, float rate) {
+    b->squares += gradient * gradient;
+    b->value -= rate * gradient / sqrtf(b->squares + 1.0f);
+}
 
 // Probabilities of a segment's next token, and sums of their frequencies for code_token.
 static void predict_task(void *context, int s, int thread) {
     Codec *z = context;
     int vocab = z->m->c.vocab_size;
-    float *p = z->p + (size_t)s * (size_t)vocab;
+    const float *logits = z->logits[s];
+    float *p = z->p + (size_t)s * (size_t)vocab, scale = 1.0f + z->scale.value;
     uint32_t *sums = z->sums + (size_t)s * (size_t)z->n_groups;
     (void)thread;
-    if (!z->logits[s]) return;
-    for (int i = 0; i < vocab; i++) p[i] = z->logits[s][i] + z->bias[i];
-    for (int l = 0; l < 2; l++)
-        for (int i = *z->lists[s][l]; i; i = z->local[i].next)
-            p[z->local[i].token] += z->local[i].bias;
+    if (!logits) return;
+    for (int i = 0; i < vocab; i++) p[i] = logits[i] * scale + z->bias[i];
+    for (int l = 0; l < LISTS; l++)
+        for (int i = *z->lists[s][l]; i; i = z->local[i].next) {
+            const LocalBias *b = &z->local[i];
+            p[b->token] += b->bias.value + z->trust[l][b->seen].value;
+        }
     softmax(p, 0, vocab);
+    z->mean[s] = 0;
     for (int first = 0; first < vocab; first += GROUP) {
         uint32_t sum = 0;
-        int end = first + GROUP < vocab ? first + GROUP : vocab;
-        for (int i = first; i < end; i++) sum += frequency(p[i]);
+        int n = vocab - first < GROUP ? vocab - first : GROUP;
+        float parts[GROUP];
+        for (int i = 0; i < n; i++) sum += frequency(p[first + i]);
+        for (int i = 0; i < n; i++) parts[i] = p[first + i] * logits[first + i];
         sums[first / GROUP] = sum;
+        z->mean[s] += sum16(parts, 0, n, false);
     }
 }
 
@@ -5462,32 +5486,37 @@ static void bias_task(void *context, int group, int thread) {
     for (int i = 0; i < n; i++) bias[i] -= 0.6f * sum[i] / sqrtf(squares[i] + 1.0f);
 }
 
-// Moves the biases of the lists that hold for a segment, to which its token is added.
+// Moves the scale, and the biases of the lists that hold for a segment, to which it adds the token.
 static void learn_local(Codec *z, int s, int token) {
+    static const float rates[LISTS] = {0.25f, 0.25f, 0.25f, 0.15f};
     const float *p = z->p + (size_t)s * (size_t)z->m->c.vocab_size;
-    for (int l = 0; l < 2; l++) {
+    learn(&z->scale, z->mean[s] - z->logits[s][token], 0.02f);
+    for (int l = 0; l < LISTS; l++) {
         int *first = z->lists[s][l], i = *first;
         while (i && z->local[i].token != token) i = z->local[i].next;
         if (!i && z->n_local < MOST_LOCAL) {
             if (z->n_local == z->local_capacity)
                 z->local = resize(z->local, (size_t)(z->local_capacity *= 2), sizeof(LocalBias));
-            z->local[z->n_local] = (LocalBias){token, *first, 0, 0};
+            z->local[z->n_local] = (LocalBias){.token = token, .next = *first};
             *first = z->n_local++;
         }
         for (i = *first; i; i = z->local[i].next) {
-            LocalBias *bias = &z->local[i];
-            float g = p[bias->token];
+            LocalBias *b = &z->local[i];
+            float g = p[b->token];
             if (g < 1e-4f && g > -1e-4f) continue;
-            bias->squares += g * g;
-            bias->bias -= (l ? 0.15f : 0.4f) * g / sqrtf(bias->squares + 1.0f);
+            if (b->seen) learn(&z->trust[l][b->seen], g, rates[l]);
+            learn(&b->bias, g, rates[l]);
+            b->seen += b->token == token && b->seen < MOST_SEEN;
         }
     }
 }
 
 static void forget(Codec *z) {
     size_t vocab = (size_t)z->m->c.vocab_size;
-    memset(z->local_at, 0, (vocab + PLACES) * sizeof(int));
+    memset(z->local_at, 0, HEADS * sizeof(int));
+    memset(z->trust, 0, sizeof z->trust);
     z->n_local = 1;
+    z->scale = (Bias){0};
     memset(z->bias, 0, vocab * sizeof(float));
     memset(z->squares, 0, vocab * sizeof(float));
     for (int i = 0; i < 256; i++) z->tree[i] = (Bit){1u << 31, 0};
@@ -5501,24 +5530,29 @@ static void forget(Codec *z) {
 // Positions that all segments share. (Attention is fastest where it is a multiple of 16.)
 static int prefix_of(const Codec *z) { return z->context / 4; }
 
-// The token before piece first + i + 1 of a segment; before its first, the one behind the prefix.
-static int input_at(const Codec *z, const Block *b, int first, int i) {
-    if (i < 0) return z->tail.ids[z->tail.n - 1];
-    return b->pieces[first + i].token < 0 ? z->start : b->pieces[first + i].token;
-}
+// Pieces of a block that are coded in lockstep as n segments: [first[s], first[s + 1]).
+typedef struct { Block *b; int n, first[SEGMENTS + 1]; } Span;
 
-// n pieces of a block, from `first` on, that are coded in lockstep as segments of `length` pieces.
-typedef struct { Block *b; int first, n, length; } Span;
+static int length_of(const Span *span, int s) { return span->first[s + 1] - span->first[s]; }
+
+// The token of a piece.
+static int token_of(const Codec *z, const Piece *p) { return p->token < 0 ? z->start : p->token; }
+
+// The token before step t of a segment; before its first, the one behind the prefix, or the end of
+// a line, at which it was cut.
+static int input_at(const Codec *z, const Span *span, int s, int t) {
+    if (t) return token_of(z, &span->b->pieces[span->first[s] + t - 1]);
+    return s ? z->line_end : z->tail.ids[z->tail.n - 1];
+}
 
 // Runs the inputs before steps [from, to) of all segments through the model, which sees these from
 // step `base` on.
 static float *feed(Codec *z, const Span *span, int from, int to, int base, bool want) {
     int n_slots = 0, trunk = (int)z->tail.n - 1;
     Slot *slots = resize(NULL, SEGMENTS * (size_t)(to - from), sizeof *slots);
-    for (int at = 0, s = 1; at < span->n; at += span->length, s++)
-        for (int t = from; t < to && at + t < span->n; t++)
-            slots[n_slots++] = (Slot){input_at(z, span->b, span->first + at, t - 1),
-                                      trunk + t - base, s, want};
+    for (int s = 0; s < span->n; s++)
+        for (int t = from; t < to && t < length_of(span, s); t++)
+            slots[n_slots++] = (Slot){input_at(z, span, s, t), trunk + t - base, 1 + s, want};
     float *logits = forward(z->m, &z->kv, slots, n_slots);
     free(slots);
     return logits;
@@ -5545,71 +5579,109 @@ static void code_piece(Codec *z, Block *b, int s, Piece *piece) {
     }
 }
 
-// Which lists hold for piece number t of a segment, which starts at piece `first`.
-static void find_lists(Codec *z, const Block *b, int s, int first, int t) {
-    int before = input_at(z, b, first, t - 1), *column = &z->column[s];
+// Which lists hold for step t of a segment.
+static void find_lists(Codec *z, const Span *span, int s, int t) {
+    int before = input_at(z, span, s, t), *column = &z->column[s];
     // A model can have more tokens than its tokenizer.
-    bool known = t && b->pieces[first + t - 1].token >= 0 && before < z->t->h.vocab_size;
+    bool known = before < z->t->h.vocab_size && before != z->start;
     if (!known) *column = -1;
     for (Text x = z->t->tokens[known ? before : 0].text; known && x.len; x.s++, x.len--)
         *column = *x.s == '\n' ? 0 : *column + (*column >= 0 && *column < 2 * PLACES);
     int place = *column < 0 ? 0 : *column / 2 + 1;
-    z->lists[s][0] = &z->local_at[before];
-    z->lists[s][1] = &z->local_at[z->m->c.vocab_size + (place < PLACES ? place : PLACES - 1)];
+    uint64_t hash = ~(uint64_t)(place < PLACES ? place : PLACES - 1);
+    z->lists[s][3] = &z->local_at[mix64(hash) % HEADS];
+    hash = 0;
+    for (int i = 0; i < 4; i++) {
+        hash = mix64(hash + (i <= t ? (uint64_t)input_at(z, span, s, t - i) + 1 : 0));
+        if (i != 2) z->lists[s][i < 2 ? i : 2] = &z->local_at[hash % HEADS];
+    }
 }
 
 // Codes step t of all segments; the logits are those of `some` steps from `from` on.
 static void code_step(Codec *z, const Span *span, int t, int from, int some, const float *logits) {
-    Block *b = span->b;
-    for (int s = 0, at = 0; s < SEGMENTS; s++, at += span->length) {
-        int left = (span->n - at < span->length ? span->n - at : span->length) - from;
-        z->logits[s] = NULL;
-        if (t - from >= left) continue;
-        z->logits[s] = logits + (size_t)(t - from) * (size_t)z->m->c.vocab_size;
-        logits += (size_t)(left < some ? left : some) * (size_t)z->m->c.vocab_size;
-        find_lists(z, b, s, span->first + at, t);
+    size_t vocab = (size_t)z->m->c.vocab_size;
+    for (int s = 0; s < SEGMENTS; s++) {
+        int left = s < span->n ? length_of(span, s) - from : 0;
+        z->logits[s] = t - from < left ? logits + (size_t)(t - from) * vocab : NULL;
+        if (left > 0) logits += (size_t)(left < some ? left : some) * vocab;
+        if (z->logits[s]) find_lists(z, span, s, t);
     }
     parallel(predict_task, z, SEGMENTS);
     for (int s = 0; s < SEGMENTS; s++)
-        if (z->logits[s]) code_piece(z, b, s, &b->pieces[span->first + s * span->length + t]);
+        if (z->logits[s]) code_piece(z, span->b, s, &span->b->pieces[span->first[s] + t]);
     parallel(bias_task, z, z->n_groups);
 }
 
 static void code_span(Codec *z, const Span *span) {
-    int n_segments = (span->n + span->length - 1) / span->length, trunk = (int)z->tail.n - 1;
+    int begin = span->first[0], end = span->first[span->n], trunk = (int)z->tail.n - 1, steps = 0;
+    for (int s = 0; s < span->n; s++)
+        steps = length_of(span, s) > steps ? length_of(span, s) : steps;
     int longest = z->m->c.seq_len - prefix_of(z);  // the positions that there are
     int again = longest / 2 < z->kv.window ? longest / 2 : z->kv.window;
     int most = z->coder.decoding ? 1 : 4 * logits_batch(z->m);
-    most = (most < MAX_BATCH ? most : MAX_BATCH) / n_segments;
+    most = (most < MAX_BATCH ? most : MAX_BATCH) / span->n;
     if (most < 1) most = 1;
     prefill(z->m, &z->kv, 0, z->tail.ids, 0, trunk);
     for (int s = 1; s < z->kv.n_seqs; s++) z->kv.from[s] = trunk;
-    for (int t = 0, base = 0, some; t < span->length; t += some) {
+    for (int t = 0, base = 0, some; t < steps; t += some) {
         if (t - base == longest) {
             base = t - again;
             feed(z, span, base, t, base, false);
         }
-        some = base + longest < span->length ? base + longest - t : span->length - t;
+        some = base + longest < steps ? base + longest - t : steps - t;
         if (some > most) some = most;
         const float *logits = feed(z, span, t, t + some, base, true);
         for (int k = 0; k < some; k++) code_step(z, span, t + k, t, some, logits);
         if (interrupted) exit(130);
-        double done = (double)(span->first + n_segments * t) / span->b->n;
+        double done = (begin + (double)t / steps * (end - begin)) / span->b->n;
         show_progress(&z->progress, z->part + done * z->block_part,
                       z->bytes + done * (double)span->b->n_bytes);
     }
-    for (int i = 0; i < span->n; i++) push(&z->tail, input_at(z, span->b, span->first, i));
+    for (int i = begin; i < end; i++) push(&z->tail, token_of(z, &span->b->pieces[i]));
     int extra = (int)z->tail.n - prefix_of(z) - 1;
     if (extra <= 0) return;
     z->tail.n -= (size_t)extra;
     memmove(z->tail.ids + 1, z->tail.ids + 1 + extra, (z->tail.n - 1) * sizeof(int));
 }
 
+// How many lines end just before a piece: more than one if the last of them is empty.
+static int lines_before(const Codec *z, const Block *b, int piece) {
+    int n = 0;
+    while (piece-- && b->pieces[piece].token >= 0) {
+        Text x = z->t->tokens[b->pieces[piece].token].text;
+        for (; x.len && x.s[x.len - 1] == '\n'; x.len--) n++;
+        if (x.len) break;
+    }
+    return n;
+}
+
+// Codes by how many pieces, up to `most`, a segment ends before `piece`: so that the next begins
+// after an empty line if there is one, or with a line.
+static int code_cut(Codec *z, const Block *b, int piece, int most) {
+    Coder *c = &z->coder;
+    uint64_t unit = c->range / ((uint64_t)most + 1), cut = 0;
+    if (c->decoding) cut = (c->code - c->low) / unit;
+    for (int i = 0, best = 0; i <= most && !c->decoding; i++) {
+        int lines = lines_before(z, b, piece - i);
+        if (lines > 2) lines = 2;
+        if (lines > best) best = lines, cut = (uint64_t)i;
+    }
+    if (cut > (uint64_t)most) cut = (uint64_t)most;
+    narrow(c, cut, 1, unit);
+    return (int)cut;
+}
+
 // Codes a block: if nothing is before it, its first pieces alone, as context for the others.
 static void code_block(Codec *z, Block *b) {
     int head = z->tail.n > 1 ? 0 : b->n < prefix_of(z) ? b->n : prefix_of(z), n = b->n - head;
-    if (head) code_span(z, &(Span){b, 0, head, head});
-    if (n) code_span(z, &(Span){b, head, n, (n + b->segments - 1) / b->segments});
+    if (head) code_span(z, &(Span){b, 1, {0, head}});
+    if (!n) return;
+    Span span = {b, b->segments, {head}};
+    for (int s = 1; s <= span.n; s++) {
+        span.first[s] = head + (int)((int64_t)n * s / span.n);
+        if (s < span.n) span.first[s] -= code_cut(z, b, span.first[s], n / span.n / CUT);
+    }
+    code_span(z, &span);
 }
 
 static void add_piece(Block *b, int token, size_t start, size_t len) {
@@ -5671,10 +5743,13 @@ static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet)
     size_t vocab = (size_t)m->c.vocab_size, n_groups = (vocab + GROUP - 1) / GROUP;
     *z = (Codec){.m = m, .t = t, .block = BLOCK, .shortest = SHORTEST, .n_groups = (int)n_groups};
     z->start = t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0;
+    z->line_end = z->start;
+    for (int i = 0; i < t->h.vocab_size; i++)
+        if (t->tokens[i].text.len == 1 && *t->tokens[i].text.s == '\n') z->line_end = i;
     z->bias = resize(NULL, vocab, sizeof(float));
     z->squares = resize(NULL, vocab, sizeof(float));
     z->local = resize(NULL, (size_t)(z->local_capacity = 1 << 12), sizeof(LocalBias));
-    z->local_at = resize(NULL, vocab + PLACES, sizeof(int));
+    z->local_at = resize(NULL, HEADS, sizeof(int));
     z->p = resize(NULL, SEGMENTS * vocab, sizeof(float));
     z->sums = resize(NULL, SEGMENTS * n_groups, sizeof(uint32_t));
     z->progress = (Progress){.on = !quiet && isatty(2), .began = seconds()};
