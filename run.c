@@ -1968,8 +1968,7 @@ static bool is_stop(const Tokenizer *t, int id) {
 // a thread that is not running holds nobody up. A range is one number, the job's above the count of
 // items left, so that one compare-and-swap takes items of this job and of no other.
 
-// What several threads write is in cache lines of its own (which are fetched in pairs): a line that
-// changes hands takes as long as hundreds of products.
+// What several threads write is in cache lines of its own, which may be fetched in pairs.
 
 enum { MAX_THREADS = 256, LINES = 128 };
 typedef struct { _Alignas(LINES) _Atomic uint64_t left; } Share;
