@@ -372,6 +372,23 @@ static void attend_plain(const Cache *kv, int layer, const Slot *slot, int head,
 // together.
 enum { MAX_BATCH = 256, PART = 128, TILE = 8 };
 
+typedef struct { const Matrix *w; float *y; int stride; } Product;
+typedef struct {              // a batch on its way through the layers
+    const Model *m;
+    Cache *kv;
+    struct State *s;
+    const Slot *batch;
+    int n, layer;
+    const Layer *l;
+    const Matrix *norm;       // of the stage that runs
+    const float *in;          // input of matmul
+    const Product *products;  // ... what it makes of it,
+    int rows;                 // ... so many rows at a time,
+    int items;                // ... which makes so many pieces of work for a part of the batch
+} Pass;
+typedef void Stage(const Pass *f, int i);  // a step of the pass, for token i (or head, or rows)
+typedef struct { Pass f; Stage *stage; } Job;
+
 typedef struct State {     // the activations: arrays of n rows, padded(width) numbers apart
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
@@ -383,28 +400,16 @@ typedef struct State {     // the activations: arrays of n rows, padded(width) n
     float *logits;         // (slots that want them, vocab_size)
     float *scores;         // scratch of attention
     size_t logits_capacity, scores_capacity;
-    void *owned[16];       // the memory of all but these two
+    Job waiting[4];        // stages of single tokens that are still to be run
+    int n_waiting;
+    atomic_bool bad;       // a logit is infinite or NaN
+    void *owned[16];       // the memory of all but logits and scores
     int n_owned;
     int capacity;          // slots
 } State;
 static State *get_state(Cache *kv, int n);  // with room for n slots
 static int padded(int width);               // width rounded up; the rest is zero
 static float *row_of(float *x, int i, int width) { return x + (size_t)i * (size_t)padded(width); }
-
-typedef struct { const Matrix *w; float *y; int stride; } Product;
-typedef struct {              // a batch on its way through the layers
-    const Model *m;
-    Cache *kv;
-    State *s;
-    const Slot *batch;
-    int n, layer;
-    const Layer *l;
-    const Matrix *norm;       // of the stage that runs
-    const float *in;          // input of matmul
-    const Product *products;  // ... what it makes of it,
-    int rows;                 // ... so many rows at a time,
-    int items;                // ... which makes so many pieces of work for a part of the batch
-} Pass;
 
 // Calls task(context, item, thread) for each item, on all threads, in any order: part 3.
 typedef void Task(void *context, int item, int thread);
@@ -425,21 +430,35 @@ static void attention_fast(const Pass *f);
 static const uint8_t *map_weights(const char *path, size_t *size);  // map_file in large pages
 #endif
 
-// Runs a stage of forward for each slot (or head, or for some rows of a matrix).
-typedef void Stage(const Pass *f, int i);
-typedef struct { const Pass *f; Stage *stage; } Job;
 static void stage_task(void *context, int i, int thread) {
     const Job *job = context;
     (void)thread;
-    job->stage(job->f, i);
+    job->stage(&job->f, i);
 }
-static void each(const Pass *f, Stage *stage, int n) {
-    parallel(stage_task, &(Job){f, stage}, n);
+static void run(const Pass *f, Stage *stage, int n) {
+    parallel(stage_task, &(Job){*f, stage}, n);
+}
+
+// Stages that look at one token alone wait, and then run together, a token after the other: so
+// threads need not wait for each other between them.
+static void waiting_task(void *context, int i, int thread) {
+    const State *s = context;
+    (void)thread;
+    for (int j = 0; j < s->n_waiting; j++) s->waiting[j].stage(&s->waiting[j].f, i);
+}
+static void run_waiting(State *s) {
+    if (s->n_waiting) parallel(waiting_task, s, s->waiting[0].f.n);
+    s->n_waiting = 0;
+}
+static void each_token(const Pass *f, Stage *stage) {
+    f->s->waiting[f->s->n_waiting++] = (Job){*f, stage};
 }
 
 // Shows a stage to whoever watches. The name says what was computed.
 static void observe(const Pass *f, const char *name, const float *x, int width) {
-    if (f->kv->observe) f->kv->observe(f->kv->observer, name, f->layer, x, f->n, width);
+    if (!f->kv->observe) return;
+    run_waiting(f->s);
+    f->kv->observe(f->kv->observer, name, f->layer, x, f->n, width);
 }
 
 // Matrix products of the whole batch, y (n, rows) = x (n, cols) W^T, the rows of y `stride` numbers
@@ -474,8 +493,9 @@ static void matmul(const Pass *pass, int n, const float *x, const Product *produ
     f.n = n, f.in = x, f.products = products, f.rows = rows_at_once(n, rows, products[0].w->dtype);
     for (int i = 0; i < n_products; i++) items += items_of(products[i].w, f.rows);
     f.s->xq.n_blocks = (products[0].w->cols + 31) / 32, f.items = items;
-    if (quantized) each(&f, quantize_stage, n);
-    each(&f, rows_stage, items * ((n + PART - 1) / PART));
+    if (quantized) each_token(&f, quantize_stage);
+    run_waiting(f.s);
+    run(&f, rows_stage, items * ((n + PART - 1) / PART));
 }
 
 // A token becomes a vector: its row of the embedding matrix. The angles of its position are
@@ -497,7 +517,7 @@ static void norm_stage(const Pass *f, int i) {
 }
 static void normalize(Pass *f, const Matrix *w, const char *name) {
     f->norm = w;
-    each(f, norm_stage, f->n);
+    each_token(f, norm_stage);
     observe(f, name, f->s->xb, f->m->c.dim);
 }
 
@@ -511,7 +531,7 @@ static void add_stage(const Pass *f, int i) {
 }
 static void add_to_stream(Pass *f, const Matrix *post_norm, const char *name) {
     f->norm = post_norm;
-    each(f, add_stage, f->n);
+    each_token(f, add_stage);
     observe(f, name, f->s->x, f->m->c.dim);
 }
 
@@ -552,8 +572,9 @@ static void attend_stage(const Pass *f, int item) {
     free(rounded.q);
     free(weights);
 }
-static void attention_plain(const Pass *f) { each(f, attend_stage, f->n * f->m->c.n_heads); }
+static void attention_plain(const Pass *f) { run(f, attend_stage, f->n * f->m->c.n_heads); }
 static void attention(const Pass *f) {
+    run_waiting(f->s);
     (f->kv->plain || f->kv->plain_attention ? attention_plain : attention_fast)(f);
 }
 
@@ -561,6 +582,12 @@ static void activation_stage(const Pass *f, int i) {
     int hidden = f->m->c.hidden_dim;
     gated_activation(row_of(f->s->gate, i, hidden), row_of(f->s->up, i, hidden), hidden,
                      f->m->c.activation);
+}
+
+static void finite_stage(const Pass *f, int i) {
+    int bad = 0, vocab = f->m->c.vocab_size;
+    for (int j = 0; j < vocab; j++) bad |= !isfinite(f->in[(size_t)i * (size_t)vocab + (size_t)j]);
+    if (bad) f->s->bad = true;
 }
 
 // Runs up to MAX_BATCH slots through the layers. Writes the logits that are wanted behind those of
@@ -571,7 +598,7 @@ static int forward_batch(Pass *f, size_t done) {
     int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim, n = f->n;
 
     f->layer = -1;
-    each(f, embed, n);
+    each_token(f, embed);
     observe(f, "x", s->x, c->dim);
     for (f->layer = 0; f->layer < c->n_layers; f->layer++) {
         const Layer *l = f->l = &f->m->layers[f->layer];
@@ -580,7 +607,7 @@ static int forward_batch(Pass *f, size_t done) {
         normalize(f, &l->attn_norm, "xb = attn_norm(x)");
         matmul(f, n, s->xb,
                (Product[]){{&l->wq, s->q, 0}, {&l->wk, s->k, 0}, {&l->wv, s->v, 0}}, 3);
-        each(f, rope_and_cache, n);
+        each_token(f, rope_and_cache);
         observe(f, "q = rope(wq xb)", s->q, q_dim);
         observe(f, "k = rope(wk xb)", s->k, kv_dim);
         observe(f, "v = wv xb", s->v, kv_dim);
@@ -595,7 +622,7 @@ static int forward_batch(Pass *f, size_t done) {
         matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, 0}, {&l->w_up, s->up, 0}}, 2);
         observe(f, "gate = w_gate xb", s->gate, c->hidden_dim);
         observe(f, "up = w_up xb", s->up, c->hidden_dim);
-        each(f, activation_stage, n);
+        each_token(f, activation_stage);
         observe(f, "gate = activation(gate) * up", s->gate, c->hidden_dim);
         matmul(f, n, s->gate, (Product[]){{&l->w_down, s->xb, 0}}, 1);
         observe(f, "xb = w_down gate", s->xb, c->dim);
@@ -604,6 +631,7 @@ static int forward_batch(Pass *f, size_t done) {
     // The classifier: every token of the vocabulary has a row, and the better it fits the x that
     // the layers have made of the last token, the higher its logit.
     int wanted = 0;
+    run_waiting(s);
     for (int i = 0; i < n; i++)
         if (f->batch[i].want_logits)
             rmsnorm(row_of(s->xb, wanted++, c->dim), row_of(s->x, i, c->dim),
@@ -614,9 +642,9 @@ static int forward_batch(Pass *f, size_t done) {
     observe(f, "xb = final_norm(x)", s->xb, c->dim);
     matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
     observe(f, "logits = classifier xb", logits, c->vocab_size);
-    int bad = 0;
-    for (size_t i = 0; i < (size_t)wanted * (size_t)c->vocab_size; i++) bad |= !isfinite(logits[i]);
-    if (bad)
+    f->in = logits, s->bad = false;
+    run(f, finite_stage, wanted);
+    if (s->bad)
         die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
             "try -m check", f->m->path);
     return wanted;
