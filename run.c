@@ -179,6 +179,7 @@ static bool is_local(const Config *c, int layer) {
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 static inline float exp_(float x);                             // e^x
+static void exp_all(float *x, int n, float minus);             // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
 static inline float sum16(const float *x, int first, int n, bool squares);  // of x[first..n)
 static float largest(const float *x, int first, int n);
@@ -228,7 +229,7 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
 static void softmax_without(float *x, int first, int gap, int end, int n) {
     for (int i = gap; i < end; i++) x[i] = x[n - 1];  // the maximum stays
     float max = largest(x, first, n);
-    for (int i = first; i < n; i++) x[i] = exp_(x[i] - max);
+    exp_all(x + first, n - first, max);
     for (int i = gap; i < end; i++) x[i] = 0;
     float scale = 1.0f / sum16(x, first, n, false);
     for (int i = first; i < n; i++) x[i] *= scale;
@@ -273,8 +274,9 @@ static void gated_activation(float *gate, const float *up, int n, bool gelu) {
         int some = n - done < 64 ? n - done : 64;
         for (int i = 0; i < some; i++) {
             float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
-            e[i] = exp_(gelu ? -2.0f * u : -x);
+            e[i] = gelu ? -2.0f * u : -x;
         }
+        exp_all(e, some, 0);
         for (int i = 0; i < some; i++) gate[i] = gate[i] / (1.0f + e[i]) * up[i];
     }
 }
@@ -802,17 +804,36 @@ static inline uint16_t float_to_half(float x) {
     return (uint16_t)(sign | (a < 0x38800000 ? small : normal));
 }
 
-// e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial.
-static inline float exp_(float x) {
+// e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial. First r
+// and n + 1.5 * 2^23, which rounds n to an integer and shows it in the lowest bits.
+static inline float exp_rest(float x, float *n_shifted) {
     float most = x > 88.0f ? 88.0f : x;  // (To change x twice takes GCC 12 twice the steps.)
     x = x < -87.0f ? -87.0f : most;
-    float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    float n = shifted - 12582912.0f, r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    *n_shifted = x * 1.44269504f + 12582912.0f;
+    float n = *n_shifted - 12582912.0f;
+    return x - n * 0.693359375f - n * -2.12194440e-4f;
+}
+static inline float exp_power(float r, float n_shifted) {
     float r2 = r * r;  // (a tree: a chain of products would wait for each)
     float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r2 +
                (8.3334519073e-3f * r + 4.1665795894e-2f)) * r2 +
               (1.6666665459e-1f * r + 5.0000001201e-1f);
-    return float_of(bits_of(p * r2 + r + 1.0f) + ((bits_of(shifted) - 0x4b400000u) << 23));
+    return float_of(bits_of(p * r2 + r + 1.0f) + ((bits_of(n_shifted) - 0x4b400000u) << 23));
+}
+static inline float exp_(float x) {
+    float n_shifted, r = exp_rest(x, &n_shifted);
+    return exp_power(r, n_shifted);
+}
+// (Two loops: of half the chain of steps that wait for each other, a core has twice as many at
+// work.)
+static void exp_all(float *x, int n, float minus) {
+    enum { SOME = 128 };
+    float r[SOME], n_shifted[SOME];
+    for (; n > 0; n -= SOME, x += SOME) {
+        int some = n < SOME ? n : SOME;
+        for (int i = 0; i < some; i++) r[i] = exp_rest(x[i] - minus, &n_shifted[i]);
+        for (int i = 0; i < some; i++) x[i] = exp_power(r[i], n_shifted[i]);
+    }
 }
 
 // e^x in double for |x| < 700: (e^(x/1024))^1024 with a short Taylor series.
@@ -5392,7 +5413,8 @@ typedef struct {
     int *lists[SEGMENTS][LISTS];  // those that hold for a segment's next token
     int column[SEGMENTS];     // bytes of its line before it; -1: not known
     Bit escape[2], tree[256];
-    const float *logits[SEGMENTS];  // the model's for this step; NULL: the segment has ended
+    const float *logits[SEGMENTS];  // the model's for this step; NULL: nothing to be learned
+    int token[SEGMENTS];            // what this step's piece was
     float *p, mean[SEGMENTS];  // (SEGMENTS, vocab_size) probabilities; the logits' mean by these
     uint32_t *sums;   // (SEGMENTS, n_groups) frequencies of GROUP tokens
     Progress progress;
@@ -5496,23 +5518,6 @@ static void predict_task(void *context, int s, int thread) {
     }
 }
 
-// Moves the biases of GROUP tokens by the gradients of all segments, of which p now holds minus the
-// values.
-static void bias_task(void *context, int group, int thread) {
-    Codec *z = context;
-    int vocab = z->m->c.vocab_size, first = group * GROUP;
-    int n = vocab - first < GROUP ? vocab - first : GROUP;
-    float sum[GROUP] = {0}, *bias = z->bias + first, *squares = z->squares + first;
-    (void)thread;
-    for (int s = 0; s < SEGMENTS; s++) {
-        const float *p = z->p + (size_t)s * (size_t)vocab + first;
-        if (!z->logits[s]) continue;
-        for (int i = 0; i < n; i++) sum[i] += p[i];
-        for (int i = 0; i < n; i++) squares[i] += p[i] * p[i];
-    }
-    for (int i = 0; i < n; i++) bias[i] -= 0.6f * sum[i] / sqrtf(squares[i] + 1.0f);
-}
-
 // Moves the scale, and the biases of the lists that hold for a segment, to which it adds the token.
 static void learn_local(Codec *z, int s, int token) {
     static const float rates[LISTS] = {0.25f, 0.25f, 0.25f, 0.15f};
@@ -5536,6 +5541,26 @@ static void learn_local(Codec *z, int s, int token) {
             b->seen += b->token == token && b->seen < MOST_SEEN;
         }
     }
+}
+
+// Learns from all segments' gradients, of which p now holds minus the values: first what the lists
+// hold, which is one piece of work, then the biases of GROUP tokens each.
+static void learn_task(void *context, int item, int thread) {
+    Codec *z = context;
+    int vocab = z->m->c.vocab_size, first = (item - 1) * GROUP;
+    int n = vocab - first < GROUP ? vocab - first : GROUP;
+    (void)thread;
+    for (int s = 0; s < SEGMENTS && !item; s++)
+        if (z->logits[s]) learn_local(z, s, z->token[s]);
+    if (!item) return;
+    float sum[GROUP] = {0}, *bias = z->bias + first, *squares = z->squares + first;
+    for (int s = 0; s < SEGMENTS; s++) {
+        const float *p = z->p + (size_t)s * (size_t)vocab + first;
+        if (!z->logits[s]) continue;
+        for (int i = 0; i < n; i++) sum[i] += p[i];
+        for (int i = 0; i < n; i++) squares[i] += p[i] * p[i];
+    }
+    for (int i = 0; i < n; i++) bias[i] -= 0.6f * sum[i] / sqrtf(squares[i] + 1.0f);
 }
 
 static void forget(Codec *z) {
@@ -5592,7 +5617,7 @@ static void code_piece(Codec *z, Block *b, int s, Piece *piece) {
     if (!code_bit(c, &z->escape[0], piece->token < 0)) {
         piece->token = code_token(z, s, piece->token);
         z->p[(size_t)s * (size_t)z->m->c.vocab_size + (size_t)piece->token] -= 1;
-        learn_local(z, s, piece->token);
+        z->token[s] = piece->token;
         return;
     }
     z->logits[s] = NULL;  // nothing to be learned
@@ -5636,7 +5661,7 @@ static void code_step(Codec *z, const Span *span, int t, int from, int some, con
     parallel(predict_task, z, SEGMENTS);
     for (int s = 0; s < SEGMENTS; s++)
         if (z->logits[s]) code_piece(z, span->b, s, &span->b->pieces[span->first[s] + t]);
-    parallel(bias_task, z, z->n_groups);
+    parallel(learn_task, z, 1 + z->n_groups);
 }
 
 static void code_span(Codec *z, const Span *span) {
