@@ -388,8 +388,8 @@ typedef struct {              // a batch on its way through the layers
     int rows;                 // ... so many rows at a time,
     int items;                // ... which makes so many pieces of work for a part of the batch
 } Pass;
-typedef void Stage(const Pass *f, int i);  // a step of the pass, for token i (or head, or rows)
-typedef struct { Pass f; Stage *stage; } Job;
+typedef void Stage(const Pass *f, int i);  // a step for item i: a token, a head, some rows
+typedef struct { Pass f; Stage *stage; int n; } Job;  // a stage for n items
 
 typedef struct State {     // the activations: arrays of n rows, padded(width) numbers apart
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
@@ -402,7 +402,7 @@ typedef struct State {     // the activations: arrays of n rows, padded(width) n
     float *logits;         // (slots that want them, vocab_size)
     float *scores;         // scratch of attention
     size_t logits_capacity, scores_capacity;
-    Job waiting[4];        // stages of single tokens that are still to be run
+    Job waiting[4];        // stages that are still to be run, for equally many items
     int n_waiting;
     atomic_bool bad;       // a logit is infinite or NaN
     void *owned[16];       // the memory of all but logits and scores
@@ -432,28 +432,24 @@ static void attention_fast(const Pass *f);
 static const uint8_t *map_weights(const char *path, size_t *size);  // map_file in large pages
 #endif
 
-static void stage_task(void *context, int i, int thread) {
-    const Job *job = context;
-    (void)thread;
-    job->stage(&job->f, i);
-}
-static void run(const Pass *f, Stage *stage, int n) {
-    parallel(stage_task, &(Job){*f, stage}, n);
-}
-
-// Stages that look at one token alone wait, and then run together, a token after the other: so
-// threads need not wait for each other between them.
-static void waiting_task(void *context, int i, int thread) {
+// Stages that look at one token alone wait, and are then run together, a token after the other: so
+// threads do not wait for each other between them. Any other stage runs at once, after these.
+static void stages_task(void *context, int i, int thread) {
     const State *s = context;
     (void)thread;
     for (int j = 0; j < s->n_waiting; j++) s->waiting[j].stage(&s->waiting[j].f, i);
 }
 static void run_waiting(State *s) {
-    if (s->n_waiting) parallel(waiting_task, s, s->waiting[0].f.n);
+    if (s->n_waiting) parallel(stages_task, s, s->waiting[0].n);
     s->n_waiting = 0;
 }
 static void each_token(const Pass *f, Stage *stage) {
-    f->s->waiting[f->s->n_waiting++] = (Job){*f, stage};
+    f->s->waiting[f->s->n_waiting++] = (Job){*f, stage, f->n};
+}
+static void run_stage(const Pass *f, Stage *stage, int n) {
+    run_waiting(f->s);
+    f->s->waiting[f->s->n_waiting++] = (Job){*f, stage, n};
+    run_waiting(f->s);
 }
 
 // Shows a stage to whoever watches. The name says what was computed.
@@ -496,8 +492,7 @@ static void matmul(const Pass *pass, int n, const float *x, const Product *produ
     for (int i = 0; i < n_products; i++) items += items_of(products[i].w, f.rows);
     f.s->xq.n_blocks = (products[0].w->cols + 31) / 32, f.items = items;
     if (quantized) each_token(&f, quantize_stage);
-    run_waiting(f.s);
-    run(&f, rows_stage, items * ((n + PART - 1) / PART));
+    run_stage(&f, rows_stage, items * ((n + PART - 1) / PART));
 }
 
 // A token becomes a vector: its row of the embedding matrix. The angles of its position are
@@ -574,7 +569,7 @@ static void attend_stage(const Pass *f, int item) {
     free(rounded.q);
     free(weights);
 }
-static void attention_plain(const Pass *f) { run(f, attend_stage, f->n * f->m->c.n_heads); }
+static void attention_plain(const Pass *f) { run_stage(f, attend_stage, f->n * f->m->c.n_heads); }
 static void attention(const Pass *f) {
     run_waiting(f->s);
     (f->kv->plain || f->kv->plain_attention ? attention_plain : attention_fast)(f);
@@ -645,7 +640,7 @@ static int forward_batch(Pass *f, size_t done) {
     matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
     observe(f, "logits = classifier xb", logits, c->vocab_size);
     f->in = logits, s->bad = false;
-    run(f, finite_stage, wanted);
+    run_stage(f, finite_stage, wanted);
     if (s->bad)
         die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
             "try -m check", f->m->path);
@@ -3041,8 +3036,8 @@ static void int8_average(const uint8_t *values, const uint8_t *next, size_t apar
 static void attend_mix_int8(const Attend *a, int pair, const float *scores, int p0, int p1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
-    int n_kv = c->n_kv_heads, kv_head = pair % n_kv, soon = pair + a->crossed;  // what is fetched
-    const AttendTile *tile = &a->tiles[pair / n_kv], *then = &a->tiles[soon / n_kv];
+    int kv_head = pair / a->n_tiles, soon = pair + a->crossed;  // what is fetched
+    const AttendTile *tile = &a->tiles[pair % a->n_tiles], *then = &a->tiles[soon % a->n_tiles];
     size_t keys = panel_bytes(f->kv->key_dtype, c->head_dim);
     int hd = c->head_dim, n = tile->n * a->group, wide = (p1 - p0) * 16;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
@@ -3054,9 +3049,9 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
         const uint8_t *next = NULL;
         size_t apart = panel_bytes(Q8V, CHUNK);
         int ahead = a->crossed ? b : b + run;
-        if (n <= FEW && soon < a->n_tiles * n_kv && ahead * 16 >= then->start &&
+        if (n <= FEW && soon < a->n_tiles * c->n_kv_heads && ahead * 16 >= then->start &&
             ahead * 16 <= then->last - then->skip) {
-            later = stretch_of(a, then, soon % n_kv, ahead, run);
+            later = stretch_of(a, then, soon / a->n_tiles, ahead, run);
             next = cache_values(f->kv, later.chunk).data + first + later.at * 16;
             if (a->crossed) {
                 next = cache_keys(f->kv, later.chunk).data + (size_t)(later.at / 16) * keys;
@@ -3114,8 +3109,8 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, int kv_head,
 static void attend_mix(const Attend *a, int pair, const float *scores, int p0, int p1) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
-    const AttendTile *tile = &a->tiles[pair / c->n_kv_heads];
-    int kv_head = pair % c->n_kv_heads;
+    const AttendTile *tile = &a->tiles[pair % a->n_tiles];
+    int kv_head = pair / a->n_tiles;
     int hd = c->head_dim, n = tile->n * a->group, at, most = n <= FEW ? 2 * AHEAD : AHEAD;
     int seq = f->batch[tile->slot].seq, from = f->kv->from[seq];
     size_t bytes = panel_bytes(f->kv->value_dtype, CHUNK), column = bytes / CHUNK;
@@ -3158,17 +3153,17 @@ static void attend_mix(const Attend *a, int pair, const float *scores, int p0, i
 enum { PART_BLOCKS = 16 };  // blocks of positions
 static void attend_part(void *context, int item, int thread) {
     const Attend *a = context;
-    int pair = item / a->parts, part = item % a->parts, n_kv = a->f->m->c.n_kv_heads;
-    const AttendTile *tile = &a->tiles[pair / n_kv];
+    int pair = item / a->parts, part = item % a->parts, kv_head = pair / a->n_tiles;
+    const AttendTile *tile = &a->tiles[pair % a->n_tiles];
     float *scores = a->f->s->scores + (size_t)(a->phase ? pair : thread) * a->area;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1, n = tile->n * a->group;
     int p0 = 0, p1 = (a->f->m->c.head_dim + 15) / 16;
     if (a->phase == 1) b0 += part * PART_BLOCKS, b1 = b0 + PART_BLOCKS < b1 ? b0 + PART_BLOCKS : b1;
     if (a->phase == 3) p0 = part, p1 = part + 1;
-    if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, pair % n_kv, scores, b0, b1);
+    if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, kv_head, scores, b0, b1);
     if (a->phase == 0)
-        for (int j = 0; j < n; j++) attend_softmax(a, tile, pair % n_kv, scores, j);
-    if (a->phase == 2 && part < n) attend_softmax(a, tile, pair % n_kv, scores, part);
+        for (int j = 0; j < n; j++) attend_softmax(a, tile, kv_head, scores, j);
+    if (a->phase == 2 && part < n) attend_softmax(a, tile, kv_head, scores, part);
     if (a->phase == 1 || a->phase == 2) return;
     (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, pair, scores, p0, p1);
 }
@@ -5350,15 +5345,15 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
-    SEGMENTS = 16, SHORTEST = 2250,     // at most so many, of at least so many pieces
+    SEGMENTS = 20, SHORTEST = 2000,     // at most so many, of at least so many pieces
     USUAL_CONTEXT = 1024,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
     CUT = 32,                           // segments end earlier by at most their 32nd part
     PLACES = 64,                        // places in a line: not known, bytes 0 and 1, 2 and 3 ...
-    LISTS = 4, HEADS = 1 << 20,         // of biases that hold in one context
-    MOST_LOCAL = 1 << 21, MOST_SEEN = 3,  // biases; times that a token is counted
-    MAGIC = 0x397a6d6c,                 // "lmz9"
+    LISTS = 4, ALL_LISTS = 1 << 20,     // of biases: those that hold for a token; all
+    MOST_LOCAL = 1 << 22, MOST_SEEN = 3,  // places in lists; times that a token is counted
+    MAGIC = 0x617a6d6c,                 // "lmza"
 };
 
 typedef struct {
@@ -5392,7 +5387,8 @@ typedef struct { uint32_t one, seen; } Bit;
 typedef struct { float value, squares; } Bias;
 
 // A token that was seen in a context (after some tokens, or at a place in the line).
-typedef struct { int token, next, seen; Bias bias; } LocalBias;
+typedef struct { int token, seen; Bias bias; } LocalBias;
+typedef struct { int first, n; } List;  // n local biases lie together; the room is a power of 2
 
 typedef struct {
     const Model *m;
@@ -5406,11 +5402,11 @@ typedef struct {
     float *bias;      // (vocab_size) added to the logits: what is frequent in this text
     float *squares;   // (vocab_size) the sum of its squared gradients
     Bias scale;       // the logits are multiplied by 1 + scale
-    LocalBias *local; // lists, which end with next = 0
+    LocalBias *local; // what the lists hold
     int n_local, local_capacity;
-    int *local_at;    // (HEADS) the first of a list, by a hash of the context
+    List *all_lists;  // (ALL_LISTS) by a hash of the context
     Bias trust[LISTS][MOST_SEEN + 1];  // what tokens that were seen so often have beside their own
-    int *lists[SEGMENTS][LISTS];  // those that hold for a segment's next token
+    List *lists[SEGMENTS][LISTS];  // those that hold for a segment's next token
     int column[SEGMENTS];     // bytes of its line before it; -1: not known
     Bit escape[2], tree[256];
     const float *logits[SEGMENTS];  // the model's for this step; NULL: nothing to be learned
@@ -5500,11 +5496,11 @@ static void predict_task(void *context, int s, int thread) {
     (void)thread;
     if (!logits) return;
     for (int i = 0; i < vocab; i++) p[i] = logits[i] * scale + z->bias[i];
-    for (int l = 0; l < LISTS; l++)
-        for (int i = *z->lists[s][l]; i; i = z->local[i].next) {
-            const LocalBias *b = &z->local[i];
+    for (int l = 0; l < LISTS; l++) {
+        const LocalBias *b = z->local + z->lists[s][l]->first;
+        for (int n = z->lists[s][l]->n; n--; b++)
             p[b->token] += b->bias.value + z->trust[l][b->seen].value;
-        }
+    }
     softmax(p, 0, vocab);
     z->mean[s] = 0;
     for (int first = 0; first < vocab; first += GROUP) {
@@ -5518,22 +5514,33 @@ static void predict_task(void *context, int s, int thread) {
     }
 }
 
+// Adds a token to a list. One that is full moves to where there is twice the room.
+static void add_local(Codec *z, List *list, int token) {
+    if (!(list->n & (list->n - 1))) {
+        int room = list->n ? 2 * list->n : 1;
+        if (z->n_local + room > MOST_LOCAL) return;
+        while (z->n_local + room > z->local_capacity)
+            z->local = resize(z->local, (size_t)(z->local_capacity *= 2), sizeof(LocalBias));
+        memcpy(z->local + z->n_local, z->local + list->first, (size_t)list->n * sizeof(LocalBias));
+        list->first = z->n_local;
+        z->n_local += room;
+    }
+    z->local[list->first + list->n++] = (LocalBias){.token = token};
+}
+
 // Moves the scale, and the biases of the lists that hold for a segment, to which it adds the token.
-static void learn_local(Codec *z, int s, int token) {
+static void learn_local(Codec *z, int s) {
     static const float rates[LISTS] = {0.25f, 0.25f, 0.25f, 0.15f};
     const float *p = z->p + (size_t)s * (size_t)z->m->c.vocab_size;
+    int token = z->token[s];
     learn(&z->scale, z->mean[s] - z->logits[s][token], 0.02f);
     for (int l = 0; l < LISTS; l++) {
-        int *first = z->lists[s][l], i = *first;
-        while (i && z->local[i].token != token) i = z->local[i].next;
-        if (!i && z->n_local < MOST_LOCAL) {
-            if (z->n_local == z->local_capacity)
-                z->local = resize(z->local, (size_t)(z->local_capacity *= 2), sizeof(LocalBias));
-            z->local[z->n_local] = (LocalBias){.token = token, .next = *first};
-            *first = z->n_local++;
-        }
-        for (i = *first; i; i = z->local[i].next) {
-            LocalBias *b = &z->local[i];
+        List *list = z->lists[s][l];
+        int i = 0;
+        while (i < list->n && z->local[list->first + i].token != token) i++;
+        if (i == list->n) add_local(z, list, token);
+        LocalBias *b = z->local + list->first;
+        for (i = 0; i < list->n; i++, b++) {
             float g = p[b->token];
             if (g < 1e-4f && g > -1e-4f) continue;
             if (b->seen) learn(&z->trust[l][b->seen], g, rates[l]);
@@ -5551,7 +5558,7 @@ static void learn_task(void *context, int item, int thread) {
     int n = vocab - first < GROUP ? vocab - first : GROUP;
     (void)thread;
     for (int s = 0; s < SEGMENTS && !item; s++)
-        if (z->logits[s]) learn_local(z, s, z->token[s]);
+        if (z->logits[s]) learn_local(z, s);
     if (!item) return;
     float sum[GROUP] = {0}, *bias = z->bias + first, *squares = z->squares + first;
     for (int s = 0; s < SEGMENTS; s++) {
@@ -5565,9 +5572,9 @@ static void learn_task(void *context, int item, int thread) {
 
 static void forget(Codec *z) {
     size_t vocab = (size_t)z->m->c.vocab_size;
-    memset(z->local_at, 0, HEADS * sizeof(int));
+    memset(z->all_lists, 0, ALL_LISTS * sizeof(List));
     memset(z->trust, 0, sizeof z->trust);
-    z->n_local = 1;
+    z->n_local = 0;
     z->scale = (Bias){0};
     memset(z->bias, 0, vocab * sizeof(float));
     memset(z->squares, 0, vocab * sizeof(float));
@@ -5641,11 +5648,11 @@ static void find_lists(Codec *z, const Span *span, int s, int t) {
         *column = *x.s == '\n' ? 0 : *column + (*column >= 0 && *column < 2 * PLACES);
     int place = *column < 0 ? 0 : *column / 2 + 1;
     uint64_t hash = ~(uint64_t)(place < PLACES ? place : PLACES - 1);
-    z->lists[s][3] = &z->local_at[mix64(hash) % HEADS];
+    z->lists[s][3] = &z->all_lists[mix64(hash) % ALL_LISTS];
     hash = 0;
     for (int i = 0; i < 4; i++) {
         hash = mix64(hash + (i <= t ? (uint64_t)input_at(z, span, s, t - i) + 1 : 0));
-        if (i != 2) z->lists[s][i < 2 ? i : 2] = &z->local_at[hash % HEADS];
+        if (i != 2) z->lists[s][i < 2 ? i : 2] = &z->all_lists[hash % ALL_LISTS];
     }
 }
 
@@ -5801,7 +5808,7 @@ static void open_codec(Codec *z, const Model *m, const Tokenizer *t, bool quiet)
     z->bias = resize(NULL, vocab, sizeof(float));
     z->squares = resize(NULL, vocab, sizeof(float));
     z->local = resize(NULL, (size_t)(z->local_capacity = 1 << 12), sizeof(LocalBias));
-    z->local_at = resize(NULL, HEADS, sizeof(int));
+    z->all_lists = resize(NULL, ALL_LISTS, sizeof(List));
     z->p = resize(NULL, SEGMENTS * vocab, sizeof(float));
     z->sums = resize(NULL, SEGMENTS * n_groups, sizeof(uint32_t));
     z->progress = (Progress){.on = !quiet && isatty(2), .began = seconds()};
@@ -5815,7 +5822,7 @@ static void set_context(Codec *z, int context) {
     z->kv.window = window;
 }
 static void free_codec(Codec *z) {
-    void *all[] = {z->bias, z->squares, z->local, z->local_at,
+    void *all[] = {z->bias, z->squares, z->local, z->all_lists,
                    z->p,    z->sums,    z->tail.ids, z->coder.bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     if (z->context) free_cache(&z->kv);
