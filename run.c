@@ -383,13 +383,14 @@ typedef struct {              // a batch on its way through the layers
     int n, layer;
     const Layer *l;
     const Matrix *norm;       // of the stage that runs
-    const float *in;          // input of matmul
+    const float *in;          // input of matmul, or logits
     const Product *products;  // ... what it makes of it,
     int rows;                 // ... so many rows at a time,
     int items;                // ... which makes so many pieces of work for a part of the batch
 } Pass;
 typedef void Stage(const Pass *f, int i);  // a step for item i: a token, a head, some rows
 typedef struct { Pass f; Stage *stage; int n; } Job;  // a stage for n items
+enum { MOST_WAITING = 4 };
 
 typedef struct State {     // the activations: arrays of n rows, padded(width) numbers apart
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
@@ -402,7 +403,7 @@ typedef struct State {     // the activations: arrays of n rows, padded(width) n
     float *logits;         // (slots that want them, vocab_size)
     float *scores;         // scratch of attention
     size_t logits_capacity, scores_capacity;
-    Job waiting[4];        // stages that are still to be run, for equally many items
+    Job waiting[MOST_WAITING];  // stages that are still to be run, for equally many items
     int n_waiting;
     atomic_bool bad;       // a logit is infinite or NaN
     void *owned[16];       // the memory of all but logits and scores
@@ -443,12 +444,15 @@ static void run_waiting(State *s) {
     if (s->n_waiting) parallel(stages_task, s, s->waiting[0].n);
     s->n_waiting = 0;
 }
-static void each_token(const Pass *f, Stage *stage) {
-    f->s->waiting[f->s->n_waiting++] = (Job){*f, stage, f->n};
+static void add_waiting(const Pass *f, Stage *stage, int n) {
+    State *s = f->s;
+    if (s->n_waiting == MOST_WAITING) run_waiting(s);
+    s->waiting[s->n_waiting++] = (Job){*f, stage, n};
 }
+static void each_token(const Pass *f, Stage *stage) { add_waiting(f, stage, f->n); }
 static void run_stage(const Pass *f, Stage *stage, int n) {
     run_waiting(f->s);
-    f->s->waiting[f->s->n_waiting++] = (Job){*f, stage, n};
+    add_waiting(f, stage, n);
     run_waiting(f->s);
 }
 
@@ -654,6 +658,7 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
     size_t wanted = 0, done = 0;
     for (int i = 0; i < n; i++) wanted += batch[i].want_logits;
     State *s = get_state(kv, n < MAX_BATCH ? n : MAX_BATCH);
+    s->n_waiting = 0;  // (an error can have left some)
     if (wanted > s->logits_capacity) {
         s->logits = resize(s->logits, wanted * (size_t)m->c.vocab_size, sizeof(float));
         s->logits_capacity = wanted;
@@ -5345,7 +5350,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
 
 enum {
     BLOCK = 1 << 20,                    // bytes of text, at most, that are coded together
-    SEGMENTS = 20, SHORTEST = 2000,     // at most so many, of at least so many pieces
+    SEGMENTS = 16, SHORTEST = 2250,     // at most so many, of at least so many pieces
     USUAL_CONTEXT = 1024,               // positions
     SHORTEST_CONTEXT = 16,
     GROUP = 256,                        // tokens whose frequencies are summed together
@@ -5409,7 +5414,7 @@ typedef struct {
     List *lists[SEGMENTS][LISTS];  // those that hold for a segment's next token
     int column[SEGMENTS];     // bytes of its line before it; -1: not known
     Bit escape[2], tree[256];
-    const float *logits[SEGMENTS];  // the model's for this step; NULL: nothing to be learned
+    const float *logits[SEGMENTS];  // the model's for this step; NULL: it has ended, or coded raw bytes
     int token[SEGMENTS];            // what this step's piece was
     float *p, mean[SEGMENTS];  // (SEGMENTS, vocab_size) probabilities; the logits' mean by these
     uint32_t *sums;   // (SEGMENTS, n_groups) frequencies of GROUP tokens
@@ -5514,7 +5519,8 @@ static void predict_task(void *context, int s, int thread) {
     }
 }
 
-// Adds a token to a list. One that is full moves to where there is twice the room.
+// Adds a token to a list. One that is full moves to where there is twice the room, and the old room
+// is lost; when all room is used, such a list learns no more tokens.
 static void add_local(Codec *z, List *list, int token) {
     if (!(list->n & (list->n - 1))) {
         int room = list->n ? 2 * list->n : 1;
@@ -5554,12 +5560,14 @@ static void learn_local(Codec *z, int s) {
 // hold, which is one piece of work, then the biases of GROUP tokens each.
 static void learn_task(void *context, int item, int thread) {
     Codec *z = context;
+    (void)thread;
+    if (!item) {
+        for (int s = 0; s < SEGMENTS; s++)
+            if (z->logits[s]) learn_local(z, s);
+        return;
+    }
     int vocab = z->m->c.vocab_size, first = (item - 1) * GROUP;
     int n = vocab - first < GROUP ? vocab - first : GROUP;
-    (void)thread;
-    for (int s = 0; s < SEGMENTS && !item; s++)
-        if (z->logits[s]) learn_local(z, s);
-    if (!item) return;
     float sum[GROUP] = {0}, *bias = z->bias + first, *squares = z->squares + first;
     for (int s = 0; s < SEGMENTS; s++) {
         const float *p = z->p + (size_t)s * (size_t)vocab + first;
@@ -5696,6 +5704,7 @@ static void code_span(Codec *z, const Span *span) {
         show_progress(&z->progress, z->part + done * z->block_part,
                       z->bytes + done * (double)span->b->n_bytes);
     }
+    z->column[0] = z->column[span->n - 1];  // there the next block begins
     for (int i = begin; i < end; i++) push(&z->tail, token_of(z, &span->b->pieces[i]));
     int extra = (int)z->tail.n - prefix_of(z) - 1;
     if (extra <= 0) return;
