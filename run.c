@@ -3256,14 +3256,15 @@ typedef struct {
     bool filter, thinking, show_thoughts;  // <think> is looked for; is open; is not left out
     size_t matched;     // characters of the next such tag that have come
 } Output;
-static char *unfinished_file;  // removed at exit
-static int unfinished_fd;
+// Files without their names yet: that of -o and, meanwhile, that of /save. Removed at exit.
+static struct { char *temporary; int fd; } unfinished[2];
+static volatile sig_atomic_t n_unfinished;
 static volatile pid_t running_tool;  // ends with the program
 static bool dimmed;            // the terminal writes dimmed text: set back at exit
 
 static void remove_unfinished(void) {
     if (running_tool > 0) kill(-running_tool, SIGKILL);
-    if (unfinished_file) unlink(unfinished_file);
+    for (int i = 0; i < n_unfinished; i++) unlink(unfinished[i].temporary);
     if (dimmed && write(1, "\033[0m", 4) < 0) {}
 }
 
@@ -3284,7 +3285,15 @@ static Output open_output(const char *path) {
         snprintf(out.temporary, size, "%s.XXXXXX", name);
         snprintf(out.target, size, "%s", name);
         free(real);
+        sigset_t all, old;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old);  // a signal finds no file, or knows its name
         out.fd = mkstemp(out.temporary);
+        if (out.fd >= 0) {
+            unfinished[n_unfinished].temporary = out.temporary;
+            unfinished[n_unfinished++].fd = out.fd;
+        }
+        pthread_sigmask(SIG_SETMASK, &old, NULL);
     }
     if (out.fd < 0) free(out.temporary);
     if (out.fd < 0) die("cannot write %s: %s", path, strerror(errno));
@@ -3293,8 +3302,6 @@ static Output open_output(const char *path) {
     umask(mask);
     fchmod(out.fd, exists ? st.st_mode & 0777 : 0666 & ~mask);
     fcntl(out.fd, F_SETFD, FD_CLOEXEC);
-    unfinished_fd = out.fd;
-    unfinished_file = out.temporary;
     return out;
 }
 static void write_output(Output *out, const void *data, size_t n) {
@@ -3321,7 +3328,7 @@ static void close_output(Output *out) {
     failed |= close(out->fd);
     failed = failed || (out->temporary && rename(out->temporary, out->target));
     if (failed) die("cannot write %s: %s", out->path, strerror(errno));
-    unfinished_file = NULL;
+    if (out->temporary) n_unfinished--;
     free(out->temporary);
 }
 
@@ -4614,22 +4621,19 @@ static void chat_command(Machine *w, Decoder *d, char *line) {
                       same_file(path, w->t->path) || same_file(path, w->o->output)))
         fprintf(stderr, "%s: %s is in use\n", name, path);
     else if (file) {
-        char *volatile ours = unfinished_file;  // that of -o
-        volatile int fd = unfinished_fd;
-        unfinished_file = NULL;
+        const volatile int before = n_unfinished;
         if (!setjmp(failed)) {
             recovery = &failed;
             if (save) save_conversation(w, d, path);
             else load_conversation(w, d, path);
             fprintf(stderr, "%s: %zu tokens\n", path, d->ids.n);
-        } else if (unfinished_file) {
-            remove_unfinished();
-            close(unfinished_fd);
-            free(unfinished_file);
+        } else if (n_unfinished > before) {
+            unlink(unfinished[before].temporary);
+            n_unfinished = before;
+            close(unfinished[before].fd);
+            free(unfinished[before].temporary);
         }
         recovery = NULL;
-        unfinished_file = ours;
-        unfinished_fd = fd;
     } else if (!strcmp(name, "/clear")) rewrite(w, d, 0, NULL, 0), w->turns.n = 0;
     else if (!strcmp(name, "/undo")) {
         if (!w->turns.n) fprintf(stderr, "there is no turn to take back\n");

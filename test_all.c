@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,7 +41,9 @@ static int fuzz_munmap(void *at, size_t n);
 #define free(p) free(fuzz_disown(p))  // in the tests, too, which free what run.c returns
 #define atexit(function) ((void)(function))
 #define main run_main
-#elif defined FAULTS  // the program itself; FAULT=name:n makes the nth call of a function fail
+#elif defined FAULTS
+// The program itself; FAULT=name:n makes the nth call of a function fail, or, with FAULT_SIGNALS,
+// two signals come just before it.
 static int fault(const char *name, int error) {
     static int left;
     const char *wanted = getenv("FAULT"), *colon = wanted ? strchr(wanted, ':') : NULL;
@@ -48,6 +51,7 @@ static int fault(const char *name, int error) {
         return 0;
     if (!left) left = atoi(colon + 1) + 1;
     if (left == 1 || --left != 1) return 0;
+    if (getenv("FAULT_SIGNALS")) return kill(getpid(), SIGINT), kill(getpid(), SIGTERM), 0;
     errno = error;
     return error;
 }
@@ -4497,11 +4501,48 @@ static void test_same_everywhere(void) {
 // 12. Faults: every function that can fail is made to, once (`make test-faults`)
 // =================================================================================================
 
+// Runs the program with the nth call of a function failing, or with two signals just before it. True
+// if it failed.
+static bool inject(const char *const *argv, const char *function, int n, bool signals) {
+    const char *out = in_folder("result"), *session = in_folder("session"),
+               *saved = in_folder("saved");
+    char value[40], input[400];
+    snprintf(value, sizeof value, "%s:%d", function, n);
+    snprintf(input, sizeof input, "abc\n/save %.300s\nd\n", saved);
+    unlink(out), unlink(session), unlink(saved);
+    save("stdin", input, strlen(input));  // so that it is counted
+    int files = files_in_folder();
+    setenv("FAULT", value, 1);
+    if (signals) setenv("FAULT_SIGNALS", "1", 1);
+    Ran r = run_program((How){.input = input}, argv);
+    unsetenv("FAULT"), unsetenv("FAULT_SIGNALS");
+    bool failed_ = r.status == 1;
+    if (signals)
+        CHECK(r.signal == SIGINT || r.signal == SIGTERM ||
+                  (r.signal == 0 && (r.status == 0 || (r.status >= 129 && r.status <= 143))),
+              "%s with signals before %s: status %d, signal %d, %s", r.command, value, r.status,
+              r.signal, r.err.p);
+    else
+        CHECK(r.signal == 0 && (r.status == 0 || (failed_ && strstr((char *)r.err.p, "run: "))),
+              "%s with %s: status %d, signal %d, %s", r.command, value, r.status, r.signal,
+              r.err.p);
+    struct stat st;
+    if (failed_ && stat(session, &st))
+        CHECK(access(out, F_OK), "%s with %s leaves no half-written file", r.command, value);
+    unlink(out), unlink(session), unlink(saved);
+    int left = files_in_folder() - files;
+    CHECK(!left, "nor %d others: %s with %s%s", left, r.command, signals ? "signals before " : "",
+          value);
+    free_ran(&r);
+    return failed_;
+}
+
 static void test_faults(void) {
     static const char *const names[] = {
-        "malloc", "realloc", "posix_memalign", "mmap", "open", "fstat", "read", "pread", "write",
-        "pwrite", "fsync", "msync", "rename", "mkstemp", "ftruncate", "posix_fallocate", "fcntl",
-        "fork", "pipe", "pthread_create", "getline", "open_memstream"};
+        "mkstemp", "fcntl", "write", "fsync", "rename", "realloc", "malloc", "posix_memalign",
+        "mmap", "open", "fstat", "read", "pread", "pwrite", "msync", "ftruncate",
+        "posix_fallocate", "fork", "pipe", "pthread_create", "getline", "open_memstream"};
+    enum { AROUND_FILES = 6 };  // the first ones: signals come before them, too
     if (!getenv("FAULTS")) {
         skip(1, "faults: `make test-faults` runs them");
         return;
@@ -4510,7 +4551,6 @@ static void test_faults(void) {
     save_endless();
     const char *endless = in_folder("endless.bin"), *out = in_folder("result");
     const char *text = save("prompt", "abc d abc d cab 12", 18);
-    unlink(in_folder("session"));
     Ran r = RUN(endless, "-m", "compress", "-f", text, "-o", in_folder("small"), "-q");
     free_ran(&r);
     const char *const commands[][16] = {
@@ -4520,7 +4560,7 @@ static void test_faults(void) {
         {"-i", "abc", "-n", "5", "-S", in_folder("session")},
         {"-i", "1+1=", "-n", "3", "-T", "cat"},
         {"-i", "abc", "-n", "5", "-d", "lookup"},
-        {"-m", "chat", "-n", "3", "-c", "99"},
+        {"-m", "chat", "-n", "3", "-c", "99", "-o", out},
         {"-m", "eval", "-f", text, "-o", out},
         {"-m", "compress", "-f", text, "-o", out},
         {"-m", "decompress", "-f", in_folder("small"), "-o", out},
@@ -4534,26 +4574,8 @@ static void test_faults(void) {
         for (int i = 0; commands[c][i]; i++) argv[4 + i] = commands[c][i];
         for (size_t f = 0; f < sizeof names / sizeof *names; f++)
             for (int n = 1; n <= 40; n = n < 8 ? n + 1 : n * 2) {
-                char value[40];
-                snprintf(value, sizeof value, "%s:%d", names[f], n);
-                unlink(out), unlink(in_folder("session"));
-                int files = files_in_folder();
-                setenv("FAULT", value, 1);
-                r = run_program((How){.input = "abc\n/save saved\nd\n"}, argv);
-                unsetenv("FAULT");
-                bool failed_ = r.status == 1;
-                injected += failed_;
-                CHECK(r.signal == 0 &&
-                          (r.status == 0 || (failed_ && strstr((char *)r.err.p, "run: "))),
-                      "%s with %s: status %d, signal %d, %s", r.command, value, r.status, r.signal,
-                      r.err.p);
-                struct stat st;
-                if (failed_ && stat(in_folder("session"), &st)) CHECK(
-                    access(out, F_OK), "%s with %s leaves no half-written file", r.command, value);
-                unlink(out), unlink(in_folder("session")), unlink("saved");
-                CHECK(files_in_folder() <= files + 2, "nor any other: %s with %s", r.command,
-                      value);
-                free_ran(&r);
+                injected += inject(argv, names[f], n, false);
+                if (f < AROUND_FILES) inject(argv, names[f], n, true);
             }
     }
     printf("  %d failures injected\n", injected);
