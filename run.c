@@ -405,7 +405,7 @@ typedef struct State {     // the activations: arrays of n rows, padded(width) n
     size_t logits_capacity, scores_capacity;
     Job waiting[MOST_WAITING];  // stages that are still to be run, all for equally many items
     int n_waiting;
-    atomic_bool bad;       // a logit is infinite or NaN
+    atomic_bool bad;       // a logit is too large, infinite or NaN
     void *owned[16];       // the memory of all but logits and scores
     int n_owned;
     int capacity;          // slots
@@ -585,10 +585,12 @@ static void activation_stage(const Pass *f, int i) {
                      f->m->c.activation);
 }
 
-// A damaged weight shows in the logits of a slot.
-static void finite_stage(const Pass *f, int i) {
+// A damaged weight shows in the logits of a slot. (Nor are they NaN. Far below the largest float
+// they can be squared and scaled.)
+static void limit_stage(const Pass *f, int i) {
     int bad = 0, vocab = f->m->c.vocab_size;
-    for (int j = 0; j < vocab; j++) bad |= !isfinite(f->in[(size_t)i * (size_t)vocab + (size_t)j]);
+    const float *logits = f->in + (size_t)i * (size_t)vocab;
+    for (int j = 0; j < vocab; j++) bad |= !(fabsf(logits[j]) < 1e18f);
     if (bad) f->s->bad = true;
 }
 
@@ -645,10 +647,10 @@ static int forward_batch(Pass *f, size_t done) {
     matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
     observe(f, "logits = classifier xb", logits, c->vocab_size);
     f->in = logits, s->bad = false;
-    run_stage(f, finite_stage, wanted);
+    run_stage(f, limit_stage, wanted);
     if (s->bad)
-        die("%s: the model computes a number that is infinite or NaN; its file may be damaged: "
-            "try -m check", f->m->path);
+        die("%s: the model computes a number that is infinite, NaN or over 1e18; its file may be "
+            "damaged: try -m check", f->m->path);
     return wanted;
 }
 
@@ -6421,7 +6423,8 @@ static int check_options(const Options *o) {
         {o->samples, "-k", TALK}, {o->best, "-b", TALK}, {e, "-e", 1 << GENERATE}, {d, "-d", TALK},
         {s, "-S", TALK | 1 << LOGITS}, {o->tool, "-T", TALK}, {o->system, "-y", 1 << CHAT},
         {o->think, "--think", TALK}, {o->receipt, "--receipt", TALK}, {o->trace, "--trace", SHOW},
-        {layer, "--layer", SHOW}, {o->head >= 0, "--head", SHOW}};
+        {layer, "--layer", SHOW}, {o->head >= 0, "--head", SHOW}, {o->steps >= 0, "-n", TALK | SHOW},
+        {o->temperature >= 0, "-t", TALK | SHOW}, {o->top_p >= 0, "-p", TALK | SHOW}};
     for (size_t i = 0; i < sizeof uses / sizeof *uses; i++)
         if (uses[i].given && !(uses[i].modes >> mode & 1))
             usage_error("%s means nothing in mode %s", uses[i].name, o->mode);

@@ -2513,11 +2513,16 @@ static void test_files(void) {
         refused(run_logits(path), 1, odd ? "an odd head size" : "4 query heads for 3 key heads");
         free(b.p), free_made(&strange);
     }
-    Made m = tiny_model(LLAMA, F32);  // a model that computes infinities says so
-    ((float *)(void *)m.final_norm.bytes)[3] = INFINITY;
-    Buffer b = version_3(&m);
-    refused(run_logits(saved("infinite.bin", &b, b.n)), 1, "an infinity in the logits");
-    free(b.p), free(tiny.p), free_made(&m);
+    free(tiny.p);
+    Made m = tiny_model(LLAMA, F32);
+    for (int i = 0; i < 3; i++) {
+        const float large[] = {INFINITY, NAN, -1e22f};
+        ((float *)(void *)m.final_norm.bytes)[3] = large[i];
+        Buffer b = version_3(&m);
+        refused(run_logits(saved("infinite.bin", &b, b.n)), 1, "a model with too large logits");
+        free(b.p);
+    }
+    free_made(&m);
 }
 
 // =================================================================================================
@@ -3691,7 +3696,9 @@ static void test_combinations(const char *endless) {
                                            {"-m", "bench", "-S", "x"},
                                            {"-m", "check", "-T", "x"},
                                            {"-m", "tokenize", "--think"},
-                                           {"-m", "logits", "--receipt"}};
+                                           {"-m", "logits", "--receipt"},
+                                           {"-m", "eval", "-n", "3"},
+                                           {"-m", "compress", "-t", "0"}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         const char *argv[10] = {endless};
         int n = 1;
