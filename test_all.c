@@ -4456,6 +4456,33 @@ static void test_segment_starts(const Model *m, const Tokenizer *t, const char *
     free_codec(&z);
 }
 
+// The place in the line is known across segments and blocks: that of the last piece of a block, of
+// which the second holds no line's end.
+static void test_columns(const Model *m, const Tokenizer *t, const char *name) {
+    enum { N = 1500 };
+    Codec z;
+    open_codec(&z, m, t, true);
+    set_context(&z, 256);
+    char *text = get(2 * N, 1);
+    for (int i = 0; i < N; i++) text[i] = "abcd \nab\nd\n\n"[below(12)];
+    memset(text + N - 9, 'b', 9);
+    for (int i = N; i < N + 50; i++) text[i] = "abcd "[below(5)];
+    for (int i = 0, n = N; i < 2; i++, n = 50) {
+        Block b = {.raw = (uint8_t *)text + i * N, .n_bytes = (size_t)n, .segments = i ? 1 : 4};
+        b.pieces = resize(NULL, b.n_bytes, sizeof(Piece));
+        cut_block(t, &b);
+        start_coder(&z.coder, false, 0);
+        code_block(&z, &b);
+        int at = i * N + (int)b.pieces[b.n - 1].start, line = at;
+        while (text[line - 1] != '\n') line--;
+        CHECK(z.column[0] == at - line, "%s: block %d ends at place %d of its line, not %d", name,
+              i, at - line, z.column[0]);
+        free(b.pieces);
+    }
+    free(text);
+    free_codec(&z);
+}
+
 static void test_compression(void) {
     for (int which = 0; which < 4; which++) {
         Vocabulary v;
@@ -4466,6 +4493,7 @@ static void test_compression(void) {
         if (which < 2) test_one_file(&m, &t);
         test_noise_after_text(&m, &t);
         test_segment_starts(&m, &t, compression_tokenizers[which]);
+        test_columns(&m, &t, compression_tokenizers[which]);
         if (!which) test_flipped_bits(&m, &t);
         free_tokenizer(&t), free_model(&m), free_made(&made);
     }
