@@ -181,7 +181,7 @@ static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x;
 static inline float exp_(float x);                             // e^x
 static void exp_all(float *x, int n, float minus);             // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
-static inline float sum16(const float *x, int first, int n, bool squares);  // of x[first..n)
+static inline float sum16(const float *x, const float *y, int first, int n);  // of x y, or of x
 static float largest(const float *x, int first, int n);
 static float weight(const Matrix *w, int r, int c);            // the parameter w[r][c]
 
@@ -217,7 +217,7 @@ static void rows_plain(const Matrix *w, int first, int rows, const float *x, int
 // 2. RMSNorm (arXiv:1910.07467): out[i] = w[i] * x[i] / sqrt(mean of x^2 + eps). It brings a vector
 // to a standard length, whatever the layers have added up, and weights each number. out may be x.
 static void rmsnorm(float *out, const float *x, const float *w, int n, float eps) {
-    float scale = 1.0f / sqrtf(sum16(x, 0, n, true) / (float)n + eps);
+    float scale = 1.0f / sqrtf(sum16(x, x, 0, n) / (float)n + eps);
     for (int i = 0; i < n; i++) out[i] = w[i] * (scale * x[i]);
 }
 
@@ -231,7 +231,7 @@ static void softmax_without(float *x, int first, int gap, int end, int n) {
     float max = largest(x, first, n);
     exp_all(x + first, n - first, max);
     for (int i = gap; i < end; i++) x[i] = 0;
-    float scale = 1.0f / sum16(x, first, n, false);
+    float scale = 1.0f / sum16(x, NULL, first, n);
     for (int i = first; i < n; i++) x[i] *= scale;
 }
 static void softmax(float *x, int first, int n) { softmax_without(x, first, first, first, n); }
@@ -854,13 +854,13 @@ static float tree_sum(float *p) {
         for (int i = 0; i < width; i++) p[i] += p[i + width];
     return p[0];
 }
-static inline float sum16(const float *x, int first, int n, bool squares) {
+static inline float sum16(const float *x, const float *y, int first, int n) {
     float sums[16] = {0};
     int i = first;
-    for (; i < n && i % 16; i++) sums[i % 16] += squares ? x[i] * x[i] : x[i];
+    for (; i < n && i % 16; i++) sums[i % 16] += y ? x[i] * y[i] : x[i];
     for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += squares ? x[i + j] * x[i + j] : x[i + j];
-    for (; i < n; i++) sums[i % 16] += squares ? x[i] * x[i] : x[i];
+        for (int j = 0; j < 16; j++) sums[j] += y ? x[i + j] * y[i + j] : x[i + j];
+    for (; i < n; i++) sums[i % 16] += y ? x[i] * y[i] : x[i];
     return tree_sum(sums);
 }
 static float largest(const float *x, int first, int n) {
@@ -5518,11 +5518,9 @@ static void predict_task(void *context, int s, int thread) {
     for (int first = 0; first < vocab; first += GROUP) {
         uint32_t sum = 0;
         int n = vocab - first < GROUP ? vocab - first : GROUP;
-        float parts[GROUP];
         for (int i = 0; i < n; i++) sum += frequency(p[first + i]);
-        for (int i = 0; i < n; i++) parts[i] = p[first + i] * logits[first + i];
         sums[first / GROUP] = sum;
-        z->mean[s] += sum16(parts, 0, n, false);
+        z->mean[s] += sum16(p + first, logits + first, 0, n);
     }
 }
 
