@@ -3240,7 +3240,8 @@ typedef struct {
     double started;  // not an option: when the program was
 } Options;
 
-static volatile sig_atomic_t interrupted;
+static volatile sig_atomic_t interrupted;  // by a signal; a second one ends the program
+static volatile sig_atomic_t idle = 1;     // nothing is under way: the first one does
 
 // ---- Input and output
 
@@ -3258,8 +3259,9 @@ typedef struct {
     bool filter, thinking, show_thoughts;  // <think> is looked for; is open; is not left out
     size_t matched;     // characters of the next such tag that have come
 } Output;
-// Files without their names yet: that of -o and, meanwhile, that of /save. Removed at exit.
-static struct { char *temporary; int fd; } unfinished[2];
+// Files that are not whole yet: that of -o and, meanwhile, that of /save or a new session's. They
+// are removed at exit.
+static volatile struct { char *temporary; int fd; } unfinished[2];
 static volatile sig_atomic_t n_unfinished;
 static volatile pid_t running_tool;  // ends with the program
 static bool dimmed;            // the terminal writes dimmed text: set back at exit
@@ -3293,7 +3295,8 @@ static Output open_output(const char *path) {
         out.fd = mkstemp(out.temporary);
         if (out.fd >= 0) {
             unfinished[n_unfinished].temporary = out.temporary;
-            unfinished[n_unfinished++].fd = out.fd;
+            unfinished[n_unfinished].fd = out.fd;
+            n_unfinished++;
         }
         pthread_sigmask(SIG_SETMASK, &old, NULL);
     }
@@ -3462,9 +3465,10 @@ static size_t read_input(Input *in, void *data, size_t n) {
         return done;
     }
     while (done < n) {
-        ssize_t got = read(in->fd, (char *)data + done, n - done);
-        if (got < 0 && errno == EINTR && !interrupted) continue;
+        idle = 1;  // the reading may wait for long
         if (interrupted) exit(130);
+        ssize_t got = read(in->fd, (char *)data + done, n - done);
+        idle = 0;
         if (got < 0) die("cannot read %s: %s", in->name, strerror(errno));
         if (got == 0) break;
         done += (size_t)got;
@@ -3763,7 +3767,10 @@ static int open_session(Session *s, const char *path) {
 // Puts the file in the place of the cache's trunk.
 static void map_session(Session *s, Cache *kv) {
     const char *path = s->path;
-    if (s->size == 0) {  // a new one: its first page makes it a session
+    bool new = s->size == 0;
+    if (new) {  // its first page makes it a session
+        unfinished[n_unfinished].temporary = (char *)(uintptr_t)path;
+        n_unfinished++;
         if (pwrite(s->fd, first_page(kv, (SessionState){.number = 1}), PAGE, 0) != PAGE)
             die("cannot write the session %s: %s", path, strerror(errno));
         s->size = PAGE;
@@ -3782,6 +3789,7 @@ static void map_session(Session *s, Cache *kv) {
         die("cannot make the session %s %zu MiB long: %s", path, s->size >> 20, strerror(errno));
     s->map = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
     if (s->map == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
+    if (new) n_unfinished--;
     munmap(kv->data, kv->bytes);
     kv->data = s->map + session_cache_at(kv->ctx);
 }
@@ -3861,7 +3869,8 @@ static Text ask_tool(const char *command, Text question) {
     if (child && !done) while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
     while (n && (uint8_t)answer[n - 1] <= ' ') n--;
     if (!why) why = status ? "fails" : n ? NULL : "prints nothing";
-    if (why) fprintf(stderr, "run: the tool %s %s: the model goes on alone\n", command, why);
+    if (why && !interrupted)
+        fprintf(stderr, "run: the tool %s %s: the model goes on alone\n", command, why);
     return (Text){answer, why ? 0 : n};
 }
 
@@ -4413,9 +4422,9 @@ static void continue_text(Machine *w, Decoder *d) {
 }
 
 static void print_statistics(const Machine *w, int n_prompt, double start) {
-    double done = seconds(), prefilled = w->first_logits ? w->first_logits : done;
+    double done = seconds(), prefilled = w->first_logits;
     const Draft *f = &w->draft;
-    if (w->o->quiet) return;
+    if (w->o->quiet || !prefilled) return;
     fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
             n_prompt / (prefilled - start), w->n_drawn,
             w->n_drawn > 1 ? (w->n_drawn - 1) / (done - prefilled) : 0.0);
@@ -5300,7 +5309,8 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
 // before them.
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
     Text text = input_text(o);
-    if (!text.len) die("no text to evaluate: give one with -f or -i (- is stdin)");
+    if (!text.len) die("no text to evaluate in %s: give one with -f or -i (- is stdin)",
+                       o->prompt_file ? o->prompt_file : o->prompt ? "-i" : "the command");
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
     if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
     Ids ids = {0};
@@ -6212,7 +6222,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *t) {
     memset((void *)(uintptr_t)stream.data, 1, bytes);
     double memory[3] = {0}, decode[3] = {0}, prompt[3] = {0}, batch[3] = {0};
     double *all[] = {memory, decode, prompt, batch}, start = seconds();
-    for (int i = 0; i < 3 && !interrupted; i++) {
+    for (int i = 0; i < 3; i++) {
         if (i == 2 && seconds() - start > 6) {  // the mean of two must do
             for (int j = 0; j < 4; j++) all[j][2] = (all[j][0] + all[j][1]) / 2;
             break;
@@ -6225,7 +6235,6 @@ static void bench(const Options *o, const Model *m, const Tokenizer *t) {
     }
     double deep_prompt = token_rate(m, &kv, ids, 0, depth, depth);
     double deep_decode = token_rate(m, &kv, ids, depth, end, 1);
-    if (interrupted) exit(130);
     double read = (double)bytes_read(m), limit = median(memory) / read;
     char report[5000];  // a path is at most 4096 bytes long
     int length = snprintf(
@@ -6254,7 +6263,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *t) {
 #ifndef TESTING
 
 // One table parses, checks and explains the options.
-enum { FLAG, STRING, LIST, INTEGER, NUMBER_OPTION, SEED };
+enum { FLAG, TEXT, PATH, LIST, INTEGER, NUMBER_OPTION, SEED };
 typedef struct {
     char letter;       // or 0
     const char *name;  // and behind it its argument
@@ -6266,33 +6275,33 @@ typedef struct {
 
 #define TO(field) offsetof(Options, field)
 static const Option options[] = {
-    {'i', "prompt TEXT", STRING, TO(prompt), 0, 0, "the prompt; - reads it from stdin"},
-    {'f', "file PATH", STRING, TO(prompt_file), 0, 0, "read the prompt from a file; - is stdin"},
-    {'o', "output PATH", STRING, TO(output), 0, 0, "write there instead of to stdout"},
+    {'i', "prompt TEXT", TEXT, TO(prompt), 0, 0, "the prompt; - reads it from stdin"},
+    {'f', "file PATH", PATH, TO(prompt_file), 0, 0, "read the prompt from a file; - is stdin"},
+    {'o', "output PATH", PATH, TO(output), 0, 0, "write there instead of to stdout"},
     {'n', "steps N", INTEGER, TO(steps), 0, 1e9,
      "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
-    {'m', "mode MODE", STRING, TO(mode), 0, 0, "what to do, see below"},
+    {'m', "mode MODE", PATH, TO(mode), 0, 0, "what to do, see below"},
     {'t', "temperature T", NUMBER_OPTION, TO(temperature), 0, 1e30,
      "0: the likeliest token; 1 (default): as the model says"},
     {'p', "top-p P", NUMBER_OPTION, TO(top_p), 0, 1,
      "draw from the likeliest tokens with this sum (0.9)"},
     {'s', "seed N", SEED, TO(seed), 0, 0, "of the random generator; 0 (default): from the clock"},
-    {'z', "tokenizer PATH", STRING, TO(tokenizer), 0, 0,
+    {'z', "tokenizer PATH", PATH, TO(tokenizer), 0, 0,
      "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
     {'c', "context N", INTEGER, TO(context), 0, 1 << 24,
      "positions to make room for (the model's own)"},
     {'j', "threads N", INTEGER, TO(threads), 1, 256, "threads (the number of cores)"},
-    {'y', "system TEXT", STRING, TO(system), 0, 0, "the system turn of a chat"},
+    {'y', "system TEXT", TEXT, TO(system), 0, 0, "the system turn of a chat"},
     {'k', "samples N", INTEGER, TO(samples), 1, MAX_SAMPLES,
      "N continuations at once, each with a seed of its own"},
     {'b', "best", FLAG, TO(best), 0, 0, "of these only the likeliest"},
     {'e', "ensemble MODEL", LIST, TO(others), 0, 0,
      "this model answers too, the best answer wins; repeatable"},
-    {'d', "draft MODEL", STRING, TO(draft), 0, 0,
+    {'d', "draft MODEL", PATH, TO(draft), 0, 0,
      "speculate with a small model, or \"lookup\": in the text so far"},
-    {'S', "session FILE", STRING, TO(session), 0, 0,
+    {'S', "session FILE", PATH, TO(session), 0, 0,
      "keep the text in FILE with its cache; go on with what it holds"},
-    {'T', "tool CMD", STRING, TO(tool), 0, 0,
+    {'T', "tool CMD", PATH, TO(tool), 0, 0,
      "answers arithmetic (12*34=) and tool calls on its stdin"},
     {0, "think", FLAG, TO(think), 0, 0, "keep <think> ... </think> where stdout is no terminal"},
     {'q', "quiet", FLAG, TO(quiet), 0, 0, "no statistics and no progress on stderr"},
@@ -6339,7 +6348,7 @@ static void set_option(Options *o, const Option *option, const char *a, const ch
     double number = 0;
     errno = 0;
     if (option->kind == FLAG) *(bool *)field = true;
-    if (option->kind == STRING) *(const char **)field = s;
+    if (option->kind == TEXT || option->kind == PATH) *(const char **)field = s;
     if (option->kind == LIST) {
         if (o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
         ((const char **)field)[o->n_others++] = s;
@@ -6367,7 +6376,9 @@ static void parse(Options *o, int argc, char **argv) {
         const Option *option = find_option(a);
         bool flag = option->kind == FLAG;
         if (flag && value) usage_error("%s takes no value", a);
-        if (!flag && !value && !(value = argv[++i])) usage_error("%s needs a value", a);
+        if (!flag && !value) value = argv[++i];
+        if (!flag && (!value || (!*value && option->kind != TEXT)))
+            usage_error("%s needs a value", a);
         set_option(o, option, a, value);
     }
 }
@@ -6433,8 +6444,6 @@ static int check_options(const Options *o) {
     for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
         if (clashes[i].both)
             usage_error("%s and %s cannot be used together", clashes[i].a, clashes[i].b);
-    if (o->output && !*o->output) usage_error("-o needs a path");
-    if (o->tool && !*o->tool) usage_error("-T needs a command");
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
     if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
@@ -6461,9 +6470,9 @@ static void help(void) {
 }
 
 static void on_interrupt(int signal_number) {
-    if (interrupted) {
+    if (interrupted || idle) {
         remove_unfinished();
-        _exit(128 + signal_number);
+        _exit(interrupted ? 128 + signal_number : 130);
     }
     interrupted = signal_number == SIGHUP ? SIGTERM : signal_number;
 }
@@ -6562,7 +6571,7 @@ int main(int argc, char **argv) {
         if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
         return 0;
     }
-    if (!o.model) usage_error("no model is named; `make demo` fetches model.bin");
+    if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = check_options(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
     catch_signals();
@@ -6573,6 +6582,7 @@ int main(int argc, char **argv) {
     if (mode != LOGITS && mode != BENCH && (mode != CHECK || m.c.tokenizer_hash))
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
+    idle = mode == CHECK || mode == BENCH;
     modes[mode].run(&o, &m, &t);
     free_tokenizer(&t);
     free_model(&m);

@@ -3698,7 +3698,10 @@ static void test_combinations(const char *endless) {
                                            {"-m", "tokenize", "--think"},
                                            {"-m", "logits", "--receipt"},
                                            {"-m", "eval", "-n", "3"},
-                                           {"-m", "compress", "-t", "0"}};
+                                           {"-m", "compress", "-t", "0"},
+                                           {"-f", ""},
+                                           {"-T", ""},
+                                           {"--session="}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         const char *argv[10] = {endless};
         int n = 1;
@@ -4564,6 +4567,8 @@ static bool inject(const char *const *argv, const char *function, int n, bool si
     struct stat st;
     if (failed_ && stat(session, &st))
         CHECK(access(out, F_OK), "%s with %s leaves no half-written file", r.command, value);
+    if (failed_ && !strcmp(function, "ftruncate"))
+        CHECK(access(session, F_OK), "%s with %s leaves no session", r.command, value);
     unlink(out), unlink(session), unlink(saved);
     int left = files_in_folder() - files;
     CHECK(!left, "nor %d others: %s with %s%s", left, r.command, signals ? "signals before " : "",
@@ -4620,10 +4625,33 @@ static void test_faults(void) {
 // 13. Signals at random moments, in every mode (ROUNDS=500 for more of them)
 // =================================================================================================
 
+// One signal ends a program that waits for its input, whether it comes before it waits or then.
+static void test_signals_while_waiting(const char *endless) {
+    for (int round = 0; round < 20; round++) {
+        int ends[2], status = 0;
+        if (pipe(ends)) abort();
+        fflush(stdout);
+        pid_t pid = fork();
+        if (pid == 0) {
+            dup2(ends[0], 0), close(ends[1]);
+            alarm(patience(20));
+            execl(program(), program(), endless, "-i", "-", "-o", in_folder("result"), "-q", NULL);
+            _exit(98);
+        }
+        if (catches_signals(pid)) usleep((useconds_t)below(4000)), kill(pid, SIGINT);
+        waitpid(pid, &status, 0);
+        close(ends[0]), close(ends[1]);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 130, "Ctrl-C while waiting: status %x",
+              (unsigned)status);
+        CHECK(access(in_folder("result"), F_OK), "and there is no output");
+    }
+}
+
 static void test_signals(void) {
     if (no_program()) return;
     free(save_tiny().p);
     save_endless();
+    test_signals_while_waiting(in_folder("endless.bin"));
     const char *endless = in_folder("endless.bin"), *out = in_folder("result");
     char *big = get(20001, 1);
     for (int i = 0; i < 20000; i++) big[i] = "abc d ca"[below(8)];
