@@ -2162,7 +2162,8 @@ static void start_threads(int n) {
     static pthread_t threads[MAX_THREADS];
     sigset_t all, old;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the main thread's business
+    sigdelset(&all, SIGBUS);
+    pthread_sigmask(SIG_SETMASK, &all, &old);  // other signals are the main thread's business
     threads[0] = pthread_self();
     for (; pool.n_threads < n; pool.n_threads++) {
         int i = pool.n_threads;
@@ -2208,22 +2209,29 @@ static uint64_t free_memory(void) {
 }
 
 enum { LARGE_PAGE = 1 << 21 };
-typedef struct { const char *path; int fd; uint8_t *data; size_t size; } Reading;
+typedef struct {
+    int fd;
+    uint8_t *data;
+    size_t size;
+    atomic_int wrong;  // errno, or -1: it has become shorter
+} Reading;
 static void read_task(void *context, int item, int thread) {
-    const Reading *r = context;
+    Reading *r = context;
     size_t at = (size_t)item * LARGE_PAGE,
            end = r->size - at > LARGE_PAGE ? at + LARGE_PAGE : r->size;
     (void)thread;
     while (at < end) {
         ssize_t got = pread(r->fd, r->data + at, end - at, (off_t)at);
         if (got < 0 && errno == EINTR) continue;
-        if (got <= 0)
-            die("cannot read %s: %s", r->path, got ? strerror(errno) : "it has become shorter");
+        if (got <= 0) {
+            r->wrong = got ? errno : -1;
+            return;
+        }
         at += (size_t)got;
     }
 }
 static const uint8_t *map_weights(const char *path, size_t *size) {
-    Reading r = {.path = path, .fd = open_file(path, size)};
+    Reading r = {.fd = open_file(path, size)};
     r.size = *size;
     if (*size >= 4 * LARGE_PAGE && *size < free_memory() / 2) {
         uint8_t *space = reserve(1, *size + LARGE_PAGE, path);
@@ -2232,8 +2240,10 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
         if (before) munmap(space, before);
         large_pages(r.data, *size);
         parallel(read_task, &r, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
-        mprotect(r.data, *size, PROT_READ);
         close(r.fd);
+        if (r.wrong) die("cannot read %s: %s", path,
+                         r.wrong > 0 ? strerror(r.wrong) : "it has become shorter");
+        mprotect(r.data, *size, PROT_READ);
         return r.data;
     }
     close(r.fd);
@@ -3259,9 +3269,8 @@ typedef struct {
     bool filter, thinking, show_thoughts;  // <think> is looked for; is open; is not left out
     size_t matched;     // characters of the next such tag that have come
 } Output;
-// Files that are not whole yet: that of -o and, meanwhile, that of /save or a new session's. They
-// are removed at exit.
-static volatile struct { char *temporary; int fd; } unfinished[2];
+// Files that are not whole yet: that of -o, a new session's, that of /save. Removed at exit.
+static volatile struct { char *temporary; int fd; } unfinished[3];
 static volatile sig_atomic_t n_unfinished;
 static volatile pid_t running_tool;  // ends with the program
 static bool dimmed;            // the terminal writes dimmed text: set back at exit
@@ -3279,7 +3288,8 @@ static Output open_output(const char *path) {
     struct stat st;
     bool exists = !stat(path, &st);
     if (exists && !S_ISREG(st.st_mode)) {
-        out.fd = open(path, O_WRONLY);  // a device or a pipe is written to as it is
+        out.fd = open(path, O_WRONLY | O_CLOEXEC);  // a device or a pipe: written to as it is
+        out.terminal = isatty(out.fd);
     } else {
         char *real = realpath(path, NULL);  // where a link leads to; NULL: there is no file yet
         const char *name = real ? real : path;
@@ -3320,7 +3330,7 @@ static void write_output(Output *out, const void *data, size_t n) {
     for (const char *p = data; n;) {
         ssize_t wrote = write(out->fd, p, n);
         if (wrote < 0 && errno == EINTR) continue;
-        if (wrote < 0 && errno == EPIPE) exit(0);  // the reader has seen enough
+        if (wrote < 0 && errno == EPIPE && !recovery) exit(0);  // the reader has seen enough
         if (wrote < 0)
             die("cannot write %s: %s", out->path ? out->path : "stdout", strerror(errno));
         p += wrote;
@@ -3425,16 +3435,24 @@ static void end_text(Output *out) {
     write_output(out, "\n", 1);
 }
 
+// The last part of a path; *folder tells what the others name.
+static const char *last_part(const char *path, struct stat *folder) {
+    const char *slash = strrchr(path, '/');
+    char *parent = slash ? strndup(path, (size_t)(slash - path) + 1) : NULL;
+    if (stat(parent ? parent : ".", folder)) memset(folder, 0, sizeof *folder);
+    free(parent);
+    return slash ? slash + 1 : path;
+}
+
 // Whether two paths name one file, or would.
 static bool same_file(const char *a, const char *b) {
     struct stat x, y;
     if (!a || !b) return false;
     bool there = !stat(a, &x);
     if (there != !stat(b, &y)) return false;
-    if (there) return S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-    while (!strncmp(a, "./", 2)) a += 2;
-    while (!strncmp(b, "./", 2)) b += 2;
-    return !strcmp(a, b) && strcmp(a, "-");
+    if (there && !S_ISREG(x.st_mode)) return false;
+    if (!there && (strcmp(last_part(a, &x), last_part(b, &y)) || !strcmp(a, "-"))) return false;
+    return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 // What a mode reads: a file, stdin, or the text of -i.
@@ -3663,6 +3681,7 @@ typedef struct {
     int fd;              // -1: there is none
     const char *path;
     uint8_t *map;
+    bool empty;          // it was made here, and holds no text yet: unfinished
     size_t size, reserved;  // of the file; of its bytes, those that the disk has set aside
     SessionState now;    // n_ids: so many tokens of the area are the text's
 } Session;
@@ -3744,6 +3763,15 @@ static void reserve_session(Session *s, const Cache *kv, int n) {
     s->reserved = need;
 }
 
+// A session that another program has open is neither written nor read.
+static void refuse_locked(const char *path) {
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    bool locked = fd >= 0 && !fcntl(fd, F_GETLK, &lock) && lock.l_type != F_UNLCK;
+    if (fd >= 0) close(fd);
+    if (locked) die("the session %s is in use", path);
+}
+
 // Opens or makes a session's file, for this program alone. Returns the context of the session that
 // it holds, or 0.
 static int open_session(Session *s, const char *path) {
@@ -3752,13 +3780,11 @@ static int open_session(Session *s, const char *path) {
     SessionHeader h;
     s->path = path;
     s->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0644);
-    if (s->fd < 0 || fstat(s->fd, &st))
-        die("cannot open the session %s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die("the session %s is not a file", path);
-    if (fcntl(s->fd, F_SETLK, &lock)) {
-        if (errno == EACCES || errno == EAGAIN) die("the session %s is in use", path);
-        die("cannot lock the session %s: %s", path, strerror(errno));
-    }
+    if (s->fd < 0) die("cannot open the session %s: %s", path, strerror(errno));
+    int failed = fcntl(s->fd, F_SETLK, &lock), why = errno;
+    if (failed && (why == EACCES || why == EAGAIN)) die("the session %s is in use", path);
+    if (fstat(s->fd, &st) || !S_ISREG(st.st_mode)) die("the session %s is not a file", path);
+    if (failed) die("cannot lock the session %s: %s", path, strerror(why));
     s->size = (size_t)st.st_size;
     bool whole = pread(s->fd, &h, sizeof h, 0) == (ssize_t)sizeof h;
     return whole && !memcmp(h.magic, session_magic, 8) && h.ctx > 0 && h.ctx <= 1 << 24 ? h.ctx : 0;
@@ -3767,8 +3793,8 @@ static int open_session(Session *s, const char *path) {
 // Puts the file in the place of the cache's trunk.
 static void map_session(Session *s, Cache *kv) {
     const char *path = s->path;
-    bool new = s->size == 0;
-    if (new) {  // its first page makes it a session
+    s->empty = s->size == 0;
+    if (s->empty) {  // its first page makes it a session
         unfinished[n_unfinished].temporary = (char *)(uintptr_t)path;
         n_unfinished++;
         if (pwrite(s->fd, first_page(kv, (SessionState){.number = 1}), PAGE, 0) != PAGE)
@@ -3789,9 +3815,13 @@ static void map_session(Session *s, Cache *kv) {
         die("cannot make the session %s %zu MiB long: %s", path, s->size >> 20, strerror(errno));
     s->map = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
     if (s->map == MAP_FAILED) die("cannot map the session %s: %s", path, strerror(errno));
-    if (new) n_unfinished--;
     munmap(kv->data, kv->bytes);
     kv->data = s->map + session_cache_at(kv->ctx);
+}
+
+static void keep_session(Session *s) {
+    n_unfinished -= s->empty;
+    s->empty = false;
 }
 
 // Makes the first n_ids tokens, of which the cache holds n_done, the session's state.
@@ -3805,11 +3835,13 @@ static void save_session(Session *s, const Cache *kv, const int *ids, int n_ids,
     seal_state(&s->now);
     atomic_signal_fence(memory_order_seq_cst);  // the compiler must keep the order
     ((SessionHeader *)(void *)s->map)->states[s->now.number & 1] = s->now;
+    if (n_ids) keep_session(s);
     atomic_signal_fence(memory_order_seq_cst);
 }
 
 static void close_session(Session *s, Cache *kv) {
     if (s->fd < 0) return;
+    keep_session(s);
     if (msync(s->map, s->size, MS_SYNC))
         die("cannot write the session %s: %s", s->path, strerror(errno));
     munmap(s->map, s->size);
@@ -4021,7 +4053,7 @@ static void make_room(Machine *w, Decoder *d) {
     if (keep > d->keep) keep = d->keep;
     if (keep < 0) keep = 0;
     rewrite(w, d, keep, d->ids.ids + d->ids.n - (size_t)half, half);
-    w->turns.n = 0;
+    if (d->seq == 0) w->turns.n = 0;
     if (!w->shifted && !w->o->quiet)
         fprintf(stderr, "\n(the context of %d tokens is full: from here on the beginning and the "
                         "newest half stay)\n", w->ctx);
@@ -4075,6 +4107,7 @@ static int small_model_guesses(Machine *w, Decoder *d, int most, double rate) {
     Sampler s = d->s;
     size_t n = d->ids.n;
     int made = 0;
+    if (f->done >= (int)n) f->done = (int)n - 1;
     double reach = 1;  // the probability that all guesses so far are right
     if ((int)n + most > f->kv.ctx) return 0;
     double start = seconds();
@@ -4365,6 +4398,7 @@ static void branch(Machine *w, const Decoder *trunk, Decoder *d, int i) {
     *d = *trunk;
     d->seq = i + 1;
     d->s.rng += (uint64_t)i * 0x9E3779B97F4A7C15u;
+    d->s.rng += d->s.rng == 0;  // which would stay 0
     w->kv.from[d->seq] = (int)trunk->ids.n;
     d->ids = (Ids){0};
     for (size_t j = 0; j < trunk->ids.n; j++) push(&d->ids, trunk->ids.ids[j]);
@@ -4404,6 +4438,7 @@ static void run_samples(Machine *w, Decoder *trunk) {
     if (w->o->best && trunk->done == (int)trunk->ids.n) {  // else the prompt was interrupted
         int same = w->kv.from[best + 1];  // less than the trunk has if the context was full
         trunk->s.rng = d[best].s.rng;
+        if (same < (int)trunk->ids.n) w->turns.n = 0;
         rewrite(w, trunk, same, d[best].ids.ids + same, (int)d[best].ids.n - same);
     }
     for (int i = 0; i < k; i++) free_decoder(&d[i]);
@@ -4486,6 +4521,10 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Text 
     start_thoughts(d.out, o, !t->llama2c, (Text){d.text.memory, d.text.n});
     if (prompt.len) use_tool(&w, &d);
     if (o->samples < 2) tell_seed(&w, &d);
+    if (d.budget <= 0 && !t->llama2c) {  // up to the end of a context that is full already
+        make_room(&w, &d);
+        d.budget = w.ctx - (long long)d.ids.n + 1;
+    }
     continue_text(&w, &d);
     if (o->receipt && o->samples < 2) print_receipt(&d);
     print_statistics(&w, n_prompt, start);
@@ -4502,7 +4541,7 @@ static double answer_bits(const Model *m, const Tokenizer *t, Text prompt, Text 
     int n_prompt = (int)ids.n;
     encode(t, answer, NULL, false, &ids);
     double sum = INFINITY;
-    if (ids.n <= (size_t)m->c.seq_len + 1 && answer.len) {
+    if (ids.n <= (size_t)m->c.seq_len + 1 && ids.n > (size_t)n_prompt) {
         Cache kv;
         new_cache(&kv, m, (int)ids.n, 0, 0);
         sum = score_window(m, &kv, ids.ids, 0, (int)ids.n - 1, n_prompt - 1);
@@ -4546,6 +4585,9 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
     models[0] = *m, tokenizers[0] = *t;
     for (int i = 0; i < o->n_others; i++)
         n += takes_part(o, o->others[i], prompt, &models[n], &tokenizers[n]);
+    for (int i = 0; i < n; i++)
+        if (same_file(o->output, tokenizers[i].path))
+            die("-o %s would overwrite a model's tokenizer", o->output);
     for (int i = 0; i < n && !interrupted; i++) {
         answers[i].fd = -1;
         if (!o->quiet) fprintf(stderr, "%s%s answers\n", i ? "\n" : "", models[i].path);
@@ -4578,6 +4620,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
 static void save_conversation(Machine *w, Decoder *d, const char *path) {
     static const char zeros[PAGE];
     struct stat st;
+    refuse_locked(path);
     if (!stat(path, &st) && st.st_size) {
         char magic[sizeof session_magic] = "";
         FILE *old = fopen(path, "rb");
@@ -4604,6 +4647,7 @@ static void save_conversation(Machine *w, Decoder *d, const char *path) {
 static void load_conversation(Machine *w, Decoder *d, const char *path) {
     size_t size;
     SessionState s;
+    refuse_locked(path);
     const uint8_t *file = map_file(path, &size);
     const char *wrong = check_session(file, size, &w->kv, false, &s);
     if (!wrong && s.n_ids > w->ctx + 1) wrong = "is longer than this chat's context";
@@ -4627,7 +4671,9 @@ static void chat_command(Machine *w, Decoder *d, char *line) {
     char *name = strtok(line, " \t"), *path = strtok(NULL, "");
     jmp_buf failed;
     bool save = !strcmp(name, "/save"), file = save || !strcmp(name, "/load");
-    if (file && !path) fprintf(stderr, "%s needs a file\n", name);
+    size_t n = path ? strlen(path += strspn(path, " \t")) : 0;
+    while (n && (path[n - 1] == ' ' || path[n - 1] == '\t')) path[--n] = 0;
+    if (file && (!n || !strcmp(path, "-"))) fprintf(stderr, "%s needs a file\n", name);
     else if (file && (same_file(path, w->o->session) || same_file(path, w->m->path) ||
                       same_file(path, w->t->path) || same_file(path, w->o->output)))
         fprintf(stderr, "%s: %s is in use\n", name, path);
@@ -5280,9 +5326,9 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     Output out = open_output(o->output);
     open_machine(&w, &d, o, m, none, &out);
     if (!ids.n) die("no token ids: give them with -i or -f (- is stdin)");
-    fill(&w, &d, (int)d.ids.n);
     if (ids.n + d.ids.n > (size_t)w.ctx)
         die("%zu tokens are more than the context of %d", ids.n + d.ids.n, w.ctx);
+    fill(&w, &d, (int)d.ids.n);
     if (!d.ids.n) d.keep = ids.n < 4 ? (int)ids.n : 4;
     for (size_t i = 0; i < ids.n; i++) push(&d.ids, ids.ids[i]);
     Slot batch[MAX_BATCH];
@@ -6432,8 +6478,9 @@ static int check_options(const Options *o) {
         {o->samples, "-k", TALK}, {o->best, "-b", TALK}, {e, "-e", 1 << GENERATE}, {d, "-d", TALK},
         {s, "-S", TALK | 1 << LOGITS}, {o->tool, "-T", TALK}, {o->system, "-y", 1 << CHAT},
         {o->think, "--think", TALK}, {o->receipt, "--receipt", TALK}, {o->trace, "--trace", SHOW},
-        {layer, "--layer", SHOW}, {o->head >= 0, "--head", SHOW}, {o->steps >= 0, "-n", TALK | SHOW},
-        {o->temperature >= 0, "-t", TALK | SHOW}, {o->top_p >= 0, "-p", TALK | SHOW}};
+        {layer, "--layer", SHOW}, {o->head >= 0, "--head", SHOW},
+        {o->steps >= 0, "-n", TALK | SHOW}, {o->temperature >= 0, "-t", TALK | SHOW},
+        {o->top_p >= 0, "-p", TALK | SHOW}};
     for (size_t i = 0; i < sizeof uses / sizeof *uses; i++)
         if (uses[i].given && !(uses[i].modes >> mode & 1))
             usage_error("%s means nothing in mode %s", uses[i].name, o->mode);

@@ -3146,6 +3146,98 @@ static SessionState interrupted_session(const char *path, const char *session, i
     free_model(&m);
     return state;
 }
+// A text that has just filled its context, of which the last token is drawn but not computed.
+static void full_session(const char *path, const char *session, int ctx) {
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, path);
+    find_tokenizer(&t, NULL, &m);
+    Options o = {.session = session, .threads = 1, .context = ctx, .quiet = true};
+    Output out = {.fd = -1};
+    Machine w;
+    Decoder d;
+    open_machine(&w, &d, &o, &m, &t, &out);
+    for (int i = 0; i < 5; i++) push(&d.ids, 40 + i);
+    d.budget = ctx - 5 + 1;
+    continue_text(&w, &d);
+    CHECK(d.ids.n == (size_t)ctx + 1 && d.done == ctx, "a full context: %zu tokens", d.ids.n);
+    interrupted = SIGINT;
+    close_machine(&w, &d);
+    interrupted = 0;
+    free(out.memory);
+    free_tokenizer(&t);
+    free_model(&m);
+}
+static void test_full_session(const char *endless) {
+    const char *kv = in_folder("full");
+    for (int ctx = 256; ctx <= 300; ctx += 44) {
+        unlink(kv);
+        full_session(endless, kv, ctx);
+        Buffer before = slurp(kv);
+        refused(RUN(endless, "-S", kv, "-m", "logits", "-i", "1"), 1, "logits behind a full text");
+        Buffer after = slurp(kv);
+        CHECK(before.n == after.n && !memcmp(before.p, after.p, before.n), "leave it as it is");
+        free(before.p), free(after.p);
+        Ran r = RUN(endless, "-S", kv, "-n", "0", "-q");
+        CHECK(r.status == 0 && r.out.n > 40, "-n 0 makes room in it: %zu bytes", r.out.n);
+        free_ran(&r);
+    }
+    unlink(kv);
+}
+
+// Without closing the file, which would unlock it.
+static Buffer get_file(int fd) {
+    Buffer b = {0};
+    char some[4096];
+    for (ssize_t got; (got = pread(fd, some, sizeof some, (off_t)b.n)) > 0;)
+        put(&b, some, (size_t)got);
+    return b;
+}
+
+static void test_refused_session(const char *endless) {
+    const char *kv = in_folder("refused");
+    unlink(kv);
+    refused(RUN(endless, "-S", kv, "-c", "4", "-i", "a bad cab, a dab"), 1, "a prompt too long");
+    refused(RUN(endless, "-S", kv, "-d", in_folder("nothing"), "-i", "a"), 1, "no draft model");
+    CHECK(access(kv, F_OK), "no session is left that holds nothing");
+    Ran r = RUN(endless, "-S", kv, "-c", "300", "-n", "3", "-i", "a", "-q");
+    CHECK(r.status == 0 && !access(kv, F_OK), "what is made in the end: %s", r.err.p);
+    free_ran(&r);
+    // Another program has it open: here the tests themselves.
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = open(kv, O_RDWR);
+    if (fcntl(fd, F_SETLK, &lock)) abort();
+    Buffer before = get_file(fd);
+    char input[700];
+    snprintf(input, sizeof input, "ab\n/save %.300s\n/load %.300s\n", kv, kv);
+    r = RUN_AS(((How){.input = input}), endless, "-m", "chat", "-c", "300", "-n", "3", "-q");
+    const char *first = strstr((char *)r.err.p, "is in use");
+    CHECK(r.status == 0 && first && strstr(first + 1, "is in use"),
+          "a session that is open is neither saved to nor loaded: %s", r.err.p);
+    Buffer after = get_file(fd);
+    CHECK(before.n == after.n && !memcmp(before.p, after.p, before.n), "it is as it was");
+    free_ran(&r), free(before.p), free(after.p);
+    close(fd), unlink(kv);
+    snprintf(input, sizeof input, "ab\n/save -\n/save  %.300s \n", kv);
+    Ran alone = RUN_AS(((How){.input = "ab\n"}), endless, "-m", "chat", "-n", "3", "-t", "0", "-q");
+    r = RUN_AS(((How){.input = input}), endless, "-m", "chat", "-n", "3", "-t", "0", "-q");
+    CHECK(strstr((char *)r.err.p, "needs a file") && !access(kv, F_OK),
+          "/save: stdout is no file, and blanks are not part of a name: %s", r.err.p);
+    same_text(&alone, r, "nor is anything of it printed");
+    free_ran(&alone), unlink(kv);
+}
+
+static void test_same_file(void) {
+    char here[300], away[400];
+    if (!getcwd(here, sizeof here)) abort();
+    snprintf(away, sizeof away, "%s/not-there", here);
+    CHECK(same_file("not-there", away) && same_file("./not-there", ".//not-there") &&
+              same_file("README.md", "./README.md"), "other spellings of a name");
+    CHECK(!same_file("not-there", "/tmp/not-there") && !same_file("-", "-") &&
+              !same_file("not-there", "not-here") && !same_file("README.md", "not-there") &&
+              !same_file("no/not-there", "nor/no-there"), "and other files");
+}
+
 static void test_interrupted_session(const char *endless) {
     const char *kv = in_folder("interrupted");
     unlink(kv);
@@ -3734,6 +3826,9 @@ static void test_decoders(void) {
     test_speculation(endless);
     test_sessions(endless);
     test_interrupted_session(endless);
+    test_full_session(endless);
+    test_refused_session(endless);
+    test_same_file();
     test_best_in_session(endless);
     test_kills(endless);
     test_tools(endless);
@@ -4949,7 +5044,7 @@ static void guarded(void (*run)(const uint8_t *, size_t), const uint8_t *data, s
     }
     recovery = NULL;
     remove_unfinished();
-    unfinished_file = NULL;
+    n_unfinished = 0;
     for (int i = 0; i < n_mapped; i++) munmap(mapped[i].at, mapped[i].n);
     for (int i = 0; i < n_owned; i++) (free)(owned[i]);
     for (int fd = 0; fd < 64; fd++)
