@@ -414,12 +414,13 @@ static State *get_state(Cache *kv, int n);  // with room for n slots
 static int padded(int width);               // width rounded up; the rest is zero
 static float *row_of(float *x, int i, int width) { return x + (size_t)i * (size_t)padded(width); }
 
-// Calls task(context, item, thread) for each item, on all threads, in any order: part 3.
-typedef void Task(void *context, int item, int thread);
+// Calls task(context, item) for each item, on all threads, in any order: part 3.
+typedef void Task(void *context, int item);
+static _Thread_local int this_thread;  // its number, from 0
 static void parallel(Task *task, void *context, int n_items);
 #ifdef PLAIN
 static void parallel(Task *task, void *context, int n_items) {
-    for (int i = 0; i < n_items; i++) task(context, i, 0);
+    for (int i = 0; i < n_items; i++) task(context, i);
 }
 #define rows_fast rows_plain
 #define rows_at_once(n, rows, dtype) ((void)(rows), 16)
@@ -435,9 +436,8 @@ static const uint8_t *map_weights(const char *path, size_t *size);  // map_file 
 
 // Stages that look at one token alone wait, and are then run together, a token after the other: so
 // threads do not wait for each other between them. Any other stage runs at once, after these.
-static void stages_task(void *context, int i, int thread) {
+static void stages_task(void *context, int i) {
     const State *s = context;
-    (void)thread;
     for (int j = 0; j < s->n_waiting; j++) s->waiting[j].stage(&s->waiting[j].f, i);
 }
 static void run_waiting(State *s) {
@@ -483,16 +483,15 @@ static void rows_stage(const Pass *f, int item) {
                                             f->in + (size_t)t * (size_t)x_stride, x_stride, &xq, n,
                                             p->y + (size_t)t * (size_t)stride + first, stride);
 }
-static void matmul(const Pass *pass, int n, const float *x, const Product *products,
-                   int n_products) {
+static void matmul(const Pass *pass, const float *x, const Product *products, int n_products) {
     Pass f = *pass;
-    int rows = 0, items = 0;
+    int n = f.n, rows = 0, items = 0;
     bool quantized = false;
     for (int i = 0; i < n_products; i++) {
         rows += products[i].w->rows;
         quantized |= products[i].w->dtype >= Q8;
     }
-    f.n = n, f.in = x, f.products = products, f.rows = rows_at_once(n, rows, products[0].w->dtype);
+    f.in = x, f.products = products, f.rows = rows_at_once(n, rows, products[0].w->dtype);
     for (int i = 0; i < n_products; i++) items += items_of(products[i].w, f.rows);
     f.s->xq.n_blocks = (products[0].w->cols + 31) / 32, f.items = items;
     if (quantized) each_token(&f, quantize_stage);
@@ -599,7 +598,7 @@ static void limit_stage(const Pass *f, int i) {
 static int forward_batch(Pass *f, size_t done) {
     const Config *c = &f->m->c;
     State *s = f->s;
-    int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim, n = f->n;
+    int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
 
     f->layer = -1;
     each_token(f, embed);
@@ -609,26 +608,25 @@ static int forward_batch(Pass *f, size_t done) {
         // Attention: tokens talk. What a token asks, offers and passes on is read off its x; what
         // the heads bring back, side by side, goes through wo to the residual stream.
         normalize(f, &l->attn_norm, "xb = attn_norm(x)");
-        matmul(f, n, s->xb,
-               (Product[]){{&l->wq, s->q, 0}, {&l->wk, s->k, 0}, {&l->wv, s->v, 0}}, 3);
+        matmul(f, s->xb, (Product[]){{&l->wq, s->q, 0}, {&l->wk, s->k, 0}, {&l->wv, s->v, 0}}, 3);
         each_token(f, rope_and_cache);
         observe(f, "q = rope(wq xb)", s->q, q_dim);
         observe(f, "k = rope(wk xb)", s->k, kv_dim);
         observe(f, "v = wv xb", s->v, kv_dim);
         attention(f);
         observe(f, "att_out = attention v", s->att_out, q_dim);
-        matmul(f, n, s->att_out, (Product[]){{&l->wo, s->xb, 0}}, 1);
+        matmul(f, s->att_out, (Product[]){{&l->wo, s->xb, 0}}, 1);
         observe(f, "xb = wo att_out", s->xb, c->dim);
         add_to_stream(f, &l->post_attn_norm, "x += xb");
         // Feed-forward: each token thinks by itself. A row of w_gate looks for something in x;
         // where it is found, a column of w_down adds what is known about it.
         normalize(f, &l->ffn_norm, "xb = ffn_norm(x)");
-        matmul(f, n, s->xb, (Product[]){{&l->w_gate, s->gate, 0}, {&l->w_up, s->up, 0}}, 2);
+        matmul(f, s->xb, (Product[]){{&l->w_gate, s->gate, 0}, {&l->w_up, s->up, 0}}, 2);
         observe(f, "gate = w_gate xb", s->gate, c->hidden_dim);
         observe(f, "up = w_up xb", s->up, c->hidden_dim);
         each_token(f, activation_stage);
         observe(f, "gate = activation(gate) * up", s->gate, c->hidden_dim);
-        matmul(f, n, s->gate, (Product[]){{&l->w_down, s->xb, 0}}, 1);
+        matmul(f, s->gate, (Product[]){{&l->w_down, s->xb, 0}}, 1);
         observe(f, "xb = w_down gate", s->xb, c->dim);
         add_to_stream(f, &l->post_ffn_norm, "x");
     }
@@ -636,7 +634,7 @@ static int forward_batch(Pass *f, size_t done) {
     // the layers have made of the last token, the higher its logit.
     int wanted = 0;
     run_waiting(s);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < f->n; i++)
         if (f->batch[i].want_logits)
             rmsnorm(row_of(s->xb, wanted++, c->dim), row_of(s->x, i, c->dim),
                     vec(&f->m->final_norm), c->dim, c->norm_eps);
@@ -644,7 +642,7 @@ static int forward_batch(Pass *f, size_t done) {
     f->n = wanted;
     float *logits = s->logits + done * (size_t)c->vocab_size;
     observe(f, "xb = final_norm(x)", s->xb, c->dim);
-    matmul(f, wanted, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
+    matmul(f, s->xb, (Product[]){{&f->m->classifier, logits, c->vocab_size}}, 1);
     observe(f, "logits = classifier xb", logits, c->vocab_size);
     f->in = logits, s->bad = false;
     run_stage(f, limit_stage, wanted);
@@ -2052,10 +2050,10 @@ static int range_start(int n, int thread) {
 }
 
 // Takes items and does them until none is left.
-static void work(int thread) {
+static void work(void) {
     int did = 0;
     for (int i = 0; i < pool.n_threads; i++) {
-        int range = (thread + i) % pool.n_threads;
+        int range = (this_thread + i) % pool.n_threads;
         _Atomic uint64_t *share = &pool.shares[range].left;
         uint64_t was = atomic_load(share);
         while ((uint32_t)was) {
@@ -2064,7 +2062,7 @@ static void work(int thread) {
             Task *task = RELAXED(load, &pool.task);
             void *context = RELAXED(load, &pool.context);
             int first = range_start(RELAXED(load, &pool.n_items), range + 1) - left;
-            for (int item = first; item < first + take; item++) task(context, item, thread);
+            for (int item = first; item < first + take; item++) task(context, item);
             did += take;
             was = atomic_load(share);
         }
@@ -2080,13 +2078,14 @@ static bool spin(int spins, double *since) {
 }
 
 static void *worker(void *argument) {
-    int thread = (int)(intptr_t)argument, spins = 0;
+    int spins = 0;
     double since = 0;
+    this_thread = (int)(intptr_t)argument;
     for (uint32_t seen = 0;;) {
         uint32_t job = atomic_load(&pool.job);
         if (job != seen) {
             seen = job;
-            work(thread);
+            work();
             spins = 0;
         } else if (!spin(spins++, &since)) {
             pthread_mutex_lock(&pool.mutex);
@@ -2105,7 +2104,7 @@ static void *worker(void *argument) {
 static void parallel(Task *task, void *context, int n_items) {
     double began = n_items > 1 && pool.n_threads > 1 ? seconds() : 0;
     if (began <= pool.alone_until) {
-        for (int i = 0; i < n_items; i++) task(context, i, 0);
+        for (int i = 0; i < n_items; i++) task(context, i);
         double end = began > 0 ? seconds() : 0;  // the last such job may end much later
         if (end > pool.alone_until) pool.alone_until = end;
         return;
@@ -2126,7 +2125,7 @@ static void parallel(Task *task, void *context, int n_items) {
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.mutex);
     }
-    work(0);
+    work();
     double waiting = 0, since = 0;
     for (int spins = 0; atomic_load(&pool.done) != n_items; spins++) {
         if (waiting > 0) usleep(20);
@@ -2183,10 +2182,7 @@ static const uint8_t *map_weights(const char *path, size_t *size) { return map_f
 #else
 // Bytes of memory that this process may use: what is free, and within its control group's limit.
 static uint64_t free_memory(void) {
-    uint64_t least = UINT64_MAX;
-#ifdef _SC_AVPHYS_PAGES
-    least = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-#endif
+    uint64_t least = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     char line[512], path[600];
     FILE *groups = fopen("/proc/self/cgroup", "r");
     while (groups && fgets(line, sizeof line, groups)) {
@@ -2215,11 +2211,10 @@ typedef struct {
     size_t size;
     atomic_int wrong;  // errno, or -1: it has become shorter
 } Reading;
-static void read_task(void *context, int item, int thread) {
+static void read_task(void *context, int item) {
     Reading *r = context;
     size_t at = (size_t)item * LARGE_PAGE,
            end = r->size - at > LARGE_PAGE ? at + LARGE_PAGE : r->size;
-    (void)thread;
     while (at < end) {
         ssize_t got = pread(r->fd, r->data + at, end - at, (off_t)at);
         if (got < 0 && errno == EINTR) continue;
@@ -2240,14 +2235,12 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
         if (before) munmap(space, before);
         large_pages(r.data, *size);
         parallel(read_task, &r, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
-        close(r.fd);
-        if (r.wrong) die("cannot read %s: %s", path,
-                         r.wrong > 0 ? strerror(r.wrong) : "it has become shorter");
         mprotect(r.data, *size, PROT_READ);
-        return r.data;
     }
     close(r.fd);
-    return map_file(path, size);
+    if (r.wrong)
+        die("cannot read %s: %s", path, r.wrong > 0 ? strerror(r.wrong) : "it has become shorter");
+    return r.data ? r.data : map_file(path, size);
 }
 #endif
 
@@ -2260,15 +2253,20 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
 
 #if defined __x86_64__ || defined __i386__
 #include <immintrin.h>
-#endif
-#if defined __aarch64__
+#elif defined __aarch64__
 #include <arm_neon.h>
 #endif
 
 #if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
 #define AVX512
+#define AVX "AVX-512"
+#define MM(name) _mm512_##name  // what has the same name in both but for the number
+typedef __m512i mm;
 enum { W = 16 };
 #elif defined __AVX2__
+#define AVX "AVX2"
+#define MM(name) _mm256_##name
+typedef __m256i mm;
 enum { W = 8 };
 #else
 enum { W = 4 };
@@ -2276,6 +2274,7 @@ enum { W = 4 };
 
 enum { HALVES = 16 / W };  // vectors of 16 rows or positions
 typedef float vf __attribute__((vector_size(4 * W)));
+typedef int16_t vs __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -2337,73 +2336,54 @@ INLINE vf load_half(const uint16_t *p) {  // as half_to_float
 }
 #endif
 
-#if defined __AVX512VNNI__ && defined AVX512
-enum { BIAS8 = 128 };
-static const char isa[] = "AVX-512 VNNI";
+#if (defined AVX512 && defined __AVX512VNNI__) ||                                                  \
+    (defined __AVX2__ && !defined __AVX512BW__ &&                                                  \
+     (defined __AVXVNNI__ || (defined __AVX512VNNI__ && defined __AVX512VL__)))
+#define BIAS8 128
+static const char isa[] = AVX " VNNI";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(read_4(x)));
-}
-#elif defined __AVX2__ &&                                                                          \
-    (defined __AVXVNNI__ || (defined __AVX512VNNI__ && defined __AVX512VL__)) &&                   \
-    !defined __AVX512BW__
-enum { BIAS8 = 128 };
-static const char isa[] = "AVX2 VNNI";
-INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    return (vi)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(read_4(x)));
+    return (vi)MM(dpbusd_epi32)((mm)acc, (mm)w, MM(set1_epi32)(read_4(x)));
 }
 #elif defined __AVX2__
 // maddubs multiplies unsigned by signed bytes and adds pairs of the products to 16 bits, which hold
 // the sum of a whole block of 4-bit weights: 32 / 2 * 15 * 127 < 2^15. (The empty asm keeps GCC
 // from adding up in another order, for which the registers would not do.)
-enum { BIAS8 = 0 };
 #define SHORT_SUMS 1
-#ifdef AVX512
-static const char isa[] = "AVX-512";
-#define MADDUBS(w, x) (vi) _mm512_maddubs_epi16((__m512i)(w), (__m512i)(x))
-#define MADD(a, b) (vi) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
-#define ABS(w) _mm512_abs_epi8((__m512i)(w))
+static const char isa[] = AVX;
+#define MADDUBS(w, x) (vi) MM(maddubs_epi16)((mm)(w), (mm)(x))
 INLINE vi sign(vi x, vu w) {
-    return (vi)_mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w),
-                                    _mm512_setzero_si512(), (__m512i)x);
-}
+#ifdef AVX512
+    return (vi)_mm512_mask_sub_epi8((mm)x, _mm512_movepi8_mask((mm)w), (mm){0}, (mm)x);
 #else
-static const char isa[] = "AVX2";
-#define MADDUBS(w, x) (vi) _mm256_maddubs_epi16((__m256i)(w), (__m256i)(x))
-#define MADD(a, b) (vi) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
-#define ABS(w) _mm256_abs_epi8((__m256i)(w))
-INLINE vi sign(vi x, vu w) { return (vi)_mm256_sign_epi8((__m256i)x, (__m256i)w); }
+    return (vi)_mm256_sign_epi8((mm)x, (mm)w);
 #endif
-typedef int16_t vs __attribute__((vector_size(4 * W)));
-INLINE vi add_pairs(vi sums) { return MADD(sums, splat_i(0x00010001)); }
+}
+INLINE vi add_pairs(vi sums) { return (vi)MM(madd_epi16)((mm)sums, (mm)splat_i(0x00010001)); }
 INLINE vi dot_4bit(vi sums, vu w, const int8_t *x) {
     vs sum = (vs)sums + (vs)MADDUBS(w, splat_i(read_4(x)));
     __asm__("" : "+x"(sum));
     return (vi)sum;
 }
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    acc += add_pairs(MADDUBS(ABS(w), sign(splat_i(read_4(x)), w)));
+    acc += add_pairs(MADDUBS(MM(abs_epi8)((mm)w), sign(splat_i(read_4(x)), w)));
     __asm__("" : "+x"(acc));
     return acc;
 }
 #elif defined __SSE2__
 // Bytes become 16-bit numbers, even and odd ones apart; madd multiplies and adds pairs of these.
-enum { BIAS8 = 0 };
 static const char isa[] = "SSE2";
-typedef int16_t vs __attribute__((vector_size(4 * W)));
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
     vs xs = (vs)splat_i(read_4(x));
     acc += (vi)_mm_madd_epi16((__m128i)((vs)((vs)w << 8) >> 8), (__m128i)((vs)(xs << 8) >> 8));
     return acc + (vi)_mm_madd_epi16((__m128i)((vs)w >> 8), (__m128i)(xs >> 8));
 }
 #elif defined __ARM_FEATURE_DOTPROD
-enum { BIAS8 = 0 };
 static const char isa[] = "NEON dotprod";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
     return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w,
                          vreinterpretq_s8_s32(vdupq_n_s32(read_4(x))));
 }
 #elif defined __aarch64__
-enum { BIAS8 = 0 };
 static const char isa[] = "NEON";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
     int8x8_t xs = vreinterpret_s8_s32(vdup_n_s32(read_4(x)));
@@ -2412,7 +2392,6 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
     return acc + (vi)vpaddq_s32(low, high);
 }
 #else
-enum { BIAS8 = 0 };
 static const char isa[] = "generic";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
     for (int k = 0; k < 4; k++) acc += ((vi)(w << (24 - 8 * k)) >> 24) * (int32_t)x[k];
@@ -2421,13 +2400,9 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
 #endif
 
 // As dot, of bytes x that are not negative: so it needs neither a bias nor signs.
-#if defined AVX512 && defined __AVX512VNNI__
+#ifdef BIAS8
 INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(read_4(x)), (__m512i)w);
-}
-#elif defined __AVX2__ && !defined SHORT_SUMS
-INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
-    return (vi)_mm256_dpbusd_epi32((__m256i)acc, _mm256_set1_epi32(read_4(x)), (__m256i)w);
+    return (vi)MM(dpbusd_epi32)((mm)acc, MM(set1_epi32)(read_4(x)), (mm)w);
 }
 #elif defined SHORT_SUMS
 INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
@@ -2435,6 +2410,9 @@ INLINE vi dot_7bit(vi acc, vu w, const int8_t *x) {
 }
 #else
 #define dot_7bit dot
+#endif
+#ifndef BIAS8
+#define BIAS8 0
 #endif
 
 // 16 numbers from 0 to 127 become bytes. (Without AVX-512, GCC 12 makes of the last of these one
@@ -3051,16 +3029,16 @@ static void int8_average(const uint8_t *values, const uint8_t *next, size_t apar
 }
 
 // As attend_mix, of int8 values.
-static void attend_mix_int8(const Attend *a, int pair, const float *scores, int p0, int p1) {
+static void attend_mix_int8(const Attend *a, int pair, const float *scores, int p0, int p1,
+                            float *out) {
     const Pass *f = a->f;
     const Config *c = &f->m->c;
     int kv_head = pair / a->n_tiles, soon = pair + a->crossed;  // what is fetched
     const AttendTile *tile = &a->tiles[pair % a->n_tiles], *then = &a->tiles[soon % a->n_tiles];
     size_t keys = panel_bytes(f->kv->key_dtype, c->head_dim);
-    int hd = c->head_dim, n = tile->n * a->group, wide = (p1 - p0) * 16;
+    int n = tile->n * a->group, wide = (p1 - p0) * 16;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1;
     size_t first = (size_t)p0 * panel_bytes(Q8V, CHUNK);
-    float *out = zeros((size_t)(n * wide), sizeof(float));
     for (int b = b0, run; b < b1; b += run) {
         Stretch s = stretch_of(a, tile, kv_head, b, b1 - b), later;
         run = s.n;
@@ -3094,13 +3072,6 @@ static void attend_mix_int8(const Attend *a, int pair, const float *scores, int 
         int8_average(values, next, apart, scores + b * 16, a->row, n, run, out, wide);
         free(both);
     }
-    for (int j = 0; j < n; j++) {
-        float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
-                    (kv_head * a->group + j % a->group) * hd + p0 * 16;
-        int most = hd - p0 * 16 < wide ? hd - p0 * 16 : wide;
-        memcpy(to, out + j * wide, (size_t)most * sizeof(float));
-    }
-    free(out);
 }
 
 // Scores of one query become weights; positions that it does not see get weight 0.
@@ -3124,16 +3095,13 @@ static void attend_softmax(const Attend *a, const AttendTile *tile, int kv_head,
 }
 
 // The weighted average of the values, for the panels of 16 channels from p0 to p1.
-static void attend_mix(const Attend *a, int pair, const float *scores, int p0, int p1) {
+static void attend_mix(const Attend *a, int pair, const float *scores, int p0, int p1,
+                       float *out) {
     const Pass *f = a->f;
-    const Config *c = &f->m->c;
     const AttendTile *tile = &a->tiles[pair % a->n_tiles];
-    int kv_head = pair / a->n_tiles;
-    int hd = c->head_dim, n = tile->n * a->group, at, most = n <= FEW ? 2 * AHEAD : AHEAD;
-    int seq = f->batch[tile->slot].seq, from = f->kv->from[seq];
+    int kv_head = pair / a->n_tiles, n = tile->n * a->group, most = n <= FEW ? 2 * AHEAD : AHEAD;
+    int seq = f->batch[tile->slot].seq, from = f->kv->from[seq], wide = (p1 - p0) * 16, at;
     size_t bytes = panel_bytes(f->kv->value_dtype, CHUNK), column = bytes / CHUNK;
-    int wide = (p1 - p0) * 16;
-    float *out = zeros((size_t)(wide * n), sizeof(float));
     for (int t = tile->start, run; t <= tile->last; t += run) {  // positions that lie together
         if (t == tile->gap) t = tile->end;
         Matrix values = cache_values(f->kv, cache_chunk(f->kv, seq, t, f->layer, kv_head, &at));
@@ -3157,25 +3125,18 @@ static void attend_mix(const Attend *a, int pair, const float *scores, int p0, i
                                 n - j, true, out + j * wide + (p - p0) * 16, wide);
         }
     }
-    for (int j = 0; j < n; j++) {
-        float *to = row_of(f->s->att_out, tile->slot + j / a->group, c->n_heads * hd) +
-                    (kv_head * a->group + j % a->group) * hd;
-        int end = p1 * 16 < hd ? p1 * 16 : hd;
-        memcpy(to + p0 * 16, out + j * wide, (size_t)(end - p0 * 16) * sizeof(float));
-    }
-    free(out);
 }
 
 // Phase 0 does a tile and key/value head as a whole, with the thread's own scratch. Where there are
 // few of these, phases 1 to 3 cut each into parts instead: by positions, by queries, by channels.
 enum { PART_BLOCKS = 16 };  // blocks of positions
-static void attend_part(void *context, int item, int thread) {
+static void attend_part(void *context, int item) {
     const Attend *a = context;
     int pair = item / a->parts, part = item % a->parts, kv_head = pair / a->n_tiles;
     const AttendTile *tile = &a->tiles[pair % a->n_tiles];
-    float *scores = a->f->s->scores + (size_t)(a->phase ? pair : thread) * a->area;
+    float *scores = a->f->s->scores + (size_t)(a->phase ? pair : this_thread) * a->area;
     int b0 = tile->start / 16, b1 = (tile->last - tile->skip) / 16 + 1, n = tile->n * a->group;
-    int p0 = 0, p1 = (a->f->m->c.head_dim + 15) / 16;
+    int hd = a->f->m->c.head_dim, q_dim = a->f->m->c.n_heads * hd, p0 = 0, p1 = (hd + 15) / 16;
     if (a->phase == 1) b0 += part * PART_BLOCKS, b1 = b0 + PART_BLOCKS < b1 ? b0 + PART_BLOCKS : b1;
     if (a->phase == 3) p0 = part, p1 = part + 1;
     if (a->phase <= 1 && b0 < b1) attend_scores(a, tile, kv_head, scores, b0, b1);
@@ -3183,7 +3144,15 @@ static void attend_part(void *context, int item, int thread) {
         for (int j = 0; j < n; j++) attend_softmax(a, tile, kv_head, scores, j);
     if (a->phase == 2 && part < n) attend_softmax(a, tile, kv_head, scores, part);
     if (a->phase == 1 || a->phase == 2) return;
-    (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, pair, scores, p0, p1);
+    int wide = (p1 - p0) * 16, most = hd - p0 * 16 < wide ? hd - p0 * 16 : wide;
+    float *out = zeros((size_t)(n * wide), sizeof(float));
+    (a->f->kv->value_dtype == Q8V ? attend_mix_int8 : attend_mix)(a, pair, scores, p0, p1, out);
+    for (int j = 0; j < n; j++) {
+        float *to = row_of(a->f->s->att_out, tile->slot + j / a->group, q_dim) +
+                    (kv_head * a->group + j % a->group) * hd + p0 * 16;
+        memcpy(to, out + j * wide, (size_t)most * sizeof(float));
+    }
+    free(out);
 }
 
 static void attention_fast(const Pass *f) {
@@ -3623,9 +3592,8 @@ static double surprise(const float *logits, int n, int target) {
 }
 
 typedef struct { const float *logits; int vocab_size; const int *targets; double *nll; } Score;
-static void surprise_task(void *context, int i, int thread) {
+static void surprise_task(void *context, int i) {
     const Score *s = context;
-    (void)thread;
     s->nll[i] =
         surprise(s->logits + (size_t)i * (size_t)s->vocab_size, s->vocab_size, s->targets[i]);
 }
@@ -3819,29 +3787,9 @@ static void map_session(Session *s, Cache *kv) {
     kv->data = s->map + session_cache_at(kv->ctx);
 }
 
-static void keep_session(Session *s) {
-    n_unfinished -= s->empty;
-    s->empty = false;
-}
-
-// Makes the first n_ids tokens, of which the cache holds n_done, the session's state.
-static void save_session(Session *s, const Cache *kv, const int *ids, int n_ids, int n_done,
-                         int keep, uint64_t rng) {
-    if (s->fd < 0) return;
-    if (n_ids > kv->ctx + 1) n_ids = n_done;  // what there is no room for is not part of it yet
-    int *area = session_ids(s->map, kv->ctx, s->now.area);
-    for (int i = s->now.n_ids; i < n_ids; i++) area[i] = ids[i];
-    s->now = (SessionState){s->now.number + 1, n_ids, n_done, keep, s->now.area, rng, 0};
-    seal_state(&s->now);
-    atomic_signal_fence(memory_order_seq_cst);  // the compiler must keep the order
-    ((SessionHeader *)(void *)s->map)->states[s->now.number & 1] = s->now;
-    if (n_ids) keep_session(s);
-    atomic_signal_fence(memory_order_seq_cst);
-}
-
 static void close_session(Session *s, Cache *kv) {
     if (s->fd < 0) return;
-    keep_session(s);
+    n_unfinished -= s->empty;
     if (msync(s->map, s->size, MS_SYNC))
         die("cannot write the session %s: %s", s->path, strerror(errno));
     munmap(s->map, s->size);
@@ -4028,9 +3976,19 @@ typedef struct {
     double first_logits;    // when the prompt was computed
 } Machine;
 
+// Makes the first n_ids tokens the session's state.
 static void save_decoder(Machine *w, const Decoder *d, int n_ids) {
-    if (d->seq == 0)
-        save_session(&w->session, &w->kv, d->ids.ids, n_ids, d->done, d->keep, d->s.rng);
+    Session *s = &w->session;
+    if (s->fd < 0 || d->seq != 0) return;
+    if (n_ids > w->ctx + 1) n_ids = d->done;  // what there is no room for is not part of it yet
+    int *area = session_ids(s->map, w->ctx, s->now.area);
+    for (int i = s->now.n_ids; i < n_ids; i++) area[i] = d->ids.ids[i];
+    s->now = (SessionState){s->now.number + 1, n_ids, d->done, d->keep, s->now.area, d->s.rng, 0};
+    seal_state(&s->now);
+    atomic_signal_fence(memory_order_seq_cst);  // the compiler must keep the order
+    ((SessionHeader *)(void *)s->map)->states[s->now.number & 1] = s->now;
+    atomic_signal_fence(memory_order_seq_cst);
+    if (n_ids) n_unfinished -= s->empty, s->empty = false;
 }
 
 // Puts n other tokens in the place of those from a position on. A session writes them into its
@@ -4239,13 +4197,13 @@ static bool compute(Machine *w, Decoder *d, int n) {
 }
 
 // Draws the next token of a decoder.
-static void draw_task(void *context, int i, int thread) {
+static void draw_task(void *context, int i) {
     Machine *w = context;
     Decoder *d = &w->all[i];
     if (!d->logits) return;
     size_t vocab = (size_t)w->m->c.vocab_size;
-    d->s.p = w->p + (size_t)thread * vocab;
-    d->s.candidates = w->candidates + (size_t)thread * vocab;
+    d->s.p = w->p + (size_t)this_thread * vocab;
+    d->s.candidates = w->candidates + (size_t)this_thread * vocab;
     d->drawn = sample(&d->s, d->logits, d->ids.ids, (int)d->ids.n);
     if (w->o->samples) d->logprob -= surprise(d->logits, (int)vocab, d->drawn);
     if (w->o->receipt) {
@@ -4927,11 +4885,11 @@ static const float *watched_pass(Explain *e, int n) {
     int l0 = (int)e->w.o->layer, h0 = (int)e->w.o->head, summed = 0;
     double nll[MAX_LAYERS];
     // A row for the pass, and behind it one for each layer's lens.
-    Pass f = {.m = m, .kv = &e->w.kv, .s = get_state(&e->w.kv, 1 + L)};
+    Pass f = {.m = m, .kv = &e->w.kv, .s = get_state(&e->w.kv, 1 + L), .n = L};
     e->n = n;
     const float *logits = forward(m, &e->w.kv, &(Slot){e->d.ids.ids[n - 1], n - 1, 0, true}, 1);
     if (e->w.o->trace) return logits;
-    matmul(&f, L, row_of(f.s->xb, 1, m->c.dim), (Product[]){{&m->classifier, e->logits, vocab}}, 1);
+    matmul(&f, row_of(f.s->xb, 1, m->c.dim), (Product[]){{&m->classifier, e->logits, vocab}}, 1);
     for (int l = 0; l < L; l++) best[l] = argmax(e->logits + (size_t)l * (size_t)vocab, vocab);
     parallel(surprise_task, &(Score){e->logits, vocab, best, nll}, L);
     for (int l = 0; l < L; l++) e->lens[l] = (Candidate){(float)exp_double(-nll[l]), best[l]};
@@ -5236,7 +5194,7 @@ static int explain_pass(Explain *e, int n, bool given, bool page) {
     return next;
 }
 
-static void explain(const Options *o, const Model *m, const Tokenizer *t) {
+static void explain(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     const Config *c = &m->c;
     Text prompt = input_text(o);
     if (o->layer >= c->n_layers || o->head >= c->n_heads)
@@ -5246,8 +5204,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
     char *shown = NULL, *no_color = getenv("NO_COLOR");
     bool page = o->output && !o->trace;
     Explain e = {.color = !o->output && isatty(1) && !(no_color && *no_color)};
-    Output out = open_output(o->output);
-    open_machine(&e.w, &e.d, o, m, t, &out);
+    open_machine(&e.w, &e.d, o, m, t, out);
     e.w.kv.plain_attention = true;
     Ids *ids = &e.d.ids;
     int ctx = e.w.ctx;
@@ -5271,7 +5228,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
         bool given = n < n_prompt;
         int next = explain_pass(&e, n, given, page);
         if (fflush(e.f) || ferror(e.f)) die("out of memory for what explain shows");
-        if (!page) write_output(&out, shown, size), rewind(e.f);
+        if (!page) write_output(out, shown, size), rewind(e.f);
         if (given) continue;
         if (is_stop(t, next)) break;
         push(ids, next);
@@ -5280,8 +5237,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
         fprintf(stderr, "the context of %d positions is full: explain ends here\n", ctx);
     if (page) fprintf(e.f, "]}\n%s%s", PAGE_DRAW, PAGE_CHOOSE);
     if (ferror(e.f) | fclose(e.f)) die("out of memory for what explain shows");
-    if (page) write_output(&out, shown, size);
-    close_output(&out);
+    if (page) write_output(out, shown, size);
     free(shown);
     free(e.logits);
     munmap(e.weights, bytes);
@@ -5291,26 +5247,23 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t) {
 
 // ---- tokenize and logits: for scripts
 
-static void tokenize(const Options *o, const Model *m, const Tokenizer *t) {
+static void tokenize(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     Text text = input_text(o);
     (void)m;
     Ids ids = {0};
     encode(t, text, NULL, true, &ids);
-    Output out = open_output(o->output), line = {.fd = -1};
-    char number[16];
-    for (size_t i = 0; i < ids.n; i++) {
-        int n = snprintf(number, sizeof number, i ? " %d" : "%d", ids.ids[i]);
-        write_output(&line, number, (size_t)n);
-    }
-    write_output(&line, "\n", 1);
-    write_output(&out, line.memory, line.n);
-    close_output(&out);
-    free(line.memory);
+    char *line = resize(NULL, ids.n + 1, 16);
+    size_t n = 0;
+    for (size_t i = 0; i < ids.n; i++)
+        n += (size_t)snprintf(line + n, 16, i ? " %d" : "%d", ids.ids[i]);
+    line[n++] = '\n';
+    write_output(out, line, n);
+    free(line);
     free(ids.ids);
     free((char *)(uintptr_t)text.s);
 }
 
-static void write_logits(const Options *o, const Model *m, const Tokenizer *none) {
+static void write_logits(const Options *o, const Model *m, const Tokenizer *none, Output *out) {
     Text text = input_text(o);
     Ids ids = {0};
     for (char *p = (char *)(uintptr_t)text.s, *end;; p = end) {
@@ -5323,8 +5276,7 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     }
     Machine w;
     Decoder d;
-    Output out = open_output(o->output);
-    open_machine(&w, &d, o, m, none, &out);
+    open_machine(&w, &d, o, m, none, out);
     if (!ids.n) die("no token ids: give them with -i or -f (- is stdin)");
     if (ids.n + d.ids.n > (size_t)w.ctx)
         die("%zu tokens are more than the context of %d", ids.n + d.ids.n, w.ctx);
@@ -5338,11 +5290,10 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
             batch[n] = (Slot){d.ids.ids[d.done + n], d.done + n, 0, true};
         reserve_session(&w.session, &w.kv, d.done + n);
         const float *logits = forward(m, &w.kv, batch, n);
-        write_output(&out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
+        write_output(out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
         d.done += n;
         save_decoder(&w, &d, d.done);
     }
-    if (!interrupted) close_output(&out);
     free(ids.ids);
     free((char *)(uintptr_t)text.s);
     close_machine(&w, &d);
@@ -5353,7 +5304,7 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
 // Strided windows: a window of W tokens starts every W/2 tokens; each token is predicted once, in
 // the first window that holds it, so all but the first window's tokens see at least W/2 tokens
 // before them.
-static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
+static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     Text text = input_text(o);
     if (!text.len) die("no text to evaluate in %s: give one with -f or -i (- is stdin)",
                        o->prompt_file ? o->prompt_file : o->prompt ? "-i" : "the command");
@@ -5387,9 +5338,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t) {
                          "bits_per_byte: %.6f\nbits_per_token: %.6f\nperplexity: %.4f\ntokens: %d\n"
                          "bytes: %zu\nwindow: %d\n", bits / (double)text.len, bits / scored,
                          exp_double(sum / scored), scored, text.len, window);
-        Output out = open_output(o->output);
-        write_output(&out, report, (size_t)n);
-        close_output(&out);
+        write_output(out, report, (size_t)n);
     }
     free(ids.ids);
     free((char *)(uintptr_t)text.s);
@@ -5555,13 +5504,12 @@ static void learn(Bias *b, float gradient, float rate) {
 }
 
 // Probabilities of a segment's next token, and sums of their frequencies for code_token.
-static void predict_task(void *context, int s, int thread) {
+static void predict_task(void *context, int s) {
     Codec *z = context;
     int vocab = z->m->c.vocab_size;
     const float *logits = z->logits[s];
     float *p = z->p + (size_t)s * (size_t)vocab, scale = 1.0f + z->scale.value;
     uint32_t *sums = z->sums + (size_t)s * (size_t)z->n_groups;
-    (void)thread;
     if (!logits) return;
     for (int i = 0; i < vocab; i++) p[i] = logits[i] * scale + z->bias[i];
     for (int l = 0; l < LISTS; l++) {
@@ -5619,9 +5567,8 @@ static void learn_local(Codec *z, int s) {
 
 // Learns from all segments' gradients, of which p now holds minus the values: first what the lists
 // hold, which is one piece of work, then the biases of GROUP tokens each.
-static void learn_task(void *context, int item, int thread) {
+static void learn_task(void *context, int item) {
     Codec *z = context;
-    (void)thread;
     if (!item) {
         for (int s = 0; s < SEGMENTS; s++)
             if (z->logits[s]) learn_local(z, s);
@@ -6008,7 +5955,7 @@ static const char *expand(Codec *z, Input *in, Output *out) {
 }
 
 // Both modes.
-static void compress(const Options *o, const Model *m, const Tokenizer *t) {
+static void compress(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     bool back = !strcmp(o->mode, "decompress");
     Codec z;
     int context = context_of(o, m);
@@ -6018,15 +5965,13 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t) {
     open_codec(&z, m, t, o->quiet);
     if (!back) set_context(&z, o->context || context < USUAL_CONTEXT ? context : USUAL_CONTEXT);
     Input in = open_input(o);
-    Output out = open_output(o->output);
     const char *wrong = NULL;
     double written = 0;
-    if (back) wrong = expand(&z, &in, &out);
-    else written = (double)shrink(&z, &in, &out);
+    if (back) wrong = expand(&z, &in, out);
+    else written = (double)shrink(&z, &in, out);
     double took = seconds() - z.progress.began;
     end_progress(&z.progress);
     if (wrong) die("%s %s", in.name, wrong);
-    close_output(&out);
     if (!o->quiet && back) fprintf(stderr, "%.0f bytes, %.1f s\n", z.bytes, took);
     else if (!o->quiet)
         fprintf(stderr, "%.0f bytes -> %.0f bytes: %.4f bits per byte, %.1f s\n", z.bytes, written,
@@ -6142,14 +6087,12 @@ static void check_layers(const Options *o, const Model *m) {
     free_cache(&plain);
 }
 
-static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
+static void check_model(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     check_content(o, m);
     int n_texts = t->file ? check_tokenizer(m, t) : 0;
     if (t->file && !o->quiet) fprintf(stderr, "tokenizer: %s, %d texts\n", t->path, n_texts);
     check_layers(o, m);
-    Output out = open_output(o->output);
-    write_output(&out, "ok\n", 3);
-    close_output(&out);
+    write_output(out, "ok\n", 3);
 }
 
 // ---- bench: how fast this machine runs the model, beside how fast it could
@@ -6159,13 +6102,12 @@ static void check_model(const Options *o, const Model *m, const Tokenizer *t) {
 enum { STREAM_BYTES = 256 << 20, STREAM_AHEAD = 4096 };
 typedef struct { const uint8_t *data; int n_threads, streams; bool ahead; } Stream;
 static _Atomic uint64_t stream_sum;
-static void stream_task(void *context, int item, int thread) {
+static void stream_task(void *context, int item) {
     const Stream *s = context;
     size_t share = STREAM_BYTES / (size_t)s->n_threads / 64 * 64,
            part = share / (size_t)s->streams / 256 * 256;
     const uint8_t *p = s->data + (size_t)item * share;
     uint64_t sums[32] = {0};
-    (void)thread;
     for (size_t i = 0; i < part; i += 256)
         for (int k = 0; k < s->streams; k++) {
             const uint64_t *q = (const uint64_t *)(const void *)(p + (size_t)k * part + i);
@@ -6250,7 +6192,7 @@ static void print_verdict(double decode, double limit, int threads) {
                 100 * decode / limit, isa);
 }
 
-static void bench(const Options *o, const Model *m, const Tokenizer *t) {
+static void bench(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     int ctx = context_of(o, m), threads = (int)o->threads;
     int n = ctx < 512 ? ctx : 512, first = (n + 63) / 64;  // tokens of a prompt, and of its start
     int depth = ctx < 4096 + 64 ? ctx - ctx / 16 : 4096,
@@ -6292,9 +6234,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *t) {
         m->c.name[0] ? m->c.name : m->path, dtype_names[m->layers[0].wq.dtype], isa, threads,
         read / 1e6, median(memory) / 1e9, median(prompt), deep_prompt, median(decode), limit,
         median(decode) / limit, deep_decode, median(batch), startup * 1000);
-    Output out = open_output(o->output);
-    write_output(&out, report, (size_t)length);
-    close_output(&out);
+    write_output(out, report, (size_t)length);
     if (depth != 4096 && !o->quiet)
         fprintf(stderr, "the context is short: depth4096 is depth %d here\n", depth);
     if (!o->quiet) print_verdict(median(decode), limit, threads);
@@ -6436,21 +6376,19 @@ static void refuse_overwriting(const char *output, const char *input) {
 }
 
 // generate and chat.
-static void generate_or_chat(const Options *o, const Model *m, const Tokenizer *t) {
+static void generate_or_chat(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     bool chats = !strcmp(o->mode, "chat");
-    Output out = open_output(o->output);
     Text prompt = {NULL, 0};
     if (!chats || o->prompt || o->prompt_file) prompt = input_text(o);
-    if (chats) chat(o, m, t, prompt, &out);
-    else if (o->n_others) ensemble(o, m, t, prompt, &out);
-    else generate(o, m, t, prompt, &out);
+    if (chats) chat(o, m, t, prompt, out);
+    else if (o->n_others) ensemble(o, m, t, prompt, out);
+    else generate(o, m, t, prompt, out);
     free((char *)(uintptr_t)prompt.s);
-    close_output(&out);
 }
 
 enum { GENERATE, CHAT, TOKENIZE, LOGITS, EVAL, EXPLAIN, COMPRESS, DECOMPRESS, CHECK, BENCH,
        N_MODES };
-typedef void Mode(const Options *o, const Model *m, const Tokenizer *t);
+typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 static const struct { const char *name; Mode *run; const char *help; } modes[N_MODES] = {
     {"generate", generate_or_chat, "continue the prompt (the default)"},
     {"chat", generate_or_chat, "a conversation: -i or -f is the first turn, then lines of stdin"},
@@ -6538,37 +6476,19 @@ static void on_bus_error(int signal_number) {
 __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) {
     const char *missing = NULL;
     __builtin_cpu_init();
-#define NEED(feature) if (!__builtin_cpu_supports(feature)) missing = feature
-#ifdef __AVX__
-    NEED("avx");
-#endif
-#ifdef __AVX2__
-    NEED("avx2");
-#endif
-#ifdef __FMA__
-    NEED("fma");
-#endif
-#ifdef __BMI2__
-    NEED("bmi2");
-#endif
-#ifdef __AVX512F__
-    NEED("avx512f");
-#endif
-#ifdef __AVX512BW__
-    NEED("avx512bw");
-#endif
-#ifdef __AVX512VL__
-    NEED("avx512vl");
-#endif
-#ifdef __AVX512DQ__
-    NEED("avx512dq");
-#endif
-#ifdef __AVX512VNNI__
-    NEED("avx512vnni");
-#endif
-#ifdef __AVX512VBMI__
-    NEED("avx512vbmi");
-#endif
+#define VALUE_OF(macro) #macro  // of one that is not defined this is its name
+#define NEED(macro, feature)                                                                       \
+    if (*VALUE_OF(macro) == '1' && !__builtin_cpu_supports(feature)) missing = feature
+    NEED(__AVX__, "avx");
+    NEED(__AVX2__, "avx2");
+    NEED(__FMA__, "fma");
+    NEED(__BMI2__, "bmi2");
+    NEED(__AVX512F__, "avx512f");
+    NEED(__AVX512BW__, "avx512bw");
+    NEED(__AVX512VL__, "avx512vl");
+    NEED(__AVX512DQ__, "avx512dq");
+    NEED(__AVX512VNNI__, "avx512vnni");
+    NEED(__AVX512VBMI__, "avx512vbmi");
 #undef NEED
     if (!missing) return;
     fprintf(stderr,
@@ -6629,8 +6549,10 @@ int main(int argc, char **argv) {
     if (mode != LOGITS && mode != BENCH && (mode != CHECK || m.c.tokenizer_hash))
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
+    Output out = open_output(o.output);
     idle = mode == CHECK || mode == BENCH;
-    modes[mode].run(&o, &m, &t);
+    modes[mode].run(&o, &m, &t, &out);
+    if (!interrupted || (mode != LOGITS && mode != EVAL)) close_output(&out);  // whole, or none
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;

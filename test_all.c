@@ -4067,7 +4067,9 @@ static Buffer page_of(const char *prompt, const char *options[4], const char *pa
                  .temperature = atof(options[1]), .top_p = atof(options[2]), .seed = 7,
                  .repeat_penalty = 1, .top_k = atoi(options[3]), .layer = -1, .head = -1,
                  .threads = 1};
-    explain(&o, &m, &t);
+    Output out = open_output(path);
+    explain(&o, &m, &t, &out);
+    close_output(&out);
     Buffer page = slurp(path);
     int previous = -1, id;
     for (char *p = (char *)page.p; (p = strstr(p, "{\"t\":\"")) != NULL;) {
@@ -5061,8 +5063,10 @@ static void fuzz_checkpoint(const uint8_t *data, size_t n) {
     for (int i = 0; i < ctx; i++) batch[i] = (Slot){i * 7 % vocab, i, 0, true};
     forward(&m, &kv, batch, ctx);
     free_cache(&kv);
-    Options o = {.quiet = true, .output = "/dev/null"};
-    check_model(&o, &m, &fuzz_tokenizer);
+    Options o = {.quiet = true};
+    Output out = {.fd = -1};
+    check_model(&o, &m, &fuzz_tokenizer, &out);
+    free(out.memory);
     free_model(&m);
 }
 
