@@ -6270,7 +6270,7 @@ static const Option options[] = {
     {'t', "temperature T", NUMBER_OPTION, TO(temperature), 0, 1e30,
      "0: the likeliest token; 1 (default): as the model says"},
     {'p', "top-p P", NUMBER_OPTION, TO(top_p), 0, 1,
-     "draw from the likeliest tokens with this sum (0.9)"},
+     "draw from the likeliest tokens with this sum (0.9); 0 or 1: from all"},
     {'s', "seed N", SEED, TO(seed), 0, 0, "of the random generator; 0 (default): from the clock"},
     {'z', "tokenizer PATH", PATH, TO(tokenizer), 0, 0,
      "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
@@ -6451,7 +6451,7 @@ static void help(void) {
     }
     puts("\nmodes:");
     for (int i = 0; i < N_MODES; i++) printf("  %-10s %s\n", modes[i].name, modes[i].help);
-    puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 Ctrl-C");
+    puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped");
 }
 
 static void on_interrupt(int signal_number) {
