@@ -584,8 +584,8 @@ static void activation_stage(const Pass *f, int i) {
                      f->m->c.activation);
 }
 
-// A damaged weight shows in the logits of a slot. (Nor are they NaN. Far below the largest float
-// they can be squared and scaled.)
+// A damaged weight shows in a slot's logits, as NaN or a number over 1e18. (Smaller ones can be
+// scaled and squared.)
 static void limit_stage(const Pass *f, int i) {
     int bad = 0, vocab = f->m->c.vocab_size;
     const float *logits = f->in + (size_t)i * (size_t)vocab;
@@ -3242,12 +3242,12 @@ typedef struct {
 static volatile struct { char *temporary; int fd; } unfinished[3];
 static volatile sig_atomic_t n_unfinished;
 static volatile pid_t running_tool;  // ends with the program
-static bool dimmed;            // the terminal writes dimmed text: set back at exit
+static int dimmed;             // a terminal, or 0, that writes dimmed text: set back at exit
 
 static void remove_unfinished(void) {
     if (running_tool > 0) kill(-running_tool, SIGKILL);
     for (int i = 0; i < n_unfinished; i++) unlink(unfinished[i].temporary);
-    if (dimmed && write(1, "\033[0m", 4) < 0) {}
+    if (dimmed && write(dimmed, "\033[0m", 4) < 0) {}
 }
 
 static Output open_output(const char *path) {
@@ -3258,7 +3258,7 @@ static Output open_output(const char *path) {
     bool exists = !stat(path, &st);
     if (exists && !S_ISREG(st.st_mode)) {
         out.fd = open(path, O_WRONLY | O_CLOEXEC);  // a device or a pipe: written to as it is
-        out.terminal = isatty(out.fd);
+        out.terminal = out.fd >= 0 && isatty(out.fd);
     } else {
         char *real = realpath(path, NULL);  // where a link leads to; NULL: there is no file yet
         const char *name = real ? real : path;
@@ -3347,7 +3347,7 @@ static void write_text(Output *out, Text text) {
 static void set_thinking(Output *out, bool thinking) {
     out->thinking = thinking;
     if (!out->terminal) return;
-    if (out->fd >= 0) dimmed = thinking;
+    if (out->fd >= 0) dimmed = thinking ? out->fd : 0;
     write_output(out, thinking ? "\033[2m" : "\033[0m", 4);
 }
 
@@ -3416,12 +3416,12 @@ static const char *last_part(const char *path, struct stat *folder) {
 // Whether two paths name one file, or would.
 static bool same_file(const char *a, const char *b) {
     struct stat x, y;
-    if (!a || !b) return false;
+    if (!a || !b || !strcmp(a, "-") || !strcmp(b, "-")) return false;
     bool there = !stat(a, &x);
     if (there != !stat(b, &y)) return false;
     if (there && !S_ISREG(x.st_mode)) return false;
-    if (!there && (strcmp(last_part(a, &x), last_part(b, &y)) || !strcmp(a, "-"))) return false;
-    return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    if (!there && strcmp(last_part(a, &x), last_part(b, &y))) return false;
+    return x.st_ino && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 // What a mode reads: a file, stdin, or the text of -i.
@@ -3746,14 +3746,20 @@ static int open_session(Session *s, const char *path) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     struct stat st;
     SessionHeader h;
+    bool there = !lstat(path, &st);
     s->path = path;
     s->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0644);
     if (s->fd < 0) die("cannot open the session %s: %s", path, strerror(errno));
     int failed = fcntl(s->fd, F_SETLK, &lock), why = errno;
     if (failed && (why == EACCES || why == EAGAIN)) die("the session %s is in use", path);
     if (fstat(s->fd, &st) || !S_ISREG(st.st_mode)) die("the session %s is not a file", path);
-    if (failed) die("cannot lock the session %s: %s", path, strerror(why));
     s->size = (size_t)st.st_size;
+    s->empty = !there && !s->size;
+    if (s->empty) {
+        unfinished[n_unfinished].temporary = (char *)(uintptr_t)path;
+        n_unfinished++;
+    }
+    if (failed) die("cannot lock the session %s: %s", path, strerror(why));
     bool whole = pread(s->fd, &h, sizeof h, 0) == (ssize_t)sizeof h;
     return whole && !memcmp(h.magic, session_magic, 8) && h.ctx > 0 && h.ctx <= 1 << 24 ? h.ctx : 0;
 }
@@ -3761,10 +3767,7 @@ static int open_session(Session *s, const char *path) {
 // Puts the file in the place of the cache's trunk.
 static void map_session(Session *s, Cache *kv) {
     const char *path = s->path;
-    s->empty = s->size == 0;
-    if (s->empty) {  // its first page makes it a session
-        unfinished[n_unfinished].temporary = (char *)(uintptr_t)path;
-        n_unfinished++;
+    if (s->size == 0) {  // its first page makes it a session
         if (pwrite(s->fd, first_page(kv, (SessionState){.number = 1}), PAGE, 0) != PAGE)
             die("cannot write the session %s: %s", path, strerror(errno));
         s->size = PAGE;
@@ -6249,7 +6252,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *t, Output *
 #ifndef TESTING
 
 // One table parses, checks and explains the options.
-enum { FLAG, TEXT, PATH, LIST, INTEGER, NUMBER_OPTION, SEED };
+enum { FLAG, TEXT, WORD, LIST, INTEGER, NUMBER_OPTION, SEED };
 typedef struct {
     char letter;       // or 0
     const char *name;  // and behind it its argument
@@ -6262,17 +6265,17 @@ typedef struct {
 #define TO(field) offsetof(Options, field)
 static const Option options[] = {
     {'i', "prompt TEXT", TEXT, TO(prompt), 0, 0, "the prompt; - reads it from stdin"},
-    {'f', "file PATH", PATH, TO(prompt_file), 0, 0, "read the prompt from a file; - is stdin"},
-    {'o', "output PATH", PATH, TO(output), 0, 0, "write there instead of to stdout"},
+    {'f', "file PATH", WORD, TO(prompt_file), 0, 0, "read the prompt from a file; - is stdin"},
+    {'o', "output PATH", WORD, TO(output), 0, 0, "write there instead of to stdout"},
     {'n', "steps N", INTEGER, TO(steps), 0, 1e9,
      "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
-    {'m', "mode MODE", PATH, TO(mode), 0, 0, "what to do, see below"},
+    {'m', "mode MODE", WORD, TO(mode), 0, 0, "what to do, see below"},
     {'t', "temperature T", NUMBER_OPTION, TO(temperature), 0, 1e30,
      "0: the likeliest token; 1 (default): as the model says"},
     {'p', "top-p P", NUMBER_OPTION, TO(top_p), 0, 1,
      "draw from the likeliest tokens with this sum (0.9); 0 or 1: from all"},
     {'s', "seed N", SEED, TO(seed), 0, 0, "of the random generator; 0 (default): from the clock"},
-    {'z', "tokenizer PATH", PATH, TO(tokenizer), 0, 0,
+    {'z', "tokenizer PATH", WORD, TO(tokenizer), 0, 0,
      "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
     {'c', "context N", INTEGER, TO(context), 0, 1 << 24,
      "positions to make room for (the model's own)"},
@@ -6283,11 +6286,11 @@ static const Option options[] = {
     {'b', "best", FLAG, TO(best), 0, 0, "of these only the likeliest"},
     {'e', "ensemble MODEL", LIST, TO(others), 0, 0,
      "this model answers too, the best answer wins; repeatable"},
-    {'d', "draft MODEL", PATH, TO(draft), 0, 0,
+    {'d', "draft MODEL", WORD, TO(draft), 0, 0,
      "speculate with a small model, or \"lookup\": in the text so far"},
-    {'S', "session FILE", PATH, TO(session), 0, 0,
+    {'S', "session FILE", WORD, TO(session), 0, 0,
      "keep the text in FILE with its cache; go on with what it holds"},
-    {'T', "tool CMD", PATH, TO(tool), 0, 0,
+    {'T', "tool CMD", WORD, TO(tool), 0, 0,
      "answers arithmetic (12*34=) and tool calls on its stdin"},
     {0, "think", FLAG, TO(think), 0, 0, "keep <think> ... </think> where stdout is no terminal"},
     {'q', "quiet", FLAG, TO(quiet), 0, 0, "no statistics and no progress on stderr"},
@@ -6334,7 +6337,7 @@ static void set_option(Options *o, const Option *option, const char *a, const ch
     double number = 0;
     errno = 0;
     if (option->kind == FLAG) *(bool *)field = true;
-    if (option->kind == TEXT || option->kind == PATH) *(const char **)field = s;
+    if (option->kind == TEXT || option->kind == WORD) *(const char **)field = s;
     if (option->kind == LIST) {
         if (o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
         ((const char **)field)[o->n_others++] = s;
@@ -6490,6 +6493,7 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
     NEED(__AVX512VNNI__, "avx512vnni");
     NEED(__AVX512VBMI__, "avx512vbmi");
 #undef NEED
+#undef VALUE_OF
     if (!missing) return;
     fprintf(stderr,
             "run: this binary needs %s, which this processor does not have: build it here with "
@@ -6552,7 +6556,8 @@ int main(int argc, char **argv) {
     Output out = open_output(o.output);
     idle = mode == CHECK || mode == BENCH;
     modes[mode].run(&o, &m, &t, &out);
-    if (!interrupted || (mode != LOGITS && mode != EVAL)) close_output(&out);  // whole, or none
+    bool whole = !interrupted || (mode != LOGITS && mode != EVAL && !o.n_others);
+    if (whole) close_output(&out);  // else there is none
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;
