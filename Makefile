@@ -79,7 +79,7 @@ test-cross: test_all.c run.c run test_all
 	@awk '{p += $$(NF-3); f += $$(NF-1)} END {print p " passed, " f " failed"; exit f > 0 || p == 0}' test-cross.log
 
 test-debug: debug test_all.c
-	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow \
 		-o test-debug-all test_all.c -lm
 	PATIENCE=3 RUN=./run-debug ./test-debug-all
 
@@ -139,8 +139,8 @@ plain: run.c
 	$(CC) $(CFLAGS) $(EXACT) -DPLAIN -o run-plain run.c -lm
 
 debug: run.c
-	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined \
-		-fno-sanitize-recover=undefined -fno-omit-frame-pointer -o run-debug run.c -lm
+	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined,float-cast-overflow \
+		-fno-sanitize-recover=undefined,float-cast-overflow -fno-omit-frame-pointer -o run-debug run.c -lm
 
 bench: run model.bin
 	./run model.bin -m bench
