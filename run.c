@@ -2559,7 +2559,10 @@ static void unpack_panel(Unpacked *u, int dtype, const uint8_t *block, int n_blo
 // also with P = the panels of so many rows.
 // NOLINTNEXTLINE(bugprone-macro-parentheses): a label cannot have parentheses
 #define TILE_CASE(label, t, p, BODY)                                                               \
-    label: { enum { T = t, P = W < 4 * (p) || HALVES * (t) * (p) > SUMS ? 1 : (p) }; BODY; } break;
+    label: {                                                                                       \
+        enum { T = (t), P = W < 4 * (p) || HALVES * (t) * (p) > SUMS ? 1 : (p) };                  \
+        BODY;                                                                                      \
+    } break;
 #define FOR_TILE(left, BODY)                                                                       \
     switch (left) {                                                                                \
         TILE_CASE(case 1, 1, 1, BODY) TILE_CASE(case 2, 2, 1, BODY) TILE_CASE(case 3, 3, 1, BODY)  \
@@ -2746,7 +2749,7 @@ static int float_tile(const Matrix *w, const uint8_t *panel, const uint8_t *next
                       int n_rows, int c, int end, const float *x, int x_stride, int left, bool more,
                       float *out, int stride) {
 #define KERNEL(type)                                                                               \
-    for (int lane = 0; lane < n_rows; lane += rows_of(type, T, P), next = type ? NULL : next)      \
+    for (int lane = 0; lane < n_rows; lane += rows_of(type, T, P), next = (type) ? NULL : next)    \
     float_kernel(T, P, type, panel, next, rate, w->cols, n_rows, lane, c, end, x, x_stride, more,  \
                  out, stride)
     if (W == 16 && left >= 12 && n_rows == 32) {  // 24 sums; an input serves two panels
@@ -3011,7 +3014,7 @@ INLINE void int8_kernel(const int Q, const int V, const uint8_t *values, const u
 static void int8_average(const uint8_t *values, const uint8_t *next, size_t apart, const float *x,
                          size_t stride, int n, int blocks, float *out, int wide) {
 #define CASE(Q, V)                                                                                 \
-    case Q * 2 + V:                                                                                \
+    case (Q) * 2 + (V):                                                                            \
         int8_kernel(Q, V, values + at,                                                             \
                     next && !j && i % 16 == 0 ? next + (size_t)(i / 16) * apart : NULL, apart,     \
                     x + (size_t)j * stride, stride, blocks, out + j * wide + i, wide);             \
