@@ -4630,14 +4630,20 @@ static void load_conversation(Machine *w, Decoder *d, const char *path) {
     if (wrong) die("%s %s", path, wrong);
 }
 
+// A text, or NULL, without blanks at its ends.
+static char *trim(char *s) {
+    if (!s) return "";
+    s += strspn(s, " \t");
+    for (size_t n = strlen(s); n && strchr(" \t", s[n - 1]); n--) s[n - 1] = 0;
+    return s;
+}
+
 // Runs a command that was typed in a chat.
 static void chat_command(Machine *w, Decoder *d, char *line) {
-    char *name = strtok(line, " \t"), *path = strtok(NULL, "");
+    char *name = strtok(line, " \t"), *path = trim(strtok(NULL, ""));
     jmp_buf failed;
     bool save = !strcmp(name, "/save"), file = save || !strcmp(name, "/load");
-    size_t n = path ? strlen(path += strspn(path, " \t")) : 0;
-    while (n && (path[n - 1] == ' ' || path[n - 1] == '\t')) path[--n] = 0;
-    if (file && (!n || !strcmp(path, "-"))) fprintf(stderr, "%s needs a file\n", name);
+    if (file && (!*path || !strcmp(path, "-"))) fprintf(stderr, "%s needs a file\n", name);
     else if (file && (same_file(path, w->o->session) || same_file(path, w->m->path) ||
                       same_file(path, w->t->path) || same_file(path, w->o->output)))
         fprintf(stderr, "%s: %s is in use\n", name, path);
