@@ -4630,7 +4630,7 @@ static void load_conversation(Machine *w, Decoder *d, const char *path) {
     if (wrong) die("%s %s", path, wrong);
 }
 
-// A text, or NULL, without blanks at its ends.
+// A text without blanks at its ends; of NULL, an empty one.
 static char *trim(char *s) {
     if (!s) return "";
     s += strspn(s, " \t");
