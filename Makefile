@@ -40,6 +40,10 @@ test: run test_all
 test_all: test_all.c run.c .built-with
 	$(CC) $(CFLAGS) $(EXACT) -o $@ test_all.c -lm
 
+# Adds up the last lines of several runs of the tests. A line of another kind tells of a failure.
+SUM = awk '/ passed, / {p += $$(NF-3); f += $$(NF-1); next} !/skipped$$/ {f++} \
+	END {print p + 0 " passed, " f + 0 " failed"; exit f > 0 || p == 0}'
+
 # The tests in other builds: every one must give the same bytes. ONLY names the groups that need no ./run.
 BUILDS = O0 plain x86-64 x86-64-v3 x86-64-v4
 O0_FLAGS = -O0
@@ -54,12 +58,24 @@ test-isa: test_all.c run.c
 	for b in $(foreach b,$(BUILDS),"$(b) $($(b)_FLAGS)"); do set -- $$b; name=$$1; shift; \
 		case $$name in x86-64-v4) grep -qw avx512vl /proc/cpuinfo || \
 			{ echo "$$cc $$name: skipped without AVX-512: 0 passed, 0 failed"; continue; };; esac; \
-		$$cc $$* $(WARN) $(EXACT) -o test-$$name test_all.c -lm || exit 1; \
+		$$cc $$* $(WARN) $(EXACT) -o test-$$name test_all.c -lm || { echo "$$cc $$name: does not build"; continue; }; \
 		./test-$$name $(ONLY) >test-$$name.log; status=$$?; \
 		echo "$$cc $$name: $$(tail -n 1 test-$$name.log)"; \
-		[ $$status = 0 ] || { cat test-$$name.log; exit 1; }; rm -f test-$$name test-$$name.log; \
+		[ $$status = 0 ] || { cat test-$$name.log >&2; exit 1; }; rm -f test-$$name test-$$name.log; \
 	done; done | tee test-isa.log
-	@awk '{p += $$(NF-3); f += $$(NF-1)} END {print p " passed, " f " failed"; exit f > 0 || p == 0}' test-isa.log
+	@$(SUM) test-isa.log
+
+# Without part 4, and with one room of part 5 cut out: what is left is as it was.
+ROOMS = PLAIN NO_EXPLAIN NO_COMPRESS NO_SESSIONS NO_CHAT NO_TOOLS NO_ENSEMBLE
+
+test-rooms: test_all.c run.c
+	@for room in $(ROOMS); do \
+		build="$(CC) -O2 $(MACHINE) $(WARN) -Wno-unused-function -Werror $(EXACT) -D$$room -o test-$$room"; \
+		$$build-run run.c -lm && $$build test_all.c -lm || { echo "$$room: does not build"; continue; }; \
+		RUN=./test-$$room-run ./test-$$room >test-room.log || cat test-room.log >&2; \
+		echo "$$room: $$(tail -n 1 test-room.log)"; rm -f test-$$room test-$$room-run test-room.log; \
+	done | tee test-rooms.log
+	@$(SUM) test-rooms.log
 
 # arm64 under qemu (Debian: gcc-aarch64-linux-gnu qemu-user), with and without the dot product instructions.
 # A file that was compressed here is decompressed there.
@@ -67,16 +83,16 @@ test-cross: test_all.c run.c run test_all
 	@rm -rf test-tiny && mkdir test-tiny && ./test_all --tiny test-tiny
 	@./run test-tiny/tiny.bin -q -m compress -f LICENSE -o test-tiny/small
 	@for march in armv8-a armv8.2-a+fp16+dotprod; do \
-		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-arm64 test_all.c -lm || exit 1; \
+		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-arm64 test_all.c -lm || { echo "$$march: does not build"; continue; }; \
 		qemu-aarch64 ./test-arm64 $(ONLY) >test-arm64.log; status=$$?; \
 		echo "$$march: $$(tail -n 1 test-arm64.log)"; \
-		[ $$status = 0 ] || { cat test-arm64.log; exit 1; }; rm -f test-arm64 test-arm64.log; \
-		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-run-arm64 run.c -lm || exit 1; \
+		[ $$status = 0 ] || { cat test-arm64.log >&2; exit 1; }; rm -f test-arm64 test-arm64.log; \
+		aarch64-linux-gnu-gcc -O3 -march=$$march $(WARN) $(EXACT) -static -o test-run-arm64 run.c -lm || { echo "$$march: does not build"; continue; }; \
 		qemu-aarch64 ./test-run-arm64 test-tiny/tiny.bin -q -m decompress -f test-tiny/small -o test-tiny/text; \
 		cmp test-tiny/text LICENSE && echo "$$march decompresses: 1 passed, 0 failed" || \
 			echo "$$march decompresses: 0 passed, 1 failed"; rm -rf test-run-arm64 test-tiny/text; \
 	done | tee test-cross.log
-	@awk '{p += $$(NF-3); f += $$(NF-1)} END {print p " passed, " f " failed"; exit f > 0 || p == 0}' test-cross.log
+	@$(SUM) test-cross.log
 
 test-debug: debug test_all.c
 	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow \
@@ -134,7 +150,7 @@ lint: run.c
 test-page: run
 	.ci/test-page
 
-# Part 1 alone, without SIMD and threads: the same bytes, only slower.
+# Without part 4 (SIMD and threads): the same bytes, only slower.
 plain: run.c
 	$(CC) $(CFLAGS) $(EXACT) -DPLAIN -o run-plain run.c -lm
 
@@ -158,14 +174,15 @@ help:
 	@echo "make model.bin  fetch and export the default model only"
 	@echo "make test     build and run every test"
 	@echo "make test-isa, test-cross, test-debug   the same bytes in other builds; on arm64; sanitizers"
+	@echo "make test-rooms  without part 4, and with one room of part 5 cut out"
 	@echo "make test-page  the page of -m explain in a headless Chromium"
 	@echo "make test-faults, fuzz   functions that fail; random inputs"
 	@echo "make test-threads, test-valgrind   ThreadSanitizer; valgrind"
 	@echo "make lint     gcc -fanalyzer, cppcheck, clang-tidy"
 	@echo "make bench    measure this machine"
-	@echo "make plain    ./run-plain: part 1 alone, without SIMD and threads"
+	@echo "make plain    ./run-plain: without part 4 (SIMD and threads)"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install clean help
+.PHONY: demo test test-rooms test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install clean help

