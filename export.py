@@ -152,7 +152,7 @@ def quantize_q4(w):
     The other candidates put it 6.5 to 9.5 steps away.
     """
     largest = np.take_along_axis(w, np.abs(w).argmax(axis=2, keepdims=True), axis=2)
-    return quantize_4bit(Q4, w, [(largest / np.float32(-steps), largest)
+    return quantize_4bit(Q4, w, [(largest / np.float32(-steps), None)
                                  for steps in (8, *np.linspace(6.5, 9.5, 16))])
 
 

@@ -1123,7 +1123,7 @@ static State *get_state(Cache *kv, int n, int wanted) {
     const Config *c = &kv->m->c;
     if (!kv->state) kv->state = zeros(1, sizeof *kv->state);
     State *s = kv->state;
-    if ((size_t)wanted > s->logits_room) {
+    if (!s->logits || (size_t)wanted > s->logits_room) {
         s->logits = resize(s->logits, (size_t)wanted * (size_t)c->vocab_size, sizeof(float));
         s->logits_room = (size_t)wanted;
     }
@@ -2259,7 +2259,8 @@ INLINE void float_kernel(const int T, const int dtype, const Work *w) {
 KERNELS(float, F32) KERNELS(float, BF16) KERNELS(float, HALF)
 KERNEL(float, F32, 16) KERNEL(float, BF16, 16) KERNEL(float, HALF, 16)
 KERNELS(integer, Q8) KERNELS(integer, Q4) KERNELS(integer, Q4A)
-KERNELS(integer, UNPACKED_Q4) KERNELS(integer, UNPACKED_Q4A)
+KERNEL(integer, UNPACKED_Q4, 2) KERNEL(integer, UNPACKED_Q4, 4) KERNEL(integer, UNPACKED_Q4, 8)
+KERNEL(integer, UNPACKED_Q4A, 2) KERNEL(integer, UNPACKED_Q4A, 4) KERNEL(integer, UNPACKED_Q4A, 8)
 #define ROW(kind, dtype)                                                                           \
     NULL, kind##_##dtype##_1, kind##_##dtype##_2, kind##_##dtype##_3, kind##_##dtype##_4,          \
         kind##_##dtype##_5, kind##_##dtype##_6, kind##_##dtype##_7, kind##_##dtype##_8
@@ -2270,8 +2271,10 @@ static Kernel *const kernels[][17] = {  // [dtype + 1][tokens at once]
     [Q8 + 1] = {ROW(integer, Q8)},
     [Q4 + 1] = {ROW(integer, Q4)},
     [Q4A + 1] = {ROW(integer, Q4A)},
-    [UNPACKED_Q4 + 1] = {ROW(integer, UNPACKED_Q4)},
-    [UNPACKED_Q4A + 1] = {ROW(integer, UNPACKED_Q4A)},
+    [UNPACKED_Q4 + 1] = {[2] = integer_UNPACKED_Q4_2, [4] = integer_UNPACKED_Q4_4,
+                         [8] = integer_UNPACKED_Q4_8},
+    [UNPACKED_Q4A + 1] = {[2] = integer_UNPACKED_Q4A_2, [4] = integer_UNPACKED_Q4A_4,
+                          [8] = integer_UNPACKED_Q4A_8},
 };
 static int most_at_once(int dtype) { return dtype >= Q8 ? TILE / H : MOST_FLOATS; }
 
@@ -2308,13 +2311,10 @@ static void unpack_blocks(Unpacked *u, int dtype, const uint8_t *block, int n) {
 // For many tokens weights of 4 bits are unpacked, so many blocks at a time.
 enum { MOST_UNPACKED = 64 };
 static void multiply_weights(Work w, int dtype, int n) {
-    int blocks = blocks_of(w.cols);
+    int blocks = blocks_of(w.cols), rest = n % (TILE / H);
     Unpacked unpacked[MOST_UNPACKED];
-    if (dtype < Q4 || n * H * H <= 4 * TILE) {
-        multiply(w, dtype, n);
-        return;
-    }
-    for (int p = 0; p < w.n_panels; p++)
+    if (dtype < Q4 || n * H * H <= 4 * TILE) rest = n;
+    for (int p = 0; p < w.n_panels && rest < n; p++)
         for (int b = 0, some; b < blocks; b += some) {
             some = blocks - b < MOST_UNPACKED ? blocks - b : MOST_UNPACKED;
             unpack_blocks(unpacked, dtype, w.panel + (size_t)p * w.apart + b * block_bytes(dtype),
@@ -2323,8 +2323,10 @@ static void multiply_weights(Work w, int dtype, int n) {
             part.panel = (const uint8_t *)unpacked;
             part.n_panels = 1, part.cols = some * BLOCK, part.block = b, part.more = b > 0;
             part.out += p * PANEL;
-            multiply(part, dtype + UNPACKED, n);
+            multiply(part, dtype + UNPACKED, n - rest);
         }
+    w.token += n - rest, w.out += (size_t)(n - rest) * (size_t)w.stride;
+    multiply(w, dtype, rest);
 }
 
 enum { PANELS_AT_ONCE = 2 };
@@ -2829,13 +2831,21 @@ static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system
     return start;
 }
 
+// Appends the tokens of a text and returns how many there are. One that has certainly more than the
+// context is not cut into tokens, which takes long: this returns how many it has at least.
+static size_t prompt_encode(const Tokenizer *t, Text text, const char *typed, int ctx, Ids *ids) {
+    size_t before = ids->n, least = least_tokens(t, text.len);
+    if (least > (size_t)ctx) return least;
+    encode(t, text, typed, before == 0, ids);
+    return ids->n - before;
+}
+
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     // Without a seed it is the time; 0 would stay 0.
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;
-    Sampler s = {.temperature = (float)o->temperature, .top_p = (float)o->top_p,
-                 .top_k = (int)o->top_k, .min_p = (float)o->min_p,
-                 .repeat_penalty = (float)o->repeat_penalty, .rng = o->seed ? o->seed : now,
-                 .vocab_size = m->c.vocab_size};
+    Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
+                 .repeat_penalty = (float)o->repeat_penalty, .vocab_size = m->c.vocab_size,
+                 .temperature = (float)o->temperature, .top_p = (float)o->top_p};
     if (o->temperature < 0) s.temperature = t->h.temperature >= 0 ? t->h.temperature : 1;
     if (o->top_p < 0) s.top_p = t->h.top_p >= 0 ? t->h.top_p : 0.9f;
     return s;
@@ -2889,25 +2899,25 @@ static double likelihood_window(const Model *m, Cache *kv, const int *ids, int f
 }
 // ---- [5.3] sessions -----------------------------------------------------------------------------
 // A text with its keys and values in a file: `-S FILE`, chat's /save and /load. Enter at
-// session_open. session_commit writes what is new to where nothing counts yet, and then the header,
-// in one piece, that says what counts: who is killed at any moment leaves the text before or after.
-// It keeps the file open and locked. Calls: cache_page, cache_prepare, output_send, file_replace.
+// session_open. session_commit writes what is new to where nothing counts yet, and then, in one
+// piece, the header, which says what counts: who is killed at any moment leaves the text before or
+// after. It keeps the file open and locked. Calls: cache_prepare, output_send, file_replace.
 
 #ifndef NO_SESSIONS
 typedef struct {
     char magic[8];
     uint64_t model, page_bytes;  // the model's hash; the size of the cache's pages
     int32_t dtype, ctx;          // dtype: of keys and values
-    int32_t first, n;            // what counts: n tokens, from this one on
-    int32_t done, keep;          // as in Context, but done may lack those of an unfinished page
-    uint64_t rng, hash;          // the generator's state; hash of all that
-} SessionHeader;                 // room for 2 (ctx + 1) tokens follows, then the cache's pages
+    int32_t first, n;            // what counts: n tokens, from this one on,
+    int32_t done, keep;          // as in Context; of an unfinished page, done may not count any
+    uint64_t rng, hash;          // state of the generator; hash of all this
+} SessionHeader;                 // behind it 2 (ctx + 1) tokens have room, then come the pages
 typedef struct {
     const char *path;  // NULL: there is none, and all calls do nothing
     int fd;            // -1: there is no file yet
-    uint8_t *image;    // memory in the place of the file
-    SessionHeader h;
-    int computed;      // Context.done; -1: the file has no text yet
+    uint8_t *image;    // memory that is written instead
+    SessionHeader h;   // of the file
+    int computed;      // Context.done; -1: no text was written yet
     const Cache *kv;
 } Session;
 
@@ -3453,8 +3463,8 @@ static void machine_draw(void *context, int i) {
 static void machine_run(Machine *w, Decoder *d, int n) {
     w->all = d;
     while (machine_compute(w, d, n)) {
-        if (w->o->tool) for (int i = 0; i < n; i++) machine_draw(w, i);  // one asks at a time
-        else parallel(machine_draw, w, n);
+        if (!w->o->tool) parallel(machine_draw, w, n);
+        for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
         if (w->o->draft) draft_learn(&w->draft, d->n_draft, d->n_right);
         if (d->seq == 0) session_commit(&w->session, &d->c, d->s.rng);
     }
@@ -3573,15 +3583,6 @@ static void decoder_continue(Machine *w, Decoder *d) {
 // `-m generate` continues a text; with -e several models do, and judge each other's answers. Enter
 // with generate. It keeps nothing. Calls: machine_open, decoder_continue, likelihood_window.
 
-// Appends the tokens of a text and returns how many there are. One that has certainly more than the
-// context is not cut into tokens, which takes long: this returns how many it has at least.
-static size_t prompt_encode(const Tokenizer *t, Text text, const char *typed, int ctx, Ids *ids) {
-    size_t before = ids->n, least = least_tokens(t, text.len);
-    if (least > (size_t)ctx) return least;
-    encode(t, text, typed, before == 0, ids);
-    return ids->n - before;
-}
-
 // Appends the prompt's tokens and returns how many may be drawn after them.
 static long long start_text(const Options *o, const Model *m, const Tokenizer *t, int ctx,
                             Text prompt, Ids *ids) {
@@ -3607,7 +3608,8 @@ static void generate_statistics(const Machine *w, const Decoder *d, int n_prompt
     fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
             n_prompt / reading, d->n_new, d->n_new > 1 ? (d->n_new - 1) / writing : 0.0);
     if (w->o->draft)
-        fprintf(stderr, "speculation: %lld tokens proposed, %lld accepted, %.2f tokens per forward\n",
+        fprintf(stderr,
+                "speculation: %lld tokens proposed, %lld accepted, %.2f tokens per forward\n",
                 f->proposed, f->accepted, (double)(f->accepted + f->steps) / (double)f->steps);
 }
 
