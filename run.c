@@ -2555,7 +2555,6 @@ typedef struct {
     bool filter, thinking, show_thoughts;  // <think> is looked for; is open; is not left out
     size_t matched;    // the last characters of the memory that may begin the next such tag
 } Output;
-
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
 static volatile sig_atomic_t interrupted;  // by a signal; a second one ends the program
@@ -2572,8 +2571,7 @@ static void output_leave(void) {
 static bool output_send(int fd, const char *p, size_t n) {  // all of it, or errno says why not
     for (ssize_t sent; n; p += sent, n -= (size_t)sent) {
         sent = write(fd, p, n < 1 << 30 ? n : 1 << 30);  // macOS takes no more at once
-        if (sent < 0 && errno != EINTR) return false;
-        if (sent < 0) sent = 0;
+        if (sent < 0) return errno == EINTR && output_send(fd, p, n);
     }
     return true;
 }
@@ -2584,9 +2582,9 @@ static const char *file_replace(const char *path, const void *data, size_t n) {
     struct stat st = {.st_mode = S_IFREG};
     mode_t mask = umask(0), mode = stat(path, &st) ? 0666 & ~mask : st.st_mode & 0777;
     umask(mask);
-    if (!S_ISREG(st.st_mode)) return "it is not a file";
-    char temporary[PATH_MAX + 8], *target = realpath(path, NULL);  // where a link leads to
-    const char *name = target ? target : path;
+    if (!S_ISREG(st.st_mode)) return "it is not a file that can be written";
+    char target[PATH_MAX], temporary[PATH_MAX + 8];
+    const char *name = realpath(path, target) ? target : path;  // where a link leads to
     snprintf(temporary, sizeof temporary, "%s.XXXXXX", name);
     sigset_t all, old;
     sigfillset(&all);
@@ -2594,37 +2592,40 @@ static const char *file_replace(const char *path, const void *data, size_t n) {
     int fd = mkstemp(temporary);
     if (fd >= 0) fchmod(fd, mode);
     bool whole = fd >= 0 && output_send(fd, data, n) && !fsync(fd);
-    whole = whole && (!data || !rename(temporary, name));
-    const char *wrong = whole ? NULL : strerror(errno);
-    if (fd >= 0 && !(whole && data)) unlink(temporary);
+    const char *wrong = whole && (!data || !rename(temporary, name)) ? NULL : strerror(errno);
+    if (fd >= 0 && (wrong || !data)) unlink(temporary);
     if (fd >= 0) close(fd);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
-    free(target);
     return wrong;
 }
 
 static Output output_memory(void) { return (Output){.fd = -1}; }
+// Makes the file of -o, if it is one; without data only tries.
+static void output_file(const Output *out, const void *data) {
+    const char *wrong = out->path && out->fd < 0 ? file_replace(out->path, data, out->n) : NULL;
+    if (wrong) die("cannot write %s: %s", out->path, wrong);
+}
 static Output output_open(const char *path) {
     Output out = {.fd = 1, .path = path && strcmp(path, "-") ? path : NULL};
     struct stat st;
     bool device = out.path && !stat(path, &st) && !S_ISREG(st.st_mode);  // or a pipe
     if (out.path) out.fd = device ? open(path, O_WRONLY | O_CLOEXEC) : -1;
-    const char *wrong = device && out.fd < 0 ? strerror(errno) : NULL;
-    if (out.path && !device) wrong = file_replace(path, NULL, 0);
-    if (wrong) die("cannot write %s: %s", path, wrong);
-    out.terminal = out.fd >= 0 && isatty(out.fd);
+    output_file(&out, NULL);
+    out.terminal = isatty(out.fd);
     return out;
 }
+static void output_close(Output *out) {
+    output_file(out, out->n ? out->memory : "");
+    free(out->memory);
+}
 
-static void output_add(Output *out, const char *data, size_t n) {
+// Adds bytes. What was collected is sent, if it streams, but for the last `keep` bytes (SIZE_MAX:
+// nothing is).
+static void output_put(Output *out, const void *data, size_t n, size_t keep) {
     if (out->capacity - out->n < n)
         out->memory = resize(out->memory, out->capacity = 2 * (out->n + n), 1);
     if (n) memcpy(out->memory + out->n, data, n);
     out->n += n;
-}
-
-// Sends what was collected, if it streams, but for the last `keep` bytes.
-static void output_flush(Output *out, size_t keep) {
     if (out->fd < 0 || out->n <= keep) return;
     if (!output_send(out->fd, out->memory, out->n - keep)) {
         if (errno == EPIPE) exit(0);  // the reader has seen enough
@@ -2633,36 +2634,23 @@ static void output_flush(Output *out, size_t keep) {
     memmove(out->memory, out->memory + out->n - keep, keep);
     out->n = keep;
 }
-
-static void output_write(Output *out, const void *data, size_t n) {
-    output_add(out, data, n);
-    out->matched = 0;
-    output_flush(out, 0);
-}
-
-static void output_close(Output *out) {
-    const char *wrong = NULL, *data = out->n ? out->memory : "";
-    if (out->path && out->fd < 0) wrong = file_replace(out->path, data, out->n);
-    if (out->path && out->fd >= 0 && close(out->fd)) wrong = strerror(errno);
-    if (wrong) die("cannot write %s: %s", out->path, wrong);
-    free(out->memory);
-}
+static void output_write(Output *out, const void *data, size_t n) { output_put(out, data, n, 0); }
 
 // Adds a byte of text. On a terminal, control characters have no effect: they become ^C (and those
 // of U+0080 to U+009F spaces).
 static void output_byte(Output *out, char byte) {
     uint8_t c = (uint8_t)byte, last = out->n ? (uint8_t)out->memory[out->n - 1] : 0;
     bool control = (c < 32 && c != '\n' && c != '\t') || c == 127;
-    if (out->terminal && control) output_add(out, "^", 1);
+    if (out->terminal && control) output_put(out, "^", 1, SIZE_MAX);
     if (out->terminal && (control || (last == 0xc2 && c >> 5 == 4))) c = control ? c ^ 64 : 0xa0;
-    output_add(out, (char *)&c, 1);
+    output_put(out, &c, 1, SIZE_MAX);
 }
 
 // Begins or ends a thought of the model's, which a terminal dims.
 static void output_think(Output *out, bool thinking) {
     out->thinking = thinking;
     if (out->terminal && out->fd >= 0) dimmed = thinking ? out->fd : 0;
-    if (out->terminal) output_add(out, thinking ? "\033[2m" : "\033[0m", 4);
+    if (out->terminal) output_put(out, thinking ? "\033[2m" : "\033[0m", 4, SIZE_MAX);
 }
 
 // Adds text and sends it. What reasoning models write between <think> and </think> is dimmed on a
@@ -2672,90 +2660,80 @@ static void output_add_text(Output *out, Text text, bool filter) {
     for (size_t i = 0; i < text.len; i++) {
         const char *tag = out->thinking ? "</think>" : "<think>";
         if (!filter || !out->thinking || out->show_thoughts) output_byte(out, text.s[i]);
-        if (!filter || text.s[i] != tag[out->matched]) out->matched = 0;
         if (filter && text.s[i] == tag[out->matched]) out->matched++;
+        else out->matched = filter && text.s[i] == '<';
         if (tag[out->matched]) continue;
         if (!out->thinking) out->n -= out->matched;
         output_think(out, !out->thinking);
-        if (out->thinking && out->show_thoughts) output_add(out, tag, out->matched);
+        if (out->thinking && out->show_thoughts) output_put(out, tag, out->matched, SIZE_MAX);
         out->matched = 0;
     }
     size_t keep = out->thinking ? 0 : out->matched;
-    for (size_t i = 1; i <= 3 && i <= out->n; i++) {
-        uint8_t c = (uint8_t)out->memory[out->n - i];
-        if (c >= 0xc0 && i < (c < 0xe0 ? 2u : c < 0xf0 ? 3u : 4u)) keep = i;
-        if ((c & 0xc0) != 0x80) break;
-    }
-    output_flush(out, keep);
+    for (size_t i = 1; i <= 3 && i <= out->n; i++)  // one that begins with 0xc0, 0xe0, 0xf0, ...
+        if ((uint8_t)out->memory[out->n - i] >= 256 - (128 >> i)) keep = i;
+    output_put(out, NULL, 0, keep);
 }
 static void output_text(Output *out, Text text) { output_add_text(out, text, false); }
 static void output_reply(Output *out, Text text) { output_add_text(out, text, out->filter); }
 
 // Begins the model's text behind a prompt, which may have opened a thought.
 static void output_begin(Output *out, const Options *o, bool filter, Text prompt) {
-    bool thinking = false;
-    for (size_t i = 0; filter && i + 7 <= prompt.len; i++) {
-        if (!memcmp(prompt.s + i, "<think>", 7)) thinking = true;
-        if (!memcmp(prompt.s + i, "</think", 7)) thinking = false;
-    }
+    Output before = output_memory();
+    output_add_text(&before, prompt, filter);
     out->filter = filter;
     out->show_thoughts = o->think || out->terminal;
     out->start = out->n;
     out->matched = 0;
-    if (thinking) output_think(out, true);
+    if (before.thinking) output_think(out, true);
+    free(before.memory);
 }
-
 // Ends it: with what is held back, and a newline.
 static void output_end(Output *out) {
     if (out->thinking) output_think(out, false);
     output_write(out, "\n", 1);
 }
 
-// The last part of a path; *folder tells what the others name.
-static const char *file_name(const char *path, struct stat *folder) {
-    const char *slash = strrchr(path, '/');
-    char *parent = slash ? strndup(path, (size_t)(slash - path) + 1) : NULL;
-    if (stat(parent ? parent : ".", folder)) memset(folder, 0, sizeof *folder);
-    free(parent);
-    return slash ? slash + 1 : path;
-}
-
-// Whether two paths name one file, or would.
+// Whether two paths name one file, or would: in one folder, by one name.
 static bool same_file(const char *a, const char *b) {
-    struct stat x, y;
-    if (!a || !b || !strcmp(a, "-") || !strcmp(b, "-")) return false;
-    bool there = !stat(a, &x);
-    if (there != !stat(b, &y) || (there && !S_ISREG(x.st_mode))) return false;
-    if (!there && strcmp(file_name(a, &x), file_name(b, &y))) return false;
-    return x.st_ino && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    const char *paths[] = {a, b}, *names[] = {"", ""};
+    struct stat st[2];
+    for (int i = 0; i < 2; i++) {
+        if (!paths[i] || !strcmp(paths[i], "-")) return false;
+        if (!stat(paths[i], &st[i])) continue;
+        char folder[PATH_MAX];
+        const char *slash = strrchr(paths[i], '/');
+        names[i] = slash ? slash + 1 : paths[i];
+        snprintf(folder, sizeof folder, "%.*s.", (int)(names[i] - paths[i]), paths[i]);
+        if (stat(folder, &st[i])) return false;
+    }
+    bool same = st[0].st_dev == st[1].st_dev && st[0].st_ino == st[1].st_ino;
+    return same && !strcmp(names[0], names[1]) && (*names[0] || S_ISREG(st[0].st_mode));
 }
 
 // What a mode reads, for errors.
 static const char *input_name(const Options *o) {
-    const char *path = o->prompt_file ? o->prompt_file : o->prompt ? o->prompt : "-";
-    return !strcmp(path, "-") ? "stdin" : o->prompt_file ? path : "the text of -i";
+    const char *path = o->prompt_file ? o->prompt_file : "the text of -i";
+    return strcmp(path, "-") ? path : "stdin";
 }
 
-// The text of -i, of -f or of stdin ("-"), and a zero byte; empty without any.
+// The text of -i, of -f or of stdin ("-" as the file), and a zero byte; empty without any.
 static Text input_read(const Options *o) {
-    enum { READ = 1 << 16 };
-    const char *path = o->prompt_file ? o->prompt_file : o->prompt ? o->prompt : "";
-    bool typed = !o->prompt_file && strcmp(path, "-");
-    size_t n = typed ? strlen(path) : 0, capacity = n + 1;
-    char *s = memcpy(resize(NULL, capacity, 1), path, n);
-    int fd = typed || !strcmp(path, "-") ? 0 : open(path, O_RDONLY);
+    const char *path = o->prompt_file;
+    char part[1 << 16];
+    Output in = output_memory();
+    if (!path && o->prompt) output_write(&in, o->prompt, strlen(o->prompt));
+    int fd = path && strcmp(path, "-") ? open(path, O_RDONLY) : 0;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
-    for (ssize_t got = !typed; got; n += (size_t)got) {
-        if (capacity - n <= READ) s = resize(s, capacity = 2 * capacity + READ, 1);
+    for (ssize_t got = path != NULL; got; output_write(&in, part, (size_t)got)) {
         idle = 1;  // the reading may wait for long
         if (interrupted) exit(130);
-        got = read(fd, s + n, READ);
+        got = read(fd, part, sizeof part);
         idle = 0;
         if (got < 0) die("cannot read %s: %s", input_name(o), strerror(errno));
     }
     if (fd) close(fd);
-    s[n] = 0;
-    return (Text){s, n};
+    output_write(&in, "", 1);
+    return (Text){in.memory, in.n - 1};
 }
 
 // A line on the terminal's stderr: how much is done, how fast, how long it still takes.
@@ -2765,18 +2743,16 @@ static Progress progress_begin(const Options *o) {
 }
 static void progress_show(Progress *p, double part, double bytes) {
     double now = seconds(), took = now - p->began;
-    int left = (int)fmin(took / fmax(part, 1e-9) - took, 1e6);
+    double left = fmin(took / fmax(part, 1e-9) - took, 1e6);
     if (!p->on || now - p->shown < 0.2) return;
     p->shown = now;
-    fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %d:%02d left  ", 100 * part, bytes / took, left / 60,
-            left % 60);
+    fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %.0f s left  ", 100 * part, bytes / took, left);
 }
 static void progress_end(const Progress *p) { if (p->on) fprintf(stderr, "\r%50s\r", ""); }
 
 static int context_of(const Options *o, const Model *m) {
     if (o->context > m->c.seq_len)
-        die("-c %lld is more than the %d positions that %s was made for", o->context, m->c.seq_len,
-            m->path);
+        die("-c %lld is more than the %d positions of %s", o->context, m->c.seq_len, m->path);
     return o->context ? (int)o->context : m->c.seq_len;
 }
 
@@ -2786,9 +2762,8 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
     Slot batch[MAX_BATCH];
     float *logits = NULL;
     for (int n = 0; from < to && !interrupted; from += n) {
-        n = to - from < MAX_BATCH ? to - from : MAX_BATCH;
-        for (int i = 0; i < n; i++)
-            batch[i] = (Slot){ids[from + i], from + i, seq, from + i == to - 1};
+        for (n = 0; n < MAX_BATCH && from + n < to; n++)
+            batch[n] = (Slot){ids[from + n], from + n, seq, from + n == to - 1};
         logits = forward(m, kv, batch, n);
     }
     return logits;
@@ -3868,17 +3843,18 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
 #ifndef NO_EXPLAIN
 enum { EXPLAIN_COLUMNS = 79, EXPLAIN_TOKENS = 160, EXPLAIN_LIKELY = 5 };
 
+typedef struct { char s[160]; int width; } Shown;  // a text, and its width in columns
 typedef struct {
     Machine w;
     Decoder d;
-    FILE *f;          // what is shown, in memory until it is whole
+    FILE *f;          // what is shown, in memory until it is sent
     bool page, color;
     int n;            // tokens so far; the pass computes the last of them, and the next is chosen
     float *mean;      // (ctx) attention paid to each: the mean of the heads asked for
     float least;      // smaller weights of a head are left out of the page
     Candidate lens[MAX_LAYERS];  // the likeliest token if a layer were the last
-    Candidate likely[EXPLAIN_LIKELY + 1];  // the likeliest tokens, and the chosen one
-    int n_likely, chosen, rank;  // it is likely[chosen], and of all tokens number `rank` from 0
+    int n_likely, chosen;  // of d.s.candidates: the likeliest, and the token that follows
+    char why[160];    // it does
     int column;       // of the terminal's line
 } Explain;
 
@@ -3902,55 +3878,51 @@ static int explain_char(Text *text, char out[16]) {
 static Text explain_stored(const Explain *e, int id) {
     return id < e->w.t->h.vocab_size ? e->w.t->tokens[id].text : (Text){"", 0};
 }
-// Its text as it is shown, in at most 37 columns. Returns its width.
-static int explain_show(const Explain *e, int id, char out[160]) {
+// Its text as it is shown, in at most 37 columns.
+static Shown explain_show(const Explain *e, int id) {
     Text text = explain_stored(e, id);
+    Shown shown = {"", 0};
     char c[16];
-    int width = 0, n = 0;
-    for (out[0] = 0; text.len; width += explain_char(&text, c), n += sprintf(out + n, "%s", c))
-        if (width >= 28) return sprintf(out + n, ".."), width + 2;
-    return width;
+    for (int n = 0; text.len && shown.width < 28; n += sprintf(shown.s + n, "%s", c))
+        shown.width += explain_char(&text, c);
+    if (text.len) shown.width += 2, strcat(shown.s, "..");
+    return shown;
 }
 
 // A row of weights for the page: of those of at least `least`, sqrt(weight) as one of 53 digits;
 // numbers say how many positions are skipped.
 static const char explain_digits[] = ".ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 static void explain_weights(Explain *e, const float *w, float least) {
-    for (int i = 0, skipped = 0; i < e->n; i++) {
-        bool small = !(w[i] >= least);
-        if (!small && skipped) fprintf(e->f, "%d", skipped);
-        if (!small) fputc(explain_digits[(int)(52 * sqrtf(w[i]) + 0.5f)], e->f);
-        skipped = small ? skipped + 1 : 0;
+    for (int i = 0, next = 0; i < e->n; i++) {
+        if (!(w[i] >= least)) continue;
+        if (i > next) fprintf(e->f, "%d", i - next);
+        fputc(explain_digits[(int)(52 * sqrtf(w[i]) + 0.5f)], e->f);
+        next = i + 1;
     }
 }
 
 // Attention goes into the page, all of it, and into the mean, what was asked for. The logit lens
 // (nostalgebraist, "interpreting GPT: the logit lens", 2020) is what the model would answer if a
-// layer were its last: its x is normed as the last one's, and waits for a product with all of them
-// in the rows of xb, from the second on, that a pass of one token leaves alone.
+// layer were its last: its x is normed as the last one's. A pass of one token leaves row 1 free.
 static void explain_watch(void *context, const Pass *f, const char *stage) {
     Explain *e = context;
     const Config *c = &f->m->c;
     State *s = f->s;
-    int l = (int)e->w.o->layer, h = (int)e->w.o->head, vocab = c->vocab_size;
+    float *x = row_of(s->xb, 1, c->dim), *logits = row_of(s->logits, 1, c->vocab_size);
+    int l = (int)e->w.o->layer, h = (int)e->w.o->head;
     int n_means = (l < 0 ? c->n_layers : 1) * (h < 0 ? c->n_heads : 1);
     for (int i = 0; i < c->n_heads && !strcmp(stage, "attend"); i++) {
         const float *w = row_of(s->scores, i, s->scores_width);
         bool asked = (l < 0 || l == f->layer) && (h < 0 || h == i);
         for (int t = 0; t < e->n && asked; t++) e->mean[t] += w[t] / (float)n_means;
-        if (e->page) fputc(',', e->f), explain_weights(e, w, e->least);
+        if (e->page) explain_weights(e, w, e->least), fputc(',', e->f);
     }
-    if (!strcmp(stage, "feed_forward_out"))
-        rmsnorm(row_of(s->xb, 1 + f->layer, c->dim), s->x, vec(&f->m->final_norm), c->dim,
-                c->norm_eps);
-    if (strcmp(stage, "classifier")) return;
-    float *logits = row_of(s->logits, 1, vocab);
-    matmul(&(Product){&f->m->classifier, logits}, 1, row_of(s->xb, 1, c->dim), &s->xq, c->n_layers);
-    for (int i = 0; i < c->n_layers; i++, logits += vocab) {
-        int best = argmax(logits, vocab);
-        double p = exp_double(-likelihood_of(logits, vocab, best));
-        e->lens[i] = (Candidate){(float)p, best};
-    }
+    if (strcmp(stage, "feed_forward_out")) return;
+    rmsnorm(x, s->x, vec(&f->m->final_norm), c->dim, c->norm_eps);
+    matmul(&(Product){&f->m->classifier, logits}, 1, x, &s->xq, 1);
+    softmax(logits, c->vocab_size);
+    int best = argmax(logits, c->vocab_size);
+    e->lens[f->layer] = (Candidate){logits[best], best};
 }
 
 // With --trace, a line for each array: what was computed, how many numbers it is, their norm
@@ -3992,87 +3964,75 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
     }
 }
 
-// Sorts all tokens by s.p; lists the likeliest, and the chosen one if it is not among them.
-static void explain_rank(Explain *e, int chosen) {
-    Candidate *c = e->d.s.candidates;
-    int vocab = e->d.s.vocab_size, n = vocab < EXPLAIN_LIKELY ? vocab : EXPLAIN_LIKELY;
-    for (int i = 0; i < vocab; i++) c[i] = (Candidate){e->d.s.p[i], i};
-    qsort(c, (size_t)vocab, sizeof *c, by_probability);
-    for (e->rank = 0; c[e->rank].token != chosen;) e->rank++;
-    memcpy(e->likely, c, (size_t)n * sizeof *c);
-    e->chosen = e->rank < n ? e->rank : n;
-    e->n_likely = e->rank < n ? n : n + 1;
-    e->likely[e->chosen] = c[e->rank];
-}
-
-static void explain_reason(Explain *e, bool given) {
+// Sorts all tokens by s.p and tells why one was chosen. The likeliest are the first of them then,
+// and behind these the chosen one, if it is another.
+static void explain_reason(Explain *e, int chosen, bool given) {
     const Sampler *s = &e->d.s;
-    int kept = s->kept ? s->kept : s->vocab_size;
-    float sum = 0, from = 0, to = 0;
-    for (int i = 0; i < kept; i++) {  // the tokens' parts of the line from 0 to 1
-        Candidate c = s->kept ? s->candidates[i] : (Candidate){s->p[i], i};
-        if (c.token == e->likely[e->chosen].token) from = sum, to = sum + c.p;
-        sum += c.p;
-    }
-    if (given) fprintf(e->f, "given; it is number %d of the model's own guesses", e->rank + 1);
-    else if (s->temperature == 0) fputs("the likeliest, as the temperature is 0", e->f);
-    else fprintf(e->f, "the number %.4f was drawn; its part is %.4f to %.4f of the %d kept",
-                 (double)s->coin, (double)(from / sum), (double)(to / sum), kept);
+    Candidate *c = s->candidates;
+    int vocab = s->vocab_size, n = vocab < EXPLAIN_LIKELY ? vocab : EXPLAIN_LIKELY, rank = 0;
+    float sum = 0, from = 0;  // the tokens are parts of the line from 0 to 1, in the order of
+    for (int i = 0; i < vocab; i++) c[i] = (Candidate){s->p[i], i};  // their ids, or sorted
+    if (s->kept) qsort(c, (size_t)vocab, sizeof *c, by_probability);
+    for (int i = 0; i < (s->kept ? s->kept : vocab); sum += c[i++].p)
+        if (c[i].token == chosen) from = sum;
+    qsort(c, (size_t)vocab, sizeof *c, by_probability);
+    while (c[rank].token != chosen) rank++;
+    if (given) sprintf(e->why, "given; it is number %d of the model's own guesses", rank + 1);
+    else if (s->temperature == 0) strcpy(e->why, "the likeliest, as the temperature is 0");
+    else sprintf(e->why, "the number %.4f was drawn; its part is %.4f to %.4f of the %d kept",
+                 (double)s->coin, (double)(from / sum), (double)((from + c[rank].p) / sum),
+                 s->kept ? s->kept : vocab);
+    e->n_likely = n + (rank >= n);
+    e->chosen = rank < n ? rank : n;
+    c[e->chosen] = c[rank];
 }
 
-// Writes text that stays on one line, with a shade: as a background, or as a small digit behind it.
-static void explain_piece(Explain *e, const char *s, int width, int shade) {
-    static const int colors[] = {0, 52, 88, 124, 160, 166, 208, 214, 226};
+// Begins a new line if the last one has no room for so many columns.
+static void explain_room(Explain *e, int width) {
     if (e->column + width >= EXPLAIN_COLUMNS) fputc('\n', e->f), e->column = 0;
-    if (e->color && shade)
-        fprintf(e->f, "\033[48;5;%d;38;5;%dm%s\033[0m", colors[shade], shade < 5 ? 231 : 16, s);
-    else fputs(s, e->f);
-    if (!e->color && shade) fprintf(e->f, "\xe2\x82%c", 0x80 + shade), e->column++;
     e->column += width;
 }
 
-// The text, shaded by the attention paid to each token; of a long one the end.
+// The text, shaded by the attention paid to each token; of a long one the end. A shade is a
+// background, or without colors a small digit behind the token.
 static void explain_text(Explain *e) {
-    char text[160];
+    static const int colors[] = {0, 52, 88, 124, 160, 166, 208, 214, 226};
     int first = e->n > EXPLAIN_TOKENS ? e->n - EXPLAIN_TOKENS : 0;
-    float left_out = 0;
-    for (int i = 0; i < first; i++) left_out += e->mean[i];
-    if (first) fprintf(e->f, "(%d tokens with %.0f%%)\n", first, (double)left_out * 100);
+    double left_out = 100 * (double)sum16(e->mean, NULL, first);
+    if (first) fprintf(e->f, "(%d tokens with %.0f%%)\n", first, left_out);
     for (int i = first, shade; i < e->n; i++) {
-        int width = explain_show(e, e->d.c.ids.ids[i], text);
+        Shown shown = explain_show(e, e->d.c.ids.ids[i]);
         for (shade = 0; shade < 8 && e->mean[i] >= 0.005f * (float)(1 << shade);) shade++;
-        explain_piece(e, text, width, shade);
-        if (width > 1 && !strcmp(text + strlen(text) - 2, "\\n")) e->column = EXPLAIN_COLUMNS;
+        explain_room(e, shown.width);
+        if (e->color && shade) fprintf(e->f, "\033[48;5;%d;38;5;%dm%s\033[0m", colors[shade],
+                                       shade < 5 ? 231 : 16, shown.s);
+        else fputs(shown.s, e->f);
+        if (!e->color && shade) fprintf(e->f, "\xe2\x82%c", 0x80 + shade), e->column++;
+        if (shown.width > 1 && !strcmp(strchr(shown.s, 0) - 2, "\\n")) e->column = EXPLAIN_COLUMNS;
     }
 }
-
 static void explain_choice(Explain *e) {
-    char text[160];
     for (int i = 0; i < e->n_likely; i++) {
-        double p = (double)e->likely[i].p;
-        explain_show(e, e->likely[i].token, text);
-        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", i == e->chosen ? '>' : ' ', p * 100,
-                (int)(p * 30 + 0.5), "##############################", text);
+        Candidate c = e->d.s.candidates[i];
+        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", i == e->chosen ? '>' : ' ',
+                (double)c.p * 100, (int)((double)c.p * 30 + 0.5),
+                "##############################", explain_show(e, c.token).s);
     }
-    fputs("> ", e->f);
-    explain_reason(e, false);
-    fputc('\n', e->f);
+    fprintf(e->f, "> %s\n", e->why);
 }
-
 static void explain_token(Explain *e) {
-    char text[160], item[200];
-    explain_show(e, e->likely[e->chosen].token, text);
-    fprintf(e->f, "== position %d: \"%s\" ==\n", e->n, text);
+    fprintf(e->f, "== position %d: \"%s\" ==\n", e->n,
+            explain_show(e, e->d.s.candidates[e->chosen].token).s);
     e->column = 0;
     explain_text(e);
     fputc('\n', e->f);
     explain_choice(e);
     e->column = fprintf(e->f, "lens:");
     for (int l = 0; l < e->w.m->c.n_layers; l++) {
+        Shown shown = explain_show(e, e->lens[l].token);
         if (l && e->lens[l].token == e->lens[l - 1].token) continue;
-        int width = explain_show(e, e->lens[l].token, text) - (int)strlen(text);
-        width += snprintf(item, sizeof item, " %d \"%s\"", l, text);
-        explain_piece(e, item, width, 0);
+        explain_room(e, shown.width + (l < 10 ? 5 : l < 100 ? 6 : 7));
+        fprintf(e->f, " %d \"%s\"", l, shown.s);
     }
     fputs("\n\n", e->f);
 }
@@ -4082,28 +4042,27 @@ static const char explain_html[] =
     "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
     "<meta name=viewport content='width=device-width'><meta http-equiv=Content-Security-Policy\n"
     "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
-    "<style>:root{color-scheme:light dark;--a:255,150,40}\n"
-    "@media(prefers-color-scheme:dark){:root{--a:180,80,0}}\n"
+    "<style>:root{color-scheme:light dark;--a:255,150,40} main{columns:20em}\n"
+    "@media(prefers-color-scheme:dark){:root{--a:180,80,0}} section{break-inside:avoid}\n"
     "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em}\n"
-    "canvas{width:100%;max-width:26em} #map{image-rendering:pixelated} .chosen{background:#8884}\n"
-    "#text{line-height:2.1;font-family:monospace;overflow-wrap:anywhere} h1,h2{font-size:1.1em}\n"
-    "#text button{all:unset;white-space:pre-wrap;cursor:pointer} meter{flex:1}\n"
-    "#text .drawn{border-bottom:2px solid rgb(var(--a))} ol{list-style:none;padding:0}\n"
-    "#text [aria-pressed=true]{outline:2px solid} #text :focus-visible{outline:3px solid #48f}\n"
-    "li{display:flex;gap:.6em;font:.9em monospace;white-space:pre} b{width:9em;overflow:hidden}\n"
-    "main{display:grid;gap:2em;grid-template-columns:repeat(auto-fit,minmax(min(100%,20em),1fr))}\n"
+    "canvas{width:100%;max-width:26em} #map{image-rendering:pixelated;color:rgb(var(--a))}\n"
+    "#text{font:16px/2.1 monospace;overflow-wrap:anywhere} [aria-current=true]{background:#8884}\n"
+    "button{all:unset;white-space:pre-wrap;cursor:pointer} [aria-pressed=true]{outline:2px solid}\n"
+    ".drawn{border-bottom:2px solid rgb(var(--a))} button:focus-visible{outline:3px solid #48f}\n"
+    "li{font:.9em monospace;white-space:pre} b{display:inline-block;width:9em;overflow:hidden}\n"
     "</style><h1>Watch it think</h1><p>Choose a token (arrow keys work, too) to see the pass of\n"
     "the model that chose it. It read the tokens before; their shade is the attention it paid to\n"
     "them. Underlined: generated.<div id=text role=group aria-label='The text, token by token'>\n"
-    "</div><p id=why aria-live=polite></p><main><section><h2>Likeliest tokens</h2>\n"
-    "<ol id=likely></ol><h2>Position</h2><p id=pos></p><canvas id=clocks width=800 height=90\n"
-    "role=img aria-labelledby=pos></canvas></section><section><h2>Attention</h2><label>layer\n"
+    "</div><p id=why aria-live=polite></p><main><section><h2>Likeliest tokens</h2><ul id=likely>\n"
+    "</ul><h2>Position</h2><p id=pos></p><canvas id=clocks width=800 height=90 role=img\n"
+    "aria-labelledby=pos></canvas></section><section><h2>Attention</h2><label>layer\n"
     "<select id=layer onchange=choose(now)></select></label> <label>head\n"
     "<select id=head onchange=choose(now)></select></label><p>Each row is a token, each column\n"
     "one before it.</p><canvas id=map role=img aria-label='Attention of every token'></canvas>\n"
-    "</section><section><h2>What each layer would already answer</h2><ol id=lens></ol></section>\n"
-    "</main>\n";
-static const char explain_draw[] =
+    "</section><section><h2>What each layer would already answer</h2><ol id=lens start=0></ol>\n"
+    "</section></main>\n";
+static const char explain_script[] =
+    "\"}]}\n"
     "</script><script>\n"
     "const $ = id => document.getElementById(id), D = JSON.parse($('data').textContent);\n"
     "const T = D.tokens, N = T.length, H = D.heads, percent = p => (100 * p).toFixed(1) + '%';\n"
@@ -4112,78 +4071,64 @@ static const char explain_draw[] =
     "// Attention to each token before token i: of one head, or the mean of a layer or of all.\n"
     "function weights(i) {\n"
     "  const layer = +$('layer').value, head = +$('head').value, sum = Array(i).fill(0);\n"
-    "  const from = layer < 0 ? 0 : 1 + layer * H + Math.max(0, head);\n"
-    "  const rows = T[i].rows ||= (T[i].mean + (i ? T[i - 1].a : '')).split(',');\n"
-    "  const some = rows.slice(from, from + (layer < 0 || head >= 0 ? 1 : H));\n"
-    "  for (const row of some)\n"
+    "  const from = layer < 0 ? D.layers * H : layer * H + Math.max(0, head);\n"
+    "  const to = from + (layer < 0 || head >= 0 ? 1 : H), rows = (T[i - 1]?.a ?? '').split(',');\n"
+    "  for (const row of rows.slice(from, to))\n"
     "    [...row.replace(/\\d+/g, k => '.'.repeat(k))].forEach((digit, j) =>\n"
-    "      sum[j] += (D.digits.indexOf(digit) / 52) ** 2 / some.length);\n"
+    "      sum[j] += (D.digits.indexOf(digit) / 52) ** 2 / (to - from));\n"
     "  return sum;\n"
     "}\n"
-    "const bars = (items, label, chosen) => items.map(([text, p], i) =>\n"
-    "  `<li class=${i == chosen ? 'chosen' : 'other'}>${label(i)} <b title=\"${safe(text)}\">\"${\n"
-    "    safe(text)}\"</b><meter value=${p}></meter>${percent(p).padStart(6)}</li>`).join('');\n"
-    "function drawMap(style) {  // row: a token; column: a token before it\n"
-    "  const g = $('map').getContext('2d');\n"
-    "  $('map').width = $('map').height = N;\n"
-    "  T.forEach((t, i) => weights(i).forEach((w, j) => {\n"
-    "    g.fillStyle = `rgba(${style.getPropertyValue('--a')},${Math.sqrt(w)})`;\n"
-    "    if (w) g.fillRect(j, i, 1, 1);\n"
-    "  }));\n"
-    "  g.fillStyle = '#8888', g.fillRect(now, now, N, 1);\n"
-    "}\n"
+    "const bars = (id, items, chosen) => $(id).innerHTML = items.map(([text, p], i) =>\n"
+    "  `<li aria-current=${i == chosen}><b title=\"${safe(text)}\">\"${safe(text)}\"</b> ` +\n"
+    "    `<meter value=${p}></meter>${percent(p).padStart(7)}`).join('');\n"
     "// Draws and tells by which angles rotary embedding turns some pairs of a query.\n"
-    "function drawClocks(style, position) {\n"
-    "  const g = $('clocks').getContext('2d'), layer = Math.max(0, $('layer').value);\n"
-    "  const freqs = D.freqs[D.local[layer]], n = Math.min(8, freqs.length);\n"
-    "  g.setTransform(2, 0, 0, 2, 0, 0), g.clearRect(0, 0, 400, 45);\n"
-    "  g.strokeStyle = style.color;\n"
-    "  return Array.from({length: n}, (_, k) => {\n"
-    "    const pair = Math.floor(k * freqs.length / n), x = 24 + 50 * k;\n"
-    "    const angle = position * freqs[pair] % (2 * Math.PI);\n"
-    "    g.beginPath(), g.arc(x, 22, 20, 0, 7), g.moveTo(x, 22);\n"
-    "    g.lineTo(x + 20 * Math.cos(angle), 22 - 20 * Math.sin(angle)), g.stroke();\n"
-    "    return `pair ${pair} at ${angle.toFixed(2)} (${freqs[pair].toPrecision(1)} a position)`;\n"
+    "function drawClocks(position) {\n"
+    "  const g = $('clocks').getContext('2d'), turn = 2 * Math.PI;\n"
+    "  $('clocks').width = 800, g.lineWidth = 2, g.strokeStyle = 'currentcolor';\n"
+    "  return Object.entries(D.freqs[Math.max(0, $('layer').value)]).map(([pair, freq], k) => {\n"
+    "    const x = 48 + 100 * k, angle = position * freq % turn;\n"
+    "    g.beginPath(), g.arc(x, 45, 40, -angle, turn - angle), g.lineTo(x, 45), g.stroke();\n"
+    "    return `pair ${pair} at ${angle.toFixed(2)} (${freq.toPrecision(1)} a position)`;\n"
     "  }).join(', ');\n"
-    "}\n";
-static const char explain_choose[] =
-    "function choose(i, focus) {\n"
+    "}\n"
+    "function choose(i) {\n"
     "  now = Math.max(0, Math.min(N - 1, i || 0));\n"
-    "  const t = T[now], w = weights(now), style = getComputedStyle(document.body);\n"
+    "  const t = T[now], w = weights(now), map = $('map').getContext('2d');\n"
     "  $('text').querySelectorAll('button').forEach((b, j) => {\n"
     "    b.setAttribute('aria-pressed', j == now), b.tabIndex = j == now ? 0 : -1;\n"
     "    b.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
     "    b.title = w[j] ? 'attention ' + percent(w[j]) : '';\n"
-    "    if (focus && j == now) b.focus();\n"
+    "    if (j == now && $('text').contains(document.activeElement)) b.focus();\n"
     "  });\n"
     "  $('head').disabled = $('layer').value < 0;\n"
     "  $('why').textContent = `Token ${now}, \"${t.t}\", id ${t.id}: ${t.why}.`;\n"
-    "  $('likely').innerHTML = bars(t.likely, i => '', t.k);\n"
-    "  $('lens').innerHTML = bars(t.lens, l => String(l).padStart(2));\n"
-    "  const angles = drawClocks(style, Math.max(0, now - 1));\n"
+    "  const angles = drawClocks(Math.max(0, now - 1));\n"
     "  $('pos').textContent = now ? `The pass was at position ${now - 1}, so pairs of numbers in\n"
     "    queries and keys are turned, in radians: ${angles}. The KV cache then held the keys and\n"
     "    values of ${now} tokens, ${(now * D.kv / 1024).toFixed(1)} KiB.` : '';\n"
+    "  bars('likely', t.likely, t.k), bars('lens', t.lens);\n"
+    "  $('map').width = $('map').height = N, map.fillStyle = 'currentcolor';\n"
+    "  T.forEach((t, i) => weights(i).concat(i == now ? Array(N - i).fill(.1) : [])\n"
+    "    .forEach((w, j) => { map.globalAlpha = Math.sqrt(w), map.fillRect(j, i, 1, 1); }));\n"
     "  history.replaceState(null, '', '#t=' + now);\n"
-    "  drawMap(style);\n"
     "}\n"
     "for (const [id, n] of [['layer', D.layers], ['head', H]])\n"
     "  for (let i = -1; i < n; i++) $(id).add(new Option(i < 0 ? 'all (mean)' : i, i));\n"
-    "$('text').innerHTML = T.map((t, i) => `<button onclick=choose(${i}) class=` +\n"
-    "  `${t.given ? 'given' : 'drawn'}>${safe(t.t || ' ')}</button>` +\n"
+    "$('text').innerHTML = T.map((t, i) => `<button class=${t.given ? 'given' : 'drawn'}\n"
+    "  onclick=choose(${i})>${safe(t.t || ' ')}</button>` +\n"
     "  (t.t.endsWith('\\\\n') ? '<br>' : '')).join('');\n"
     "$('text').onkeydown = e => {\n"
     "  const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: N - 1}[e.key];\n"
-    "  if (to !== undefined) e.preventDefault(), choose(to, true);\n"
+    "  if (to !== undefined) e.preventDefault(), choose(to);\n"
     "};\n"
     "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
     "matchMedia('(prefers-color-scheme: dark)').onchange = () => choose(now);\n"
-    "onhashchange = () => choose(+location.hash.slice(3));\n"
-    "choose(location.hash ? +location.hash.slice(3) : N - 1);\n"
+    "(onhashchange = () => choose(location.hash ? +location.hash.slice(3) : N - 1))();\n"
     "</script>\n";
-static void explain_json(Explain *e, int id) {  // a text that can stand in a script element
+// Writes a token's text, so that it can stand in a script element, behind what precedes it.
+static void explain_json(Explain *e, const char *before, int id) {
     char c[16];
-    fputc('"', e->f);
+    fprintf(e->f, "%s\"", before);
     for (Text text = explain_stored(e, id); text.len;) {
         explain_char(&text, c);
         fprintf(e->f, "%s%s", *c == '"' || *c == '\\' ? "\\" : "", *c == '<' ? "\\u003c" : c);
@@ -4193,25 +4138,20 @@ static void explain_json(Explain *e, int id) {  // a text that can stand in a sc
 static void explain_list(Explain *e, const char *name, const Candidate *c, int n) {
     fprintf(e->f, ",\"%s\":[", name);
     for (int i = 0; i < n; i++) {
-        fputs(i ? ",[" : "[", e->f);
-        explain_json(e, c[i].token);
+        explain_json(e, i ? ",[" : "[", c[i].token);
         fprintf(e->f, ",%.4g]", (double)c[i].p);
     }
     fputc(']', e->f);
 }
 // A token, and what the pass that chose it has shown: nothing for the first. What the pass that
-// reads it looks at (a) follows.
+// reads it looks at (a) follows: each head's weights, and the mean.
 static void explain_item(Explain *e, int id, bool given) {
-    fputs("\n{\"t\":", e->f);
-    explain_json(e, id);
-    fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"", id, given, e->chosen);
-    if (e->n_likely) explain_reason(e, given);
-    else fputs("the start", e->f);
-    fputs("\",\"mean\":\"", e->f);
-    explain_weights(e, e->mean, 0.001f);
-    fputc('"', e->f);
-    explain_list(e, "likely", e->likely, e->n_likely);
+    explain_json(e, "\n{\"t\":", id);
+    fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"%s\"", id, given, e->chosen,
+            e->why);
+    explain_list(e, "likely", e->d.s.candidates, e->n_likely);
     explain_list(e, "lens", e->lens, e->n_likely ? e->w.m->c.n_layers : 0);
+    fputs(",\"a\":\"", e->f);
 }
 
 // Writes what precedes the passes, of which there are `end` at most.
@@ -4219,9 +4159,8 @@ static void explain_begin(Explain *e, int end) {
     const Model *m = e->w.m;
     const Config *c = &m->c;
     const Sampler *s = &e->d.s;
-    const Matrix *local = m->rope_freqs_local.data ? &m->rope_freqs_local : &m->rope_freqs;
-    double n_weights = (double)c->n_layers * c->n_heads * end;
-    e->least = n_weights < 1e5 ? 0.01f : n_weights < 2e6 ? (float)(n_weights / 1e7) : 0.2f;
+    int half = c->head_dim / 2, n_pairs = half < 8 ? half : 8;
+    e->least = (float)fmin(fmax((double)c->n_layers * c->n_heads * end / 1e7, 0.01), 0.2);
     if (e->page) fprintf(e->f, "%s<p>Weights of a head under %g are left out. Sampled with ",
                          explain_html, (double)e->least);
     fprintf(e->f, "temperature %g, top-p %g, top-k %d, min-p %g\n", (double)s->temperature,
@@ -4231,33 +4170,39 @@ static void explain_begin(Explain *e, int end) {
               "lens: from which layer on, 0, 1, ..., what would already be the answer\n\n", e->f);
     if (!e->page) return;
     fprintf(e->f, "<script type=application/json id=data>\n{\"layers\":%d,\"heads\":%d,\"kv\":%zu,"
-                  "\"digits\":\"%s\",\"local\":[", c->n_layers, c->n_heads,
+                  "\"digits\":\"%s\",\"freqs\":", c->n_layers, c->n_heads,
             e->w.kv.page_bytes / PAGE_POSITIONS, explain_digits);
-    for (int l = 0; l < c->n_layers; l++) fprintf(e->f, l ? ",%d" : "%d", is_local(c, l));
-    for (int i = 0, half = c->head_dim / 2; i < 2 * half; i++)
-        fprintf(e->f, "%s%g", !i ? "],\"freqs\":[[" : i == half ? "],[" : ",",
-                (double)vec(i < half ? &m->rope_freqs : local)[i % half]);
-    fputs("]],\"tokens\":[", e->f);
+    for (int i = 0; i < c->n_layers * n_pairs; i++) {
+        int layer = i / n_pairs, pair = i % n_pairs * half / n_pairs;
+        const Matrix *freqs = is_local(c, layer) ? &m->rope_freqs_local : &m->rope_freqs;
+        fprintf(e->f, "%s\"%d\":%g", pair ? "," : layer ? "},{" : "[{", pair,
+                (double)vec(freqs)[pair]);
+    }
+    fputs("}],\"tokens\":[", e->f);
     explain_item(e, e->d.c.ids.ids[0], true);
 }
 
-// Computes a pass and shows it. Returns the token that follows: the given one, or one drawn.
-static int explain_pass(Explain *e, bool given) {
-    const int *ids = e->d.c.ids.ids, n = e->n;
+// Computes a pass and shows it; the token that follows is given, or drawn and put behind the text.
+// Returns whether the text goes on.
+static bool explain_pass(Explain *e) {
+    Ids *ids = &e->d.c.ids;
     Sampler *s = &e->d.s;
+    int n = e->n, last = ids->ids[n - 1];
+    bool given = n < (int)ids->n;
     if (e->w.o->trace)
-        fprintf(e->f, "token %d at position %d: width, norm, first values\n", ids[n - 1], n - 1);
-    if (e->page) fputs(",\"a\":\"", e->f);
+        fprintf(e->f, "token %d at position %d: width, norm, first values\n", last, n - 1);
     memset(e->mean, 0, (size_t)n * sizeof(float));
-    const float *logits = forward(e->w.m, &e->w.kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
-    int next = given ? ids[n] : sample(s, logits, ids, n);
+    const float *logits = forward(e->w.m, &e->w.kv, &(Slot){last, n - 1, 0, true}, 1);
+    int next = given ? ids->ids[n] : sample(s, logits, ids->ids, n);
     if (given) memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
     if (given || s->temperature == 0) softmax(s->p, s->vocab_size);
-    explain_rank(e, next);
-    if (e->page) fputs("\"},", e->f), explain_item(e, next, given);
+    explain_reason(e, next, given);
+    if (e->page) explain_weights(e, e->mean, 0.001f), fputs("\"},", e->f);
+    if (e->page) explain_item(e, next, given);
     else if (e->w.o->trace) explain_choice(e);
     else explain_token(e);
-    return next;
+    if (!given) push(ids, next);
+    return given || !is_stop(e->w.t, next);
 }
 
 static void explain(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
@@ -4268,35 +4213,29 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     if (o->layer >= m->c.n_layers || o->head >= m->c.n_heads)
         die("--layer goes to %d, --head to %d in %s", m->c.n_layers - 1, m->c.n_heads - 1, m->path);
     Explain e = {.page = o->output && !o->trace, .f = open_memstream(&shown, &size),
-                 .color = out->terminal && !(no_color && *no_color)};
+                 .color = out->terminal && !(no_color && *no_color), .why = "the start"};
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
     Ids *ids = &e.d.c.ids;
-    int ctx = e.w.ctx;
-    long long budget = start_text(o, m, t, ctx, prompt, ids);
-    int n_prompt = (int)ids->n, end = ctx - n_prompt < budget ? ctx : n_prompt - 1 + (int)budget;
+    long long budget = start_text(o, m, t, e.w.ctx, prompt, ids);
+    int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
-    get_state(&e.w.kv, 1 + m->c.n_layers, 1 + m->c.n_layers);  // of the pass, and the lens
+    get_state(&e.w.kv, 2, 2);  // of the pass, and of the lens
     prefill(m, &e.w.kv, 0, ids->ids, 0, e.n - 1);
     explain_begin(&e, end);
     void (*usual)(const Pass *) = attention;
     attention = attention_plain, watch = o->trace ? explain_trace : explain_watch, watcher = &e;
-    for (; e.n <= end && !interrupted; e.n++) {
-        bool given = e.n < n_prompt;
-        int next = explain_pass(&e, given);
+    for (bool more = true; more; e.n += more) {
+        more = e.n <= end && !interrupted && explain_pass(&e);
+        if (!more && e.page) fputs(explain_script, e.f);
         if (fflush(e.f) || ferror(e.f)) die("out of memory for what explain shows");
-        if (!e.page) output_write(out, shown, size), rewind(e.f);
-        if (given) continue;
-        if (is_stop(t, next)) break;
-        push(ids, next);
+        output_write(out, shown, size), rewind(e.f);
     }
     attention = usual, watch = NULL;
     if (e.n > ctx && budget > e.n - n_prompt && !o->quiet)
         fprintf(stderr, "the context of %d positions is full: explain ends here\n", ctx);
-    if (e.page) fprintf(e.f, "}]}\n%s%s", explain_draw, explain_choose);
-    if (ferror(e.f) | fclose(e.f)) die("out of memory for what explain shows");
-    if (e.page) output_write(out, shown, size);
+    fclose(e.f);
     free(shown);
     free(e.mean);
     machine_close(&e.w, &e.d);
@@ -4393,35 +4332,32 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 }
 // ---- [5.10] compress ----------------------------------------------------------------------------
 // A token of probability p costs -log2 p bits in an arithmetic coder, so a text that the model
-// predicts well becomes small. Modes compress and decompress both run zip_text: the decoder has the
-// same probabilities, to the last bit. Zip keeps what was learned of this very text. Calls:
-// input_read, encode, forward, cache_branch.
+// predicts well becomes small. Both modes, compress and decompress, run zip_text on probabilities
+// that are equal to the last bit. Zip keeps what is learned of the text. Calls: encode, forward.
 #ifndef NO_COMPRESS
 
 // A text is a row of symbols: tokens, and bytes that no token stands for. The first ones are coded
-// alone, the others in waves: up to 16 segments in lockstep, the first symbol of each, then the
-// second of each, and so on. So the decoder computes 16 tokens as one batch, and the segments learn
-// from each other. They are equally long, begin with the same prefix, the tokens before the wave,
-// and end before the context is full. The file: a ZipHeader, then what was coded.
+// alone, the others in waves of up to 16 segments in lockstep, the first symbol of each, then the
+// second of each: so the decoder computes 16 tokens as one batch, and segments learn from each
+// other. All begin with the same prefix, the tokens before it, and end before the context is full.
 
 enum {
     ZIP_MAGIC = 0x627a6d6c,  // "lmzb"; each version has a last letter of its own
-    ZIP_SEGMENTS = 16,
     ZIP_CONTEXT = 3072,      // positions, if -c does not say: longer is slower, and hardly smaller
-    ZIP_LEAST_CONTEXT = 16,
+    ZIP_SEGMENTS = 16, ZIP_LEAST_CONTEXT = 16,
     ZIP_PREFIX = 256,        // of them for the prefix: a page, which all segments share
     ZIP_PART = 1 << 20,      // bytes of text that become symbols at once
     ZIP_GROUP = 256,         // symbols whose biases are one item of work
 };
 
-typedef struct {
+typedef struct {  // a file is this, and then what was coded
     uint32_t magic, context;
     uint64_t model, tokenizer;      // hashes
     uint64_t bytes, symbols;        // of the text; no symbols: it is stored as it is
     uint64_t text_hash, file_hash;  // the latter of all else
 } ZipHeader;
 
-// The arithmetic coder: what is coded so far says that a number lies in [low, low + range), of
+// ---- The arithmetic coder. What is coded so far says that a number lies in [low, low + range), of
 // which the next symbol takes its share. Leading bytes that are certain are written, and the rest
 // moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
 typedef struct {
@@ -4432,32 +4368,8 @@ typedef struct {
     Output out;     // encoding
 } ZipCoder;
 
-typedef struct { int symbol, next; float bias, squares; } ZipPair;  // next: of those after the same
-
-typedef struct {
-    const Model *m;
-    const Tokenizer *t;
-    Cache kv;                // sequence 0 has the prefix, 1 + s segment s
-    ZipCoder coder;
-    Progress progress;
-    int width, start;        // how many symbols there are; the token before the text
-    int prefix;              // tokens, at most
-    Ids symbols;             // of the text
-    size_t done, steps;      // symbols before the wave; in each of its segments
-    int n, step;             // the wave's segments; the step that is coded
-    float *bias, *squares;   // (width) of symbols; the sums of their squared gradients
-    int *first_pair;         // (width) of the pairs after a token; 0: none
-    ZipPair *pairs;          // the first is not used
-    int n_pairs;
-    float *logits, *p;       // (n, vocab_size); (n, width) probabilities, then gradients
-    uint32_t *shares;        // (n, width) of the coder's interval
-} Zip;
-
-// ---- The coder
-
 static void zip_shift(ZipCoder *c) {
-    uint8_t byte = (uint8_t)(c->low >> 56);
-    if (!c->decoding) output_write(&c->out, &byte, 1);
+    if (!c->decoding) output_byte(&c->out, (char)(c->low >> 56));
     else if (c->in.len) c->code = c->code << 8 | (uint8_t)*c->in.s++, c->in.len--;
     else c->code <<= 8, c->beyond++;
     c->low <<= 8, c->range <<= 8;
@@ -4483,10 +4395,28 @@ static int zip_code(ZipCoder *c, const uint32_t *shares, int n, int symbol) {
 // and another one after each token that v was seen after. They move along the gradient of
 // ln p(symbol), which is (v is the symbol) - p[v], by Adagrad (Duchi et al., 2011): steps are
 // divided by the root of the sum of squared gradients. The rates 0.6 and 0.4 were found by trying.
+typedef struct { int symbol, next; float bias, squares; } ZipPair;  // next: of those after the same
+typedef struct {
+    const Model *m;
+    const Tokenizer *t;
+    Cache kv;                // sequence 0 has the prefix, 1 + s segment s
+    ZipCoder coder;
+    Progress progress;
+    int width, start;        // how many symbols there are; the token before the text
+    Ids symbols;             // of the text
+    size_t done;             // of these, before the wave
+    int prefix;              // tokens of it, at most
+    int n, steps, step;      // segments; symbols of each; the one that is coded
+    float *bias, *squares;   // (width) of symbols; the sums of their squared gradients
+    int *first_pair, n_pairs;  // (width) of those after a token; 0: none
+    ZipPair *pairs;          // the first is not used
+    float *logits, *p;       // (n, vocab_size); (n, width) probabilities, then gradients
+    uint32_t *shares;        // (n, width) of the coder's interval
+} Zip;
 
 // The token that the model reads before a step of a segment. Steps up to 0 are the prefix's.
 static int zip_before(const Zip *z, int s, int step) {
-    size_t at = z->done + (size_t)step + (step > 0 ? (size_t)s * z->steps : 0);
+    size_t at = z->done + (size_t)(step + (step > 0 ? s * z->steps : 0));
     int symbol = at ? z->symbols.ids[at - 1] : z->start;
     return symbol < z->m->c.vocab_size ? symbol : z->start;
 }
@@ -4510,10 +4440,9 @@ static void zip_learn_pairs(Zip *z, const float *gradient, int before, int symbo
     while (i && z->pairs[i].symbol != symbol) i = z->pairs[i].next;
     if (!i) z->pairs[++z->n_pairs] = (ZipPair){symbol, *first, 0, 0}, *first = z->n_pairs;
     for (i = *first; i; i = z->pairs[i].next) {
-        ZipPair *pair = &z->pairs[i];
-        float g = gradient[pair->symbol];
-        pair->squares += g * g;
-        pair->bias -= 0.4f * g / sqrtf(pair->squares + 1);
+        float g = gradient[z->pairs[i].symbol];
+        z->pairs[i].squares += g * g;
+        z->pairs[i].bias -= 0.4f * g / sqrtf(z->pairs[i].squares + 1);
     }
 }
 // The biases of a group of symbols learn from all segments.
@@ -4535,7 +4464,7 @@ static void zip_step(Zip *z) {
     parallel(zip_predict, z, z->n);
     for (int s = 0; s < z->n; s++) {
         size_t row = (size_t)s * (size_t)z->width;
-        int *symbol = &z->symbols.ids[z->done + (size_t)s * z->steps + (size_t)z->step];
+        int *symbol = &z->symbols.ids[z->done + (size_t)(s * z->steps + z->step)];
         *symbol = zip_code(&z->coder, z->shares + row, z->width, *symbol);
         z->p[row + (size_t)*symbol] -= 1;
         zip_learn_pairs(z, z->p + row, zip_before(z, s, z->step), *symbol);
@@ -4547,22 +4476,20 @@ static void zip_step(Zip *z) {
 // Codes a wave. The encoder, which knows the text, has the model compute several steps at once.
 static void zip_wave(Zip *z, const ZipHeader *h) {
     int ids[ZIP_PREFIX], prefix = z->done < (size_t)z->prefix ? (int)z->done : z->prefix;
-    int steps = (int)z->steps, most = 4 * likelihood_batch(z->m);
-    int at_once = z->coder.decoding ? 1 : (most < MAX_BATCH ? most : MAX_BATCH) / z->n;
+    int most = z->coder.decoding ? 1 : likelihood_batch(z->m);
     for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
     for (int s = 0; s < ZIP_SEGMENTS; s++) cache_clear(&z->kv, 1 + s);
     prefill(z->m, &z->kv, 0, ids, 0, prefix);
     for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
-    for (int step = 0, end; step < steps && z->coder.beyond <= 8; step = end) {
+    for (z->step = 0; z->step < z->steps && z->coder.beyond <= 8;) {
         Slot batch[MAX_BATCH];
-        int n = 0;
+        int n = 0, end = z->step;
         if (interrupted) exit(130);
-        end = at_once < 2 ? step + 1 : steps - step < at_once ? steps : step + at_once;
-        for (int i = step; i < end; i++)
+        for (; end < z->steps && (!n || n + z->n <= most); end++)
             for (int s = 0; s < z->n; s++)
-                batch[n++] = (Slot){zip_before(z, s, i), prefix + i, 1 + s, true};
+                batch[n++] = (Slot){zip_before(z, s, end), prefix + end, 1 + s, true};
         z->logits = forward(z->m, &z->kv, batch, n);
-        for (z->step = step; z->step < end; z->step++) zip_step(z);
+        for (; z->step < end; z->step++) zip_step(z);
         double part = (double)(z->done + (size_t)(end * z->n)) / (double)h->symbols;
         progress_show(&z->progress, part, part * (double)h->bytes);
     }
@@ -4570,29 +4497,19 @@ static void zip_wave(Zip *z, const ZipHeader *h) {
 
 // Codes all symbols, which the encoder has. A wave has as few segments as have room for the rest.
 static void zip_text(Zip *z, const ZipHeader *h) {
-    size_t longest = (size_t)(z->kv.ctx - z->prefix);
-    for (; z->done < h->symbols && z->coder.beyond <= 8; z->done += (size_t)z->n * z->steps) {
-        size_t left = h->symbols - z->done, n = (left - 1) / longest + 1, most = longest;
-        if (!z->done) n = 1, most = (size_t)z->prefix;
+    for (size_t end; z->done < h->symbols && z->coder.beyond <= 8; z->done = end) {
+        size_t longest = (size_t)(z->done ? z->kv.ctx - z->prefix : z->prefix);
+        size_t left = h->symbols - z->done, n = z->done ? (left - 1) / longest + 1 : 1;
         if (n > ZIP_SEGMENTS) n = ZIP_SEGMENTS;
-        z->n = (int)n, z->steps = left / n < most ? left / n : most;
-        while (z->symbols.n < z->done + n * z->steps) push(&z->symbols, 0);
-        z->pairs = resize(z->pairs, z->done + n * z->steps + 1, sizeof *z->pairs);
+        z->n = (int)n, z->steps = (int)(left / n < longest ? left / n : longest);
+        end = z->done + (size_t)(z->n * z->steps);
+        while (z->symbols.n < end) push(&z->symbols, 0);
+        z->pairs = resize(z->pairs, end + 1, sizeof *z->pairs);
         zip_wave(z, h);
     }
 }
 
-// ---- Text and symbols
-
-// Binary data has much that no text has. (It would take hours, for nothing.)
-static bool zip_is_text(Text text) {
-    size_t strange = 0;
-    for (size_t i = 0, used; i < text.len; i += used) {
-        uint32_t c = next_char(text.s + i, text.len - i, &used);
-        strange += c < 9 || c == 0xfffd;
-    }
-    return strange <= text.len / 4;
-}
+// ---- Text and symbols, and the file
 
 // Appends the symbols of a text. Its tokens are looked for in it: what lies between, since the
 // tokenizer changed it or left it out, are bytes.
@@ -4616,31 +4533,25 @@ static void zip_cut(Zip *z, Text text) {
 static void zip_join(const Zip *z, Output *text) {
     for (size_t i = 0; i < z->symbols.n; i++) {
         int symbol = z->symbols.ids[i];
-        uint8_t byte = (uint8_t)(symbol - z->m->c.vocab_size);
-        if (symbol >= z->m->c.vocab_size) output_write(text, &byte, 1);
+        if (symbol >= z->m->c.vocab_size) output_byte(text, (char)(symbol - z->m->c.vocab_size));
         else if (symbol < z->t->h.vocab_size)  // a damaged file can have others
             output_write(text, z->t->tokens[symbol].text.s, z->t->tokens[symbol].text.len);
     }
 }
-
-// ---- The file
-
-static uint64_t zip_hash(ZipHeader h, Text coded) {
-    h.file_hash = 0;
-    return mix64(hash64(&h, sizeof h)) + hash64(coded.s, coded.len);
+static uint64_t zip_hash(const ZipHeader *h, Text coded) {
+    return mix64(hash64(h, offsetof(ZipHeader, file_hash))) + hash64(coded.s, coded.len);
 }
 
 static void zip_open(Zip *z, const ZipHeader *h, bool decoding, Text coded) {
     size_t width = (size_t)z->m->c.vocab_size + 256;
-    const TokenizerHeader *t = &z->t->h;
     if (h->context < ZIP_LEAST_CONTEXT || h->context > (uint32_t)z->m->c.seq_len)
-        die("compression needs a context from %d to the model's %d positions: not of %u",
-            ZIP_LEAST_CONTEXT, z->m->c.seq_len, h->context);
+        die("a context of %u: compress needs %d to %d positions", h->context, ZIP_LEAST_CONTEXT,
+            z->m->c.seq_len);
     z->coder = (ZipCoder){.decoding = decoding, .in = coded, .out = output_memory()};
     for (int i = 0; i < 8 && decoding; i++) zip_shift(&z->coder);
     z->coder.range = UINT64_MAX;
     z->width = (int)width;
-    z->start = t->bos >= 0 ? t->bos : t->eos >= 0 ? t->eos : 0;
+    z->start = z->t->h.bos >= 0 ? z->t->h.bos : z->t->h.eos >= 0 ? z->t->h.eos : 0;
     z->prefix = h->context / 4 < ZIP_PREFIX ? (int)h->context / 4 : ZIP_PREFIX;
     z->bias = zeros((2 + ZIP_SEGMENTS) * width, sizeof(float));
     z->squares = z->bias + width;
@@ -4655,19 +4566,25 @@ static void zip_close(Zip *z) {
     cache_close(&z->kv);
 }
 
+// Data of which over a quarter is what no text has is stored: it would take hours, for nothing.
 static void zip_shrink(Zip *z, ZipHeader *h, Text text, Output *out) {
+    size_t strange = 0;
     zip_open(z, h, false, text);
     h->bytes = text.len;
     h->text_hash = hash64(text.s, text.len);
-    for (size_t at = 0, end = zip_is_text(text) ? text.len : 0; at < end; at += ZIP_PART)
-        zip_cut(z, (Text){text.s + at, end - at < ZIP_PART ? end - at : ZIP_PART});
+    for (size_t at = 0, used; at < text.len; at += used) {
+        uint32_t c = next_char(text.s + at, text.len - at, &used);
+        strange += c < 9 || c == 0xfffd;
+    }
+    for (size_t at = 0, n = text.len; at < n && strange <= n / 4; at += ZIP_PART)
+        zip_cut(z, (Text){text.s + at, n - at < ZIP_PART ? n - at : ZIP_PART});
     h->symbols = z->symbols.n;
     zip_text(z, h);
     z->coder.low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
     zip_shift(&z->coder), zip_shift(&z->coder);
     Text coded = {z->coder.out.memory, z->coder.out.n};
     if (!h->symbols || coded.len >= text.len) coded = text, h->symbols = 0;
-    h->file_hash = zip_hash(*h, coded);
+    h->file_hash = zip_hash(h, coded);
     output_write(out, h, sizeof *h);
     output_write(out, coded.s, coded.len);
 }
@@ -4675,15 +4592,14 @@ static void zip_shrink(Zip *z, ZipHeader *h, Text text, Output *out) {
 // Returns NULL, or what is wrong with the file; h has the hashes that its header should have.
 static const char *zip_expand(Zip *z, ZipHeader *h, Text file, Output *out) {
     ZipHeader mine = *h;
-    if (file.len < 4 || memcmp(file.s, &mine, 3)) return "is not a file that -m compress wrote";
+    if (file.len < sizeof mine || memcmp(file.s, &mine, 3))
+        return "is not a file that -m compress wrote, or is truncated";
     if (memcmp(file.s, &mine, 4)) return "was compressed by another version of this program";
-    if (file.len < sizeof mine) return "is truncated";
     memcpy(h, file.s, sizeof mine);
     Text coded = {file.s + sizeof mine, file.len - sizeof mine};
-    if (h->file_hash != zip_hash(*h, coded)) return "is truncated, too long or damaged";
+    if (h->file_hash != zip_hash(h, coded)) return "is truncated, too long or damaged";
     if (h->model != mine.model) return "was compressed with another model: -m decompress needs it";
-    if (h->tokenizer != mine.tokenizer)
-        return "was compressed with another tokenizer: give it with -z";
+    if (h->tokenizer != mine.tokenizer) return "was compressed with another tokenizer: see -z";
     zip_open(z, h, true, coded);
     zip_text(z, h);
     if (h->symbols) zip_join(z, out);
@@ -4701,9 +4617,8 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
     Zip z = {.m = m, .t = t, .progress = progress_begin(o)};
     ZipHeader h = {.magic = ZIP_MAGIC, .context = (uint32_t)context, .model = model_hash(m),
                    .tokenizer = t->llama2c ? hash64(t->file, t->file_size) : t->h.hash};
-    const char *wrong = NULL;
-    if (back) wrong = zip_expand(&z, &h, in, &result);
-    else zip_shrink(&z, &h, in, &result);
+    const char *wrong = back ? zip_expand(&z, &h, in, &result) : NULL;
+    if (!back) zip_shrink(&z, &h, in, &result);
     progress_end(&z.progress);
     if (wrong) die("%s %s", input_name(o), wrong);
     if (!o->quiet)
@@ -4902,151 +4817,107 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
 // =================================================================================================
 // [6] The command line
 // =================================================================================================
-#ifndef TESTING
 
-enum { GENERATE, CHAT, TOKENIZE, LOGITS, EVAL, EXPLAIN, COMPRESS, DECOMPRESS, CHECK, BENCH,
-       N_MODES };
-static const struct { const char *name; Mode *run; const char *help; } modes[N_MODES] = {
+enum { GENERATE, CHAT, TOKENIZE, LOGITS, EVAL, EXPLAIN, COMPRESS, DECOMPRESS, CHECK, BENCH };
+static const struct { const char *name; Mode *run; const char *help; } modes[] = {
     [GENERATE] = {"generate", generate, "continue the prompt (the default)"},
 #ifndef NO_CHAT
     [CHAT] = {"chat", chat, "a conversation: -i or -f is the first turn, then lines of stdin"},
 #endif
     [TOKENIZE] = {"tokenize", tokenize, "print the prompt's token ids"},
-    [LOGITS] = {"logits", write_logits,
-                "read token ids, write their logits as raw float32 [n, vocab_size]"},
-    [EVAL] = {"eval", evaluate,
-              "bits per byte of a text, by windows of -c tokens (2048) that start every half\n"
-              "             window; each token is predicted in the first window that holds it"},
+    [LOGITS] = {"logits", write_logits, "read token ids, write float32 [n, vocab_size] of logits"},
+    [EVAL] = {"eval", evaluate, "bits per byte, by half overlapping windows of -c tokens (2048)"},
 #ifndef NO_EXPLAIN
-    [EXPLAIN] = {"explain", explain,
-                 "generate, and show for each token its rivals, what it looks at and what\n"
-                 "             each layer would say; with -o page.html as a page to explore"},
+    [EXPLAIN] = {"explain", explain, "generate, and show why; -o page.html: a page to explore"},
 #endif
 #ifndef NO_COMPRESS
-    [COMPRESS] = {"compress", compress,
-                  "write the text of -f, -i or stdin in few bytes: the model predicts it, and\n"
-                  "             only what surprises the model is kept; any other data works too"},
-    [DECOMPRESS] = {"decompress", compress,
-                    "give that text back; it needs the same model and tokenizer"},
+    [COMPRESS] = {"compress", compress, "write -f, -i or stdin in few bytes: text, or any data"},
+    [DECOMPRESS] = {"decompress", compress, "give it back; needs the same model and tokenizer"},
 #endif
     [CHECK] = {"check", check_model, "recompute the reference values stored in the model"},
     [BENCH] = {"bench", bench, "measure this machine's speed with the model"},
 };
-// Sets of modes in which options have a meaning.
-enum { ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE, TURNS = 1 << CHAT, TALK = TEXTS | TURNS,
-       SHOW = 1 << EXPLAIN, KEPT = TALK | 1 << LOGITS };
+// Sets of modes in which options have a meaning: none where -DNO_... cut the options' room out.
+#define VALUE_OF(macro) #macro  // of one that is not defined this is its name
+#define DEFINED(macro) (sizeof VALUE_OF(macro) <= sizeof "1")
+enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE,
+       TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
+       TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
+       KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
-// One table parses, checks and explains the options.
-enum { FLAG, TEXT, WORD, LIST, INTEGER, NUMBER_OPTION, SEED };
-typedef struct {
-    char letter;       // or 0
+// One table parses, checks and explains the options. The type of the field says what one can be.
+enum { FLAG, WORD, LIST, INTEGER, DECIMAL, SEED };
+#define TO(field) offsetof(Options, field), _Generic(((Options *)0)->field, bool: FLAG,            \
+    const char *: WORD, const char **: LIST, long long: INTEGER, double: DECIMAL, default: SEED)
+static const struct Option {
     const char *name;  // and behind it its argument
-    int kind;
     size_t field;      // where in Options its value goes
-    double low, high;  // of a number
+    int kind;
+    double low, high;  // of a number; of a word, low is 1 if it cannot be empty
     int modes;         // in which it has a meaning
     const char *help;
-} Option;
-
-#define TO(field) offsetof(Options, field)
-static const Option options[] = {
-    {'i', "prompt TEXT", TEXT, TO(prompt), 0, 0, ALL, "the prompt; - reads it from stdin"},
-    {'f', "file PATH", WORD, TO(prompt_file), 0, 0, ALL, "read the prompt from a file; - is stdin"},
-    {'o', "output PATH", WORD, TO(output), 0, 0, ALL, "write there instead of to stdout"},
-    {'n', "steps N", INTEGER, TO(steps), 0, 1e9, TALK | SHOW,
-     "new tokens (256; in a chat 1024 a turn); 0: to the context's end"},
-    {'m', "mode MODE", WORD, TO(mode), 0, 0, ALL, "what to do, see below"},
-    {'t', "temperature T", NUMBER_OPTION, TO(temperature), 0, 1e30, TALK | SHOW,
-     "0: the likeliest token; 1 (default): as the model says"},
-    {'p', "top-p P", NUMBER_OPTION, TO(top_p), 0, 1, TALK | SHOW,
-     "draw from the likeliest tokens with this sum (0.9); 0 or 1: from all"},
-    {'s', "seed N", SEED, TO(seed), 0, 0, ALL,
-     "of the random generator; 0 (default): from the clock"},
-    {'z', "tokenizer PATH", WORD, TO(tokenizer), 0, 0, ALL,
-     "the tokenizer (MODEL's .tok, or tokenizer.bin)"},
-    {'c', "context N", INTEGER, TO(context), 0, 1 << 24, ALL,
-     "positions to make room for (the model's own)"},
-    {'j', "threads N", INTEGER, TO(threads), 1, 256, ALL, "threads (the number of cores)"},
-#ifndef NO_CHAT
-    {'y', "system TEXT", TEXT, TO(system), 0, 0, TURNS, "the system turn of a chat"},
-#endif
-    {'k', "samples N", INTEGER, TO(samples), 1, MAX_SAMPLES, TALK,
-     "N continuations at once, each with a seed of its own"},
-    {'b', "best", FLAG, TO(best), 0, 0, TALK, "of these only the likeliest"},
-#ifndef NO_ENSEMBLE
-    {'e', "ensemble MODEL", LIST, TO(others), 0, 0, TEXTS,
-     "this model answers too, the best answer wins; repeatable"},
-#endif
-    {'d', "draft MODEL", WORD, TO(draft), 0, 0, TALK,
-     "speculate with a small model, or \"lookup\": in the text so far"},
-#ifndef NO_SESSIONS
-    {'S', "session FILE", WORD, TO(session), 0, 0, KEPT,
-     "keep the text in FILE with its cache; go on with what it holds"},
-#endif
-#ifndef NO_TOOLS
-    {'T', "tool CMD", WORD, TO(tool), 0, 0, TALK,
-     "answers arithmetic (12*34=) and tool calls on its stdin"},
-#endif
-    {0, "think", FLAG, TO(think), 0, 0, TALK,
-     "keep <think> ... </think> where stdout is no terminal"},
-    {'q', "quiet", FLAG, TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
-    {0, "top-k K", INTEGER, TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens"},
-    {0, "min-p P", NUMBER_OPTION, TO(min_p), 0, 1, ALL,
-     "from those at least P times as likely as the likeliest"},
-    {0, "repeat-penalty R", NUMBER_OPTION, TO(repeat_penalty), 1e-3, 1e3, ALL,
-     "makes tokens of the text less likely; 1 is off"},
-    {0, "receipt", FLAG, TO(receipt), 0, 0, TALK,
-     "print a hash of all logits that were sampled from"},
-#ifndef NO_EXPLAIN
-    {0, "layer L", INTEGER, TO(layer), 0, MAX_LAYERS - 1, SHOW,
-     "explain: attention of this layer, from 0 (the mean of all)"},
-    {0, "head H", INTEGER, TO(head), 0, 1 << 14, SHOW,
-     "explain: ... and of this head of it, from 0 (the mean)"},
-    {0, "trace", FLAG, TO(trace), 0, 0, SHOW, "explain: each stage of the computation in numbers"},
-#endif
-    {'h', "help", FLAG, TO(help), 0, 0, ALL, "this text"},
-    {'V', "version", FLAG, TO(version), 0, 0, ALL, "version and instruction set"},
+} options[] = {
+    {"-i, --prompt TEXT", TO(prompt), 0, 0, ALL, "the prompt; - reads it from stdin"},
+    {"-f, --file PATH", TO(prompt_file), 1, 0, ALL, "read the prompt from a file; - is stdin"},
+    {"-o, --output PATH", TO(output), 1, 0, ALL, "write there instead of to stdout"},
+    {"-n, --steps N", TO(steps), 0, 1e9, DRAW, "new tokens (256, chat: 1024); 0: all that fit"},
+    {"-m, --mode MODE", TO(mode), 1, 0, ALL, "what to do, see below"},
+    {"-t, --temperature T", TO(temperature), 0, 1e30, DRAW, "0: likeliest; 1: as the model says"},
+    {"-p, --top-p P", TO(top_p), 0, 1, DRAW, "draw from the likeliest of this sum (0.9); 0: all"},
+    {"-s, --seed N", TO(seed), 0, 0, ALL, "of the random generator; 0 (default): from the clock"},
+    {"-z, --tokenizer PATH", TO(tokenizer), 1, 0, ALL, "its file (MODEL's .tok, or tokenizer.bin)"},
+    {"-c, --context N", TO(context), 0, 1 << 24, ALL, "positions to make room for (the model's)"},
+    {"-j, --threads N", TO(threads), 1, 256, ALL, "threads (the number of cores)"},
+    {"-y, --system TEXT", TO(system), 0, 0, TURNS, "the system turn of a chat"},
+    {"-k, --samples N", TO(samples), 1, MAX_SAMPLES, TALK, "N texts at once, each with a seed"},
+    {"-b, --best", TO(best), 0, 0, TALK, "of these only the likeliest"},
+    {"-e, --ensemble MODEL", TO(others), 1, 0, MIXED, "answers too, the best wins; repeatable"},
+    {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "guesses ahead; \"lookup\": from the text"},
+    {"-S, --session FILE", TO(session), 1, 0, KEPT, "keeps text and cache; goes on with them"},
+    {"-T, --tool CMD", TO(tool), 1, 0, TOOLS, "answers arithmetic and tool calls on its stdin"},
+    {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
+    {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
+    {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens"},
+    {"    --min-p P", TO(min_p), 0, 1, ALL, "from those at least P times as likely as the first"},
+    {"    --repeat-penalty R", TO(repeat_penalty), 1e-3, 1e3, ALL, "of tokens in the text; 1: off"},
+    {"    --receipt", TO(receipt), 0, 0, TALK, "print a hash of all logits that were sampled from"},
+    {"    --layer L", TO(layer), 0, MAX_LAYERS - 1, SHOW, "explain: attention of layer 0, 1, ..."},
+    {"    --head H", TO(head), 0, 1 << 14, SHOW, "explain: ... and of its head 0, 1, ..."},
+    {"    --trace", TO(trace), 0, 0, SHOW, "explain: each stage of the computation in numbers"},
+    {"-h, --help", TO(help), 0, 0, ALL, "this text"},
+    {"-V, --version", TO(version), 0, 0, ALL, "version and instruction set"},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
-
-static __attribute__((noreturn, format(printf, 1, 2))) void usage_error(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputs("; see ./run --help\n", stderr);
-    va_end(args);
-    exit(2);
-}
+#define usage_error(...)                                                                           \
+    (fprintf(stderr, "run: " __VA_ARGS__), fputs("; see ./run --help\n", stderr), exit(2))
 
 // The option that an argument names: as -x, --name or --name=value.
-static const Option *option_find(const char *a) {
-    size_t n = a[1] == '-' ? strcspn(a + 2, "=") : 0;
-    for (const Option *option = options; option < options + N_OPTIONS; option++) {
-        if (a[1] == option->letter && !a[2]) return option;
-        if (n && n == strcspn(option->name, " ") && !strncmp(a + 2, option->name, n)) return option;
+static const struct Option *option_find(const char *a) {
+    size_t at = a[1] == '-' ? 4 : 0, n = at ? strcspn(a, "=") : strlen(a);
+    for (const struct Option *option = options; option < options + N_OPTIONS; option++) {
+        const char *name = option->name + at;
+        if (option->modes && n == strcspn(name, ", ") && !strncmp(name, a, n)) return option;
     }
     usage_error("unknown option %s", a);
 }
 
 // Sets it to the value s; `a` is how it was given.
-static void option_set(Options *o, const Option *option, const char *a, const char *s) {
+static void option_set(Options *o, const struct Option *option, const char *a, const char *s) {
     void *field = (char *)o + option->field;
-    char *end = (char *)(uintptr_t)s;
+    char *end = NULL;
     double number = option->low;
     errno = 0;
     o->given |= 1ull << (option - options);
     if (option->kind == LIST && o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
     switch (option->kind) {
     case FLAG: *(bool *)field = true; return;
-    case TEXT: case WORD: *(const char **)field = s; return;
+    case WORD: *(const char **)field = s; return;
     case LIST: ((const char **)field)[o->n_others++] = s; return;
     case INTEGER: number = (double)(*(long long *)field = strtoll(s, &end, 10)); break;
-    case NUMBER_OPTION: number = *(double *)field = strtod(s, &end); break;
+    case DECIMAL: number = *(double *)field = strtod(s, &end); break;
     case SEED: *(unsigned long long *)field = strtoull(s, &end, 10);
     }
-    if (end == s || *end || (s[0] >= '\t' && s[0] <= ' '))
-        usage_error("%s needs a number, not \"%s\"", a, s);
+    if (end == s || *end || s[0] <= ' ') usage_error("%s needs a number, not \"%s\"", a, s);
     if (option->kind == SEED && (strchr(s, '-') || errno))
         usage_error("%s goes from 0 to 18446744073709551615, not %s", a, s);
     if (!(number >= option->low && number <= option->high))
@@ -5061,20 +4932,18 @@ static void option_parse(Options *o, int argc, char **argv) {
             o->model = a;
             continue;
         }
-        const Option *option = option_find(a);
-        bool flag = option->kind == FLAG;
+        const struct Option *option = option_find(a);
+        bool flag = option->kind == FLAG, empty = option->kind == WORD && option->low < 1;
         if (flag && value) usage_error("%s takes no value", a);
         if (!flag && !value) value = argv[++i];
-        if (!flag && (!value || (!*value && option->kind != TEXT)))
-            usage_error("%s needs a value", a);
+        if (!flag && (!value || (!*value && !empty))) usage_error("%s needs a value", a);
         option_set(o, option, a, value);
     }
 }
 
 // An output that is also an input would be lost: it is refused.
 static void refuse_overwriting(const char *output, const char *input) {
-    if (same_file(output, input))
-        usage_error("-o %s would overwrite %s, which is read", output, input);
+    if (same_file(output, input)) usage_error("-o %s would overwrite %s, an input", output, input);
 }
 
 // Returns the mode. Options that have no meaning in it, or together, are refused.
@@ -5082,14 +4951,13 @@ static int option_check(const Options *o) {
     int mode = 0;
     while (mode < N_MODES && (!modes[mode].name || strcmp(o->mode, modes[mode].name))) mode++;
     if (mode == N_MODES) usage_error("unknown mode %s", o->mode);
-    for (const Option *option = options; option < options + N_OPTIONS; option++) {
-        if (!(o->given >> (option - options) & 1) || option->modes >> mode & 1) continue;
-        if (option->letter) usage_error("-%c means nothing in mode %s", option->letter, o->mode);
-        int n = (int)strcspn(option->name, " ");
-        usage_error("--%.*s means nothing in mode %s", n, option->name, o->mode);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const char *name = options[i].name + strspn(options[i].name, " ");
+        if (o->given >> i & 1 && !(options[i].modes >> mode & 1))
+            usage_error("%.*s means nothing in mode %s", (int)strcspn(name, ", "), name, o->mode);
     }
     bool k = o->samples > 1, e = o->n_others, d = o->draft, layer = o->layer >= 0;
-    struct { bool both; const char *a, *b; } clashes[] = {
+    const struct { bool both; const char *a, *b; } clashes[] = {
         {o->prompt && o->prompt_file, "-i", "-f"}, {k && e, "-k", "-e"}, {k && d, "-k", "-d"},
         {e && d, "-e", "-d"}, {e && o->session, "-e", "-S"}, {e && o->receipt, "-e", "--receipt"},
         {layer && o->output && !o->trace, "--layer", "a page (-o), which shows all,"}};
@@ -5109,13 +4977,9 @@ static int option_check(const Options *o) {
 }
 
 static void option_help(void) {
-    puts("usage: ./run MODEL [options]\n\nRuns a language model: continues a text, or what --mode "
-         "says.\n");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        char letter[] = {'-', options[i].letter, ',', ' ', 0}, left[64];
-        snprintf(left, sizeof left, "%s--%s", letter[1] ? letter : "    ", options[i].name);
-        printf("  %-26s %s\n", left, options[i].help);
-    }
+    puts("usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].modes) printf("  %-26s %s\n", options[i].name, options[i].help);
     puts("\nmodes:");
     for (int i = 0; i < N_MODES; i++)
         if (modes[i].name) printf("  %-10s %s\n", modes[i].name, modes[i].help);
@@ -5130,8 +4994,7 @@ static void on_interrupt(int signal_number) {
     interrupted = signal_number == SIGHUP ? SIGTERM : signal_number;
 }
 static void on_bus_error(int signal_number) {
-    static const char line[] =
-        "run: a mapped file has become shorter, or cannot be read any more\n";
+    static const char line[] = "run: a mapped file became shorter, or cannot be read any more\n";
     (void)signal_number;
     if (write(2, line, sizeof line - 1) < 0) {}
     output_leave();
@@ -5154,9 +5017,7 @@ static void catch_signals(void) {
 __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) {
     const char *missing = NULL;
     __builtin_cpu_init();
-#define VALUE_OF(macro) #macro  // of one that is not defined this is its name
-#define NEED(macro, feature)                                                                       \
-    if (*VALUE_OF(macro) == '1' && !__builtin_cpu_supports(feature)) missing = feature
+#define NEED(macro, name) if (DEFINED(macro) && !__builtin_cpu_supports(name)) missing = name
     NEED(__AVX__, "avx");
     NEED(__AVX2__, "avx2");
     NEED(__BMI2__, "bmi2");
@@ -5165,10 +5026,7 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
     NEED(__AVX512VNNI__, "avx512vnni");
     NEED(__AVX512VBMI__, "avx512vbmi");
     if (!missing) return;
-    fprintf(stderr,
-            "run: this binary needs %s, which this processor does not have: build it here with "
-            "`make`, or with `make ARCH=x86-64`\n",
-            missing);
+    fprintf(stderr, "run: this binary needs %s: build it here, or with ARCH=x86-64\n", missing);
     _exit(1);
 }
 #endif
@@ -5197,14 +5055,13 @@ int main(int argc, char **argv) {
     option_parse(&o, argc, argv);
     if (o.help) option_help();
     else if (o.version) printf("run %s (%s)\n", VERSION, isa);
-    if (o.help || o.version) {
-        if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
-        return 0;
-    }
+    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
+    if (o.help || o.version) return 0;
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
-    if ((mode == COMPRESS || mode == DECOMPRESS) && !o.prompt && !o.prompt_file) o.prompt = "-";
+    bool zips = mode == COMPRESS || mode == DECOMPRESS;
+    if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
     catch_signals();
     start_threads((int)o.threads);
     Model m;
@@ -5222,4 +5079,3 @@ int main(int argc, char **argv) {
     free_model(&m);
     return interrupted ? 130 : 0;
 }
-#endif
