@@ -965,6 +965,7 @@ struct Cache {
     int n_pages;          // the most that a sequence has
     size_t head_bytes, page_bytes;
     uint8_t **pages;      // (n_seqs, n_pages), behind each the number of its users; NULL: none yet
+    uint8_t *free_pages;  // that nobody uses; each begins with a pointer to the next
     State *state;         // activations of forward
 };
 
@@ -977,8 +978,11 @@ static const uint8_t *cache_page(const Cache *kv, int seq, int page) {
 static int *users_of(const Cache *kv, uint8_t *page) {
     return (int *)(void *)(page + kv->page_bytes);
 }
-static void leave_page(const Cache *kv, uint8_t **page) {
-    if (*page && !--*users_of(kv, *page)) munmap(*page, kv->page_bytes + sizeof(int));
+static void leave_page(Cache *kv, uint8_t **page) {
+    if (*page && !--*users_of(kv, *page)) {
+        memcpy(*page, &kv->free_pages, sizeof(uint8_t *));
+        kv->free_pages = *page;
+    }
     *page = NULL;
 }
 
@@ -986,9 +990,12 @@ static void leave_page(const Cache *kv, uint8_t **page) {
 static void take_page(Cache *kv, int seq, int pos) {
     uint8_t **page = page_of(kv, seq, pos), *old = *page;
     if (old && *users_of(kv, old) == 1) return;
-    uint8_t *own = reserve(1, kv->page_bytes + sizeof(int), "the KV cache (-c N is its length)");
+    uint8_t *own = kv->free_pages;
+    if (own) memcpy(&kv->free_pages, own, sizeof(uint8_t *));
+    else own = reserve(1, kv->page_bytes + sizeof(int), "the KV cache (-c N is its length)");
     large_pages(own, kv->page_bytes);
     if (old) memcpy(own, old, kv->page_bytes);
+    else memset(own, 0, 8);
     leave_page(kv, page);
     *page = own;
     *users_of(kv, own) = 1;
@@ -1148,6 +1155,10 @@ static State *get_state(Cache *kv, int n, int wanted) {
 static void cache_close(Cache *kv) {
     State *s = kv->state;
     for (int i = 0; i < kv->n_seqs; i++) cache_clear(kv, i);
+    for (uint8_t *page = kv->free_pages, *next; page; page = next) {
+        memcpy(&next, page, sizeof next);
+        munmap(page, kv->page_bytes + sizeof(int));
+    }
     if (s) {
         void *arrays[] = {s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope,
                           s->rope_local, s->xq.q, s->logits, s->scores, s};
@@ -1874,6 +1885,7 @@ static struct {
     _Alignas(LINES) Task *task;             // these are set while no job has items
     void *context;
     int n_items, n_threads;
+    double alone_until, penalty;            // until when the first thread works alone; how long
     _Atomic int sleepers;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
@@ -1926,12 +1938,15 @@ static void *worker(void *argument) {
     return NULL;
 }
 
+// Where a thread with items is not running, as another program has its core, the first one has to
+// wait; it then works alone for 4 milliseconds, and for longer if that happens again soon after.
 static void parallel(Task *task, void *context, int n) {
-    if (n < 2 || pool.n_threads == 1) {
+    double since = 0;
+    bool alone = pool.alone_until > 0 && seconds() < pool.alone_until;
+    if (n < 2 || pool.n_threads == 1 || alone) {
         for (int i = 0; i < n; i++) task(context, i);
         return;
     }
-    double since = 0;
     pool.task = task, pool.context = context, pool.n_items = n;
     atomic_store(&pool.done, 0);
     atomic_store(&pool.left, ((atomic_load(&pool.left) >> 32) + 1) << 32 | (uint32_t)n);
@@ -1941,9 +1956,13 @@ static void parallel(Task *task, void *context, int n) {
         pthread_mutex_unlock(&pool.mutex);
     }
     work();
-    // A thread that has items and is not running gets this one's core while it sleeps.
     for (int spins = 0; atomic_load(&pool.done) != n; spins++)
         if (!spin(spins, &since)) usleep(20);
+    double now = since > 0 ? seconds() : 0;
+    if (now - since <= 5e-4) return;
+    bool again = since < pool.alone_until + 2 * pool.penalty;
+    pool.penalty = again ? fmin(2 * pool.penalty, 0.1) : 4e-3;
+    pool.alone_until = now + pool.penalty;
 }
 
 // ---- [4.2] large pages --------------------------------------------------------------------------
