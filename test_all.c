@@ -1693,11 +1693,6 @@ static void test_real_tokenizer(void) {
          "SmolLM2's digits", 0, 0},
         {"  leading and   multiple   spaces \n\n\ttabs",
          "216 2899 284 256 2701 256 5600 38028 197 100 7366", "SmolLM2's spaces", 0, 0},
-        {"\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e\xe3\x81\xae\xe3\x83\x86\xe3\x82\xad\xe3\x82\xb9\xe3"
-         "\x83\x88\xe3\x81\xa8\xe4\xb8\xad\xe6\x96\x87\xe6\xb7\xb7\xe5\x90\x88\xef\xbc\x8c\xe6\xa0"
-         "\x87\xe7\x82\xb9\xe3\x80\x82",
-         "23274 115 40993 179 120 248 26453 11100 224 10391 251 10391 134 11100 226 7365 118 28589 "
-         "29184 177 132 132 16357 226 12831 46781 44083 19076", "SmolLM2's Japanese", 0, 0},
         {"\xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82, \xd0\xbc\xd0\xb8\xd1\x80! \xd0\x81\xd0"
          "\xb6. \xce\x91\xce\x92\xce\x93 \xce\xb4\xce\xad\xce\xbb\xcf\x84\xce\xb1",
          "155 249 46879 16464 32547 28 41337 7872 9175 17 5470 219 40186 30 5664 235 153 236 153 "
@@ -1713,8 +1708,6 @@ static void test_real_tokenizer(void) {
         {"\xd9\xa1\xd9\xa2\xd9\xa3 \xdb\xb4\xdb\xb5\xdb\xb6 \xe0\xa5\xa7\xe0\xa5\xa8\xe0\xa5\xa9",
          "164 111 164 112 164 113 216 166 129 166 130 166 131 216 9310 117 9310 118 9310 119",
          "SmolLM2's other digits", 0, 0},
-        {"I'LL can't WON'T they're", "57 23 16421 416 982 408 2154 23 68 502 2316",
-         "SmolLM2's contractions", 0, 0},
         {"....!!!?""?""?---", "5592 29646 16693 47 5583", "SmolLM2's points", 0, 0},
         {" ", "216", "SmolLM2's space", 0, 0}, {"\n", "198", "SmolLM2's newline", 0, 0},
         {"1234*4321=5332114", "33 34 35 36 26 36 35 34 33 45 37 35 35 34 33 33 36",
@@ -1725,7 +1718,7 @@ static void test_real_tokenizer(void) {
     Model m = {.c = {.vocab_size = 49152}};
     const char *path = at_home("tokenizer.bin");
     if (access(path, R_OK)) {
-        skip(20, "SmolLM2's tokenizer: there is no tokenizer.bin here");
+        skip(18, "SmolLM2's tokenizer: there is no tokenizer.bin here");
         return;
     }
     const char *wrong = load_tokenizer(&t, path, &m);
@@ -1877,8 +1870,9 @@ static bool one_line(const Ran *r) {
 static bool cut_out(const char *command) {
     const struct { bool cut; const char *word; } words[] = {
         {CUT(NO_SESSIONS), " -S"}, {CUT(NO_SESSIONS), "/save"}, {CUT(NO_SESSIONS), "/load"},
-        {CUT(NO_CHAT), "chat"}, {CUT(NO_TOOLS), " -T"}, {CUT(NO_TOOLS), "tooled"},
-        {CUT(NO_ENSEMBLE), " -e "}, {CUT(NO_EXPLAIN), "explain"}, {CUT(NO_COMPRESS), "compress"}};
+        {CUT(NO_CHAT), "chat"}, {CUT(NO_CHAT), " -y"}, {CUT(NO_TOOLS), " -T"},
+        {CUT(NO_TOOLS), "tooled"}, {CUT(NO_ENSEMBLE), " -e "}, {CUT(NO_COMPRESS), "compress"},
+        {CUT(NO_EXPLAIN), "explain"}, {CUT(NO_EXPLAIN), "--trace"}, {CUT(NO_EXPLAIN), "--layer"}};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (words[i].cut && strstr(command, words[i].word)) return true;
     return false;
@@ -2033,6 +2027,13 @@ static void test_whole_files(void) {
             save_model("whole", &m, v);
             prints(name_of(&m), "ok\n", "run whole.bin -m check -j 2");
             if (dtype != F32) continue;
+            Tensor *stored[] = {&m.check_norms, &m.check_logits, &m.check_cases};
+            for (int i = 0; i < 3; i++) {  // another exponent, or another token
+                stored[i]->bytes[stored[i]->n - 1] ^= 1;
+                save_model("whole", &m, v);
+                refused(1, "check failed", "run whole.bin -m check -q");
+                stored[i]->bytes[stored[i]->n - 1] ^= 1;
+            }
             m.check_ids = m.check_norms = m.check_logits = m.check_cases = (Tensor){0};
             save_model("whole", &m, v);
             prints("no reference values are no error", "ok\n", "run whole.bin -m check");
@@ -2298,8 +2299,8 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"-m bench -S x", "-S means nothing"}, {"-m check -T x", "-T means nothing"},
     {"-m tokenize --think", "--think means nothing"}, {"-m logits --receipt", "--receipt means"},
     {"-m eval -n 3", "-n means nothing"}, {"-m compress -t 0", "-t means nothing"}, {"-f ''", "-f"},
-    {"--session= -S", "--session="}, {"-i a --trace -m generate", "--trace"},
-    {"-m eval -i a --layer 0", "--layer"},
+    {"--session= -S", "--session="}, {"-i a --trace -m generate", "--trace means"},
+    {"-m eval -i a --layer 0", "--layer means"},
     {"-m explain -i a --head 0", "--head needs --layer"},
     {"-m explain -i a --layer -1", "--layer goes"}, {"-m explain -i a --layer x", "not \"x\""},
     {"-m explain -i a --layer 0 -o page", "--layer and a page"},
@@ -2496,7 +2497,7 @@ static void test_commands(void) {
                    "run tiny.bin -m compress -f text -o small && head -c 20 small >small.bad; "
                    "echo abc | chat -o one; printf 'abc\\ndef\\n' | chat -o two; "
                    "printf 'abc\\nddd\\n' | chat -o other");
-    CHECK(made.status == 0, "files for commands are made: %s", made.err.p);
+    CHECK(made.status == 0 || cut_out("chat"), "files for commands are made: %s", made.err.p);
     for (size_t i = 0; i < sizeof wrong_words / sizeof *wrong_words; i++)
         refused(2, wrong_words[i].says, text("run tiny.bin %s", wrong_words[i].words));
     int files = files_here();
@@ -3350,22 +3351,17 @@ static bool inject(const char *command, const char *function, int n, bool signal
     unsetenv("FAULT"), unsetenv("FAULT_SIGNALS");
     struct stat st;
     bool session = !stat("session", &st);
-    if (signals)
-        CHECK(r.status == 0 || (r.status > 128 && r.status < 144),
-              "%s with signals before %s %d: %d, %s", command, function, n, r.status, r.err.p);
-    else
-        CHECK(r.status == 0 || (r.status == 1 && strstr((char *)r.err.p, "run: ")),
-              "%s with %s %d: status %d, %s", command, function, n, r.status, r.err.p);
-    CHECK(r.status != 1 || session || access("result", F_OK),
-          "%s with %s %d leaves no half-written file", command, function, n);
+    const char *what = text("%s, %s%s %d", command, signals ? "signals before " : "", function, n);
+    CHECK(r.status == 0 || (signals ? r.status > 128 && r.status < 144
+                                    : r.status == 1 && strstr((char *)r.err.p, "run: ")),
+          "%s: status %d, %s", what, r.status, r.err.p);
+    CHECK(r.status != 1 || session || access("result", F_OK), "%s: no half-written file", what);
     if (session && r.status) {  // what is left of a session opens
         Ran next = ran("run endless.bin -S session -n 2 -s 1 -q");
-        CHECK(next.status == 0, "the session of %s with %s %d goes on: %s", command, function, n,
-              next.err.p);
+        CHECK(next.status == 0, "%s: the session goes on: %s", what, next.err.p);
     }
     unlink("result"), unlink("session"), unlink("saved");
-    CHECK(files_here() == files, "%s with %s%s %d leaves no other file", command,
-          signals ? "signals before " : "", function, n);
+    CHECK(files_here() == files, "%s: no other file is left", what);
     return r.status == 1;
 }
 
@@ -3414,15 +3410,15 @@ static void test_signals(void) {
     }
     int status = signalled("run endless.bin -i abc -n 0 -s 1", -1, SIGINT, 60000, false);
     Buffer b = slurp("stdout");
-    CHECK(status == 130 && b.n && b.p[b.n - 1] == '\n', "Ctrl-C ends a text: %d, %zu bytes", status,
-          b.n);
+    CHECK(status == 130 && b.n && b.p[b.n - 1] == '\n', "Ctrl-C ends a text: %d, %zu", status, b.n);
     Buffer big = letters_of(20000);
     keep("long", &big), save("ids", "1 2 3 4 5 6 7 8 9", 17);
+    save("slow", "sleep 1; touch late", 19);
     ran("run endless.bin -m compress -f long -o small -q");
     static const char *const commands[] = {
         "-i abc -n 0 -j 2", "-i abc -n 100000 -o result", "-i abc -n 90000 -k 3 -o result",
         "-i abc -n 90000 -e endless.bin -o result", "-i abc -n 90000 -S session -c 4096",
-        "-i 1+1= -n 3 -T 'sleep 3'", "-i abc -n 90000 -d lookup",
+        "-i 1+1= -n 3 -T '. ./slow'", "-i abc -n 90000 -d lookup",
         "-m chat -n 90000 -i abc", "-m eval -f long -o result", "-m compress -f long -o result",
         "-m decompress -f small -o result", "-m explain -i abc -n 900 -c 999 -o result",
         "-m logits -f ids -o result"};
@@ -3442,6 +3438,8 @@ static void test_signals(void) {
         unlink("result"), unlink("session");
         CHECK(files_here() <= files, "%s leaves no temporary file", command);
     }
+    usleep(1100000);
+    CHECK(access("late", F_OK), "no tool outlives a program that was stopped");
 }
 
 // ==== 16. Real models, where they are ============================================================
@@ -3520,7 +3518,7 @@ static void test_models(void) {
 }
 
 #ifdef FUZZ
-// ==== Fuzzing: `make fuzz` builds this with clang's libFuzzer, and FUZZ=target names what is fed ===
+// ==== Fuzzing: `make fuzz` builds this with clang's libFuzzer, and FUZZ=target names what is fed =
 //
 // An input may do anything but crash, hang, leak without bound or break an assertion. What carries
 // a hash is sealed again after each mutation, so that the fuzzer gets behind the hash.
