@@ -4362,7 +4362,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 enum {
     ZIP_MAGIC = 0x627a6d6c,  // "lmzb"; each version has a last letter of its own
-    ZIP_CONTEXT = 3072,      // positions, if -c does not say: longer is slower, and hardly smaller
+    ZIP_CONTEXT = 1536,      // positions, if -c does not say: longer is slower, and a little smaller
     ZIP_SEGMENTS = 16, ZIP_LEAST_CONTEXT = 16,
     ZIP_PREFIX = 256,        // of them for the prefix: a page, which all segments share
     ZIP_PART = 1 << 20,      // bytes of text that become symbols at once
