@@ -402,7 +402,6 @@ static void position(const Pass *f, int i) {
         cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, f->batch[i].pos, k, v);
     }
 }
-
 static void attention_in(const Pass *f, int i) { norm_of_stream(f, i, &f->l->attn_norm); }
 static void feed_forward_in(const Pass *f, int i) {
     add_to_stream(f, i, &f->l->post_attn_norm);
@@ -2222,7 +2221,7 @@ INLINE void integer_kernel(const int T, const int dtype, const Work *w) {
                     __builtin_prefetch(block + w->ahead + i, 0, 2);  // a line between products
                 vu v = load_u(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
                 if (nibbles) v &= 0x0f0f0f0f;
-                else if (dtype == Q8 && BIAS8) v ^= 0x80808080;
+                else if (dtype == Q8 && BIAS8 != 0) v ^= 0x80808080;
                 for (int t = 0; t < T; t++) {
                     const int8_t *from = x + t * BLOCK + g / H * 4;
                     vi *to = &sum[t * H + g % H];
@@ -4362,7 +4361,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 enum {
     ZIP_MAGIC = 0x627a6d6c,  // "lmzb"; each version has a last letter of its own
-    ZIP_CONTEXT = 1536,      // positions, if -c does not say: longer is slower, and a little smaller
+    ZIP_CONTEXT = 1536,      // positions, if -c does not say: longer: slower, a little smaller
     ZIP_SEGMENTS = 16, ZIP_LEAST_CONTEXT = 16,
     ZIP_PREFIX = 256,        // of them for the prefix: a page, which all segments share
     ZIP_PART = 1 << 20,      // bytes of text that become symbols at once
