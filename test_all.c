@@ -1697,17 +1697,10 @@ static void test_real_tokenizer(void) {
          "\xb6. \xce\x91\xce\x92\xce\x93 \xce\xb4\xce\xad\xce\xbb\xcf\x84\xce\xb1",
          "155 249 46879 16464 32547 28 41337 7872 9175 17 5470 219 40186 30 5664 235 153 236 153 "
          "237 31035 34075 17162 14514 8998", "SmolLM2's Russian and Greek", 0, 0},
-        {"emoji: \xf0\x9f\x98\x80\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f"
-         "\x91\xa7\xe2\x80\x8d\xf0\x9f\x91\xa6\xf0\x9f\x87\xab\xf0\x9f\x87\xb7 end",
-         "391 33777 42 40303 218 10813 235 119 321 231 10813 235 119 321 231 10813 235 117 321 231 "
-         "10813 235 116 10813 225 121 10813 225 132 1112", "SmolLM2's emoji", 0, 0},
         {"def f(x):\n    return x**2  # comment\n",
          "1604 275 24 104 727 472 1003 1792 828 34 216 907 5189 198", "SmolLM2's code", 0, 0},
         {"\r\nwindows\r\nlines\r\n", "201 198 37066 201 198 5110 2738", "SmolLM2's lines", 0, 0},
         {"<|im_start|>user\nhi<|im_end|>\n", "1 4093 198 6004 2 198", "SmolLM2's turns", 0, 0},
-        {"\xd9\xa1\xd9\xa2\xd9\xa3 \xdb\xb4\xdb\xb5\xdb\xb6 \xe0\xa5\xa7\xe0\xa5\xa8\xe0\xa5\xa9",
-         "164 111 164 112 164 113 216 166 129 166 130 166 131 216 9310 117 9310 118 9310 119",
-         "SmolLM2's other digits", 0, 0},
         {"....!!!?""?""?---", "5592 29646 16693 47 5583", "SmolLM2's points", 0, 0},
         {" ", "216", "SmolLM2's space", 0, 0}, {"\n", "198", "SmolLM2's newline", 0, 0},
         {"1234*4321=5332114", "33 34 35 36 26 36 35 34 33 45 37 35 35 34 33 33 36",
@@ -1718,7 +1711,7 @@ static void test_real_tokenizer(void) {
     Model m = {.c = {.vocab_size = 49152}};
     const char *path = at_home("tokenizer.bin");
     if (access(path, R_OK)) {
-        skip(18, "SmolLM2's tokenizer: there is no tokenizer.bin here");
+        skip(16, "SmolLM2's tokenizer: there is no tokenizer.bin here");
         return;
     }
     const char *wrong = load_tokenizer(&t, path, &m);
@@ -3686,6 +3679,14 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
     if (!strcmp(target, "session") && n > sizeof(SessionHeader)) {
         memcpy(data, "session5", 8);
         set64(data + offsetof(SessionHeader, hash), hash64(data, offsetof(SessionHeader, hash)));
+    }
+    if (!strcmp(target, "compressed") && n > sizeof(ZipHeader)) {  // and sizes that take no minutes
+        ZipHeader h;
+        memcpy(&h, data, sizeof h);
+        h.magic = ZIP_MAGIC, h.model = model_hash(&fuzz_model), h.tokenizer = fuzz_tokenizer.h.hash;
+        h.bytes %= 400, h.symbols %= 400, h.context = 16 + h.context % 64;
+        h.file_hash = zip_hash(&h, (Text){(char *)data + sizeof h, n - sizeof h});
+        memcpy(data, &h, sizeof h);
     }
     return n;
 }
