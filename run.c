@@ -234,7 +234,7 @@ static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
 
-typedef struct State {     // the activations: row i of an array that is w wide begins at i * w
+typedef struct {           // the activations: row i of an array that is w wide begins at i * w
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
     float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
@@ -244,8 +244,8 @@ typedef struct State {     // the activations: row i of an array that is w wide 
     float *rope, *rope_local;  // (n, 2, head_dim) cosines and sines, in global and local layers
     Quantized xq;          // the input of a matrix product, rounded
     float *logits;         // (slots that want them, vocab_size)
-    int scores_width, capacity;  // capacity: slots that there is room for
-    size_t logits_room, scores_room;
+    int scores_width;
+    size_t logits_room, scores_room;  // numbers that there is room for
 } State;
 static float *row_of(float *x, int i, int width) { return x + (size_t)i * (size_t)width; }
 
@@ -350,7 +350,7 @@ static void (*attention)(const Pass *f) = attention_plain;  // or a function of 
 // ---- [1.5] forward ------------------------------------------------------------------------------
 // The stages of a pass, each for one token.
 
-static State *get_state(Cache *kv, int n, int wanted);    // with room for n slots and their logits
+static State *get_state(Cache *kv, int wanted);  // with room for the logits of so many slots
 static void cache_prepare(Cache *kv, const Slot *batch, int n);  // memory for what will be written
 static void check_logits(const Model *m, const float *logits, int n);  // dies if one is NaN or huge
 
@@ -461,7 +461,7 @@ static int forward_batch(Pass *f, float *logits) {
 static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
     int wanted = 0, done = 0;
     for (int i = 0; i < n; i++) wanted += batch[i].want_logits;
-    Pass f = {.m = m, .kv = kv, .s = get_state(kv, n < MAX_BATCH ? n : MAX_BATCH, wanted)};
+    Pass f = {.m = m, .kv = kv, .s = get_state(kv, wanted)};
     cache_prepare(kv, batch, n);
     for (int i = 0; i < n; i += MAX_BATCH) {
         f.batch = batch + i, f.n = n - i < MAX_BATCH ? n - i : MAX_BATCH;
@@ -659,31 +659,24 @@ static int by_probability(const void *a, const void *b) {
     return (x->token > y->token) - (x->token < y->token);
 }
 // Tokens below a cutoff cannot be drawn, and need not be sorted. For the k likeliest it is a power
-// of two that a count of the probabilities' exponents leaves.
-static int likely_candidates(Sampler *s) {
+// of two that a count of the probabilities' exponents leaves. The probabilities left do not add up
+// to 1: the random number is scaled to their sum.
+static int sample_candidates(Sampler *s) {
     Candidate *c = s->candidates;
+    bool nucleus = s->top_p > 0 && s->top_p < 1;
     int n = 0, counts[256] = {0}, exponent = 255, vocab = s->vocab_size;
-    float cutoff = s->top_p > 0 && s->top_p < 1 ? (1.0f - s->top_p) / (float)(vocab - 1) : 0;
-    if (s->min_p > 0) cutoff = fmaxf(cutoff, s->min_p * largest(s->p, vocab));
+    float max = largest(s->p, vocab), sum = 0, cdf = 0;
+    float cutoff = nucleus ? fminf((1.0f - s->top_p) / (float)(vocab - 1), max) : 0;
     for (int i = 0; i < vocab && s->top_k; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
     for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
     if (s->top_k) cutoff = fmaxf(cutoff, float_of((uint32_t)exponent << 23));
+    cutoff = fmaxf(cutoff, s->min_p * max);
     for (int i = 0; i < vocab; i++)
         if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
-    if (n == 0) c[n++] = (Candidate){largest(s->p, vocab), argmax(s->p, vocab)};
     qsort(c, (size_t)n, sizeof *c, by_probability);
-    return n;
-}
-
-// The probabilities left do not add up to 1: the random number is scaled to their sum.
-static int sample_candidates(Sampler *s) {
-    const Candidate *c = s->candidates;
-    int n = likely_candidates(s);
-    bool nucleus = s->top_p > 0 && s->top_p < 1;
-    float sum = 0, cdf = 0;
     if (s->top_k && n > s->top_k) n = s->top_k;
     for (s->kept = 0; s->kept < n; sum += c[s->kept++].p)
-        if (s->kept && (c[s->kept].p < s->min_p * c[0].p || (nucleus && sum > s->top_p))) break;
+        if (s->kept && (c[s->kept].p < s->min_p * max || (nucleus && sum > s->top_p))) break;
     for (int i = 0; i < s->kept; i++) {
         cdf += c[i].p;
         if (s->coin * sum < cdf) return c[i].token;
@@ -902,12 +895,15 @@ static void large_pages(const void *p, size_t bytes) {
 #endif
 }
 
-// Zeroed memory at the start of a cache line, to be freed.
+// Zeroed memory at the start of a cache line, or of a large page, to be freed.
 static void *zeros(size_t count, size_t size) {
     void *p = NULL;
-    if (count > SIZE_MAX / 2 / size || posix_memalign(&p, 64, count * size + 64))
-        die("out of memory: %zu x %zu bytes", count, size);
-    return memset(p, 0, count * size + 64);
+    size_t bytes = count > SIZE_MAX / 2 / size ? SIZE_MAX / 2 : count * size;
+    bool large = bytes >= 1 << 21;
+    if (posix_memalign(&p, large ? 1 << 21 : 64, bytes + 64))
+        die("out of memory: cannot get %zu bytes", bytes);
+    if (large) large_pages(p, bytes);
+    return memset(p, 0, bytes + 64);
 }
 static Quantized new_quantized(int n, int cols) {  // to be freed: its q
     size_t blocks = (size_t)round_up(n, TILE) * (size_t)blocks_of(cols);
@@ -964,24 +960,17 @@ struct Cache {
     int n_pages;          // the most that a sequence has
     size_t head_bytes, page_bytes;
     uint8_t **pages;      // (n_seqs, n_pages), behind each the number of its users; NULL: none yet
-    uint8_t *free_pages;  // that nobody uses; each begins with a pointer to the next
-    State *state;         // activations of forward
+    State state;          // the activations of forward
 };
 
 static uint8_t **page_of(const Cache *kv, int seq, int pos) {
     return &kv->pages[(size_t)seq * (size_t)kv->n_pages + (size_t)(pos / PAGE_POSITIONS)];
 }
-static const uint8_t *cache_page(const Cache *kv, int seq, int page) {
-    return *page_of(kv, seq, page * PAGE_POSITIONS);
-}
 static int *users_of(const Cache *kv, uint8_t *page) {
     return (int *)(void *)(page + kv->page_bytes);
 }
 static void leave_page(Cache *kv, uint8_t **page) {
-    if (*page && !--*users_of(kv, *page)) {
-        memcpy(*page, &kv->free_pages, sizeof(uint8_t *));
-        kv->free_pages = *page;
-    }
+    if (*page && !--*users_of(kv, *page)) free(*page);
     *page = NULL;
 }
 
@@ -989,15 +978,11 @@ static void leave_page(Cache *kv, uint8_t **page) {
 static void take_page(Cache *kv, int seq, int pos) {
     uint8_t **page = page_of(kv, seq, pos), *old = *page;
     if (old && *users_of(kv, old) == 1) return;
-    uint8_t *own = kv->free_pages;
-    if (own) memcpy(&kv->free_pages, own, sizeof(uint8_t *));
-    else own = reserve(1, kv->page_bytes + sizeof(int), "the KV cache (-c N is its length)");
-    large_pages(own, kv->page_bytes);
-    if (old) memcpy(own, old, kv->page_bytes);
-    else memset(own, 0, 8);
-    leave_page(kv, page);
-    *page = own;
-    *users_of(kv, own) = 1;
+    *page = zeros(1, kv->page_bytes + sizeof(int));
+    *users_of(kv, *page) = 1;
+    if (!old) return;
+    memcpy(*page, old, kv->page_bytes);
+    --*users_of(kv, old);
 }
 static void cache_prepare(Cache *kv, const Slot *batch, int n) {
     for (int i = 0; i < n; i++) take_page(kv, batch[i].seq, batch[i].pos);
@@ -1032,7 +1017,8 @@ static const uint8_t *head_at(const CacheHead *h, int pos) {
 
 static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
     const Config *c = &m->c;
-    int dtype = m->token_embedding.dtype;
+    State *s = &kv->state;
+    int dtype = m->token_embedding.dtype, q_dim = c->n_heads * c->head_dim;
     *kv = (Cache){.m = m, .n_seqs = n_seqs, .ctx = ctx};
     kv->dtype = dtype <= F32 ? F32 : dtype == BF16 ? HALF : Q8;
     kv->n_pages = (ctx + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
@@ -1041,6 +1027,24 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
                      (kv->dtype == Q8 ? PAGE_POSITIONS * sizeof(float) : 0);
     kv->page_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
     kv->pages = zeros((size_t)n_seqs * (size_t)kv->n_pages, sizeof *kv->pages);
+    float **arrays[] = {&s->x, &s->xb, &s->q, &s->att_out, &s->k, &s->v, &s->gate, &s->up,
+                        &s->rope, &s->rope_local};
+    const int widths[] = {c->dim, q_dim, c->n_kv_heads * c->head_dim, c->hidden_dim,
+                          2 * c->head_dim};  // each of two arrays
+    int all = 0, widest = 0;
+    for (int i = 0; i < 5; i++) {
+        all += 2 * widths[i];
+        if (widths[i] > widest) widest = widths[i];
+    }
+    float *next = zeros((size_t)all * MAX_BATCH, sizeof(float));
+    for (int i = 0; i < 10; i++) *arrays[i] = next, next += (size_t)widths[i / 2] * MAX_BATCH;
+    s->xq = new_quantized(MAX_BATCH, widest);
+}
+static void cache_close(Cache *kv) {
+    for (int i = 0; i < kv->n_seqs; i++) cache_clear(kv, i);
+    void *memory[] = {kv->pages, kv->state.x, kv->state.xq.q, kv->state.logits, kv->state.scores};
+    for (int i = 0; i < 5; i++) free(memory[i]);
+    *kv = (Cache){0};
 }
 
 static void put_number(const Matrix *w, int row, int c, float x) {
@@ -1112,59 +1116,25 @@ static void cache_average(const CacheHead *h, const float *weights, int first, i
     free(rounded.q);
 }
 
-// The activations of forward, which come with the cache.
-static void scores_room(State *s, size_t n) {
-    if (n <= s->scores_room) return;
-    s->scores_room = n + n / 4;
-    s->scores = resize(s->scores, s->scores_room, sizeof(float));
+// Gives an array room for n numbers; what was in it is lost.
+static void make_room(float **array, size_t *room, size_t n) {
+    if (*array && n <= *room) return;
+    *room = n + n / 4;
+    free(*array);
+    *array = resize(NULL, *room, sizeof(float));
 }
-static void get_scores(const Pass *f) {
-    int longest = 0;
-    for (int i = 0; i < f->n; i++)
-        if (f->batch[i].pos >= longest) longest = f->batch[i].pos + 1;
-    f->s->scores_width = longest;
-    scores_room(f->s, (size_t)(f->n * f->m->c.n_heads) * (size_t)longest);
-}
-static State *get_state(Cache *kv, int n, int wanted) {
-    const Config *c = &kv->m->c;
-    if (!kv->state) kv->state = zeros(1, sizeof *kv->state);
-    State *s = kv->state;
-    if (!s->logits || (size_t)wanted > s->logits_room) {
-        s->logits = resize(s->logits, (size_t)wanted * (size_t)c->vocab_size, sizeof(float));
-        s->logits_room = (size_t)wanted;
-    }
-    if (n <= s->capacity) return s;
-    int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim, widest = 0;
-    struct { float **array; int width; } arrays[] = {
-        {&s->x, c->dim}, {&s->xb, c->dim}, {&s->q, q_dim}, {&s->k, kv_dim}, {&s->v, kv_dim},
-        {&s->att_out, q_dim}, {&s->gate, c->hidden_dim}, {&s->up, c->hidden_dim},
-        {&s->rope, 2 * c->head_dim}, {&s->rope_local, 2 * c->head_dim},
-    };
-    free(s->xq.q);
-    s->capacity = round_up(n, TILE);
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        free(*arrays[i].array);
-        *arrays[i].array = zeros((size_t)s->capacity * (size_t)arrays[i].width, sizeof(float));
-        if (arrays[i].width > widest) widest = arrays[i].width;
-    }
-    s->xq = new_quantized(s->capacity, widest);
+static State *get_state(Cache *kv, int wanted) {
+    State *s = &kv->state;
+    make_room(&s->logits, &s->logits_room, (size_t)wanted * (size_t)kv->m->c.vocab_size);
     return s;
 }
-
-static void cache_close(Cache *kv) {
-    State *s = kv->state;
-    for (int i = 0; i < kv->n_seqs; i++) cache_clear(kv, i);
-    for (uint8_t *page = kv->free_pages, *next; page; page = next) {
-        memcpy(&next, page, sizeof next);
-        munmap(page, kv->page_bytes + sizeof(int));
-    }
-    if (s) {
-        void *arrays[] = {s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope,
-                          s->rope_local, s->xq.q, s->logits, s->scores, s};
-        for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
-    }
-    free(kv->pages);
-    *kv = (Cache){0};
+static void get_scores(const Pass *f) {
+    State *s = f->s;
+    s->scores_width = 0;
+    for (int i = 0; i < f->n; i++)
+        if (f->batch[i].pos >= s->scores_width) s->scores_width = f->batch[i].pos + 1;
+    make_room(&s->scores, &s->scores_room,
+              (size_t)(f->n * f->m->c.n_heads) * (size_t)s->scores_width);
 }
 
 // A damaged weight shows in the logits, as NaN or a number over 1e18. (Smaller ones can be scaled
@@ -1335,18 +1305,12 @@ static void load_v4(Model *m) {
     }
 }
 
-// Packs a matrix that lies row by row into panels at `to`.
-typedef struct { Matrix from; float *to; } PackJob;
+// Packs a row of a matrix that lies row by row into panels.
+typedef struct { Matrix from, to; } PackJob;
 static void pack_task(void *context, int row) {
     const PackJob *job = context;
-    int cols = job->from.cols;
-    float *panel = job->to + (size_t)(row / PANEL) * (size_t)cols * PANEL;
-    for (int c = 0; c < cols; c++) panel[number_at(row, c)] = weight(&job->from, row, c);
-}
-static void pack_matrix(Matrix *w, uint8_t **to) {
-    parallel(pack_task, &(PackJob){*w, (float *)(void *)*to}, w->rows);
-    *w = (Matrix){F32, w->rows, w->cols, *to};
-    *to += matrix_bytes(F32, w->rows, w->cols);
+    for (int c = 0; c < job->from.cols; c++)
+        put_number(&job->to, row, c, weight(&job->from, row, c));
 }
 
 // llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1: float32 row by
@@ -1373,14 +1337,14 @@ static void load_llama2c(Model *m, bool v1) {
     tensor_rules(c, rules);
     for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
         const TensorRule *rule = &rules[(int)orders[v1][i]];
-        if (i == LLAMA2C_TENSORS - 1 && !v1) end += (size_t)c->seq_len * (size_t)c->head_dim * 4;
         for (int l = 0; l < (rule->of_layer ? c->n_layers : 1); l++) {
             *tensor_of(m, rule, l) = (Matrix){ROWS, rule->rows, rule->cols, m->file + end};
             end += matrix_bytes(ROWS, rule->rows, rule->cols);
             if (rule->kind == MATRIX) packed += matrix_bytes(F32, rule->rows, rule->cols);
         }
+        if (!v1 && i == LLAMA2C_TENSORS - 2)  // tables for RoPE follow: not used
+            end += (size_t)c->seq_len * (size_t)c->head_dim * 4;
     }
-    if (!v1 && tied) end += (size_t)c->seq_len * (size_t)c->head_dim * 4;  // unused tables
     if (m->file_size != end)
         die("%s is %s: its header asks for %zu bytes, it has %zu", m->path,
             m->file_size < end ? "truncated, or not a checkpoint" : "too long", end, m->file_size);
@@ -1389,8 +1353,12 @@ static void load_llama2c(Model *m, bool v1) {
     m->packed = reserve(1, m->packed_size, m->path);
     uint8_t *to = m->packed + (size_t)c->head_dim * 4;
     for (int i = 0; i < LLAMA2C_TENSORS - tied && !in_place; i++)
-        for (int l = 0; rules[i].kind == MATRIX && l < (rules[i].of_layer ? c->n_layers : 1); l++)
-            pack_matrix(tensor_of(m, &rules[i], l), &to);
+        for (int l = 0; rules[i].kind == MATRIX && l < (rules[i].of_layer ? c->n_layers : 1); l++) {
+            Matrix *w = tensor_of(m, &rules[i], l), panels = {F32, w->rows, w->cols, to};
+            parallel(pack_task, &(PackJob){*w, panels}, w->rows);
+            to += matrix_bytes(F32, w->rows, w->cols);
+            *w = panels;
+        }
     if (in_place) fprintf(stderr, "run: %s is read row by row; export.py makes it fast\n", m->path);
     float *freqs = (float *)(void *)m->packed;
     for (int i = 0, half = c->head_dim / 2; i < half; i++)
@@ -2518,7 +2486,7 @@ static void attention_fast(const Pass *f) {
     bool cut = threads > 1 && pairs < 4 * threads && longest > PAGE_POSITIONS;
     a.queries = widest * a.group;
     a.width = round_up(longest, BLOCK);
-    scores_room(f->s, attend_area(&a) * (size_t)(cut ? pairs : threads));
+    make_room(&f->s->scores, &f->s->scores_room, attend_area(&a) * (size_t)(cut ? pairs : threads));
     if (!cut) parallel(attend_task, &a, pairs);
     int parts[] = {(longest - 1) / PAGE_POSITIONS + 1, a.queries, (c->head_dim - 1) / PANEL + 1};
     for (a.step = 0; a.step < 3 && cut; a.step++) {
@@ -2791,9 +2759,9 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 // written out (sampler_new, output_token), how likely a text is (likelihood_window). It keeps
 // nothing. Calls: encode, decode, forward.
 
-// A text: its tokens, of which the cache holds the first `done` as sequence 0, and of which `keep`
-// at the beginning stay when the context is full.
-typedef struct { Ids ids; int done, keep; } Context;
+// A text: its tokens, of which the cache holds the first `done`, a session's file the first `saved`,
+// a draft's cache the first `drafted`, and of which `keep` stay when the context is full.
+typedef struct { Ids ids; int done, keep, saved, drafted; } Context;
 
 // What the model is to read; `typed` marks what a user typed (no special tokens there).
 typedef struct { char *s, *typed; size_t n; } Prompt;
@@ -2893,38 +2861,33 @@ static double likelihood_window(const Model *m, Cache *kv, const int *ids, int f
 // ---- [5.3] sessions -----------------------------------------------------------------------------
 // A text with its keys and values in a file: `-S FILE`, chat's /save and /load. Enter at
 // session_open. session_commit writes what is new to where nothing counts yet, and then, in one
-// piece, the header, which says what counts: who is killed at any moment leaves the text before or
-// after. It keeps the file open and locked. Calls: cache_prepare, output_send, file_replace.
+// piece, the header, which says what counts; a changed text becomes a new file in the old one's
+// place. Who is killed at any moment leaves the text before or after. It keeps the file open and
+// locked. Calls: cache_prepare, output_send, file_replace.
 
 #ifndef NO_SESSIONS
 typedef struct {
     char magic[8];
-    uint64_t model, page_bytes;  // the model's hash; the size of the cache's pages
-    int32_t dtype, ctx;          // dtype: of keys and values
-    int32_t first, n;            // what counts: n tokens, from this one on,
-    int32_t done, keep;          // as in Context; of an unfinished page, done may not count any
-    uint64_t rng, hash;          // state of the generator; hash of all this
-} SessionHeader;                 // behind it 2 (ctx + 1) tokens have room, then come the pages
+    uint64_t model, page_bytes;   // the model's hash; the size of the cache's pages
+    uint64_t rng;                 // state of the generator
+    int32_t n, done, keep, zero;  // as in Context; of an unfinished page, done may not count any
+    uint64_t hash;                // of all this
+} SessionHeader;                  // behind it, for each page of the cache: its tokens, and the page
 typedef struct {
     const char *path;  // NULL: there is none, and all calls do nothing
     int fd;            // -1: there is no file yet
     uint8_t *image;    // memory that is written instead
     SessionHeader h;   // of the file
-    int computed;      // Context.done; -1: no text was written yet
     const Cache *kv;
 } Session;
+enum { SESSION_TOKENS = PAGE_POSITIONS * sizeof(int) };
 
-static off_t session_token(const SessionHeader *h, int i) {  // where it is in the file
-    return (off_t)sizeof *h + ((off_t)h->first + i) * (off_t)sizeof(int);
-}
-static off_t session_page(const SessionHeader *h, int n) {  // where the pages of n positions end
-    off_t head = (off_t)sizeof *h + 2 * ((off_t)h->ctx + 1) * (off_t)sizeof(int);
-    return head + (n + PAGE_POSITIONS - 1) / PAGE_POSITIONS * (off_t)h->page_bytes;
+static off_t session_at(const SessionHeader *h, int pos) {  // where the tokens of its page begin
+    return (off_t)sizeof *h + pos / PAGE_POSITIONS * (off_t)(SESSION_TOKENS + h->page_bytes);
 }
 static SessionHeader session_header(const Cache *kv) {
-    SessionHeader h = {.model = model_hash(kv->m), .page_bytes = kv->page_bytes,
-                       .dtype = kv->dtype, .ctx = kv->ctx};
-    memcpy(h.magic, "session5", sizeof h.magic);
+    SessionHeader h = {.model = model_hash(kv->m), .page_bytes = kv->page_bytes};
+    memcpy(h.magic, "session6", sizeof h.magic);
     return h;
 }
 
@@ -2944,168 +2907,121 @@ static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c)
     const SessionHeader mine = session_header(kv);
     if (pread(fd, h, sizeof *h, 0) != sizeof *h || memcmp(h, "session", 7))
         return "it is not a session";
-    if (memcmp(h, &mine, offsetof(SessionHeader, ctx)))
+    if (memcmp(h, &mine, offsetof(SessionHeader, rng)))
         return "it is a session of another model or version: begin a new one";
     bool whole = h->hash == hash64(h, offsetof(SessionHeader, hash)) && h->n >= 0 &&
                  h->done >= 0 && h->done <= h->n && h->keep >= 0;
     if (whole && h->n - 1 > kv->ctx) return "it is longer than this context";
-    size_t n = whole ? (size_t)h->n : 0, bytes = n * sizeof(int);
+    size_t n = whole ? (size_t)h->n : 0;
     Ids ids = {resize(NULL, n, sizeof(int)), n, n};
-    whole = whole && pread(fd, ids.ids, bytes, session_token(h, 0)) == (ssize_t)bytes &&
-            (!h->done || lseek(fd, 0, SEEK_END) >= session_page(h, h->done));
-    for (size_t i = 0; i < n && whole; i++)
-        whole = ids.ids[i] >= 0 && ids.ids[i] < kv->m->c.vocab_size;
+    off_t end = session_at(h, h->done + PAGE_POSITIONS - 1);
+    whole = whole && (!h->done || lseek(fd, 0, SEEK_END) >= end);
+    for (int i = 0; i < (int)n && whole; i++) {
+        size_t bytes = (n - (size_t)i < PAGE_POSITIONS ? n - (size_t)i : PAGE_POSITIONS) * 4;
+        if (i % PAGE_POSITIONS == 0)
+            whole = pread(fd, ids.ids + i, bytes, session_at(h, i)) == (ssize_t)bytes;
+        whole = whole && ids.ids[i] >= 0 && ids.ids[i] < kv->m->c.vocab_size;
+    }
     free(whole ? c->ids.ids : ids.ids);
     if (!whole) return "it is damaged or truncated";
-    if (h->done > kv->ctx) h->done = kv->ctx;
-    for (int i = 0; i < h->done; i += PAGE_POSITIONS) {
+    *c = (Context){ids, h->done < kv->ctx ? h->done : kv->ctx, h->keep, 0, 0};
+    for (int i = 0; i < c->done; i += PAGE_POSITIONS) {
         cache_prepare(kv, &(Slot){.pos = i}, 1);
-        uint8_t *page = (uint8_t *)(uintptr_t)cache_page(kv, 0, i / PAGE_POSITIONS);
-        ssize_t got = pread(fd, page, kv->page_bytes, session_page(h, i));
-        if (got != (ssize_t)kv->page_bytes) h->done = i;  // the rest will be computed again
+        ssize_t got = pread(fd, *page_of(kv, 0, i), kv->page_bytes,
+                            session_at(h, i) + SESSION_TOKENS);
+        if (got != (ssize_t)kv->page_bytes) c->done = i;  // the rest will be computed again
     }
-    *c = (Context){ids, h->done, h->keep};
     return NULL;
 }
 
-static void session_send(const Session *s, const void *data, size_t n, off_t at) {
+static void session_write(const Session *s, const void *data, size_t n, off_t at) {
     if (s->image) memcpy(s->image + at, data, n);
     else if (lseek(s->fd, at, SEEK_SET) < 0 || !output_send(s->fd, data, n)) {
         const char *why = strerror(errno);
-        if (s->computed < 0) unlink(s->path);
+        if (!s->h.hash) unlink(s->path);  // there is nothing in it yet
         die("cannot write the session %s: %s", s->path, why);
     }
 }
-// Writes the pages that are new, up to `done` positions, and then the header.
-static void session_put(Session *s, int done) {
-    int new = done > s->h.done ? s->h.done - s->h.done % PAGE_POSITIONS : done;
-    for (; new < done; new += PAGE_POSITIONS)
-        session_send(s, cache_page(s->kv, 0, new / PAGE_POSITIONS), s->h.page_bytes,
-                     session_page(&s->h, new));
-    s->h.done = done;
-    s->h.hash = hash64(&s->h, offsetof(SessionHeader, hash));
-    session_send(s, &s->h, sizeof s->h, 0);
-}
 
-// The text is now c, which has grown, or was cut. An unfinished page is written at the end only: a
-// program that is killed leaves up to 255 positions to be computed again.
-static void session_commit(Session *s, const Context *c, uint64_t rng) {
-    int whole = c->done - c->done % PAGE_POSITIONS, n = s->h.ctx + 1;  // there is no room for more
-    if ((size_t)n > c->ids.n) n = (int)c->ids.n;
-    if (!s->path || (s->fd < 0 && !n)) return;
-    if (s->fd < 0 && !s->image) {
-        const char *wrong = session_lock(s->path, O_RDWR | O_CREAT, &s->fd);
-        if (!wrong && lseek(s->fd, 0, SEEK_END)) wrong = "it is in use";
-        if (wrong) die("cannot write the session %s: %s", s->path, wrong);
-        session_put(s, 0);
+// Writes the tokens that the file does not have, the pages up to `done` positions that it does not
+// have, and then the header.
+static void session_append(Session *s, Context *c, int done, uint64_t rng) {
+    SessionHeader *h = &s->h;
+    for (int i = c->saved, n; i < (int)c->ids.n; i += n) {
+        n = PAGE_POSITIONS - i % PAGE_POSITIONS;
+        if (n > (int)c->ids.n - i) n = (int)c->ids.n - i;
+        session_write(s, c->ids.ids + i, (size_t)n * sizeof(int),
+                      session_at(h, i) + i % PAGE_POSITIONS * (off_t)sizeof(int));
     }
-    if (n > s->h.n)
-        session_send(s, c->ids.ids + s->h.n, (size_t)(n - s->h.n) * sizeof(int),
-                     session_token(&s->h, s->h.n));
-    s->h.n = n;
-    s->h.keep = c->keep;
-    s->h.rng = rng;
+    for (int i = h->done - h->done % PAGE_POSITIONS; i < done; i += PAGE_POSITIONS)
+        session_write(s, *page_of(s->kv, 0, i), h->page_bytes, session_at(h, i) + SESSION_TOKENS);
+    h->n = c->saved = (int)c->ids.n;
+    h->done = done;
+    h->keep = c->keep;
+    h->rng = rng;
+    h->hash = hash64(h, offsetof(SessionHeader, hash));
+    session_write(s, h, sizeof *h, 0);
+}
+
+// Writes a new file, which takes the old one's place. Returns what is wrong, or NULL.
+static const char *session_save(Session *s, Context *c, uint64_t rng) {
+    s->h = session_header(s->kv);
+    c->saved = 0;
+    size_t bytes = (size_t)session_at(&s->h, (int)c->ids.n + PAGE_POSITIONS - 1);
+    s->image = reserve(1, bytes, "a session");
+    session_append(s, c, c->done, rng);
+    const char *wrong = file_replace(s->path, s->image, bytes);
+    munmap(s->image, bytes);
+    s->image = NULL;
+    return wrong;
+}
+
+// The text is now c. An unfinished page is written at the end only: a program that is killed leaves
+// up to 255 positions to be computed again.
+static void session_commit(Session *s, Context *c, uint64_t rng) {
+    int whole = c->done - c->done % PAGE_POSITIONS;
+    bool changed = c->saved < s->h.n && c->saved < (int)c->ids.n;
+    const char *wrong = NULL;
+    if (!s->path || (s->fd < 0 && !c->ids.n)) return;
+    if (changed) {
+        wrong = session_save(s, c, rng);
+        close(s->fd);
+        if (!wrong) wrong = session_lock(s->path, O_RDWR, &s->fd);
+    } else if (s->fd < 0) {
+        wrong = session_lock(s->path, O_RDWR | O_CREAT, &s->fd);
+        if (!wrong && lseek(s->fd, 0, SEEK_END)) wrong = "it is in use";
+    }
+    if (wrong) die("cannot write the session %s: %s", s->path, wrong);
     if (s->h.done > c->done) s->h.done = c->done;
-    session_put(s, whole > s->h.done ? whole : s->h.done);
-    s->computed = c->done;
+    session_append(s, c, whole > s->h.done ? whole : s->h.done, rng);
 }
 
-// The same where anything may have changed. The tokens are written into the other half; when they
-// count, no page does, until it is written anew.
-static void session_rewrite(Session *s, const Context *c, uint64_t rng) {
-    Context text = {c->ids, 0, c->keep};
-    s->h.first = s->h.first ? 0 : s->h.ctx + 1;
-    s->h.n = 0;
-    session_commit(s, &text, rng);
-    session_commit(s, c, rng);
-}
-
-static int session_context(Session *s, const char *path) {
-    *s = (Session){.path = path, .fd = -1, .computed = -1};
+// Opens the session of a text, if path is not NULL. Returns the generator's state, or 0.
+static uint64_t session_open(Session *s, const char *path, Cache *kv, Context *c) {
+    *s = (Session){.path = path, .fd = -1, .h = session_header(kv), .kv = kv};
     if (!path) return 0;
     const char *wrong = access(path, F_OK) ? file_replace(path, NULL, 0)  // tries whether it can
                                            : session_lock(path, O_RDWR, &s->fd);
+    if (!wrong && s->fd >= 0 && lseek(s->fd, 0, SEEK_END))  // an empty file: no text yet
+        wrong = session_read(s->fd, &s->h, kv, c);
     if (wrong) die("cannot open the session %s: %s", path, wrong);
-    return pread(s->fd, &s->h, sizeof s->h, 0) == sizeof s->h && s->h.ctx > 0 ? s->h.ctx : 0;
-}
-
-static uint64_t session_open(Session *s, Cache *kv, Context *c) {
-    if (!s->path) return 0;
-    s->kv = kv;
-    s->h = session_header(kv);
-    if (s->fd < 0) return 0;
-    if (!lseek(s->fd, 0, SEEK_END)) session_put(s, 0);  // an empty file is a session without text
-    const char *wrong = session_read(s->fd, &s->h, kv, c);
-    if (!wrong && s->h.ctx != kv->ctx) wrong = "it was made with another -c: leave that out";
-    if (wrong) die("cannot open the session %s: %s", s->path, wrong);
-    s->computed = c->done;
+    c->saved = (int)c->ids.n;
     return s->h.rng;
 }
 
-static void session_close(Session *s) {
+// Ends it with all that is computed, if the text is.
+static void session_close(Session *s, Context *c, uint64_t rng) {
+    if ((int)c->ids.n <= c->done + 1) session_commit(s, c, rng);
     if (s->fd < 0) return;
-    session_put(s, s->computed);
+    if ((int)c->ids.n <= c->done + 1) session_append(s, c, c->done, rng);
     if (fsync(s->fd) || close(s->fd))
         die("cannot write the session %s: %s", s->path, strerror(errno));
 }
-
-#ifndef NO_CHAT
-// Writes a new file, or one in the place of a session. Returns what is wrong, or NULL.
-static const char *session_save(const Cache *kv, const Context *c, uint64_t rng, const char *path) {
-    Session s = {.path = path, .fd = -1, .h = session_header(kv), .kv = kv};
-    size_t bytes = (size_t)session_page(&s.h, c->done);
-    char magic[7];
-    int fd = -1;
-    const char *wrong = access(path, F_OK) ? NULL : session_lock(path, O_RDWR, &fd);
-    if (!wrong && fd >= 0 && (pread(fd, magic, 7, 0) != 7 || memcmp(magic, "session", 7)))
-        wrong = "it is not a session, and stays as it is";
-    s.image = reserve(1, bytes, "a session");
-    session_commit(&s, c, rng);
-    session_put(&s, c->done);
-    if (!wrong) wrong = file_replace(path, s.image, bytes);
-    munmap(s.image, bytes);
-    if (fd >= 0) close(fd);
-    return wrong;
-}
-
-// The text becomes that of a file. Returns what is wrong, or NULL.
-static const char *session_load(Cache *kv, Context *c, Session *s, const char *path) {
-    SessionHeader h;
-    int fd;
-    const char *wrong = session_lock(path, O_RDONLY, &fd);
-    if (!wrong) wrong = session_read(fd, &h, kv, c);
-    if (!wrong) session_rewrite(s, c, h.rng);
-    if (fd >= 0) close(fd);
-    return wrong;
-}
-#endif
-#else
-typedef struct { const char *path; } Session;
-static int session_context(Session *s, const char *path) {
-    s->path = path;
-    return 0;
-}
-static uint64_t session_open(Session *s, Cache *kv, Context *c) {
-    (void)s, (void)kv, (void)c, (void)cache_page, (void)model_hash;  // no other room needs these
-    return 0;
-}
-static void session_commit(Session *s, const Context *c, uint64_t rng) {
-    (void)s, (void)c, (void)rng;
-}
-static void session_rewrite(Session *s, const Context *c, uint64_t rng) {
-    session_commit(s, c, rng);
-}
-static void session_close(Session *s) { (void)s; }
-#ifndef NO_CHAT
-static const char *session_save(const Cache *kv, const Context *c, uint64_t rng, const char *path) {
-    (void)kv, (void)c, (void)rng, (void)path;
-    return "this program was built without sessions";
-}
-static const char *session_load(Cache *kv, Context *c, Session *s, const char *path) {
-    (void)s;
-    return session_save(kv, c, 0, path);
-}
-#endif
+#else  // there is no option -S
+typedef struct { char none; } Session;
+#define session_open(session, path, kv, c) 0
+#define session_commit(session, c, rng) (void)0
+#define session_close(session, c, rng) (void)0
 #endif
 // ---- [5.4] tools --------------------------------------------------------------------------------
 // Text that the model writes can be a question to a program: `-T CMD`. Decoders look for one after
@@ -3226,22 +3142,21 @@ enum { MAX_SAMPLES = 256, MAX_DRAFT = 15 };  // texts; guesses at the next token
 typedef struct {
     Context c;
     int seq;                // its sequence in the cache; 0 may be a session's
+    int start;              // from this token on it may ask a tool
     Sampler s;
     int first;              // of the 1 + n_draft logits that its next tokens are drawn from
     int draft[MAX_DRAFT], n_draft, n_right;  // guesses at them; how many were right
     long long budget;       // tokens that it may still draw; 0 after one that ends the text
     int n_new;              // tokens that it drew
     double logprob;         // the sum of their log-probabilities (with -k)
-    uint64_t receipt, words;
+    uint64_t receipt;
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
-    Output text;            // in memory, too: what is searched for questions to tools
 } Decoder;
 
 typedef struct {            // what guesses, and how it pays
     Model small;            // its layers are NULL: guesses are looked up in the text so far
     Cache kv;
-    int done;               // tokens of the text that the small model's cache holds
     int guesses;            // how many are made next
     long long proposed, accepted, steps;
 } Draft;
@@ -3266,25 +3181,29 @@ typedef struct {
     double rate;            // tokens per second of the last one
 } Machine;
 
-// Puts n other tokens in the place of those from a position on.
-static void decoder_replace(Machine *w, Decoder *d, int from, const int *ids, int n) {
-    bool changed = n && from < (int)d->c.ids.n;
-    if (changed && d->seq == 0) w->turns.n = 0;
-    if (d->c.done > from) d->c.done = from;
-    if (w->draft.done > from) w->draft.done = from;
-    d->c.ids.n = (size_t)from;
-    for (int i = 0; i < n; i++) push(&d->c.ids, ids[i]);
-    if (d->seq == 0) (changed ? session_rewrite : session_commit)(&w->session, &d->c, d->s.rng);
+static void context_cut(Context *c, int n) {  // leaves the first n tokens
+    int *counts[] = {&c->done, &c->saved, &c->drafted};
+    for (int i = 0; i < 3; i++)
+        if (*counts[i] > n) *counts[i] = n;
+    c->ids.n = (size_t)n;
+}
+static void decoder_commit(Machine *w, Decoder *d) {
+    if (d->seq == 0) session_commit(&w->session, &d->c, d->s.rng);
 }
 
 // A full context: the beginning and the newest half stay, what is between them is dropped. The kept
 // tokens have new positions and new neighbours: all but the beginning are computed again.
 static void decoder_fit(Machine *w, Decoder *d) {
-    int half = w->ctx > 1 ? w->ctx / 2 : 1, keep = w->ctx - half - 1;
-    if ((int)d->c.ids.n <= w->ctx) return;
+    int n = (int)d->c.ids.n, half = w->ctx > 1 ? w->ctx / 2 : 1, keep = w->ctx - half - 1;
+    const int *newest = d->c.ids.ids + n - half;
+    if (n <= w->ctx) return;
     if (keep > d->c.keep) keep = d->c.keep;
     if (keep < 0) keep = 0;
-    decoder_replace(w, d, keep, d->c.ids.ids + d->c.ids.n - (size_t)half, half);
+    context_cut(&d->c, keep);
+    for (int i = 0; i < half; i++) push(&d->c.ids, newest[i]);
+    d->start = d->start > n - keep - half ? d->start - (n - keep - half) : 0;
+    w->turns.n = 0;
+    decoder_commit(w, d);
     if (!w->shifted && !w->o->quiet)
         fprintf(stderr, "\n(the context of %d tokens is full: from here on the beginning and the "
                         "newest half stay)\n", w->ctx);
@@ -3323,11 +3242,11 @@ static int draft_small(Machine *w, Decoder *d, int most) {
     Draft *f = &w->draft;
     Sampler s = d->s;
     Ids *ids = &d->c.ids;
-    int n = (int)ids->n, made = 0, from = f->done < n ? f->done : n - 1;
+    int n = (int)ids->n, made = 0, from = d->c.drafted < n ? d->c.drafted : n - 1;
     for (; made < most && n + made <= f->kv.ctx; from = n + made - 1) {
         const float *logits = prefill(&f->small, &f->kv, 0, ids->ids, from, n + made);
         if (interrupted) break;
-        f->done = n;
+        d->c.drafted = n;
         push(ids, d->draft[made] = sample(&s, logits, ids->ids, n + made));
         if (is_stop(w->t, d->draft[made++])) break;
     }
@@ -3350,11 +3269,11 @@ static void draft_propose(Machine *w, Decoder *d) {
 
 // Learns from a step: where all guesses were right more are made, else fewer; where it has come to
 // none, one is tried every 32 tokens. (A small model's guesses take time: it makes fewer.)
-static void draft_learn(Draft *f, int made, int right) {
-    int most = f->small.layers ? 7 : MAX_DRAFT;
+static void draft_learn(Draft *f, Decoder *d) {
+    int most = f->small.layers ? 7 : MAX_DRAFT, made = d->n_draft, right = d->n_right;
     f->steps++;
     f->accepted += right;
-    if (made) f->done += right < made ? right : made - 1;  // the last one was not computed
+    if (made) d->c.drafted += right < made ? right : made - 1;  // the last one was not computed
     if (made) f->guesses = right == made ? 2 * f->guesses : f->guesses / 2;
     else if (!f->guesses && f->steps % 32 == 0) f->guesses = 1;
     if (f->guesses > most) f->guesses = most;
@@ -3393,18 +3312,30 @@ static bool machine_compute(Machine *w, Decoder *d, int n) {
     return true;
 }
 
+static Output decoder_text(const Machine *w, const Decoder *d, int from) {  // in memory, to be freed
+    const int *ids = d->c.ids.ids;
+    Output text = output_memory();
+    for (int i = from; i < (int)d->c.ids.n; i++) {
+        Text token = decode(w->t, i ? ids[i - 1] : -1, ids[i]);
+        output_write(&text, token.s, token.len);
+    }
+    return text;
+}
+
 // If the text ends in a question to the tool, asks it and appends its answer. What it answers is
 // text: special tokens are not recognised in it.
 static bool tool_use(Machine *w, Decoder *d) {
-    if (!w->o->tool || !d->text.n) return false;
+    if (!w->o->tool) return false;
 #ifndef NO_TOOLS
     const Text *c = w->t->chat;
     const char *before, *after;
-    Text question = tool_question((Text){d->text.memory, d->text.n}, &before, &after);
+    Output text = decoder_text(w, d, d->start);
+    Text question = tool_question((Text){text.memory, text.n}, &before, &after);
     Text answer = question.len ? tool_ask(w->o->tool, question) : question;
     Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
     bool turn = *before == '\n' && w->chatting;  // the answer to a <tool_call>
     Prompt p = {0};
+    free(text.memory);
     if (!answer.len) return false;
     if (turn) prompt_append(&p, c[ASSISTANT_AFTER], false);
     if (turn) prompt_append(&p, c[LATER_BEFORE], false);
@@ -3412,10 +3343,7 @@ static bool tool_use(Machine *w, Decoder *d) {
     if (turn) prompt_append(&p, c[LATER_AFTER], false);
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->c.ids);
     prompt_free(&p);
-    for (int i = 0; i < 3; i++) {
-        output_reply(d->out, said[i]);
-        output_text(&d->text, said[i]);
-    }
+    for (int i = 0; i < 3; i++) output_reply(d->out, said[i]);
 #endif
     return true;
 }
@@ -3434,10 +3362,7 @@ static void machine_draw(void *context, int i) {
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
         if (w->o->samples) d->logprob -= likelihood_of(logits, (int)vocab, next);
-        if (w->o->receipt) {
-            d->receipt += hash_words(logits, vocab * sizeof(float), d->words);
-            d->words += (vocab + 1) / 2;
-        }
+        if (w->o->receipt) d->receipt = mix64(d->receipt + hash64(logits, vocab * sizeof(float)));
         agreed = d->n_right < d->n_draft && next == d->draft[d->n_right];
         d->n_right += agreed;
         d->n_new++;
@@ -3446,7 +3371,6 @@ static void machine_draw(void *context, int i) {
         d->c.done += agreed;
         push(ids, next);
         output_token(d->out, w->t, previous, next);
-        output_text(&d->text, decode(w->t, previous, next));
         if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
 }
@@ -3458,24 +3382,23 @@ static void machine_run(Machine *w, Decoder *d, int n) {
     while (machine_compute(w, d, n)) {
         if (!w->o->tool) parallel(machine_draw, w, n);
         for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
-        if (w->o->draft) draft_learn(&w->draft, d->n_draft, d->n_right);
-        if (d->seq == 0) session_commit(&w->session, &d->c, d->s.rng);
+        if (w->o->draft) draft_learn(&w->draft, d);
+        decoder_commit(w, d);
     }
 }
 
 // Sets up a machine and its first decoder, sequence 0: the session's text, or none yet.
 static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *m,
                          const Tokenizer *t, Output *out) {
-    *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out};
-    *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
-                   .own = {.fd = -1, .terminal = out->terminal}, .text = output_memory()};
-    int theirs = session_context(&w->session, o->session);
-    if (theirs && !o->context) w->ctx = theirs < m->c.seq_len ? theirs : m->c.seq_len;
-    cache_open(&w->kv, m, w->ctx, o->samples > 1 ? 1 + (int)o->samples : 1);
     size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
-    d->s.p = w->p = resize(NULL, vocab, sizeof *w->p);
-    d->s.candidates = w->candidates = resize(NULL, vocab, sizeof *w->candidates);
-    uint64_t rng = session_open(&w->session, &w->kv, &d->c);
+    *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
+                   .p = resize(NULL, vocab, sizeof *w->p),
+                   .candidates = resize(NULL, vocab, sizeof *w->candidates)};
+    *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
+                   .own = {.fd = -1, .terminal = out->terminal}};
+    d->s.p = w->p, d->s.candidates = w->candidates;
+    cache_open(&w->kv, m, w->ctx, o->samples > 1 ? 1 + (int)o->samples : 1);
+    uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
     if (o->draft) draft_open(w);
 }
@@ -3483,14 +3406,11 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
 static void decoder_free(Decoder *d) {
     free(d->c.ids.ids);
     free(d->own.memory);
-    free(d->text.memory);
 }
 
 static void machine_close(Machine *w, Decoder *d) {
-    if (w->session.path && !interrupted) decoder_settle(w, d);
-    // A token that was drawn last is part of the session; a prompt that was interrupted is not.
-    if ((int)d->c.ids.n <= d->c.done + 1) session_commit(&w->session, &d->c, d->s.rng);
-    session_close(&w->session);
+    if (w->o->session && !interrupted) decoder_settle(w, d);
+    session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
     free(w->p);
@@ -3504,32 +3424,31 @@ static void decoder_tell_seed(const Machine *w, const Decoder *d) {
         fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
 }
 static void decoder_tell_receipt(const Decoder *d) {
-    fprintf(stderr, "receipt: %016llx\n", (unsigned long long)mix64(d->receipt + d->words));
+    fprintf(stderr, "receipt: %016llx\n", (unsigned long long)d->receipt);
 }
 
-// Makes a decoder for sequence i + 1 of the cache, with all that the trunk has.
+// The seed of sample i, which has sequence i + 1 of the cache.
+static uint64_t samples_seed(const Decoder *trunk, int i) {
+    uint64_t seed = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
+    return seed + (seed == 0);  // which would stay 0
+}
+// Makes its decoder, with all that the trunk has but what was written.
 static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) {
-    const Output *from[] = {&trunk->own, &trunk->text};
-    Output *to[] = {&d->own, &d->text};
     *d = *trunk;
     d->seq = i + 1;
-    d->s.rng += (uint64_t)i * 0x9E3779B97F4A7C15u;
-    d->s.rng += d->s.rng == 0;  // which would stay 0
-    cache_branch(&w->kv, 0, d->seq, d->c.done);
+    d->s.rng = samples_seed(trunk, i);
+    d->out = &d->own;
+    d->own.memory = NULL;
+    d->own.n = d->own.capacity = 0;
     d->c.ids = (Ids){0};
     for (size_t j = 0; j < trunk->c.ids.n; j++) push(&d->c.ids, trunk->c.ids.ids[j]);
-    for (int j = 0; j < 2; j++) {
-        to[j]->memory = NULL;
-        to[j]->n = to[j]->capacity = 0;
-        output_write(to[j], from[j]->memory, from[j]->n);
-    }
-    d->out = &d->own;
+    cache_branch(&w->kv, 0, d->seq, d->c.done);
 }
 
-// Continues a text k times at once, in sequences that share the common beginning; sample i has the
-// seed + i * 0x9E3779B97F4A7C15. Prints all samples, or with -b the best one, whose tokens become
-// the trunk's. The best is the likeliest by the mean log-probability of its tokens: likelihood
-// stands in for a reward model that ranks answers.
+// Continues a text k times at once, in sequences that share the common beginning. Prints all
+// samples, or with -b the best one, which becomes the trunk's text. The best is the likeliest by
+// the mean log-probability of its tokens: likelihood stands in for a reward model that ranks
+// answers.
 static void samples_run(Machine *w, Decoder *trunk) {
     int k = (int)w->o->samples, best = 0;
     Decoder *d = resize(NULL, (size_t)k, sizeof *d);
@@ -3539,26 +3458,26 @@ static void samples_run(Machine *w, Decoder *trunk) {
     for (int i = 1; i < k; i++)
         if (d[i].logprob * d[best].n_new > d[best].logprob * d[i].n_new) best = i;
     for (int i = 0; i < k; i++) {
-        unsigned long long seed = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
         if (!w->o->quiet)
             fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
-                    i + 1, k, seed, d[i].n_new, d[i].logprob / (d[i].n_new + !d[i].n_new),
-                    i == best ? ", the best" : "");
+                    i + 1, k, (unsigned long long)samples_seed(trunk, i), d[i].n_new,
+                    d[i].logprob / (d[i].n_new + !d[i].n_new), i == best ? ", the best" : "");
         if (w->o->receipt) decoder_tell_receipt(&d[i]);
         trunk->n_new += d[i].n_new;
-        cache_clear(&w->kv, d[i].seq);
         if (w->o->best && i != best) continue;
         output_end(d[i].out);
+        output_write(w->out, trunk->own.memory, trunk->own.n);  // the prompt
         output_write(w->out, d[i].own.memory, d[i].own.n);
     }
     if (w->o->best && d[best].n_new) {  // it was not interrupted before
-        const Ids *ids = &d[best].c.ids, *old = &trunk->c.ids;
-        size_t same = 0;  // less than all that there was if the context was full
-        while (same < ids->n && same < old->n && ids->ids[same] == old->ids[same]) same++;
+        Ids ids = trunk->c.ids;
+        cache_branch(&w->kv, d[best].seq, 0, d[best].c.done);
+        trunk->c = d[best].c;
+        d[best].c.ids = ids;
         trunk->s.rng = d[best].s.rng;
-        decoder_replace(w, trunk, (int)same, ids->ids + same, (int)(ids->n - same));
+        decoder_commit(w, trunk);
     }
-    for (int i = 0; i < k; i++) decoder_free(&d[i]);
+    for (int i = 0; i < k; i++) cache_clear(&w->kv, d[i].seq), decoder_free(&d[i]);
     free(d);
     trunk->own.thinking = false;
     trunk->own.n = 0;
@@ -3617,15 +3536,12 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     d.budget = start_text(o, m, t, w.ctx, prompt, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
-    for (size_t i = 0; i < ids->n; i++) {
-        int previous = i ? ids->ids[i - 1] : -1;
-        // The session's text may end within a thought or a question to the tool.
-        if (i < before) output_text(&d.text, decode(t, previous, ids->ids[i]));
-        else if (t->llama2c && i) output_token(d.out, t, previous, ids->ids[i]);
-    }
+    for (size_t i = before; i < ids->n && t->llama2c; i++)
+        if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
     if (!t->llama2c) output_text(d.out, prompt);
-    output_text(&d.text, prompt);
-    output_begin(d.out, o, !t->llama2c, (Text){d.text.memory, d.text.n});
+    Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
+    output_begin(d.out, o, !t->llama2c, (Text){text.memory, text.n});
+    free(text.memory);
     if (prompt.len) tool_use(&w, &d);
     if (o->samples < 2) decoder_tell_seed(&w, &d);
     if (d.budget <= 0 && !t->llama2c) {  // up to the end of a context that is full already
@@ -3715,6 +3631,35 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 // turns start. Calls: prompt_turn, decoder_continue, session_save, session_load.
 
 #ifndef NO_CHAT
+#ifndef NO_SESSIONS
+// Both return NULL, or what is wrong. Only a session is written over.
+static const char *chat_save(Machine *w, const Decoder *d, const char *path) {
+    Session s = {.path = path, .fd = -1, .kv = &w->kv};
+    Context c = d->c;
+    const char *wrong = access(path, F_OK) ? NULL : session_lock(path, O_RDWR, &s.fd);
+    ssize_t got = s.fd < 0 ? 0 : pread(s.fd, s.h.magic, 7, 0);
+    if (!wrong && got && (got != 7 || memcmp(s.h.magic, "session", 7)))
+        wrong = "it is not a session, and stays as it is";
+    if (!wrong) wrong = session_save(&s, &c, d->s.rng);
+    if (s.fd >= 0) close(s.fd);
+    return wrong;
+}
+static const char *chat_load(Machine *w, Decoder *d, const char *path) {
+    SessionHeader h;
+    int fd;
+    const char *wrong = session_lock(path, O_RDONLY, &fd);
+    if (!wrong) wrong = session_read(fd, &h, &w->kv, &d->c);
+    if (fd >= 0) close(fd);
+    if (wrong) return wrong;
+    w->turns.n = 0;
+    decoder_commit(w, d);
+    return NULL;
+}
+#else
+#define chat_save(w, d, path) "this program was built without sessions"
+#define chat_load chat_save
+#endif
+
 // Runs /save or /load. What is wrong is said, and the chat goes on.
 static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
     const char *used[] = {w->o->session, w->m->path, w->t->path, w->o->output};
@@ -3722,15 +3667,9 @@ static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
     for (int i = 0; i < 4; i++)
         if (same_file(path, used[i])) wrong = "it is in use";
     if (!wrong) decoder_settle(w, d);
-    if (!wrong)
-        wrong = save ? session_save(&w->kv, &d->c, d->s.rng, path)
-                     : session_load(&w->kv, &d->c, &w->session, path);
+    if (!wrong) wrong = save ? chat_save(w, d, path) : chat_load(w, d, path);
     if (wrong) fprintf(stderr, "run: cannot %s %s: %s\n", save ? "write" : "open", path, wrong);
     else fprintf(stderr, "%s: %zu tokens\n", path, d->c.ids.n);
-    if (wrong || save) return;
-    w->turns.n = 0;
-    w->draft.done = 0;
-    session_commit(&w->session, &d->c, d->s.rng);
 }
 
 // Runs a command that was typed.
@@ -3741,11 +3680,12 @@ static void chat_command(Machine *w, Decoder *d, char *line) {
     path += strspn(path, " \t");
     if (!strcmp(line, "/save") || !strcmp(line, "/load")) chat_file(w, d, line[1] == 's', path);
     else if (!strcmp(line, "/clear")) {
-        decoder_replace(w, d, 0, NULL, 0);
+        context_cut(&d->c, 0);
         w->turns.n = 0;
+        decoder_commit(w, d);
     } else if (!strcmp(line, "/undo")) {
         if (!w->turns.n) fputs("there is no turn to take back\n", stderr);
-        else decoder_replace(w, d, w->turns.ids[--w->turns.n], NULL, 0);
+        else context_cut(&d->c, w->turns.ids[--w->turns.n]), decoder_commit(w, d);
     } else if (!strcmp(line, "/stats")) {
         int pages = (d->c.done + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
@@ -3818,7 +3758,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
     push(&w->turns, start);
     d->budget = o->steps > 0 ? o->steps : w->ctx;
     d->n_new = 0;
-    d->text.n = 0;
+    d->start = (int)d->c.ids.n;
     int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
     output_begin(d->out, o, !w->t->llama2c, w->t->chat[after]);
     decoder_continue(w, d);
@@ -4239,7 +4179,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
-    get_state(&e.w.kv, 2, 2);  // of the pass, and of the lens
+    get_state(&e.w.kv, 2);  // of the pass, and of the lens
     prefill(m, &e.w.kv, 0, ids->ids, 0, e.n - 1);
     explain_begin(&e, end);
     void (*usual)(const Pass *) = attention;
@@ -4305,9 +4245,6 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
         const float *logits = forward(m, &w.kv, batch, n);
         output_write(out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
         d.c.done += n;
-        Context computed = d.c;
-        computed.ids.n = (size_t)d.c.done;
-        session_commit(&w.session, &computed, d.s.rng);
     }
     machine_close(&w, &d);
     free((char *)(uintptr_t)text.s);

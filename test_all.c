@@ -878,10 +878,9 @@ static void fill_cache(Cache *kv, const AttentionCase *a) {
         if (seq) cache_branch(kv, 0, seq, from);
         for (int pos = from; pos < end; pos++) {
             Slot slot = {0, pos, seq, true};
-            bool fresh = !cache_page(kv, seq, pos / PAGE_POSITIONS);
+            bool fresh = !*page_of(kv, seq, pos);
             cache_prepare(kv, &slot, 1);
-            uint8_t *page = (uint8_t *)(uintptr_t)cache_page(kv, seq, pos / PAGE_POSITIONS);
-            if (fresh) memset(page, 0x55, kv->page_bytes);  // what lies beside must not matter
+            if (fresh) memset(*page_of(kv, seq, pos), 0x55, kv->page_bytes);  // what lies beside must not matter
             for (int h = 0; h < a->kv_heads; h++) {
                 float k[256], v[256];
                 for (int d = 0; d < a->head_dim; d++) {
@@ -934,7 +933,7 @@ static void test_attention_case(const AttentionCase *a) {
     for (int i = 0; i < 9; i++)
         for (int j = 0; j < starts[i][2]; j++)
             batch[n++] = (Slot){0, starts[i][1] + j, starts[i][0], true};
-    State *s = get_state(&kv, n, 0);
+    State *s = get_state(&kv, 0);
     for (int i = 0; i < n * q_dim; i++)
         s->q[i] = a->dtype == Q8 ? stored(Q8, 3, i / hd, 0, i % hd, 0) : (float)spread();
     size_t size = (size_t)(n * q_dim) * sizeof(float);
@@ -1115,20 +1114,20 @@ static void test_pages(const Made *made, const Model *m) {
     Cache kv;
     cache_open(&kv, m, N, 3);
     prefill(m, &kv, 0, others, 0, N);
-    const uint8_t *first = cache_page(&kv, 0, 0), *second = cache_page(&kv, 0, 1);
+    const uint8_t *first = *page_of(&kv, 0, 0), *second = *page_of(&kv, 0, 256);
     CHECK(!memcmp(prefill(m, &kv, 0, ids, 0, 270), expected + 269 * vocab, row),
           "%s: positions may be written again", name_of(made));
     cache_branch(&kv, 0, 1, 260);
     CHECK(!memcmp(prefill(m, &kv, 1, ids, 260, N), expected + (N - 1) * vocab, row) &&
-              cache_page(&kv, 1, 0) == first && cache_page(&kv, 1, 1) != second,
+              *page_of(&kv, 1, 0) == first && *page_of(&kv, 1, 256) != second,
           "%s: a branch copies the page that it writes to, and no other", name_of(made));
-    CHECK(!cache_page(&kv, 2, 0), "a sequence that was not written has no pages");
+    CHECK(!*page_of(&kv, 2, 0), "a sequence that was not written has no pages");
     cache_branch(&kv, 1, 2, N);
     prefill(m, &kv, 1, others, 0, N);
     CHECK(!memcmp(prefill(m, &kv, 2, ids, N - 1, N), expected + (N - 1) * vocab, row),
           "%s: a branch is as it was when what it came from is written anew", name_of(made));
     cache_clear(&kv, 1);
-    CHECK(!cache_page(&kv, 1, 0) && cache_page(&kv, 2, 0) == first,
+    CHECK(!*page_of(&kv, 1, 0) && *page_of(&kv, 2, 0) == first,
           "clearing a sequence gives its pages back, but what others share stays");
     CHECK(!memcmp(prefill(m, &kv, 1, others, 0, N), other + (N - 1) * vocab, row) &&
               !memcmp(prefill(m, &kv, 2, ids, N - 1, N), expected + (N - 1) * vocab, row),
@@ -2544,7 +2543,7 @@ static Buffer by_hand(const Model *m, const Tokenizer *t, const char *prompt, in
                       int steps) {
     Ids ids = ids_of(t, prompt, strlen(prompt), NULL, true);
     Buffer b = bytes_of(prompt, strlen(prompt));
-    uint64_t sum = 0, words = 0;
+    uint64_t receipt = 0;
     size_t vocab = (size_t)m->c.vocab_size;
     int *all = get((size_t)(ctx + 2), sizeof *all), n = (int)ids.n, done = 0;
     memcpy(all, ids.ids, ids.n * sizeof *all);
@@ -2558,13 +2557,13 @@ static Buffer by_hand(const Model *m, const Tokenizer *t, const char *prompt, in
             cache_close(&kv), cache_open(&kv, m, ctx, 1);
         }
         const float *logits = prefill(m, &kv, 0, all, done, n);
-        sum += hash_words(logits, vocab * 4, words), words += (vocab + 1) / 2;
+        receipt = mix64(receipt + hash64(logits, vocab * 4));
         done = n, all[n++] = argmax(logits, (int)vocab);
         Text piece = decode(t, all[n - 2], all[n - 1]);
         put(&b, piece.s, piece.len);
     }
     cache_close(&kv);
-    put_text(&b, text("\nreceipt: %016llx\n", (unsigned long long)mix64(sum + words)));
+    put_text(&b, text("\nreceipt: %016llx\n", (unsigned long long)receipt));
     return b;
 }
 static void test_full_contexts(void) {
@@ -2648,16 +2647,16 @@ static void test_tools(void) {
     Decoder d;
     machine_open(&w, &d, &o, &m, &t, &out);
     const Ids *ids = &d.c.ids;
-    output_write(&d.text, "1+1=", 4);
+    encode(&t, (Text){"1+1=", 4}, NULL, false, &d.c.ids);
     tool_use(&w, &d);
     for (size_t i = 0; i < ids->n; i++)
         CHECK(ids->ids[i] != t.h.bos, "special tokens are not recognised in what a tool prints");
     CHECK(ids->n > 3 && out.n == 6 && !memcmp(out.memory, "<s> 7\n", 6), "its answer is shown");
     w.chatting = true;
-    output_write(&d.text, "1+1=", 4);
+    encode(&t, (Text){"1+1=", 4}, NULL, false, &d.c.ids);
     tool_use(&w, &d);
     CHECK(ids->ids[ids->n - 1] != 277, "in a chat the reply goes on behind a number");
-    output_write(&d.text, "<tool_call>{}</tool_call>", 25);
+    encode(&t, (Text){"<tool_call>{}</tool_call>", 25}, NULL, false, &d.c.ids);
     tool_use(&w, &d);
     CHECK(ids->ids[ids->n - 1] == 277, "in a chat the answer to a <tool_call> is a turn");
     machine_close(&w, &d);
@@ -2764,9 +2763,8 @@ static Ids session_text(const char *path, const Model *m, int ctx, bool *whole) 
     Session s = {0};
     Cache kv;
     Context c = {0};
-    session_context(&s, path);
     cache_open(&kv, m, ctx, 1);
-    session_open(&s, &kv, &c);
+    session_open(&s, path, &kv, &c);
     int n = (int)c.ids.n, row = m->c.vocab_size;
     Ids ids = {get(c.ids.n, sizeof(int)), c.ids.n, 0};
     if (n) memcpy(ids.ids, c.ids.ids, c.ids.n * sizeof(int));
@@ -2776,7 +2774,7 @@ static Ids session_text(const char *path, const Model *m, int ctx, bool *whole) 
         const float *kept = prefill(m, &kv, 0, ids.ids, c.done - 1, c.done);
         *whole = !memcmp(fresh + (c.done - 1) * row, kept, (size_t)row * sizeof(float));
     }
-    session_close(&s), cache_close(&kv);
+    close(s.fd), cache_close(&kv);
     free(c.ids.ids);
     return ids;
 }
@@ -2801,7 +2799,7 @@ static void test_kills(const Model *m, const Tokenizer *t, int ctx) {
         status = signalled(command, -1, number, 20000, false);
         if (access("killed", F_OK)) continue;  // it had not begun
         bool whole = true;
-        Ran r = SH("run endless.bin -S killed -i '%s' -n 2 -t 0 -q", "");
+        Ran r = ran_wrong(text("run endless.bin -S killed -i '' -n 2 -t 0 -q -c %d", ctx));
         if (!CHECK(r.status == 0, "a session goes on after signal %d: %d, %s", number, r.status,
                    r.err.p)) continue;
         Ids ids = session_text("killed", m, ctx, &whole);
@@ -2849,10 +2847,10 @@ static void test_refused_sessions(void) {
     ran("rm -f kv; run endless.bin -S kv -i abc -n 9 -t 0 -c 300");
     Buffer before = slurp("kv");
     refused(1, "another model", "run tiny.bin -S kv -n 3");
-    refused(1, "-c", "run endless.bin -S kv -n 3 -c 99");
+    refused(1, "longer than", "run endless.bin -S kv -n 3 -c 9");
     refused(1, "not a session", "run endless.bin -S tiny.tok -n 3");
     refused(1, "the session .", "run endless.bin -S . -n 3");
-    refused(1, "context", "run endless.bin -S kv -m logits -f ids");
+    refused(1, "context", "run endless.bin -S kv -m logits -f ids -c 300");
     refused(1, "no/kv", "run endless.bin -S no/kv -i a -n 3 -q");
     refused(1, "prompt", "rm -f new; run endless.bin -S new -c 4 -i 'a bad cab, a dab'");
     refused(1, "nothing", "run endless.bin -S new -d nothing -i a");
@@ -2869,7 +2867,7 @@ static void test_refused_sessions(void) {
           "a refused session is left untouched");
     close(fd);
     refused(1, "context", "rm -f kv; run endless.bin -S kv -m logits -f full -c 300 -o out; "
-                          "run endless.bin -S kv -m logits -i 1");
+                          "run endless.bin -S kv -m logits -i 1 -c 300");
     survived("printf '/load kv\\nabc\\n' | chat -c 256");
 }
 
@@ -3677,7 +3675,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
     if (!strcmp(target, "tokenizer") && n > 80 && !memcmp(data, "tok3", 4))
         set64(data + 8, hash64(data + 16, n - 16));
     if (!strcmp(target, "session") && n > sizeof(SessionHeader)) {
-        memcpy(data, "session5", 8);
+        memcpy(data, "session6", 8);
         set64(data + offsetof(SessionHeader, hash), hash64(data, offsetof(SessionHeader, hash)));
     }
     if (!strcmp(target, "compressed") && n > sizeof(ZipHeader)) {  // and sizes that take no minutes
