@@ -3020,8 +3020,8 @@ static void session_close(Session *s, Context *c, uint64_t rng) {
 #else  // there is no option -S
 typedef struct { char none; } Session;
 #define session_open(session, path, kv, c) 0
-#define session_commit(session, c, rng) (void)0
-#define session_close(session, c, rng) (void)0
+#define session_commit(session, c, rng) (void)(session)
+#define session_close(session, c, rng) (void)(session)
 #endif
 // ---- [5.4] tools --------------------------------------------------------------------------------
 // Text that the model writes can be a question to a program: `-T CMD`. Decoders look for one after
@@ -3322,11 +3322,11 @@ static Output decoder_text(const Machine *w, const Decoder *d, int from) {  // i
     return text;
 }
 
+#ifndef NO_TOOLS
 // If the text ends in a question to the tool, asks it and appends its answer. What it answers is
 // text: special tokens are not recognised in it.
 static bool tool_use(Machine *w, Decoder *d) {
     if (!w->o->tool) return false;
-#ifndef NO_TOOLS
     const Text *c = w->t->chat;
     const char *before, *after;
     Output text = decoder_text(w, d, d->start);
@@ -3344,9 +3344,11 @@ static bool tool_use(Machine *w, Decoder *d) {
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->c.ids);
     prompt_free(&p);
     for (int i = 0; i < 3; i++) output_reply(d->out, said[i]);
-#endif
     return true;
 }
+#else
+#define tool_use(w, d) false
+#endif
 
 // Draws a decoder's next token, and those behind it as long as the guesses are right.
 static void machine_draw(void *context, int i) {
