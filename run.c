@@ -3176,7 +3176,6 @@ typedef struct {
     const float *logits;    // and those of their next tokens
     bool shifted;           // the context was full
     double first_logits;    // when the prompt was computed
-    bool chatting;
     Ids turns;              // where the turns of a chat start that can be taken back
     double rate;            // tokens per second of the last one
 } Machine;
@@ -3333,7 +3332,7 @@ static bool tool_use(Machine *w, Decoder *d) {
     Text question = tool_question((Text){text.memory, text.n}, &before, &after);
     Text answer = question.len ? tool_ask(w->o->tool, question) : question;
     Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
-    bool turn = *before == '\n' && w->chatting;  // the answer to a <tool_call>
+    bool turn = *before == '\n' && !strcmp(w->o->mode, "chat");  // the answer to a <tool_call>
     Prompt p = {0};
     free(text.memory);
     if (!answer.len) return false;
@@ -3410,7 +3409,16 @@ static void decoder_free(Decoder *d) {
     free(d->own.memory);
 }
 
+static void decoder_tell_seed(const Machine *w, const Decoder *d) {
+    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0)
+        fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
+}
+static void decoder_tell_receipt(const Decoder *d) {
+    fprintf(stderr, "receipt: %016llx\n", (unsigned long long)d->receipt);
+}
+
 static void machine_close(Machine *w, Decoder *d) {
+    if (w->o->receipt && w->o->samples < 2) decoder_tell_receipt(d);
     if (w->o->session && !interrupted) decoder_settle(w, d);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
@@ -3419,14 +3427,6 @@ static void machine_close(Machine *w, Decoder *d) {
     free(w->candidates);
     free(w->turns.ids);
     decoder_free(d);
-}
-
-static void decoder_tell_seed(const Machine *w, const Decoder *d) {
-    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0)
-        fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
-}
-static void decoder_tell_receipt(const Decoder *d) {
-    fprintf(stderr, "receipt: %016llx\n", (unsigned long long)d->receipt);
 }
 
 // The seed of sample i, which has sequence i + 1 of the cache.
@@ -3551,7 +3551,6 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
         d.budget = w.ctx - (long long)ids->n + 1;
     }
     decoder_continue(&w, &d);
-    if (o->receipt && o->samples < 2) decoder_tell_receipt(&d);
     generate_statistics(&w, &d, n_prompt, start);
     machine_close(&w, &d);
 }
@@ -3634,45 +3633,32 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 #ifndef NO_CHAT
 #ifndef NO_SESSIONS
-// Both return NULL, or what is wrong. Only a session is written over.
-static const char *chat_save(Machine *w, const Decoder *d, const char *path) {
-    Session s = {.path = path, .fd = -1, .kv = &w->kv};
-    Context c = d->c;
-    const char *wrong = access(path, F_OK) ? NULL : session_lock(path, O_RDWR, &s.fd);
-    ssize_t got = s.fd < 0 ? 0 : pread(s.fd, s.h.magic, 7, 0);
-    if (!wrong && got && (got != 7 || memcmp(s.h.magic, "session", 7)))
-        wrong = "it is not a session, and stays as it is";
-    if (!wrong) wrong = session_save(&s, &c, d->s.rng);
-    if (s.fd >= 0) close(s.fd);
-    return wrong;
-}
-static const char *chat_load(Machine *w, Decoder *d, const char *path) {
-    SessionHeader h;
-    int fd;
-    const char *wrong = session_lock(path, O_RDONLY, &fd);
-    if (!wrong) wrong = session_read(fd, &h, &w->kv, &d->c);
-    if (fd >= 0) close(fd);
-    if (wrong) return wrong;
-    w->turns.n = 0;
-    decoder_commit(w, d);
-    return NULL;
-}
-#else
-#define chat_save(w, d, path) "this program was built without sessions"
-#define chat_load chat_save
-#endif
-
-// Runs /save or /load. What is wrong is said, and the chat goes on.
+// Runs /save or /load. What is wrong is said, and the chat goes on. Only a session is written over.
 static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
     const char *used[] = {w->o->session, w->m->path, w->t->path, w->o->output};
-    const char *wrong = !*path || !strcmp(path, "-") ? "the command needs a file" : NULL;
+    const char *wrong = *path ? NULL : "the command needs a file";
+    Session s = {.path = path, .fd = -1, .kv = &w->kv};
     for (int i = 0; i < 4; i++)
         if (same_file(path, used[i])) wrong = "it is in use";
+    if (!wrong && (!save || !access(path, F_OK)))
+        wrong = session_lock(path, save ? O_RDWR : O_RDONLY, &s.fd);
+    ssize_t got = save && s.fd >= 0 ? pread(s.fd, s.h.magic, 7, 0) : 0;
+    if (!wrong && got && (got != 7 || memcmp(s.h.magic, "session", 7)))
+        wrong = "it is not a session, and stays as it is";
     if (!wrong) decoder_settle(w, d);
-    if (!wrong) wrong = save ? chat_save(w, d, path) : chat_load(w, d, path);
+    Context copy = d->c;
+    if (!wrong)
+        wrong = save ? session_save(&s, &copy, d->s.rng) : session_read(s.fd, &s.h, &w->kv, &d->c);
+    if (s.fd >= 0) close(s.fd);
     if (wrong) fprintf(stderr, "run: cannot %s %s: %s\n", save ? "write" : "open", path, wrong);
     else fprintf(stderr, "%s: %zu tokens\n", path, d->c.ids.n);
+    if (wrong || save) return;
+    w->turns.n = 0;
+    decoder_commit(w, d);
 }
+#else
+#define chat_file(w, d, save, path) fputs("run: this program was built without sessions\n", stderr)
+#endif
 
 // Runs a command that was typed.
 static void chat_command(Machine *w, Decoder *d, char *line) {
@@ -3779,7 +3765,6 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     Machine w;
     Decoder d;
     machine_open(&w, &d, o, m, t, out);
-    w.chatting = true;
     decoder_tell_seed(&w, &d);
     if (d.c.ids.n && o->system && !o->quiet)
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
@@ -3790,7 +3775,6 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
         else if (line.len) chat_turn(&w, &d, line);
         free((char *)(uintptr_t)line.s);
     }
-    if (o->receipt && o->samples < 2) decoder_tell_receipt(&d);
     machine_close(&w, &d);
 }
 #endif

@@ -2641,7 +2641,8 @@ static void test_tools(void) {
     Tokenizer t = {0};
     load_model(&m, "endless.bin");
     find_tokenizer(&t, NULL, &m);
-    Options o = {.steps = 5, .threads = 1, .context = 500, .tool = "echo '<s> 7'", .quiet = true};
+    Options o = {.steps = 5, .threads = 1, .context = 500, .mode = "generate",
+                 .tool = "echo '<s> 7'", .quiet = true};
     Output out = output_memory();
     Machine w;
     Decoder d;
@@ -2652,7 +2653,7 @@ static void test_tools(void) {
     for (size_t i = 0; i < ids->n; i++)
         CHECK(ids->ids[i] != t.h.bos, "special tokens are not recognised in what a tool prints");
     CHECK(ids->n > 3 && out.n == 6 && !memcmp(out.memory, "<s> 7\n", 6), "its answer is shown");
-    w.chatting = true;
+    o.mode = "chat";
     encode(&t, (Text){"1+1=", 4}, NULL, false, &d.c.ids);
     tool_use(&w, &d);
     CHECK(ids->ids[ids->n - 1] != 277, "in a chat the reply goes on behind a number");
