@@ -1178,41 +1178,44 @@ static const uint32_t NO_LAYER = UINT32_MAX;
 enum { VECTOR, MATRIX, DATA };
 typedef struct {
     const char *name;
-    int kind;
+    size_t field;             // in Model or Layer
     bool of_layer, needed;
-    size_t field;             // in Layer or Model
-    int rows, cols;
+    int kind, rows, cols;
 } TensorRule;
-enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25 };
+enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25, NEEDED = 1 };
 
 // All tensors that there are. The first come in the order of llama2.c's version 0.
 static void tensor_rules(const Config *c, TensorRule rules[N_TENSORS]) {
-    int dim = c->dim, hidden = c->hidden_dim, hd = c->head_dim;
+    int dim = c->dim, hidden = c->hidden_dim, hd = c->head_dim, vocab = c->vocab_size;
     int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
-#define OF_MODEL(name, kind, needed, rows, cols)                                                   \
-    {#name, kind, false, needed, offsetof(Model, name), rows, cols}
-#define OF_LAYER(name, kind, needed, rows, cols)                                                   \
-    {#name, kind, true, needed, offsetof(Layer, name), rows, cols}
+#define TENSOR(of, name) #name, offsetof(of, name), _Generic((of *)0, Layer *: true, Model *: false)
     const TensorRule all[N_TENSORS] = {
-        OF_MODEL(token_embedding, MATRIX, true, c->vocab_size, dim),
-        OF_LAYER(attn_norm, VECTOR, true, 1, dim), OF_LAYER(wq, MATRIX, true, q_dim, dim),
-        OF_LAYER(wk, MATRIX, true, kv_dim, dim), OF_LAYER(wv, MATRIX, true, kv_dim, dim),
-        OF_LAYER(wo, MATRIX, true, dim, q_dim), OF_LAYER(ffn_norm, VECTOR, true, 1, dim),
-        OF_LAYER(w_gate, MATRIX, true, hidden, dim), OF_LAYER(w_down, MATRIX, true, dim, hidden),
-        OF_LAYER(w_up, MATRIX, true, hidden, dim), OF_MODEL(final_norm, VECTOR, true, 1, dim),
-        OF_MODEL(classifier, MATRIX, false, c->vocab_size, dim),
-        OF_MODEL(rope_freqs, VECTOR, true, 1, hd / 2),
-        OF_MODEL(rope_freqs_local, VECTOR, false, 1, hd / 2),
-        OF_LAYER(bq, VECTOR, false, 1, q_dim), OF_LAYER(bk, VECTOR, false, 1, kv_dim),
-        OF_LAYER(bv, VECTOR, false, 1, kv_dim), OF_LAYER(q_norm, VECTOR, false, 1, hd),
-        OF_LAYER(k_norm, VECTOR, false, 1, hd), OF_LAYER(post_attn_norm, VECTOR, false, 1, dim),
-        OF_LAYER(post_ffn_norm, VECTOR, false, 1, dim), OF_MODEL(check_ids, DATA, false, 1, 0),
-        OF_MODEL(check_norms, VECTOR, false, 1, c->n_layers + 1),
-        OF_MODEL(check_logits, VECTOR, false, 1, c->vocab_size),
-        OF_MODEL(check_cases, DATA, false, 1, 0),
+        {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim},
+        {TENSOR(Layer, attn_norm), NEEDED, VECTOR, 1, dim},
+        {TENSOR(Layer, wq), NEEDED, MATRIX, q_dim, dim},
+        {TENSOR(Layer, wk), NEEDED, MATRIX, kv_dim, dim},
+        {TENSOR(Layer, wv), NEEDED, MATRIX, kv_dim, dim},
+        {TENSOR(Layer, wo), NEEDED, MATRIX, dim, q_dim},
+        {TENSOR(Layer, ffn_norm), NEEDED, VECTOR, 1, dim},
+        {TENSOR(Layer, w_gate), NEEDED, MATRIX, hidden, dim},
+        {TENSOR(Layer, w_down), NEEDED, MATRIX, dim, hidden},
+        {TENSOR(Layer, w_up), NEEDED, MATRIX, hidden, dim},
+        {TENSOR(Model, final_norm), NEEDED, VECTOR, 1, dim},
+        {TENSOR(Model, classifier), 0, MATRIX, vocab, dim},
+        {TENSOR(Model, rope_freqs), NEEDED, VECTOR, 1, hd / 2},
+        {TENSOR(Model, rope_freqs_local), 0, VECTOR, 1, hd / 2},
+        {TENSOR(Layer, bq), 0, VECTOR, 1, q_dim},
+        {TENSOR(Layer, bk), 0, VECTOR, 1, kv_dim},
+        {TENSOR(Layer, bv), 0, VECTOR, 1, kv_dim},
+        {TENSOR(Layer, q_norm), 0, VECTOR, 1, hd},
+        {TENSOR(Layer, k_norm), 0, VECTOR, 1, hd},
+        {TENSOR(Layer, post_attn_norm), 0, VECTOR, 1, dim},
+        {TENSOR(Layer, post_ffn_norm), 0, VECTOR, 1, dim},
+        {TENSOR(Model, check_ids), 0, DATA, 1, 0},
+        {TENSOR(Model, check_norms), 0, VECTOR, 1, c->n_layers + 1},
+        {TENSOR(Model, check_logits), 0, VECTOR, 1, vocab},
+        {TENSOR(Model, check_cases), 0, DATA, 1, 0},
     };
-#undef OF_MODEL
-#undef OF_LAYER
     memcpy(rules, all, sizeof all);
 }
 static Matrix *tensor_of(Model *m, const TensorRule *rule, int layer) {
@@ -1325,12 +1328,8 @@ static void load_llama2c(Model *m, bool v1) {
     *c = (Config){.norm_eps = 1e-5f, .embed_scale = 1};
     memcpy(c, m->file + (v1 ? 8 : 0), 28);  // dim to seq_len
     bool tied = v1 ? m->file[36] != 0 : c->vocab_size > 0;
-    if (c->n_heads < 1 || c->dim % c->n_heads || c->vocab_size == INT32_MIN ||
-        (v1 && c->vocab_size < 1))
-        die("%s is not a model (export.py makes one), or damaged: dim %d, %d heads, vocabulary %d",
-            m->path, c->dim, c->n_heads, c->vocab_size);
-    c->vocab_size = abs(c->vocab_size);
-    c->head_dim = c->dim / c->n_heads;
+    if (!v1 && c->vocab_size < 0) c->vocab_size = c->vocab_size == INT32_MIN ? 0 : -c->vocab_size;
+    c->head_dim = c->n_heads > 0 && c->dim % c->n_heads == 0 ? c->dim / c->n_heads : 0;
     check_config(c, m->path);
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
     m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
@@ -1382,10 +1381,9 @@ static void load_model(Model *m, const char *path) {
     if (gguf || (versioned && first[1] == 2))
         die("%s is a %s: convert it with `.venv/bin/python export.py %s model.bin`", path,
             gguf ? "GGUF file" : "version 2 file of llama2.c", path);
-    if (versioned && first[1] == 3)
-        die("%s was written by an older version of export.py: make it anew with export.py", path);
     if (versioned && first[1] != 1 && first[1] != 4)
-        die("%s: version %u is unknown; this program reads versions 0, 1 and 4", path, first[1]);
+        die("%s has version %u, this program reads 0, 1 and 4: make it anew with the export.py of "
+            "this version", path, first[1]);
     if (versioned && first[1] == 4) load_v4(m);
     else load_llama2c(m, versioned);
     if (!m->classifier.data) m->classifier = m->token_embedding;
