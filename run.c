@@ -3174,6 +3174,7 @@ typedef struct {
     const float *logits;    // and those of their next tokens
     bool shifted;           // the context was full
     double first_logits;    // when the prompt was computed
+    uint64_t seed;          // state of the generator at the start
     Ids turns;              // where the turns of a chat start that can be taken back
     double rate;            // tokens per second of the last one
 } Machine;
@@ -3400,6 +3401,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
     if (o->draft) draft_open(w);
+    w->seed = d->s.rng;
 }
 
 static void decoder_free(Decoder *d) {
@@ -3407,15 +3409,13 @@ static void decoder_free(Decoder *d) {
     free(d->own.memory);
 }
 
-static void decoder_tell_seed(const Machine *w, const Decoder *d) {
-    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0)
-        fprintf(stderr, "seed: %llu\n", (unsigned long long)d->s.rng);
-}
 static void decoder_tell_receipt(const Decoder *d) {
     fprintf(stderr, "receipt: %016llx\n", (unsigned long long)d->receipt);
 }
 
 static void machine_close(Machine *w, Decoder *d) {
+    if (!w->o->quiet && !w->o->seed && w->o->samples < 2 && d->s.temperature > 0)
+        fprintf(stderr, "seed: %llu\n", (unsigned long long)w->seed);
     if (w->o->receipt && w->o->samples < 2) decoder_tell_receipt(d);
     if (w->o->session && !interrupted) decoder_settle(w, d);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
@@ -3543,7 +3543,6 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     output_begin(d.out, o, !t->llama2c, (Text){text.memory, text.n});
     free(text.memory);
     if (prompt.len) tool_use(&w, &d);
-    if (o->samples < 2) decoder_tell_seed(&w, &d);
     if (d.budget <= 0 && !t->llama2c) {  // up to the end of a context that is full already
         decoder_fit(&w, &d);
         d.budget = w.ctx - (long long)ids->n + 1;
@@ -3763,7 +3762,6 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     Machine w;
     Decoder d;
     machine_open(&w, &d, o, m, t, out);
-    decoder_tell_seed(&w, &d);
     if (d.c.ids.n && o->system && !o->quiet)
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     for (; interrupted != SIGTERM; given = false) {
