@@ -31,7 +31,6 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -1823,8 +1822,6 @@ static Text decode(const Tokenizer *t, int previous, int id) {
     return (Text){text.s + drop, text.len - drop};
 }
 
-// A text of so many bytes has at least this many tokens (an unknown character, too, is one).
-static size_t least_tokens(const Tokenizer *t, size_t bytes) { return bytes / t->longest; }
 static bool is_stop(const Tokenizer *t, int id) {
     for (uint32_t i = 0; i < t->h.n_stops; i++)
         if (t->stops[i] == id) return true;
@@ -2534,10 +2531,10 @@ typedef struct {
     int fd;            // results stream there; -1: they are collected
     const char *path;  // of -o, or NULL
     char *memory;      // what was collected, or must not be sent yet
-    size_t n, capacity, start;  // start: where the model's own text begins
+    size_t n, capacity;
+    size_t start, thought;  // where in the memory the model's own text begins, and its open thought
     bool terminal;     // control characters are shown instead of sent
-    bool filter, thinking, show_thoughts;  // <think> is looked for; is open; is not left out
-    size_t matched;    // the last characters of the memory that may begin the next such tag
+    bool filter, thinking;  // <think> is looked for; is open
 } Output;
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
@@ -2563,22 +2560,20 @@ static bool output_send(int fd, const char *p, size_t n) {  // all of it, or err
 // Writes a file whole or not at all: it gets its name at the end, and signals wait for that.
 // Returns NULL, or what is wrong. Without data it only tries.
 static const char *file_replace(const char *path, const void *data, size_t n) {
-    struct stat st = {.st_mode = S_IFREG};
-    mode_t mask = umask(0), mode = stat(path, &st) ? 0666 & ~mask : st.st_mode & 0777;
-    umask(mask);
-    if (!S_ISREG(st.st_mode)) return "it is not a file that can be written";
-    char target[PATH_MAX], temporary[PATH_MAX + 8];
-    const char *name = realpath(path, target) ? target : path;  // where a link leads to
-    snprintf(temporary, sizeof temporary, "%s.XXXXXX", name);
+    char target[PATH_MAX], temporary[PATH_MAX + 32];
+    struct stat st;
     sigset_t all, old;
+    const char *name = realpath(path, target) ? target : path;  // where a link leads to
+    bool exists = !stat(path, &st);
+    if (exists && !S_ISREG(st.st_mode)) return "it is not a file that can be written";
+    snprintf(temporary, sizeof temporary, "%s.%.9f", name, seconds());
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    int fd = mkstemp(temporary);
-    if (fd >= 0) fchmod(fd, mode);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (exists && fd >= 0) fchmod(fd, st.st_mode & 0777);
     bool whole = fd >= 0 && output_send(fd, data, n) && !fsync(fd);
     const char *wrong = whole && (!data || !rename(temporary, name)) ? NULL : strerror(errno);
-    if (fd >= 0 && (wrong || !data)) unlink(temporary);
-    if (fd >= 0) close(fd);
+    if (fd >= 0) close(fd), unlink(temporary);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     return wrong;
 }
@@ -2617,6 +2612,7 @@ static void output_put(Output *out, const void *data, size_t n, size_t keep) {
     }
     memmove(out->memory, out->memory + out->n - keep, keep);
     out->n = keep;
+    out->start = out->thought = 0;
 }
 static void output_write(Output *out, const void *data, size_t n) { output_put(out, data, n, 0); }
 
@@ -2630,68 +2626,58 @@ static void output_byte(Output *out, char byte) {
     output_put(out, &c, 1, SIZE_MAX);
 }
 
-// Begins or ends a thought of the model's, which a terminal dims.
-static void output_think(Output *out, bool thinking) {
-    out->thinking = thinking;
-    if (out->terminal && out->fd >= 0) dimmed = thinking ? out->fd : 0;
-    if (out->terminal) output_put(out, thinking ? "\033[2m" : "\033[0m", 4, SIZE_MAX);
+// Reasoning models write thoughts between these. A terminal shows them dimmed, without the tags;
+// elsewhere they stay in the memory and are dropped when they end, unless --think keeps all.
+static const char *const output_tags[] = {"<think>", "</think>"};
+static bool text_ends(const char *s, size_t n, const char *end) {
+    size_t len = strlen(end);
+    return n >= len && !memcmp(s + n - len, end, len);
+}
+// Begins a thought, or ends it, at a tag, which takes the memory's last bytes.
+static void output_think(Output *out, size_t tag) {
+    out->thinking = !out->thinking;
+    out->thought = out->n = out->thinking || out->terminal ? out->n - tag : out->thought;
+    if (out->terminal) output_put(out, out->thinking ? "\033[2m" : "\033[0m", 4, SIZE_MAX);
+    if (out->terminal && out->fd >= 0) dimmed = out->thinking ? out->fd : 0;
 }
 
-// Adds text and sends it. What reasoning models write between <think> and </think> is dimmed on a
-// terminal, and left out elsewhere unless it is asked for. What may be the beginning of such a tag
-// waits for the rest, and so does a character that is not whole.
-static void output_add_text(Output *out, Text text, bool filter) {
+// Adds text and sends it. What may be the beginning of a tag waits for the rest, and so does a
+// character that is not whole.
+static void output_text(Output *out, Text text) {
+    size_t keep = 0;
     for (size_t i = 0; i < text.len; i++) {
-        const char *tag = out->thinking ? "</think>" : "<think>";
-        if (!filter || !out->thinking || out->show_thoughts) output_byte(out, text.s[i]);
-        if (filter && text.s[i] == tag[out->matched]) out->matched++;
-        else out->matched = filter && text.s[i] == '<';
-        if (tag[out->matched]) continue;
-        if (!out->thinking) out->n -= out->matched;
-        output_think(out, !out->thinking);
-        if (out->thinking && out->show_thoughts) output_put(out, tag, out->matched, SIZE_MAX);
-        out->matched = 0;
+        const char *tag = output_tags[out->thinking];
+        output_byte(out, text.s[i]);
+        if (out->filter && text_ends(out->memory + out->start, out->n - out->start, tag))
+            output_think(out, strlen(tag));
     }
-    size_t keep = out->thinking ? 0 : out->matched;
-    for (size_t i = 1; i <= 3 && i <= out->n; i++)  // one that begins with 0xc0, 0xe0, 0xf0, ...
-        if ((uint8_t)out->memory[out->n - i] >= 256 - (128 >> i)) keep = i;
-    output_put(out, NULL, 0, keep);
+    for (size_t n = 1; n < 8 && n <= out->n; n++) {  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
+        const char *last = out->memory + out->n - n;
+        bool tag = out->filter && !memcmp(last, output_tags[out->thinking], n);
+        if (tag || (n < 4 && (uint8_t)*last >= 256 - (128 >> n))) keep = n;
+    }
+    output_put(out, NULL, 0, out->thinking && !out->terminal ? out->n - out->thought : keep);
 }
-static void output_text(Output *out, Text text) { output_add_text(out, text, false); }
-static void output_reply(Output *out, Text text) { output_add_text(out, text, out->filter); }
 
 // Begins the model's text behind a prompt, which may have opened a thought.
 static void output_begin(Output *out, const Options *o, bool filter, Text prompt) {
-    Output before = output_memory();
-    output_add_text(&before, prompt, filter);
-    out->filter = filter;
-    out->show_thoughts = o->think || out->terminal;
+    out->filter = filter && (out->terminal || !o->think);
     out->start = out->n;
-    out->matched = 0;
-    if (before.thinking) output_think(out, true);
-    free(before.memory);
+    for (size_t n = 1; out->filter && n <= prompt.len; n++)
+        if (text_ends(prompt.s, n, output_tags[out->thinking])) output_think(out, 0);
 }
 // Ends it: with what is held back, and a newline.
 static void output_end(Output *out) {
-    if (out->thinking) output_think(out, false);
+    if (out->thinking) output_think(out, 0);
     output_write(out, "\n", 1);
 }
 
-// Whether two paths name one file, or would: in one folder, by one name.
+// Whether two paths name one file, or will, being the same words.
 static bool same_file(const char *a, const char *b) {
-    const char *paths[] = {a, b}, *names[] = {"", ""};
-    struct stat st[2];
-    for (int i = 0; i < 2; i++) {
-        if (!paths[i] || !strcmp(paths[i], "-")) return false;
-        if (!stat(paths[i], &st[i])) continue;
-        char folder[PATH_MAX];
-        const char *slash = strrchr(paths[i], '/');
-        names[i] = slash ? slash + 1 : paths[i];
-        snprintf(folder, sizeof folder, "%.*s.", (int)(names[i] - paths[i]), paths[i]);
-        if (stat(folder, &st[i])) return false;
-    }
-    bool same = st[0].st_dev == st[1].st_dev && st[0].st_ino == st[1].st_ino;
-    return same && !strcmp(names[0], names[1]) && (*names[0] || S_ISREG(st[0].st_mode));
+    struct stat x, y;
+    if (!a || !b || !strcmp(a, "-")) return false;
+    if (stat(a, &x) || stat(b, &y)) return !strcmp(a, b);
+    return S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 // What a mode reads, for errors.
@@ -2705,18 +2691,17 @@ static Text input_read(const Options *o) {
     const char *path = o->prompt_file;
     char part[1 << 16];
     Output in = output_memory();
+    idle = 1;  // the reading may wait for long
     if (!path && o->prompt) output_write(&in, o->prompt, strlen(o->prompt));
     int fd = path && strcmp(path, "-") ? open(path, O_RDONLY) : 0;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     for (ssize_t got = path != NULL; got; output_write(&in, part, (size_t)got)) {
-        idle = 1;  // the reading may wait for long
-        if (interrupted) exit(130);
         got = read(fd, part, sizeof part);
-        idle = 0;
         if (got < 0) die("cannot read %s: %s", input_name(o), strerror(errno));
     }
     if (fd) close(fd);
     output_write(&in, "", 1);
+    idle = 0;
     return (Text){in.memory, in.n - 1};
 }
 
@@ -2726,10 +2711,9 @@ static Progress progress_begin(const Options *o) {
     return (Progress){!o->quiet && isatty(2), seconds(), 0};
 }
 static void progress_show(Progress *p, double part, double bytes) {
-    double now = seconds(), took = now - p->began;
-    double left = fmin(took / fmax(part, 1e-9) - took, 1e6);
-    if (!p->on || now - p->shown < 0.2) return;
-    p->shown = now;
+    double took = seconds() - p->began, left = fmin(took / fmax(part, 1e-9) - took, 1e6);
+    if (!p->on || took - p->shown < 0.2) return;
+    p->shown = took;
     fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %.0f s left  ", 100 * part, bytes / took, left);
 }
 static void progress_end(const Progress *p) { if (p->on) fprintf(stderr, "\r%50s\r", ""); }
@@ -2790,15 +2774,6 @@ static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system
     return start;
 }
 
-// Appends the tokens of a text and returns how many there are. One that has certainly more than the
-// context is not cut into tokens, which takes long: this returns how many it has at least.
-static size_t prompt_encode(const Tokenizer *t, Text text, const char *typed, int ctx, Ids *ids) {
-    size_t before = ids->n, least = least_tokens(t, text.len);
-    if (least > (size_t)ctx) return least;
-    encode(t, text, typed, before == 0, ids);
-    return ids->n - before;
-}
-
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     // Without a seed it is the time; 0 would stay 0.
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;
@@ -2814,7 +2789,7 @@ static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t)
 static void output_token(Output *out, const Tokenizer *t, int previous, int id) {
     Text text = decode(t, previous, id);
     uint8_t c = text.len == 1 ? (uint8_t)text.s[0] : ' ';
-    if (!t->llama2c || (c >= 9 && c <= 13) || (c >= 32 && c <= 126)) output_reply(out, text);
+    if (!t->llama2c || (c >= 9 && c <= 13) || (c >= 32 && c <= 126)) output_text(out, text);
 }
 
 // -ln p(target) from logits (n): ln(sum of e^(x - max)) - (x[target] - max).
@@ -3024,109 +2999,88 @@ typedef struct { char none; } Session;
 // ---- [5.4] tools --------------------------------------------------------------------------------
 // Text that the model writes can be a question to a program: `-T CMD`. Decoders look for one after
 // each token (tool_question), have it answered (tool_ask), and go on behind the answer. It keeps
-// nothing but running_tool, for signals. Calls: fork, poll.
+// nothing but running_tool, for signals. Calls: fork, text_ends.
 
 #ifndef NO_TOOLS
 // Runs CMD with the question and a newline as its input. Returns its answer, under 4000 bytes,
-// without white space at its end; or an empty one, after a word on stderr.
+// without white space at its end; or an empty one, after a word on stderr. Question and answer lie
+// in files, so that no one waits for a pipe, and what CMD started may go on.
 static Text tool_ask(const char *command, Text question) {
     static char answer[4000];
-    int to[2], from[2], status = 0;
-    size_t n = 0;
+    FILE *in = tmpfile(), *out = tmpfile();
+    bool asked = in && out && fwrite(question.s, question.len, 1, in) && fputs("\n", in) >= 0 &&
+                 !fseek(in, 0, SEEK_SET);
+    int status = 0;
+    ssize_t n = 0;
     double end = seconds() + 2;
-    bool fits = question.len < 4096, open = true;  // any pipe holds so much without a reader
-    if (pipe(to) || pipe(from)) die("cannot make a pipe: %s", strerror(errno));
-    bool asked = fits && output_send(to[1], question.s, question.len) &&
-                 output_send(to[1], "\n", 1);
     setenv("BC_LINE_LENGTH", "0", 1);  // bc would break long numbers
     pid_t child = running_tool = asked ? fork() : -1, ended = 0;
     if (asked) setpgid(child, child);  // here and there: what it starts ends with it
     if (child == 0) {
         signal(SIGPIPE, SIG_DFL);
-        if (dup2(to[0], 0) < 0 || dup2(from[1], 1) < 0) _exit(127);
-        close(to[0]), close(to[1]), close(from[0]), close(from[1]);
-        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        if (dup2(fileno(in), 0) == 0 && dup2(fileno(out), 1) == 1)
+            execl("/bin/sh", "sh", "-c", command, (char *)NULL);
         _exit(127);
     }
-    close(to[0]), close(to[1]), close(from[1]);
-    // Until it has ended, and nothing is left to read. (What it started may keep the pipe open.)
-    while (child > 0 && n < sizeof answer && seconds() < end && !interrupted) {
-        struct pollfd ready = {open ? from[0] : -1, POLLIN, 0};
-        if (poll(&ready, 1, !ended) > 0) {
-            ssize_t got = read(from[0], answer + n, sizeof answer - n);
-            n += got > 0 ? (size_t)got : 0;
-            open = got > 0 || (got < 0 && errno == EINTR);
-        } else if (ended) break;
-        else ended = waitpid(child, &status, WNOHANG);
+    while (child > 0 && !ended && n < (ssize_t)sizeof answer && seconds() < end && !interrupted) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        ended = waitpid(child, &status, WNOHANG);
+        n = pread(fileno(out), answer, sizeof answer, 0);
     }
-    close(from[0]);
     if (child > 0) kill(-child, SIGKILL);
     while (child > 0 && !ended && waitpid(child, NULL, 0) < 0 && errno == EINTR) {}
     running_tool = 0;
-    const char *wrong = !fits ? "is asked too long a question" : child < 0 ? "cannot be started"
-                      : n == sizeof answer ? "says too much" : !ended ? "takes too long"
-                      : status ? "fails" : NULL;
-    while (n && (uint8_t)answer[n - 1] <= ' ') n--;
-    if (!n && !wrong) wrong = "prints nothing";
+    if (in) fclose(in);
+    if (out) fclose(out);
+    const char *wrong = child < 0 ? "cannot be started" : n == sizeof answer ? "says too much"
+                      : !ended ? "takes too long" : status ? "fails" : NULL;
+    while (n > 0 && (uint8_t)answer[n - 1] <= ' ') n--;
+    if (n <= 0 && !wrong) wrong = "prints nothing";
     if (wrong && !interrupted)
         fprintf(stderr, "run: the tool %s %s: the model goes on alone\n", command, wrong);
-    return (Text){answer, wrong || interrupted ? 0 : n};
+    return (Text){answer, wrong || interrupted ? 0 : (size_t)n};
 }
 
-// Reads an arithmetic expression (numbers, + - * / % ^, parentheses) and returns its end, or NULL.
-static const char *tool_expression(const char *s, int *n_operators) {
+// Whether all up to "=" is arithmetic: numbers, with + - * / % ^ between them, in parentheses.
+static bool tool_expression(const char *s) {
     static const char digits[] = "0123456789";
-    for (;; s++) {
-        s += strspn(s, " -");
-        if (*s == '(') {
-            s = tool_expression(s + 1, n_operators);
-            if (!s || *s++ != ')') return NULL;
-        } else {
-            if (!strspn(s, digits)) return NULL;
-            s += strspn(s, digits);
-            if (*s == '.' && strspn(s + 1, digits)) s += 1 + strspn(s + 1, digits);
-        }
-        s += strspn(s, " ");
-        if (!*s || !strchr("+-*/%^", *s)) return s;
-        ++*n_operators;
+    for (int depth = 0, n_operators = 0;; n_operators++, s++) {
+        while (*s == ' ' || *s == '(' || (*s == '-' && s[1] != ' ')) depth += *s++ == '(';
+        if (!strspn(s, digits)) return false;
+        s += strspn(s, digits);
+        if (*s == '.' && strspn(s + 1, digits)) s += 1 + strspn(s + 1, digits);
+        while (*s == ' ' || (*s == ')' && depth)) depth -= *s++ == ')';
+        if (*s == '=') return n_operators && !depth;
+        if (!*s || !strchr("+-*/%^", *s)) return false;
     }
-}
-
-// Whether the character at i is a minus that begins a line, with a space behind it.
-static bool tool_bullet(Text text, size_t i) {
-    return text.s[i] == '-' && text.s[i + 1] == ' ' && (i == 0 || text.s[i - 1] == '\n');
 }
 
 // The question that a text ends in, and what comes before and after the answer: an arithmetic
 // expression and "=", or a <tool_call> with JSON. An empty one: none.
 static Text tool_question(Text text, const char **before, const char **after) {
     static const char call[] = "<tool_call>", end[] = "</tool_call>";
-    size_t n = text.len, n_call = strlen(call), n_end = strlen(end);
+    size_t n = text.len, at;
     *before = *after = "";
-    if (n >= n_end && !memcmp(text.s + n - n_end, end, n_end)) {
-        size_t at = n -= n_end;
-        while (at && memcmp(text.s + at, call, n_call)) at--;
-        if (memcmp(text.s + at, call, n_call)) return (Text){"", 0};
+    if (text_ends(text.s, n, end)) {
+        at = n -= strlen(end);
+        while (at && !text_ends(text.s, at, call)) at--;
         *before = "\n<tool_response>\n", *after = "\n</tool_response>\n";
-        return (Text){text.s + at + n_call, n - at - n_call};
+        return (Text){text.s + at, at ? n - at : 0};
     }
     while (n && text.s[n - 1] == ' ') n--;
     if (!n || text.s[--n] != '=') return (Text){"", 0};
-    // The longest expression that is not part of something else, such as x+2*3 or 1,234*2.
-    for (size_t at = n < 200 ? 0 : n - 200; at < n; at++) {
-        size_t left = at;
-        while (left && text.s[left - 1] == ' ') left--;
-        int c = left ? text.s[left - 1] : '\n', n_operators = 0;
-        bool word = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-        bool part = (word && left == at) || (c && strchr(".,(+-*/%^:=_", c));
-        if (c == '-' && tool_bullet(text, left - 1)) part = false;
-        if (part || text.s[at] == ' ' || tool_bullet(text, at)) continue;
-        if (tool_expression(text.s + at, &n_operators) != text.s + n || !n_operators) continue;
-        if (n + 1 == text.len && text.s[n - 1] == ' ') *before = " ";
-        *after = "\n";  // or the model might add digits
-        return (Text){text.s + at, n - at};
-    }
-    return (Text){"", 0};
+    for (at = n; at && text.s[at - 1] && strchr("0123456789.+-*/%^() ", text.s[at - 1]);) at--;
+    int c = at ? text.s[at - 1] : '\n';
+    // It may be part of something else, such as x+2*3 or 1,234*2; a line may begin with "- ", "1. ".
+    bool part = ((c | 32) >= 'a' && (c | 32) <= 'z') || strchr(",:_=", c);
+    if (part && text.s[at] != ' ') return (Text){"", 0};
+    at += strspn(text.s + at, " ");
+    if (c == '\n' && !tool_expression(text.s + at)) at += strcspn(text.s + at, " =");
+    if (!tool_expression(text.s + at)) return (Text){"", 0};
+    if (n + 1 == text.len && text.s[n - 1] == ' ') *before = " ";
+    *after = "\n";  // or the model might add digits
+    at += strspn(text.s + at, " ");
+    return (Text){text.s + at, n - at};
 }
 #endif
 // ---- [5.5] decoders, samples, speculation -------------------------------------------------------
@@ -3341,7 +3295,7 @@ static bool tool_use(Machine *w, Decoder *d) {
     if (turn) prompt_append(&p, c[LATER_AFTER], false);
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->c.ids);
     prompt_free(&p);
-    for (int i = 0; i < 3; i++) output_reply(d->out, said[i]);
+    for (int i = 0; i < 3; i++) output_text(d->out, said[i]);
     return true;
 }
 #else
@@ -3498,10 +3452,11 @@ static void decoder_continue(Machine *w, Decoder *d) {
 // Appends the prompt's tokens and returns how many may be drawn after them.
 static long long start_text(const Options *o, const Model *m, const Tokenizer *t, int ctx,
                             Text prompt, Ids *ids) {
-    size_t before = ids->n, n = prompt_encode(t, prompt, NULL, ctx, ids);
-    if (n > (size_t)ctx)
-        die("the prompt has %s%zu tokens, the context of %s only %d: shorten it, or see -c",
-            ids->n == before ? "over " : "", n, m->path, ctx);
+    size_t before = ids->n;
+    encode(t, prompt, NULL, before == 0, ids);
+    if (ids->n - before > (size_t)ctx)
+        die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
+            ids->n - before, m->path, ctx);
     if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
     if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
     if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
@@ -3716,13 +3671,13 @@ static bool chat_add(Machine *w, Decoder *d, Text user) {
     Prompt p = {0};
     if (start) prompt_append(&p, t->chat[ASSISTANT_AFTER], false);
     size_t head_end = prompt_turn(&p, t, start == 0, system, user);
-    size_t n = prompt_encode(t, (Text){p.s, p.n}, p.typed, w->ctx, ids);
+    encode(t, (Text){p.s, p.n}, p.typed, start == 0, ids);
+    size_t n = ids->n - start;
     if (!start && !n) die("%s has no token for any byte of this turn", t->path);
     bool fits = start + n <= ctx || n <= ctx / 2;
     if (!fits) {
-        fprintf(stderr, "run: this turn has %s%zu tokens, too many for the context of %d, of which "
-                        "%zu are in use: it is left out\n",
-                ids->n == start ? "over " : "", n, w->ctx, start);
+        fprintf(stderr, "run: this turn has %zu tokens, too many for the context of %d, of which "
+                        "%zu are in use: it is left out\n", n, w->ctx, start);
         ids->n = start;
     } else if (!start) {  // the system turn stays when the context is full
         encode(t, (Text){p.s, head_end}, p.typed, true, &head);
@@ -5008,7 +4963,7 @@ int main(int argc, char **argv) {
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
     Output out = output_open(o.output);
-    idle = mode == CHECK || mode == BENCH;
+    if (mode == CHAT) idle = 0;
     modes[mode].run(&o, &m, &t, &out);
     bool kept = (mode == GENERATE && !o.n_others) || mode == CHAT || mode == EXPLAIN;
     if (!interrupted || kept) output_close(&out);  // else there is none

@@ -2298,7 +2298,7 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"-m explain -i a --layer 0 -o page", "--layer and a page"},
     {"-m explain -i a -o tiny.bin", "-o tiny.bin would overwrite tiny.bin"},
     {"-m logits -i 1 -o ./tiny.bin", "would overwrite"}, {"-S kv -o kv", "would overwrite"},
-    {"-m logits -i 1 -o $PWD/tiny.bin", "would overwrite"}, {"-S ./kv -o $PWD/kv", "overwrite"},
+    {"-m logits -i 1 -o $PWD/tiny.bin", "would overwrite"}, {"-S ./text -o $PWD/text", "overwrite"},
     {"-m logits -i 1 -o link.bin", "would overwrite"},
     {"-m compress -f text -o text", "would overwrite"},
     {"-m tokenize -i a -o tiny.tok", "-o tiny.tok would overwrite tiny.tok"},
@@ -2609,7 +2609,7 @@ static void test_questions(void) {
         {"1+1==", "", ""}, {"$3+4=", "3+4", ""}, {"1,234*2=", "", ""}, {"- 12*34=", "12*34", ""},
         {"sqrt(16)+2*3=", "", ""}, {"3x+2*5=", "", ""}, {"y + 2 * 3 =", "", ""},
         {"x-3*2=", "", ""}, {"http://a/page/3/2=", "", ""}, {"QUJD+12/34=", "", ""},
-        {"10:30-11=", "", ""}, {"is: -3*2=", "", ""}, {"((((=", "", ""}, {"-1-1=", "-1-1", ""},
+        {"10:30-11=", "", ""}, {"is: -3*2=", "-3*2", ""}, {"((((=", "", ""}, {"-1-1=", "-1-1", ""},
         {"say <tool_call>{\"a\": 1}</tool_call>", "{\"a\": 1}", "\n<tool_response>\n"},
         {"{}</tool_call>", "", ""}, {"<tool_call>{}</tool_call> ", "", ""},
         {"<tool_call>a<tool_call>b</tool_call>", "b", "\n<tool_response>\n"}};
@@ -2716,8 +2716,8 @@ static void test_display(void) {
     cases[] = {
         {tags, "ad</think><thi\n", 0, 0, ""},
         {tags, "a<think>b <i>c</think>d</think><thi\n", 0, 1, ""},
-        {tags, "a\033[2m<think>b <i>c</think>\033[0md</think><thi\n", 1, 0, ""},
-        {"<<think>x", "<\n", 0, 0, ""}, {"x<think>", "x\033[2m<think>\033[0m\n", 1, 0, ""},
+        {tags, "a\033[2mb <i>c\033[0md</think><thi\n", 1, 0, ""},
+        {"<<think>x", "<\n", 0, 0, ""}, {"x<think>", "x\033[2m\033[0m\n", 1, 0, ""},
         {"\033[31mred\033[0m\a\r\n\t\x7f", "^[[31mred^[[0m^G^M\n\t^?\n", 1, 0, ""},
         {"\033[31mred", "\033[31mred\n", 0, 0, ""}, {"\xc2" "A", "\xc2" "A\n", 1, 0, ""},
         {"\xc2\x9b" "1m \xc3\x9b \xe2\x82\xac", "\xc2\xa0" "1m \xc3\x9b \xe2\x82\xac\n", 1, 0, ""},
@@ -2732,7 +2732,7 @@ static void test_display(void) {
         for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
             n = 1 + (size_t)below(i % 20 ? 9 : 1);
             if (n > len - at) n = len - at;
-            output_reply(&out, (Text){s + at, n});
+            output_text(&out, (Text){s + at, n});
         }
         output_end(&out);
         CHECK(out.n == strlen(expected) && !memcmp(out.memory, expected, out.n),
