@@ -2706,15 +2706,14 @@ static Text input_read(const Options *o) {
 }
 
 // A line on the terminal's stderr: how much is done, how fast, how long it still takes.
-typedef struct { bool on; double began, shown; } Progress;
+typedef struct { bool on; double began; } Progress;
 static Progress progress_begin(const Options *o) {
-    return (Progress){!o->quiet && isatty(2), seconds(), 0};
+    return (Progress){!o->quiet && isatty(2), seconds()};
 }
-static void progress_show(Progress *p, double part, double bytes) {
-    double took = seconds() - p->began, left = fmin(took / fmax(part, 1e-9) - took, 1e6);
-    if (!p->on || took - p->shown < 0.2) return;
-    p->shown = took;
-    fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %.0f s left  ", 100 * part, bytes / took, left);
+static void progress_show(const Progress *p, double part, double bytes) {
+    double took = seconds() - p->began;
+    if (p->on) fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %.0f s left  ", 100 * part, bytes / took,
+                       took / part - took);
 }
 static void progress_end(const Progress *p) { if (p->on) fprintf(stderr, "\r%50s\r", ""); }
 
@@ -3071,7 +3070,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
     if (!n || text.s[--n] != '=') return (Text){"", 0};
     for (at = n; at && text.s[at - 1] && strchr("0123456789.+-*/%^() ", text.s[at - 1]);) at--;
     int c = at ? text.s[at - 1] : '\n';
-    // It may be part of something else, such as x+2*3 or 1,234*2; a line may begin with "- ", "1. ".
+    // It may be part of something else, as x+2*3 or 1,234*2; a line may begin with "- " or "1. ".
     bool part = ((c | 32) >= 'a' && (c | 32) <= 'z') || strchr(",:_=", c);
     if (part && text.s[at] != ' ') return (Text){"", 0};
     at += strspn(text.s + at, " ");
@@ -4738,9 +4737,9 @@ enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS =
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
 // One table parses, checks and explains the options. The type of the field says what one can be.
-enum { FLAG, WORD, LIST, INTEGER, DECIMAL, SEED };
+enum { FLAG, WORD, LIST, INTEGER, DECIMAL };
 #define TO(field) offsetof(Options, field), _Generic(((Options *)0)->field, bool: FLAG,            \
-    const char *: WORD, const char **: LIST, long long: INTEGER, double: DECIMAL, default: SEED)
+    const char *: WORD, const char **: LIST, double: DECIMAL, default: INTEGER)
 static const struct Option {
     const char *name;  // and behind it its argument
     size_t field;      // where in Options its value goes
@@ -4749,29 +4748,29 @@ static const struct Option {
     int modes;         // in which it has a meaning
     const char *help;
 } options[] = {
-    {"-i, --prompt TEXT", TO(prompt), 0, 0, ALL, "the prompt; - reads it from stdin"},
-    {"-f, --file PATH", TO(prompt_file), 1, 0, ALL, "read the prompt from a file; - is stdin"},
+    {"-i, --prompt TEXT", TO(prompt), 0, 0, ALL, "the text to begin with; - reads it from stdin"},
+    {"-f, --file PATH", TO(prompt_file), 1, 0, ALL, "read that text from a file; - is stdin"},
     {"-o, --output PATH", TO(output), 1, 0, ALL, "write there instead of to stdout"},
     {"-n, --steps N", TO(steps), 0, 1e9, DRAW, "new tokens (256, chat: 1024); 0: all that fit"},
     {"-m, --mode MODE", TO(mode), 1, 0, ALL, "what to do, see below"},
-    {"-t, --temperature T", TO(temperature), 0, 1e30, DRAW, "0: likeliest; 1: as the model says"},
-    {"-p, --top-p P", TO(top_p), 0, 1, DRAW, "draw from the likeliest of this sum (0.9); 0: all"},
-    {"-s, --seed N", TO(seed), 0, 0, ALL, "of the random generator; 0 (default): from the clock"},
+    {"-t, --temperature T", TO(temperature), 0, 1e9, DRAW, "0: likeliest token; more: bolder (1)"},
+    {"-p, --top-p P", TO(top_p), 0, 1, DRAW, "draw from the likeliest tokens, P in sum (0.9)"},
+    {"-s, --seed N", TO(seed), 0, 0x1p64, ALL, "makes a run repeatable; 0 (default): the clock"},
     {"-z, --tokenizer PATH", TO(tokenizer), 1, 0, ALL, "its file (MODEL's .tok, or tokenizer.bin)"},
-    {"-c, --context N", TO(context), 0, 1 << 24, ALL, "positions to make room for (the model's)"},
+    {"-c, --context N", TO(context), 0, 1 << 24, ALL, "tokens to make room for (the model's most)"},
     {"-j, --threads N", TO(threads), 1, 256, ALL, "threads (the number of cores)"},
-    {"-y, --system TEXT", TO(system), 0, 0, TURNS, "the system turn of a chat"},
-    {"-k, --samples N", TO(samples), 1, MAX_SAMPLES, TALK, "N texts at once, each with a seed"},
-    {"-b, --best", TO(best), 0, 0, TALK, "of these only the likeliest"},
-    {"-e, --ensemble MODEL", TO(others), 1, 0, MIXED, "answers too, the best wins; repeatable"},
-    {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "guesses ahead; \"lookup\": from the text"},
-    {"-S, --session FILE", TO(session), 1, 0, KEPT, "keeps text and cache; goes on with them"},
+    {"-y, --system TEXT", TO(system), 0, 0, TURNS, "tells the model in a chat how to answer"},
+    {"-k, --samples N", TO(samples), 1, MAX_SAMPLES, TALK, "write N different texts at once"},
+    {"-b, --best", TO(best), 0, 0, TALK, "with -k: print only the text that is likeliest"},
+    {"-e, --ensemble MODEL", TO(others), 1, 0, MIXED, "answers, too: the best one is printed"},
+    {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
+    {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
     {"-T, --tool CMD", TO(tool), 1, 0, TOOLS, "answers arithmetic and tool calls on its stdin"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
     {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
-    {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens"},
+    {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens; 0: from all"},
     {"    --min-p P", TO(min_p), 0, 1, ALL, "from those at least P times as likely as the first"},
-    {"    --repeat-penalty R", TO(repeat_penalty), 1e-3, 1e3, ALL, "of tokens in the text; 1: off"},
+    {"    --repeat-penalty R", TO(repeat_penalty), 1e-3, 1e3, ALL, "over 1: repeat less (1: off)"},
     {"    --receipt", TO(receipt), 0, 0, TALK, "print a hash of all logits that were sampled from"},
     {"    --layer L", TO(layer), 0, MAX_LAYERS - 1, SHOW, "explain: attention of layer 0, 1, ..."},
     {"    --head H", TO(head), 0, 1 << 14, SHOW, "explain: ... and of its head 0, 1, ..."},
@@ -4793,43 +4792,38 @@ static const struct Option *option_find(const char *a) {
     usage_error("unknown option %s", a);
 }
 
-// Sets it to the value s; `a` is how it was given.
+// Sets it to the value s (NULL: there is none); `a` is how it was given.
 static void option_set(Options *o, const struct Option *option, const char *a, const char *s) {
     void *field = (char *)o + option->field;
+    bool flag = option->kind == FLAG, empty = option->kind == WORD && option->low < 1;
     char *end = NULL;
-    double number = option->low;
-    errno = 0;
-    o->given |= 1ull << (option - options);
+    if (flag && s) usage_error("%s takes no value", a);
+    if (!flag && (!s || (!*s && !empty))) usage_error("%s needs a value", a);
     if (option->kind == LIST && o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
+    o->given |= 1ull << (option - options);
+    double number = option->kind < INTEGER ? 0 : strtod(s, &end);
+    errno = 0;
     switch (option->kind) {
     case FLAG: *(bool *)field = true; return;
     case WORD: *(const char **)field = s; return;
     case LIST: ((const char **)field)[o->n_others++] = s; return;
-    case INTEGER: number = (double)(*(long long *)field = strtoll(s, &end, 10)); break;
-    case DECIMAL: number = *(double *)field = strtod(s, &end); break;
-    case SEED: *(unsigned long long *)field = strtoull(s, &end, 10);
+    case INTEGER: *(unsigned long long *)field = strtoull(s, &end, 10); break;
+    case DECIMAL: *(double *)field = number;
     }
-    if (end == s || *end || s[0] <= ' ') usage_error("%s needs a number, not \"%s\"", a, s);
-    if (option->kind == SEED && (strchr(s, '-') || errno))
-        usage_error("%s goes from 0 to 18446744073709551615, not %s", a, s);
-    if (!(number >= option->low && number <= option->high))
-        usage_error("%s goes from %.10g to %.10g, not %.40s", a, option->low, option->high, s);
+    bool inside = number >= option->low && number <= option->high && !errno;
+    if (!inside || *end || s[0] <= ' ')
+        usage_error("%s goes from %.10g to %.10g, not \"%.40s\"", a, option->low, option->high, s);
 }
 
 static void option_parse(Options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        const char *a = argv[i], *equals = strchr(a, '='), *value = equals ? equals + 1 : NULL;
-        if (a[0] != '-' || !a[1]) {
-            if (o->model) usage_error("there are two models, %s and %s", o->model, a);
-            o->model = a;
-            continue;
-        }
-        const struct Option *option = option_find(a);
-        bool flag = option->kind == FLAG, empty = option->kind == WORD && option->low < 1;
-        if (flag && value) usage_error("%s takes no value", a);
-        if (!flag && !value) value = argv[++i];
-        if (!flag && (!value || (!*value && !empty))) usage_error("%s needs a value", a);
-        option_set(o, option, a, value);
+        const char *a = argv[i], *equals = strchr(a, '=');
+        if (a[0] == '-' && a[1]) {
+            const struct Option *option = option_find(a);
+            bool next = !equals && option->kind != FLAG;
+            option_set(o, option, a, next ? argv[++i] : equals ? equals + 1 : NULL);
+        } else if (o->model) usage_error("there are two models, %s and %s", o->model, a);
+        else o->model = a;
     }
 }
 
@@ -4878,25 +4872,21 @@ static void option_help(void) {
     puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped");
 }
 
-static void on_interrupt(int signal_number) {
-    if (interrupted || idle) {
-        output_leave();
-        _exit(interrupted ? 128 + signal_number : 130);
-    }
-    interrupted = signal_number == SIGHUP ? SIGTERM : signal_number;
-}
-static void on_bus_error(int signal_number) {
+static void on_signal(int number) {
     static const char line[] = "run: a mapped file became shorter, or cannot be read any more\n";
-    (void)signal_number;
-    if (write(2, line, sizeof line - 1) < 0) {}
-    output_leave();
-    _exit(1);
+    bool fault = number == SIGBUS;
+    if (fault && write(2, line, sizeof line - 1) < 0) {}
+    if (fault || interrupted || idle) {
+        output_leave();
+        _exit(fault ? 1 : 130);
+    }
+    interrupted = number == SIGHUP ? SIGTERM : number;
 }
 static void catch_signals(void) {
+    struct sigaction action = {.sa_handler = on_signal};  // without SA_RESTART: a read ends
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is an error of write
-    signal(SIGBUS, on_bus_error);
-    struct sigaction action = {.sa_handler = on_interrupt};  // without SA_RESTART: a read ends
+    sigaction(SIGBUS, &action, NULL);
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL);  // but under nohup
@@ -4910,10 +4900,7 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
     const char *missing = NULL;
     __builtin_cpu_init();
 #define NEED(macro, name) if (DEFINED(macro) && !__builtin_cpu_supports(name)) missing = name
-    NEED(__AVX__, "avx");
     NEED(__AVX2__, "avx2");
-    NEED(__BMI2__, "bmi2");
-    NEED(__AVX512F__, "avx512f");
     NEED(__AVX512VL__, "avx512vl");
     NEED(__AVX512VNNI__, "avx512vnni");
     NEED(__AVX512VBMI__, "avx512vbmi");

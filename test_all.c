@@ -2267,13 +2267,13 @@ static void test_files(void) {
 // Wrong command lines: what is behind the model's name, and a text of the line that refuses it.
 static const struct { const char *words, *says; } wrong_words[] = {
     {"-n", "-n needs a value"}, {"-i", "-i needs a value"}, {"-s", "-s needs a value"},
-    {"--prompt", "--prompt needs a value"}, {"-n abc", "-n needs a number, not \"abc\""},
+    {"--prompt", "--prompt needs a value"}, {"-n abc", "-n goes from 0 to 1000000000, not \"abc\""},
     {"-n 1x", "not \"1x\""}, {"-n ''", "-n"}, {"-n ' 5'", "not \" 5\""},
     {"-n -1", "-n goes from 0 to"}, {"-n 1.5", "not \"1.5\""},
     {"-n 99999999999999999999", "-n goes from"}, {"-t nan", "-t goes from 0"},
     {"-t -0.1", "-t goes from"}, {"-t inf", "-t goes from"}, {"-t 1,5", "not \"1,5\""},
     {"-p 1.01", "-p goes from 0 to 1"}, {"-p nan", "-p goes"},
-    {"-s -1", "-s goes from 0 to 18446744073709551615"}, {"-s 99999999999999999999", "-s goes"},
+    {"-s -1", "-s goes from 0 to 1.84"}, {"-s 99999999999999999999", "-s goes"},
     {"-s 1.0", "not \"1.0\""}, {"-s ''", "-s"}, {"-c -5", "-c goes"}, {"-c x", "not \"x\""},
     {"-j 0", "-j goes from 1 to 256"}, {"-j 1000", "-j goes"}, {"-j two", "not \"two\""},
     {"--top-k -1", "--top-k goes"}, {"--top-k 1e3", "not \"1e3\""}, {"--min-p 2", "--min-p goes"},
