@@ -2749,9 +2749,7 @@ typedef struct { char *s, *typed; size_t n; } Prompt;
 static void prompt_append(Prompt *p, Text text, bool typed) {
     p->s = resize(p->s, p->n + text.len + 1, 1);
     p->typed = resize(p->typed, p->n + text.len + 1, 1);
-    if (text.len) memcpy(p->s + p->n, text.s, text.len);
-    memset(p->typed + p->n, typed, text.len);
-    p->n += text.len;
+    for (size_t i = 0; i < text.len; i++, p->n++) p->s[p->n] = text.s[i], p->typed[p->n] = typed;
     p->s[p->n] = 0;
 }
 static void prompt_say(Prompt *p, Text before, Text typed, Text after) {
@@ -4842,23 +4840,21 @@ static int option_check(const Options *o) {
         if (o->given >> i & 1 && !(options[i].modes >> mode & 1))
             usage_error("%.*s means nothing in mode %s", (int)strcspn(name, ", "), name, o->mode);
     }
-    bool k = o->samples > 1, e = o->n_others, d = o->draft, layer = o->layer >= 0;
-    const struct { bool both; const char *a, *b; } clashes[] = {
-        {o->prompt && o->prompt_file, "-i", "-f"}, {k && e, "-k", "-e"}, {k && d, "-k", "-d"},
-        {e && d, "-e", "-d"}, {e && o->session, "-e", "-S"}, {e && o->receipt, "-e", "--receipt"},
-        {layer && o->output && !o->trace, "--layer", "a page (-o), which shows all,"}};
-    for (size_t i = 0; i < sizeof clashes / sizeof *clashes; i++)
-        if (clashes[i].both)
-            usage_error("%s and %s cannot be used together", clashes[i].a, clashes[i].b);
+    bool k = o->samples > 1, layer = o->layer >= 0;
+    if (o->prompt && o->prompt_file) usage_error("-i and -f cannot be used together");
+    if (o->n_others && (k || o->draft || o->session || o->receipt))
+        usage_error("-e cannot be used with -k, -d, -S or --receipt");
+    if (k && o->draft) usage_error("-k and -d cannot be used together");
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
     if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
+    if (layer && o->output && !o->trace) usage_error("--layer means nothing in a page: it has all");
     if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
         usage_error("mode %s writes no text for a terminal: use -o or a pipe", o->mode);
     const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft,
                             "/dev/stdin"};
-    for (int i = 0; i < 6; i++) refuse_overwriting(o->output, inputs[i]);
-    for (int i = 0; i < o->n_others; i++) refuse_overwriting(o->output, o->others[i]);
+    for (int i = 0; i < 6 + o->n_others; i++)
+        refuse_overwriting(o->output, i < 6 ? inputs[i] : o->others[i - 6]);
     return mode;
 }
 
@@ -4896,16 +4892,12 @@ static void catch_signals(void) {
 // A binary built for another machine's instructions says so instead of dying of an illegal one. It
 // runs before anything else, and is itself compiled for the oldest machine.
 #if defined __x86_64__ && !defined PLAIN
+#define HAS(macro, name) (!DEFINED(macro) || __builtin_cpu_supports(name))
 __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) {
-    const char *missing = NULL;
     __builtin_cpu_init();
-#define NEED(macro, name) if (DEFINED(macro) && !__builtin_cpu_supports(name)) missing = name
-    NEED(__AVX2__, "avx2");
-    NEED(__AVX512VL__, "avx512vl");
-    NEED(__AVX512VNNI__, "avx512vnni");
-    NEED(__AVX512VBMI__, "avx512vbmi");
-    if (!missing) return;
-    fprintf(stderr, "run: this binary needs %s: build it here, or with ARCH=x86-64\n", missing);
+    if (HAS(__AVX2__, "avx2") && HAS(__AVX512VL__, "avx512vl") &&
+        HAS(__AVX512VNNI__, "avx512vnni") && HAS(__AVX512VBMI__, "avx512vbmi")) return;
+    fputs("run: built for a newer processor: build it here, or with ARCH=x86-64\n", stderr);
     _exit(1);
 }
 #endif
