@@ -3390,7 +3390,7 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
     d->s.rng = samples_seed(trunk, i);
     d->out = &d->own;
     d->own.memory = NULL;
-    d->own.n = d->own.capacity = 0;
+    d->own.n = d->own.capacity = d->own.start = d->own.thought = 0;
     d->c.ids = (Ids){0};
     for (size_t j = 0; j < trunk->c.ids.n; j++) push(&d->c.ids, trunk->c.ids.ids[j]);
     cache_branch(&w->kv, 0, d->seq, d->c.done);
