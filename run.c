@@ -1450,7 +1450,6 @@ typedef struct {
     Index by_text;            // tokens
     Index merges;             // ranks of pairs of tokens, two uint32
     uint8_t *kinds;           // (N_CHARS) of the characters
-    size_t longest;           // bytes of a token (or an unknown character)
     size_t special[256];      // longest control or user-defined token that starts with this byte
     int byte_token[256];      // token of a single byte, -1 none
     const int32_t *stops;     // (n_stops) tokens that end an answer
@@ -1570,7 +1569,6 @@ static bool read_token(Tokenizer *t, Bytes *file, int id) {
     }
     t->tokens[id] = (Token){{s, len}, float_of(read_u32(start)), type};
     if (!len || type == UNUSED) return true;
-    if (len > t->longest) t->longest = len;
     int *byte = &t->byte_token[(uint8_t)*s];
     size_t *special = &t->special[(uint8_t)*s];
     if (type != BYTE) index_find(&t->by_text, (Text){s, len}, id);  // the first of equal texts
@@ -1619,7 +1617,7 @@ static void free_tokenizer(Tokenizer *t) {
 
 // Opens a tokenizer for a model. Returns NULL, or what is wrong with it.
 static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
-    *t = (Tokenizer){.longest = 4};
+    *t = (Tokenizer){0};
     t->file = map_file(path, &t->file_size);
     snprintf(t->path, sizeof t->path, "%s", path);
     memset(t->byte_token, -1, sizeof t->byte_token);
@@ -4944,8 +4942,7 @@ int main(int argc, char **argv) {
     Output out = output_open(o.output);
     if (mode == CHAT) idle = 0;
     modes[mode].run(&o, &m, &t, &out);
-    bool kept = (mode == GENERATE && !o.n_others) || mode == CHAT || mode == EXPLAIN;
-    if (!interrupted || kept) output_close(&out);  // else there is none
+    if (!interrupted || (out.n && mode != LOGITS)) output_close(&out);  // else there is none
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;
