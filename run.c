@@ -4868,11 +4868,11 @@ static void option_help(void) {
 
 static void on_signal(int number) {
     static const char line[] = "run: a mapped file became shorter, or cannot be read any more\n";
-    bool fault = number == SIGBUS;
-    if (fault && write(2, line, sizeof line - 1) < 0) {}
-    if (fault || interrupted || idle) {
+    bool lost = number == SIGBUS;
+    if (lost && write(2, line, sizeof line - 1) < 0) {}
+    if (lost || interrupted || idle) {
         output_leave();
-        _exit(fault ? 1 : 130);
+        _exit(lost ? 1 : 130);
     }
     interrupted = number == SIGHUP ? SIGTERM : number;
 }
