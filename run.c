@@ -2509,7 +2509,7 @@ static void start_threads(int n) {
 // ---- [5.1] text in and out ----------------------------------------------------------------------
 // What the modes share: options, where text comes from, where results go. Input is read whole
 // (input_read). Results stream (stdout, a device) or are collected in memory, for -o until
-// output_close makes its file. It keeps what a signal must know. Calls: forward, by prefill.
+// output_file makes its file. It keeps what a signal must know. Calls: forward, by prefill.
 
 enum { MAX_OTHERS = 15 };
 typedef struct {
@@ -2591,10 +2591,6 @@ static Output output_open(const char *path) {
     out.terminal = isatty(out.fd);
     return out;
 }
-static void output_close(Output *out) {
-    output_file(out, out->n ? out->memory : "");
-    free(out->memory);
-}
 
 // Adds bytes. What was collected is sent, if it streams, but for the last `keep` bytes (SIZE_MAX:
 // nothing is).
@@ -2670,7 +2666,7 @@ static void output_end(Output *out) {
     output_write(out, "\n", 1);
 }
 
-// Whether two paths name one file, or will, being the same words.
+// Whether two paths name one file, or, where there is none yet, are the same words.
 static bool same_file(const char *a, const char *b) {
     struct stat x, y;
     if (!a || !b || !strcmp(a, "-")) return false;
@@ -4942,7 +4938,8 @@ int main(int argc, char **argv) {
     Output out = output_open(o.output);
     if (mode == CHAT) idle = 0;
     modes[mode].run(&o, &m, &t, &out);
-    if (!interrupted || (out.n && mode != LOGITS)) output_close(&out);  // else there is none
+    if (!interrupted || (out.n && mode != LOGITS)) output_file(&out, out.n ? out.memory : "");
+    free(out.memory);
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;
