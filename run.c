@@ -2734,8 +2734,8 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 // written out (sampler_new, output_token), how likely a text is (likelihood_window). It keeps
 // nothing. Calls: encode, decode, forward.
 
-// A text: its tokens, of which the cache holds the first `done`, a session's file the first `saved`,
-// a draft's cache the first `drafted`, and of which `keep` stay when the context is full.
+// A text: its tokens, of which the cache holds the first `done`, a session's file the first
+// `saved`, a draft's cache the first `drafted`, and of which `keep` stay when the context is full.
 typedef struct { Ids ids; int done, keep, saved, drafted; } Context;
 
 // What the model is to read; `typed` marks what a user typed (no special tokens there).
