@@ -2902,7 +2902,7 @@ static void session_write(const Session *s, const void *data, size_t n, off_t at
     if (s->image) memcpy(s->image + at, data, n);
     else if (lseek(s->fd, at, SEEK_SET) < 0 || !output_send(s->fd, data, n)) {
         const char *why = strerror(errno);
-        if (!s->h.hash) unlink(s->path);  // there is nothing in it yet
+        if (lseek(s->fd, 0, SEEK_END) < (off_t)sizeof s->h) unlink(s->path);  // it holds nothing
         die("cannot write the session %s: %s", s->path, why);
     }
 }
@@ -2956,6 +2956,7 @@ static void session_commit(Session *s, Context *c, uint64_t rng) {
         if (!wrong && lseek(s->fd, 0, SEEK_END)) wrong = "it is in use";
     }
     if (wrong) die("cannot write the session %s: %s", s->path, wrong);
+    if (!s->h.hash) session_append(s, &(Context){.ids = {0}}, 0, rng);  // a new one begins empty
     if (s->h.done > c->done) s->h.done = c->done;
     session_append(s, c, whole > s->h.done ? whole : s->h.done, rng);
 }
@@ -3255,7 +3256,7 @@ static bool machine_compute(Machine *w, Decoder *d, int n) {
     return true;
 }
 
-static Output decoder_text(const Machine *w, const Decoder *d, int from) {  // in memory, to be freed
+static Output decoder_text(const Machine *w, const Decoder *d, int from) {  // to be freed
     const int *ids = d->c.ids.ids;
     Output text = output_memory();
     for (int i = from; i < (int)d->c.ids.n; i++) {
