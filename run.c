@@ -4939,6 +4939,7 @@ int main(int argc, char **argv) {
     Output out = output_open(o.output);
     if (mode == CHAT) idle = 0;
     modes[mode].run(&o, &m, &t, &out);
+    refuse_overwriting(o.output, o.session);  // which may have been made only now
     if (!interrupted || (out.n && mode != LOGITS)) output_file(&out, out.n ? out.memory : "");
     free(out.memory);
     free_tokenizer(&t);
