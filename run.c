@@ -3793,8 +3793,8 @@ typedef struct {
     Candidate lens[MAX_LAYERS];  // the likeliest token if a layer were the last
 } Explain;
 
-// Writes a token as it is stored (control tokens have a text here), with escapes for what a terminal
-// would obey or hide, and in the page for what cannot stand in a string of its script.
+// Writes a token as it is stored; control tokens have a text here. Escapes stand for what a
+// terminal would obey or hide, and in the page for what cannot stand in a string of its script.
 static void explain_put(const Explain *e, int id) {
     const Tokenizer *t = e->w.t;
     Text text = id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
@@ -3918,15 +3918,21 @@ static void explain_choice(const Explain *e, int chosen, bool given) {
     else fprintf(e->f, "> the number %.4f was drawn; its part is %.4f to %.4f of the %d kept\n",
                  (double)s->coin, (double)(from / sum), (double)((from + p) / sum), n);
 }
-// What got most attention (it is taken out of the mean), and where the layers' answer changed.
+// Where the pass was, what got most attention (it is taken out of the mean), and where the layers'
+// answer changed.
 static void explain_inside(const Explain *e) {
+    const Model *m = e->w.m;
+    const float *freqs = vec(&m->rope_freqs), pos = (float)(e->n - 1);
+    fprintf(e->f, "position %d turns queries and keys by %.3g to %.3g radians, KV cache %.1f KiB\n",
+            e->n - 1, (double)(pos * freqs[0]), (double)(pos * freqs[m->c.head_dim / 2 - 1]),
+            e->n * (double)e->w.kv.page_bytes / PAGE_POSITIONS / 1024);
     for (int i = 0; i < EXPLAIN_ROWS && i < e->n; i++) {
         int at = argmax(e->mean, e->n);
         fprintf(e->f, "attention to %6d", at);
         explain_bar(e, e->mean[at], e->d.c.ids.ids[at]);
         e->mean[at] = -1;
     }
-    for (int l = 0; l < e->w.m->c.n_layers; l++) {
+    for (int l = 0; l < m->c.n_layers; l++) {
         if (l && e->lens[l].token == e->lens[l - 1].token) continue;
         fprintf(e->f, "answer of layer %3d", l);
         explain_bar(e, e->lens[l].p, e->lens[l].token);
@@ -3957,7 +3963,7 @@ static const char explain_html[] =
     "pre{overflow:auto;line-height:1.3}</style><h1>Watch it think</h1><p>Choose a token (arrow\n"
     "keys work, too) to see the pass of the model that chose it. It read the tokens before; their\n"
     "shade is the attention it paid to them. Underlined: generated.<div id=text tabindex=0></div>\n"
-    "<p id=pos aria-live=polite></p><main><pre id=view></pre><div><label>Attention of\n"
+    "<main><pre id=view aria-live=polite></pre><div><label>Attention of\n"
     "<select id=heads onchange=choose(now)></select></label><p>Each row is a token, each column\n"
     "one before.</p><canvas id=map role=img aria-label='Attention of all'></canvas></div></main>\n"
     "<p>Weights under 1% are left out. Sampled with ";
@@ -3981,11 +3987,6 @@ static const char explain_script[] =
     "    span.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
     "  });\n"
     "  $('view').textContent = T[now].view;\n"
-    "  const [first, last] = turns.map(turn => (Math.max(0, now - 1) * turn).toPrecision(3));\n"
-    "  $('pos').textContent = `Token ${now}, id ${T[now].id}.` + (now ? ` Its pass was at place\n"
-    "    ${now - 1}: the first pair of numbers in a query or key is turned by ${first} radians,\n"
-    "    the last by ${last}. The KV cache then held the keys and values of ${now} tokens,\n"
-    "    ${(now * kv / 1024).toFixed(1)} KiB.` : '');\n"
     "  $('map').width = $('map').height = N, map.fillStyle = 'rgb(188,89,0)';\n"
     "  const dot = (w, x, y, n) => { map.globalAlpha = Math.sqrt(w), map.fillRect(x, y, n, 1); };\n"
     "  T.forEach((t, i) => weights(i).forEach((w, j) => dot(w, j, i, 1)));\n"
@@ -4000,10 +4001,7 @@ static const char explain_script[] =
     "T.forEach((t, i) => $('text').append(Object.assign(document.createElement('span'), {\n"
     "  textContent: t.t.replaceAll('\\\\n', '\\\\n\\n') || ' ', onclick: () => choose(i),\n"
     "  className: t.given ? '' : 'drawn'})));\n"
-    "$('text').onkeydown = e => {\n"
-    "  const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: N - 1}[e.key];\n"
-    "  if (to !== undefined) e.preventDefault(), choose(to);\n"
-    "};\n"
+    "$('text').onkeydown = e => choose(now + ({ArrowLeft: -1, ArrowRight: 1}[e.key] || 0));\n"
     "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
     "(onhashchange = () => choose(location.hash ? +location.hash.slice(3) : N - 1))();\n"
     "</script>\n";
@@ -4017,16 +4015,12 @@ static void explain_item(const Explain *e, int id, bool given) {
 
 // Writes what precedes the passes.
 static void explain_begin(const Explain *e) {
-    const Model *m = e->w.m;
     const Sampler *s = &e->d.s;
-    const float *freqs = vec(&m->rope_freqs);
     fprintf(e->f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e->page ? explain_html : "",
             (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
     if (!e->page) return;
-    fprintf(e->f, "<script>\nconst layers = %d, heads = %d, kv = %zu, turns = [%g, %g], T = [\n"
-                  "{a:\"\",view:`The text's start.", m->c.n_layers, m->c.n_heads,
-            e->w.kv.page_bytes / PAGE_POSITIONS, (double)freqs[0],
-            (double)freqs[m->c.head_dim / 2 - 1]);
+    fprintf(e->f, "<script>\nconst layers = %d, heads = %d, T = [\n{a:\"\",view:`The text's start.",
+            e->w.m->c.n_layers, e->w.m->c.n_heads);
     explain_item(e, e->d.c.ids.ids[0], true);
 }
 
