@@ -4484,25 +4484,23 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
 static const double CHECK_LOGITS = 0.01, CHECK_NORMS = 0.002;
 
 static void check_texts(const Options *o, const Model *m, const Tokenizer *t) {
-    uint64_t at = 4, size = (uint64_t)m->check_cases.cols;
-    uint32_t n_texts = size < at ? 0 : read_u32(m->check_cases.data);
+    Bytes cases = {m->check_cases.data, m->check_cases.data + m->check_cases.cols};
+    const uint32_t *stated = bytes_take(&cases, sizeof *stated), n_texts = stated ? *stated : 1;
     for (uint32_t i = 0; i < n_texts; i++) {
-        const uint8_t *p = m->check_cases.data + at;
-        struct { uint32_t kind, len, n; } head = {.kind = 2};  // 0: a text, 1: a chat's first turn
-        if (size - at >= sizeof head) memcpy(&head, p, sizeof head);
-        uint64_t ids_at = sizeof head + ((uint64_t)head.len + 3) / 4 * 4, bytes = 4ull * head.n;
-        if (head.kind > 1 || ids_at + bytes > size - at) die("check failed: damaged stored texts");
-        Text text = {(const char *)p + sizeof head, head.len};
+        const struct { uint32_t is_chat, len, n; } *head = bytes_take(&cases, sizeof *head);
+        const char *s = bytes_take(&cases, head ? ((uint64_t)head->len + 3) / 4 * 4 : 0);
+        const int *expected = bytes_take(&cases, head ? 4ull * head->n : 0);
+        if (!expected) die("check failed: damaged stored texts");
+        Text text = {s, head->len};
         Prompt prompt = {0};
         Ids ids = {0};
-        if (head.kind) prompt_turn(&prompt, t, true, (Text){NULL, 0}, text);
+        if (head->is_chat) prompt_turn(&prompt, t, true, (Text){NULL, 0}, text);
         else prompt_append(&prompt, text, false);
         encode(t, (Text){prompt.s, prompt.n}, prompt.typed, true, &ids);
-        if (ids.n != head.n || (ids.n && memcmp(ids.ids, p + ids_at, bytes)))
+        if (ids.n != head->n || (ids.n && memcmp(ids.ids, expected, ids.n * sizeof(int))))
             die("check failed: tokenizer: text %u of the stored ones gives other tokens", i + 1);
         prompt_free(&prompt);
         free(ids.ids);
-        at += ids_at + bytes;
     }
     if (!o->quiet) fprintf(stderr, "tokenizer: %s, %u texts\n", t->path, n_texts);
 }
@@ -4562,7 +4560,7 @@ static void check_model(const Options *o, const Model *m, const Tokenizer *t, Ou
     if (sum != stated) die("check failed: content: %s is damaged: its hash is %016llx, not %016llx",
                            m->path, sum, stated);
     if (!o->quiet) fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size, sum);
-    if (t->file) check_texts(o, m, t);
+    if (t->file && m->check_cases.data) check_texts(o, m, t);
     check_layers(o, m);
     output_write(out, "ok\n", 3);
 }
