@@ -3728,9 +3728,8 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
 // it through `watch`. Calls: start_text, machine_open, forward, sample.
 
 #ifndef NO_EXPLAIN
-enum { EXPLAIN_COLUMNS = 79, EXPLAIN_TOKENS = 160, EXPLAIN_LIKELY = 5 };
+enum { EXPLAIN_TOKENS = 160, EXPLAIN_ROWS = 5 };  // the text's last ones; of a list
 
-typedef struct { char s[160]; int width; } Shown;  // a text, and its width in columns
 typedef struct {
     Machine w;
     Decoder d;
@@ -3738,54 +3737,39 @@ typedef struct {
     bool page, color;
     int n;            // tokens so far; the pass computes the last of them, and the next is chosen
     float *mean;      // (ctx) attention paid to each: the mean of the heads asked for
-    float least;      // smaller weights of a head are left out of the page
     Candidate lens[MAX_LAYERS];  // the likeliest token if a layer were the last
-    int n_likely, chosen;  // of d.s.candidates: the likeliest, and the token that follows
-    char why[160];    // it does
-    int column;       // of the terminal's line
 } Explain;
 
-// Takes a character off a text and writes it to out: itself, or an escape for what a terminal would
-// obey or hide. Returns its width in columns.
-static int explain_char(Text *text, char out[16]) {
-    size_t used;
-    const char *s = text->s;
-    uint32_t c = next_char(s, text->len, &used);
-    text->s += used, text->len -= used;
-    if (c == '\n') return snprintf(out, 16, "\\n");
-    if (c < 32 || (c >= 127 && c < 160) || (c == 0xfffd && used == 1))
-        return snprintf(out, 16, "\\x%02x", c < 160 ? (unsigned)c : (uint8_t)*s);
-    if (c == 0xad || (c >= 0x200b && c <= 0x200f) || (c >= 0x2028 && c <= 0x202e) ||
-        (c >= 0x2060 && c <= 0x206f) || c == 0xfeff || c >= 0xe0000)
-        return snprintf(out, 16, "\\u%04x", (unsigned)c);
-    snprintf(out, 16, "%.*s", (int)used, s);
-    return c >= 0x2e80 && c != 0xfffd ? 2 : 1;
-}
-// A token as it is stored; control tokens have a text here.
-static Text explain_stored(const Explain *e, int id) {
-    return id < e->w.t->h.vocab_size ? e->w.t->tokens[id].text : (Text){"", 0};
-}
-// Its text as it is shown, in at most 37 columns.
-static Shown explain_show(const Explain *e, int id) {
-    Text text = explain_stored(e, id);
-    Shown shown = {"", 0};
-    char c[16];
-    for (int n = 0; text.len && shown.width < 28; n += sprintf(shown.s + n, "%s", c))
-        shown.width += explain_char(&text, c);
-    if (text.len) shown.width += 2, strcat(shown.s, "..");
-    return shown;
+// Writes a token as it is stored; control tokens have a text here. Escapes stand for what a
+// terminal would obey or hide, and in the page for what cannot stand in a string of its script.
+static void explain_put(const Explain *e, int id) {
+    const Tokenizer *t = e->w.t;
+    Text text = id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
+    const char *slash = e->page ? "\\\\" : "\\";
+    for (size_t used; text.len; text.s += used, text.len -= used) {
+        uint32_t c = next_char(text.s, text.len, &used);
+        bool control = c < 32 || (c >= 127 && c < 160) || (c == 0xfffd && used == 1);
+        bool hidden = c == 0xad || (c >= 0x200b && c <= 0x200f) || (c >= 0x2028 && c <= 0x202e) ||
+                      (c >= 0x2060 && c <= 0x206f) || c == 0xfeff || c >= 0xe0000;
+        if (c == '\n') fprintf(e->f, "%sn", slash);
+        else if (control) fprintf(e->f, "%sx%02x", slash, c < 160 ? (unsigned)c : (uint8_t)*text.s);
+        else if (hidden) fprintf(e->f, "%su%04x", slash, (unsigned)c);
+        else if (e->page && c < 128 && strchr("\"$<\\`", (int)c)) fprintf(e->f, "\\x%02x", c);
+        else fwrite(text.s, 1, used, e->f);
+    }
 }
 
-// A row of weights for the page: of those of at least `least`, sqrt(weight) as one of 53 digits;
-// numbers say how many positions are skipped.
-static const char explain_digits[] = ".ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-static void explain_weights(Explain *e, const float *w, float least) {
+// A row of weights for the page: C to Z are 3 to 26 times a 26th of a weight's root. Those under 1%
+// are left out: numbers tell how many.
+static void explain_weights(const Explain *e, const float *w) {
     for (int i = 0, next = 0; i < e->n; i++) {
-        if (!(w[i] >= least)) continue;
+        int letter = '@' + (int)(26 * sqrtf(w[i]) + 0.5f);
+        if (letter < 'C') continue;
         if (i > next) fprintf(e->f, "%d", i - next);
-        fputc(explain_digits[(int)(52 * sqrtf(w[i]) + 0.5f)], e->f);
+        fputc(letter, e->f);
         next = i + 1;
     }
+    fputc(',', e->f);
 }
 
 // Attention goes into the page, all of it, and into the mean, what was asked for. The logit lens
@@ -3802,7 +3786,7 @@ static void explain_watch(void *context, const Pass *f, const char *stage) {
         const float *w = row_of(s->scores, i, s->scores_width);
         bool asked = (l < 0 || l == f->layer) && (h < 0 || h == i);
         for (int t = 0; t < e->n && asked; t++) e->mean[t] += w[t] / (float)n_means;
-        if (e->page) explain_weights(e, w, e->least), fputc(',', e->f);
+        if (e->page) explain_weights(e, w);
     }
     if (strcmp(stage, "feed_forward_out")) return;
     rmsnorm(x, s->x, vec(&f->m->final_norm), c->dim, c->norm_eps);
@@ -3839,7 +3823,7 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
         {"feed_forward_out", "x += xb", s->x, c->dim},
         {"last", "xb = final_norm(x)", s->xb, c->dim},
         {"classifier", "logits = classifier xb", s->logits, c->vocab_size}};
-    if (f->layer >= 0 && f->layer < c->n_layers && asked >= 0 && f->layer != asked) return;
+    if (asked >= 0 && f->layer >= 0 && f->layer < c->n_layers && f->layer != asked) return;
     if (!strcmp(stage, "attention_in")) fprintf(e->f, "layer %d, head %d\n", f->layer, head);
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
         const float *x = arrays[i].x;
@@ -3851,221 +3835,139 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
     }
 }
 
-// Sorts all tokens by s.p and tells why one was chosen. The likeliest are the first of them then,
-// and behind these the chosen one, if it is another.
-static void explain_reason(Explain *e, int chosen, bool given) {
+// A line's end: how likely a token is, or what part of the attention it gets.
+static void explain_bar(const Explain *e, float part, int id) {
+    fprintf(e->f, " %5.1f%% %-30.*s \"", (double)part * 100, (int)((double)part * 30 + 0.5),
+            "##############################");
+    explain_put(e, id);
+    fputs("\"\n", e->f);
+}
+// The likeliest tokens (each is taken out of s.p), the chosen one, and why it was.
+static void explain_choice(const Explain *e, int chosen, bool given) {
     const Sampler *s = &e->d.s;
-    Candidate *c = s->candidates;
-    int vocab = s->vocab_size, n = vocab < EXPLAIN_LIKELY ? vocab : EXPLAIN_LIKELY, rank = 0;
-    float sum = 0, from = 0;  // the tokens are parts of the line from 0 to 1, in the order of
-    for (int i = 0; i < vocab; i++) c[i] = (Candidate){s->p[i], i};  // their ids, or sorted
-    if (s->kept) qsort(c, (size_t)vocab, sizeof *c, by_probability);
-    for (int i = 0; i < (s->kept ? s->kept : vocab); sum += c[i++].p)
-        if (c[i].token == chosen) from = sum;
-    qsort(c, (size_t)vocab, sizeof *c, by_probability);
-    while (c[rank].token != chosen) rank++;
-    if (given) sprintf(e->why, "given; it is number %d of the model's own guesses", rank + 1);
-    else if (s->temperature == 0) strcpy(e->why, "the likeliest, as the temperature is 0");
-    else sprintf(e->why, "the number %.4f was drawn; its part is %.4f to %.4f of the %d kept",
-                 (double)s->coin, (double)(from / sum), (double)((from + c[rank].p) / sum),
-                 s->kept ? s->kept : vocab);
-    e->n_likely = n + (rank >= n);
-    e->chosen = rank < n ? rank : n;
-    c[e->chosen] = c[rank];
-}
-
-// Begins a new line if the last one has no room for so many columns.
-static void explain_room(Explain *e, int width) {
-    if (e->column + width >= EXPLAIN_COLUMNS) fputc('\n', e->f), e->column = 0;
-    e->column += width;
-}
-
-// The text, shaded by the attention paid to each token; of a long one the end. A shade is a
-// background, or without colors a small digit behind the token.
-static void explain_text(Explain *e) {
-    static const int colors[] = {0, 52, 88, 124, 160, 166, 208, 214, 226};
-    int first = e->n > EXPLAIN_TOKENS ? e->n - EXPLAIN_TOKENS : 0;
-    double left_out = 100 * (double)sum16(e->mean, NULL, first);
-    if (first) fprintf(e->f, "(%d tokens with %.0f%%)\n", first, left_out);
-    for (int i = first, shade; i < e->n; i++) {
-        Shown shown = explain_show(e, e->d.c.ids.ids[i]);
-        for (shade = 0; shade < 8 && e->mean[i] >= 0.005f * (float)(1 << shade);) shade++;
-        explain_room(e, shown.width);
-        if (e->color && shade) fprintf(e->f, "\033[48;5;%d;38;5;%dm%s\033[0m", colors[shade],
-                                       shade < 5 ? 231 : 16, shown.s);
-        else fputs(shown.s, e->f);
-        if (!e->color && shade) fprintf(e->f, "\xe2\x82%c", 0x80 + shade), e->column++;
-        if (shown.width > 1 && !strcmp(strchr(shown.s, 0) - 2, "\\n")) e->column = EXPLAIN_COLUMNS;
+    int vocab = s->vocab_size, n = s->kept ? s->kept : vocab, rank = 1;
+    float p = s->p[chosen], sum = 0, from = 0;  // the tokens are parts of the line from 0 to 1
+    for (int i = 0; i < vocab; i++) rank += s->p[i] > p || (s->p[i] == p && i < chosen);
+    for (int i = 0; i < n; i++) {
+        Candidate c = s->kept ? s->candidates[i] : (Candidate){s->p[i], i};
+        if (c.token == chosen) from = sum;
+        sum += c.p;
     }
-}
-static void explain_choice(Explain *e) {
-    for (int i = 0; i < e->n_likely; i++) {
-        Candidate c = e->d.s.candidates[i];
-        fprintf(e->f, "%c %5.1f%% %-30.*s \"%s\"\n", i == e->chosen ? '>' : ' ',
-                (double)c.p * 100, (int)((double)c.p * 30 + 0.5),
-                "##############################", explain_show(e, c.token).s);
+    for (int i = 0; i < EXPLAIN_ROWS && i < vocab; i++) {
+        int best = argmax(s->p, vocab);
+        fputc(best == chosen ? '>' : ' ', e->f);
+        explain_bar(e, s->p[best], best);
+        s->p[best] = -1;
     }
-    fprintf(e->f, "> %s\n", e->why);
+    if (rank > EXPLAIN_ROWS) fputc('>', e->f), explain_bar(e, p, chosen);
+    if (given) fprintf(e->f, "> given; it is number %d of the model's own guesses\n", rank);
+    else if (s->temperature == 0) fputs("> the likeliest, as the temperature is 0\n", e->f);
+    else fprintf(e->f, "> the number %.4f was drawn; its part is %.4f to %.4f of the %d kept\n",
+                 (double)s->coin, (double)(from / sum), (double)((from + p) / sum), n);
 }
-static void explain_token(Explain *e) {
-    fprintf(e->f, "== position %d: \"%s\" ==\n", e->n,
-            explain_show(e, e->d.s.candidates[e->chosen].token).s);
-    e->column = 0;
-    explain_text(e);
-    fputc('\n', e->f);
-    explain_choice(e);
-    e->column = fprintf(e->f, "lens:");
-    for (int l = 0; l < e->w.m->c.n_layers; l++) {
-        Shown shown = explain_show(e, e->lens[l].token);
+// Where the pass was, what got most attention (it is taken out of the mean), and where the layers'
+// answer changed.
+static void explain_inside(const Explain *e) {
+    const Model *m = e->w.m;
+    const float *freqs = vec(&m->rope_freqs), pos = (float)(e->n - 1);
+    fprintf(e->f, "position %d turns queries and keys by %.3g to %.3g radians, KV cache %.1f KiB\n",
+            e->n - 1, (double)(pos * freqs[0]), (double)(pos * freqs[m->c.head_dim / 2 - 1]),
+            e->n * (double)e->w.kv.page_bytes / PAGE_POSITIONS / 1024);
+    for (int i = 0; i < EXPLAIN_ROWS && i < e->n; i++) {
+        int at = argmax(e->mean, e->n);
+        fprintf(e->f, "attention to %6d", at);
+        explain_bar(e, e->mean[at], e->d.c.ids.ids[at]);
+        e->mean[at] = -1;
+    }
+    for (int l = 0; l < m->c.n_layers; l++) {
         if (l && e->lens[l].token == e->lens[l - 1].token) continue;
-        explain_room(e, shown.width + (l < 10 ? 5 : l < 100 ? 6 : 7));
-        fprintf(e->f, " %d \"%s\"", l, shown.s);
+        fprintf(e->f, "answer of layer %3d", l);
+        explain_bar(e, e->lens[l].p, e->lens[l].token);
     }
-    fputs("\n\n", e->f);
+}
+// The text; where there are colours, each token as red as it gets attention.
+static void explain_text(const Explain *e) {
+    int first = e->n > EXPLAIN_TOKENS ? e->n - EXPLAIN_TOKENS : 0;
+    if (first) fputs("... ", e->f);
+    for (int i = first; i < e->n; i++) {
+        int shade = 16 + 36 * (int)(5.99f * sqrtf(e->mean[i]));  // of the 256 colours
+        if (e->color) fprintf(e->f, "\033[48;5;%d;38;5;231m", shade);
+        explain_put(e, e->d.c.ids.ids[i]);
+    }
+    fputs(e->color ? "\033[0m\n" : "\n", e->f);
 }
 
-// The page: JSON, and a script that shows it.
+// The page: a script that shows the tokens T, each with the attention of the pass that chose it.
 static const char explain_html[] =
     "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
     "<meta name=viewport content='width=device-width'><meta http-equiv=Content-Security-Policy\n"
     "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
-    "<style>:root{color-scheme:light dark;--a:255,150,40} main{columns:20em}\n"
-    "@media(prefers-color-scheme:dark){:root{--a:180,80,0}} section{break-inside:avoid}\n"
+    "<style>:root{color-scheme:light dark;--a:188,89,0} canvas{image-rendering:pixelated}\n"
     "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em}\n"
-    "canvas{width:100%;max-width:26em} #map{image-rendering:pixelated;color:rgb(var(--a))}\n"
-    "#text{font:16px/2.1 monospace;overflow-wrap:anywhere} [aria-current=true]{background:#8884}\n"
-    "button{all:unset;white-space:pre-wrap;cursor:pointer} [aria-pressed=true]{outline:2px solid}\n"
-    ".drawn{border-bottom:2px solid rgb(var(--a))} button:focus-visible{outline:3px solid #48f}\n"
-    "li{font:.9em monospace;white-space:pre} b{display:inline-block;width:9em;overflow:hidden}\n"
-    "</style><h1>Watch it think</h1><p>Choose a token (arrow keys work, too) to see the pass of\n"
-    "the model that chose it. It read the tokens before; their shade is the attention it paid to\n"
-    "them. Underlined: generated.<div id=text role=group aria-label='The text, token by token'>\n"
-    "</div><p id=why aria-live=polite></p><main><section><h2>Likeliest tokens</h2><ul id=likely>\n"
-    "</ul><h2>Position</h2><p id=pos></p><canvas id=clocks width=800 height=90 role=img\n"
-    "aria-labelledby=pos></canvas></section><section><h2>Attention</h2><label>layer\n"
-    "<select id=layer onchange=choose(now)></select></label> <label>head\n"
-    "<select id=head onchange=choose(now)></select></label><p>Each row is a token, each column\n"
-    "one before it.</p><canvas id=map role=img aria-label='Attention of every token'></canvas>\n"
-    "</section><section><h2>What each layer would already answer</h2><ol id=lens start=0></ol>\n"
-    "</section></main>\n";
+    "#text{font:16px/2.1 monospace;overflow-wrap:anywhere} [aria-current=true]{outline:2px solid}\n"
+    "span{white-space:pre-wrap;cursor:pointer} .drawn{border-bottom:2px solid rgb(var(--a))}\n"
+    "main{display:flex;flex-wrap:wrap;gap:0 2em} main *{max-width:100%} canvas{width:26em}\n"
+    "pre{overflow:auto;line-height:1.3}</style><h1>Watch it think</h1><p>Choose a token (arrow\n"
+    "keys work, too) to see the pass of the model that chose it. It read the tokens before; their\n"
+    "shade is the attention it paid to them. Underlined: generated.<div id=text tabindex=0></div>\n"
+    "<main><pre id=view aria-live=polite></pre><div><label>Attention of\n"
+    "<select id=heads onchange=choose(now)></select></label><p>Each row is a token, each column\n"
+    "one before.</p><canvas id=map role=img aria-label='Attention of all'></canvas></div></main>\n"
+    "<p>Weights under 1% are left out. Sampled with ";
 static const char explain_script[] =
-    "\"}]}\n"
-    "</script><script>\n"
-    "const $ = id => document.getElementById(id), D = JSON.parse($('data').textContent);\n"
-    "const T = D.tokens, N = T.length, H = D.heads, percent = p => (100 * p).toFixed(1) + '%';\n"
-    "const safe = s => s.replace(/[<&\"]/g, c => `&#${c.charCodeAt()};`);\n"
+    "];\n"
+    "const $ = id => document.getElementById(id), N = T.length;\n"
     "let now = 0;\n"
-    "// Attention to each token before token i: of one head, or the mean of a layer or of all.\n"
+    "// Attention to each token before token i: the mean of the rows that are chosen.\n"
     "function weights(i) {\n"
-    "  const layer = +$('layer').value, head = +$('head').value, sum = Array(i).fill(0);\n"
-    "  const from = layer < 0 ? D.layers * H : layer * H + Math.max(0, head);\n"
-    "  const to = from + (layer < 0 || head >= 0 ? 1 : H), rows = (T[i - 1]?.a ?? '').split(',');\n"
-    "  for (const row of rows.slice(from, to))\n"
-    "    [...row.replace(/\\d+/g, k => '.'.repeat(k))].forEach((digit, j) =>\n"
-    "      sum[j] += (D.digits.indexOf(digit) / 52) ** 2 / (to - from));\n"
+    "  const [from, n] = $('heads').value.split(',').map(Number), sum = Array(i).fill(0);\n"
+    "  for (const row of T[i].a.split(',').slice(from, from + n))\n"
+    "    [...row.replace(/\\d+/g, k => '@'.repeat(k))].forEach((letter, j) =>\n"
+    "      sum[j] += ((letter.charCodeAt() - 64) / 26) ** 2 / n);\n"
     "  return sum;\n"
-    "}\n"
-    "const bars = (id, items, chosen) => $(id).innerHTML = items.map(([text, p], i) =>\n"
-    "  `<li aria-current=${i == chosen}><b title=\"${safe(text)}\">\"${safe(text)}\"</b> ` +\n"
-    "    `<meter value=${p}></meter>${percent(p).padStart(7)}`).join('');\n"
-    "// Draws and tells by which angles rotary embedding turns some pairs of a query.\n"
-    "function drawClocks(position) {\n"
-    "  const g = $('clocks').getContext('2d'), turn = 2 * Math.PI;\n"
-    "  $('clocks').width = 800, g.lineWidth = 2, g.strokeStyle = 'currentcolor';\n"
-    "  return Object.entries(D.freqs[Math.max(0, $('layer').value)]).map(([pair, freq], k) => {\n"
-    "    const x = 48 + 100 * k, angle = position * freq % turn;\n"
-    "    g.beginPath(), g.arc(x, 45, 40, -angle, turn - angle), g.lineTo(x, 45), g.stroke();\n"
-    "    return `pair ${pair} at ${angle.toFixed(2)} (${freq.toPrecision(1)} a position)`;\n"
-    "  }).join(', ');\n"
     "}\n"
     "function choose(i) {\n"
     "  now = Math.max(0, Math.min(N - 1, i || 0));\n"
-    "  const t = T[now], w = weights(now), map = $('map').getContext('2d');\n"
-    "  $('text').querySelectorAll('button').forEach((b, j) => {\n"
-    "    b.setAttribute('aria-pressed', j == now), b.tabIndex = j == now ? 0 : -1;\n"
-    "    b.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
-    "    b.title = w[j] ? 'attention ' + percent(w[j]) : '';\n"
-    "    if (j == now && $('text').contains(document.activeElement)) b.focus();\n"
+    "  const w = weights(now), map = $('map').getContext('2d');\n"
+    "  [...$('text').children].forEach((span, j) => {\n"
+    "    span.setAttribute('aria-current', j == now);\n"
+    "    span.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
     "  });\n"
-    "  $('head').disabled = $('layer').value < 0;\n"
-    "  $('why').textContent = `Token ${now}, \"${t.t}\", id ${t.id}: ${t.why}.`;\n"
-    "  const angles = drawClocks(Math.max(0, now - 1));\n"
-    "  $('pos').textContent = now ? `The pass was at position ${now - 1}, so pairs of numbers in\n"
-    "    queries and keys are turned, in radians: ${angles}. The KV cache then held the keys and\n"
-    "    values of ${now} tokens, ${(now * D.kv / 1024).toFixed(1)} KiB.` : '';\n"
-    "  bars('likely', t.likely, t.k), bars('lens', t.lens);\n"
-    "  $('map').width = $('map').height = N, map.fillStyle = 'currentcolor';\n"
-    "  T.forEach((t, i) => weights(i).concat(i == now ? Array(N - i).fill(.1) : [])\n"
-    "    .forEach((w, j) => { map.globalAlpha = Math.sqrt(w), map.fillRect(j, i, 1, 1); }));\n"
+    "  $('view').textContent = T[now].view;\n"
+    "  $('map').width = $('map').height = N, map.fillStyle = 'rgb(188,89,0)';\n"
+    "  const dot = (w, x, y, n) => { map.globalAlpha = Math.sqrt(w), map.fillRect(x, y, n, 1); };\n"
+    "  T.forEach((t, i) => weights(i).forEach((w, j) => dot(w, j, i, 1)));\n"
+    "  dot(.1, 0, now, N);\n"
     "  history.replaceState(null, '', '#t=' + now);\n"
     "}\n"
-    "for (const [id, n] of [['layer', D.layers], ['head', H]])\n"
-    "  for (let i = -1; i < n; i++) $(id).add(new Option(i < 0 ? 'all (mean)' : i, i));\n"
-    "$('text').innerHTML = T.map((t, i) => `<button class=${t.given ? 'given' : 'drawn'}\n"
-    "  onclick=choose(${i})>${safe(t.t || ' ')}</button>` +\n"
-    "  (t.t.endsWith('\\\\n') ? '<br>' : '')).join('');\n"
-    "$('text').onkeydown = e => {\n"
-    "  const to = {ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: N - 1}[e.key];\n"
-    "  if (to !== undefined) e.preventDefault(), choose(to);\n"
-    "};\n"
+    "$('heads').add(new Option('all layers and heads', [layers * heads, 1]));\n"
+    "for (let i = 0; i < layers; i++)\n"
+    "  for (let h = -1; h < heads; h++)\n"
+    "    $('heads').add(h < 0 ? new Option(`layer ${i}`, [i * heads, heads]) :\n"
+    "      new Option(`layer ${i}, head ${h}`, [i * heads + h, 1]));\n"
+    "T.forEach((t, i) => $('text').append(Object.assign(document.createElement('span'), {\n"
+    "  textContent: t.t.replaceAll('\\\\n', '\\\\n\\n') || ' ', onclick: () => choose(i),\n"
+    "  className: t.given ? '' : 'drawn'})));\n"
+    "$('text').onkeydown = e => choose(now + ({ArrowLeft: -1, ArrowRight: 1}[e.key] || 0));\n"
     "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
-    "matchMedia('(prefers-color-scheme: dark)').onchange = () => choose(now);\n"
     "(onhashchange = () => choose(location.hash ? +location.hash.slice(3) : N - 1))();\n"
     "</script>\n";
-// Writes a token's text, so that it can stand in a script element, behind what precedes it.
-static void explain_json(Explain *e, const char *before, int id) {
-    char c[16];
-    fprintf(e->f, "%s\"", before);
-    for (Text text = explain_stored(e, id); text.len;) {
-        explain_char(&text, c);
-        fprintf(e->f, "%s%s", *c == '"' || *c == '\\' ? "\\" : "", *c == '<' ? "\\u003c" : c);
-    }
-    fputc('"', e->f);
-}
-static void explain_list(Explain *e, const char *name, const Candidate *c, int n) {
-    fprintf(e->f, ",\"%s\":[", name);
-    for (int i = 0; i < n; i++) {
-        explain_json(e, i ? ",[" : "[", c[i].token);
-        fprintf(e->f, ",%.4g]", (double)c[i].p);
-    }
-    fputc(']', e->f);
-}
-// A token, and what the pass that chose it has shown: nothing for the first. What the pass that
-// reads it looks at (a) follows: each head's weights, and the mean.
-static void explain_item(Explain *e, int id, bool given) {
-    explain_json(e, "\n{\"t\":", id);
-    fprintf(e->f, ",\"id\":%d,\"given\":%d,\"k\":%d,\"why\":\"%s\"", id, given, e->chosen,
-            e->why);
-    explain_list(e, "likely", e->d.s.candidates, e->n_likely);
-    explain_list(e, "lens", e->lens, e->n_likely ? e->w.m->c.n_layers : 0);
-    fputs(",\"a\":\"", e->f);
+
+// Ends the page's item of a token, which what the pass that chose it has shown began.
+static void explain_item(const Explain *e, int id, bool given) {
+    fputs("`,t:\"", e->f);
+    explain_put(e, id);
+    fprintf(e->f, "\",id:%d,given:%d},\n", id, given);
 }
 
-// Writes what precedes the passes, of which there are `end` at most.
-static void explain_begin(Explain *e, int end) {
-    const Model *m = e->w.m;
-    const Config *c = &m->c;
+// Writes what precedes the passes.
+static void explain_begin(const Explain *e) {
     const Sampler *s = &e->d.s;
-    int half = c->head_dim / 2, n_pairs = half < 8 ? half : 8;
-    e->least = (float)fmin(fmax((double)c->n_layers * c->n_heads * end / 1e7, 0.01), 0.2);
-    if (e->page) fprintf(e->f, "%s<p>Weights of a head under %g are left out. Sampled with ",
-                         explain_html, (double)e->least);
-    fprintf(e->f, "temperature %g, top-p %g, top-k %d, min-p %g\n", (double)s->temperature,
-            (double)s->top_p, s->top_k, (double)s->min_p);
-    if (!e->page && !e->w.o->trace)
-        fputs("shades 1 to 8: a token gets 0.5, 1, 2, 4, 8, 16, 32, 64% of the attention\n"
-              "lens: from which layer on, 0, 1, ..., what would already be the answer\n\n", e->f);
+    fprintf(e->f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e->page ? explain_html : "",
+            (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
     if (!e->page) return;
-    fprintf(e->f, "<script type=application/json id=data>\n{\"layers\":%d,\"heads\":%d,\"kv\":%zu,"
-                  "\"digits\":\"%s\",\"freqs\":", c->n_layers, c->n_heads,
-            e->w.kv.page_bytes / PAGE_POSITIONS, explain_digits);
-    for (int i = 0; i < c->n_layers * n_pairs; i++) {
-        int layer = i / n_pairs, pair = i % n_pairs * half / n_pairs;
-        const Matrix *freqs = is_local(c, layer) ? &m->rope_freqs_local : &m->rope_freqs;
-        fprintf(e->f, "%s\"%d\":%g", pair ? "," : layer ? "},{" : "[{", pair,
-                (double)vec(freqs)[pair]);
-    }
-    fputs("}],\"tokens\":[", e->f);
+    fprintf(e->f, "<script>\nconst layers = %d, heads = %d, T = [\n{a:\"\",view:`The text's start.",
+            e->w.m->c.n_layers, e->w.m->c.n_heads);
     explain_item(e, e->d.c.ids.ids[0], true);
 }
 
@@ -4075,19 +3977,24 @@ static bool explain_pass(Explain *e) {
     Ids *ids = &e->d.c.ids;
     Sampler *s = &e->d.s;
     int n = e->n, last = ids->ids[n - 1];
-    bool given = n < (int)ids->n;
-    if (e->w.o->trace)
-        fprintf(e->f, "token %d at position %d: width, norm, first values\n", last, n - 1);
+    bool given = n < (int)ids->n, trace = e->w.o->trace;
+    if (trace) fprintf(e->f, "token %d at position %d: width, norm, first values\n", last, n - 1);
+    if (e->page) fputs("{a:\"", e->f);
     memset(e->mean, 0, (size_t)n * sizeof(float));
     const float *logits = forward(e->w.m, &e->w.kv, &(Slot){last, n - 1, 0, true}, 1);
     int next = given ? ids->ids[n] : sample(s, logits, ids->ids, n);
     if (given) memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
     if (given || s->temperature == 0) softmax(s->p, s->vocab_size);
-    explain_reason(e, next, given);
-    if (e->page) explain_weights(e, e->mean, 0.001f), fputs("\"},", e->f);
+    if (e->page) explain_weights(e, e->mean), fputs("\",view:`", e->f);
+    else if (!trace) {
+        fprintf(e->f, "\n== position %d: \"", n);
+        explain_put(e, next);
+        fputs("\" ==\n", e->f);
+        explain_text(e);
+    }
+    explain_choice(e, next, given);
+    if (!trace) explain_inside(e);
     if (e->page) explain_item(e, next, given);
-    else if (e->w.o->trace) explain_choice(e);
-    else explain_token(e);
     if (!given) push(ids, next);
     return given || !is_stop(e->w.t, next);
 }
@@ -4100,17 +4007,17 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     if (o->layer >= m->c.n_layers || o->head >= m->c.n_heads)
         die("--layer goes to %d, --head to %d in %s", m->c.n_layers - 1, m->c.n_heads - 1, m->path);
     Explain e = {.page = o->output && !o->trace, .f = open_memstream(&shown, &size),
-                 .color = out->terminal && !(no_color && *no_color), .why = "the start"};
+                 .color = out->terminal && !(no_color && *no_color)};
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
-    Ids *ids = &e.d.c.ids;
-    long long budget = start_text(o, m, t, e.w.ctx, prompt, ids);
+    const Ids *ids = &e.d.c.ids;
+    long long budget = start_text(o, m, t, e.w.ctx, prompt, &e.d.c.ids);
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
     get_state(&e.w.kv, 2);  // of the pass, and of the lens
     prefill(m, &e.w.kv, 0, ids->ids, 0, e.n - 1);
-    explain_begin(&e, end);
+    explain_begin(&e);
     void (*usual)(const Pass *) = attention;
     attention = attention_plain, watch = o->trace ? explain_trace : explain_watch, watcher = &e;
     for (bool more = true; more; e.n += more) {
@@ -4162,19 +4069,18 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
         if (end == p || id < 0 || id >= m->c.vocab_size)
             die("token id \"%.20s\" is not a number from 0 to %d", p, m->c.vocab_size - 1);
         push(ids, (int)id);
-        while (*end == ' ' || (*end >= '\t' && *end <= '\r')) end++;
+        end += strspn(end, " \t\n\v\f\r");
     }
     if ((int)ids->n == d.c.done) die("no token ids: give them with -i or -f (- is stdin)");
     if (ids->n > (size_t)w.ctx) die("%zu tokens are more than the context of %d", ids->n, w.ctx);
     if (!d.c.done) d.c.keep = ids->n < 4 ? (int)ids->n : 4;
-    while (d.c.done < (int)ids->n && !interrupted) {
-        int n = 0;
-        for (int pos = d.c.done; n < likelihood_batch(m) && pos < (int)ids->n; n++, pos++)
-            batch[n] = (Slot){ids->ids[pos], pos, 0, true};
+    for (int n; d.c.done < (int)ids->n && !interrupted; d.c.done += n) {
+        for (n = 0; n < likelihood_batch(m) && d.c.done + n < (int)ids->n; n++)
+            batch[n] = (Slot){ids->ids[d.c.done + n], d.c.done + n, 0, true};
         const float *logits = forward(m, &w.kv, batch, n);
         output_write(out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
-        d.c.done += n;
     }
+    ids->n = (size_t)d.c.done;  // what was not computed is no part of the session
     machine_close(&w, &d);
     free((char *)(uintptr_t)text.s);
 }
@@ -4188,11 +4094,11 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     int window = o->context || ctx < 2048 ? ctx : 2048;
     if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
     if (window < 2) die("-c %d is too short to evaluate with", window);
-    Ids ids = {0};
-    push(&ids, start);
-    encode(t, text, NULL, true, &ids);
-    bool twice = ids.n > 1 && ids.ids[1] == start;
-    int n = (int)ids.n - twice - 1;  // tokens to predict
+    Ids all = {0};
+    push(&all, start);
+    encode(t, text, NULL, true, &all);
+    bool twice = all.n > 1 && all.ids[1] == start;
+    int n = (int)all.n - twice - 1;  // tokens to predict
     if (n < 1) die("no text to evaluate in %s: -f or -i gives one (- is stdin)", input_name(o));
     Cache kv;
     cache_open(&kv, m, window, 1);
@@ -4200,7 +4106,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     Progress progress = progress_begin(o);
     for (int from = 0, end; scored < n && !interrupted; from += window / 2, scored = end) {
         end = from + window < n ? from + window : n;
-        sum += likelihood_window(m, &kv, ids.ids + twice, from, end, scored);
+        sum += likelihood_window(m, &kv, all.ids + twice, from, end, scored);
         progress_show(&progress, (double)end / n, (double)text.len * end / n);
     }
     progress_end(&progress);
@@ -4210,7 +4116,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
                           sum / ln_2 / (double)text.len, sum / ln_2 / n, exp_double(sum / n), n,
                           text.len, window);
     if (!interrupted) output_write(out, report, (size_t)length);
-    free(ids.ids);
+    free(all.ids);
     free((char *)(uintptr_t)text.s);
     cache_close(&kv);
 }
@@ -4525,25 +4431,23 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
 static const double CHECK_LOGITS = 0.01, CHECK_NORMS = 0.002;
 
 static void check_texts(const Options *o, const Model *m, const Tokenizer *t) {
-    uint64_t at = 4, size = (uint64_t)m->check_cases.cols;
-    uint32_t n_texts = size < at ? 0 : read_u32(m->check_cases.data);
+    Bytes cases = {m->check_cases.data, m->check_cases.data + m->check_cases.cols};
+    const uint32_t *stated = bytes_take(&cases, sizeof *stated), n_texts = stated ? *stated : 1;
     for (uint32_t i = 0; i < n_texts; i++) {
-        const uint8_t *p = m->check_cases.data + at;
-        struct { uint32_t kind, len, n; } head = {.kind = 2};  // 0: a text, 1: a chat's first turn
-        if (size - at >= sizeof head) memcpy(&head, p, sizeof head);
-        uint64_t ids_at = sizeof head + ((uint64_t)head.len + 3) / 4 * 4, bytes = 4ull * head.n;
-        if (head.kind > 1 || ids_at + bytes > size - at) die("check failed: damaged stored texts");
-        Text text = {(const char *)p + sizeof head, head.len};
+        const struct { uint32_t is_chat, len, n; } *head = bytes_take(&cases, sizeof *head);
+        const char *s = bytes_take(&cases, head ? ((uint64_t)head->len + 3) / 4 * 4 : 0);
+        const int *expected = bytes_take(&cases, head ? 4ull * head->n : 0);
+        if (!expected) die("check failed: damaged stored texts");
+        Text text = {s, head->len};
         Prompt prompt = {0};
         Ids ids = {0};
-        if (head.kind) prompt_turn(&prompt, t, true, (Text){NULL, 0}, text);
+        if (head->is_chat) prompt_turn(&prompt, t, true, (Text){NULL, 0}, text);
         else prompt_append(&prompt, text, false);
         encode(t, (Text){prompt.s, prompt.n}, prompt.typed, true, &ids);
-        if (ids.n != head.n || (ids.n && memcmp(ids.ids, p + ids_at, bytes)))
+        if (ids.n != head->n || (ids.n && memcmp(ids.ids, expected, ids.n * sizeof(int))))
             die("check failed: tokenizer: text %u of the stored ones gives other tokens", i + 1);
         prompt_free(&prompt);
         free(ids.ids);
-        at += ids_at + bytes;
     }
     if (!o->quiet) fprintf(stderr, "tokenizer: %s, %u texts\n", t->path, n_texts);
 }
@@ -4570,35 +4474,29 @@ static double check_error(const float *logits, const float *expected, int n) {
 }
 
 static void check_layers(const Options *o, const Model *m) {
-    int n = m->check_ids.cols / 4, vocab = m->c.vocab_size;
+    const int *ids = (const void *)m->check_ids.data;
+    int n = m->check_ids.cols / (int)sizeof *ids, vocab = m->c.vocab_size;
     if (!n || !m->check_norms.data || !m->check_logits.data) return;
-    if (n > MAX_BATCH || n > m->c.seq_len) die("check failed: %d stored tokens", n);
-    Slot batch[MAX_BATCH];
-    for (int i = 0; i < n; i++) {
-        uint32_t token = read_u32(m->check_ids.data + 4 * i);
-        if (token >= (uint32_t)vocab) die("check failed: stored token %d", i);
-        batch[i] = (Slot){(int)token, i, 0, i == n - 1};
-    }
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= vocab) die("check failed: stored token %d is damaged", i);
     Cache kv;
     cache_open(&kv, m, n, 1);
     double worst = 0;
     watch = check_norm, watcher = &worst;
-    const float *logits = forward(m, &kv, batch, n);
+    const float *logits = prefill(m, &kv, 0, ids, 0, n);
     watch = NULL;
     double error = check_error(logits, vec(&m->check_logits), vocab);
     if (!(error <= CHECK_LOGITS)) die("check failed: logits: they are off by %.2g%%", error * 100);
     uint64_t fast = hash64(logits, (size_t)vocab * sizeof(float));
-    void (*fast_matmul)(const Product *, int, const float *, const Quantized *, int) = matmul;
+    Matmul *fast_matmul = matmul;
     void (*fast_attention)(const Pass *) = attention;
     matmul = matmul_plain, attention = attention_plain;
-    logits = forward(m, &kv, batch, n);
+    logits = prefill(m, &kv, 0, ids, 0, n);
     matmul = fast_matmul, attention = fast_attention;
     if (hash64(logits, (size_t)vocab * sizeof(float)) != fast)
         die("check failed: this binary's %s code differs from plain C: a compiler's fault?", isa);
-    if (!o->quiet) fprintf(stderr, "layers: norms within %.1e, logits within %.1e of the "
-                           "reference\n", worst, error);
-    if (!o->quiet && fast_matmul != matmul_plain)  // else nothing was compared
-        fprintf(stderr, "%s: the same bits as plain C\n", isa);
+    if (!o->quiet) fprintf(stderr, "layers: norms within %.1e, logits within %.1e of reference; "
+                           "%s has the bits of plain C\n", worst, error, isa);
     cache_close(&kv);
 }
 
@@ -4609,13 +4507,13 @@ static void check_model(const Options *o, const Model *m, const Tokenizer *t, Ou
     if (sum != stated) die("check failed: content: %s is damaged: its hash is %016llx, not %016llx",
                            m->path, sum, stated);
     if (!o->quiet) fprintf(stderr, "content: %zu bytes, hash %016llx\n", m->file_size, sum);
-    if (t->file) check_texts(o, m, t);
+    if (t->file && m->check_cases.data) check_texts(o, m, t);
     check_layers(o, m);
     output_write(out, "ok\n", 3);
 }
 // ---- [5.12] bench -------------------------------------------------------------------------------
 // `-m bench`: how fast this machine runs the model, beside how fast its memory lets it. Enter at
-// bench. It keeps nothing. Calls: prefill, forward, cache_branch.
+// bench. It keeps nothing. Calls: forward, cache_branch.
 
 enum { BENCH_WORDS = 1 << 19, BENCH_ITEMS = 64, BENCH_TEXTS = 16 };  // together 256 MiB
 
@@ -4629,35 +4527,29 @@ static void bench_read(void *memory, int item) {
     *p = sums[0];  // or the compiler could leave all of it out
 }
 
-// Tokens per second: of ids[from..to), `step` at a time.
-static double bench_text(const Model *m, Cache *kv, const int *ids, int from, int to, int step) {
+// Tokens per second of n texts, sequences seq, seq + 1, ...: of each the positions from..to, `step`
+// at a time.
+static double bench_texts(Cache *kv, int seq, int n, int from, int to, int step) {
+    Slot batch[MAX_BATCH];
     double start = seconds();
-    for (int i = from; i < to; i += step) prefill(m, kv, 0, ids, i, i + step);
-    return (to - from) / (seconds() - start);
-}
-// Of n tokens of each of 16 texts that begin alike. (The first ones copy the page that is shared.)
-static double bench_texts(const Model *m, Cache *kv, const int *ids, int shared, int n) {
-    Slot batch[BENCH_TEXTS];
-    double start = 0;
-    for (int seq = 1; seq <= BENCH_TEXTS; seq++) cache_branch(kv, 0, seq, shared);
-    for (int i = 0; i <= n; i++) {
-        for (int s = 0; s < BENCH_TEXTS; s++)
-            batch[s] = (Slot){ids[(i * BENCH_TEXTS + s) % kv->ctx], shared + i, 1 + s, true};
-        if (i == 1) start = seconds();
-        forward(m, kv, batch, BENCH_TEXTS);
+    for (int at = from, end, slots; at < to; at = end) {
+        end = at + step < to ? at + step : to, slots = 0;
+        for (int i = n * at; i < n * end; i++) {
+            int token = (int)(i * 7919LL % 30000 + 5) % kv->m->c.vocab_size;
+            batch[slots++] = (Slot){token, i / n, seq + i % n, step == 1 || i / n == to - 1};
+        }
+        forward(kv->m, kv, batch, slots);
     }
-    return BENCH_TEXTS * n / (seconds() - start);
+    return n * (to - from) / (seconds() - start);
 }
 
 static void bench(const Options *o, const Model *m, const Tokenizer *none, Output *out) {
-    int ctx = context_of(o, m), n = ctx < 512 ? ctx : 512, first = (n + 63) / 64;
+    int ctx = context_of(o, m), n = ctx < 512 ? ctx : 512, first = (n + 63) / 64, part = n / 4;
     int depth = ctx < 4096 + 64 ? ctx - ctx / 16 : 4096, end = depth + 32 < ctx ? depth + 32 : ctx;
-    int *ids = resize(NULL, (size_t)ctx, sizeof *ids);
     (void)none;
-    for (int i = 0; i < ctx; i++) ids[i] = (int)(i * 7919LL % 30000 + 5) % m->c.vocab_size;
     Cache kv;
     cache_open(&kv, m, ctx, 1 + BENCH_TEXTS);
-    prefill(m, &kv, 0, ids, 0, first);
+    bench_texts(&kv, 0, 1, 0, first, first);
     double startup = seconds() - o->started, start = seconds(), before;
     size_t bytes = sizeof(uint64_t) * BENCH_WORDS * BENCH_ITEMS;
     void *memory = reserve(1, bytes, "measuring the memory");
@@ -4670,12 +4562,14 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
             parallel(bench_read, memory, BENCH_ITEMS);
             stream = fmax(stream, (double)bytes / (seconds() - before));
         }
-        decode = fmax(decode, bench_text(m, &kv, ids, first, first + n / 4, 1));
-        prompt = fmax(prompt, bench_text(m, &kv, ids, 0, n, n));
-        batch = fmax(batch, bench_texts(m, &kv, ids, n / 4, n / 16));
+        decode = fmax(decode, bench_texts(&kv, 0, 1, first, first + part, 1));
+        prompt = fmax(prompt, bench_texts(&kv, 0, 1, 0, n, MAX_BATCH));
+        for (int seq = 1; seq <= BENCH_TEXTS; seq++) cache_branch(&kv, 0, seq, part);
+        bench_texts(&kv, 1, BENCH_TEXTS, part, part + 1, 1);  // copies the page that they share
+        batch = fmax(batch, bench_texts(&kv, 1, BENCH_TEXTS, part + 1, part + 1 + n / 16, 1));
     }
-    double deep_prompt = bench_text(m, &kv, ids, 0, depth, depth);
-    double deep_decode = bench_text(m, &kv, ids, depth, end, 1);
+    double deep_prompt = bench_texts(&kv, 0, 1, 0, depth, MAX_BATCH);
+    double deep_decode = bench_texts(&kv, 0, 1, depth, end, 1);
     // A token reads the whole file but for the embedding, if that is not the classifier too.
     const Matrix *w = &m->token_embedding;
     size_t unread = w->data == m->classifier.data ? 0 : matrix_bytes(w->dtype, w->rows, w->cols);
@@ -4683,21 +4577,17 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
     char report[5000];  // a path is at most 4096 bytes long
     int length = snprintf(report, sizeof report, "model: %s\ndtype: %s\nisa: %s\nthreads: %lld\n"
         "weights_mb: %.1f\nstream_gb_s: %.1f\nprefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\n"
-        "decode_tok_s: %.1f\ndecode_limit_tok_s: %.1f\ndecode_of_limit: %.2f\n"
-        "decode_depth4096_tok_s: %.1f\nbatch16_tok_s: %.1f\nstartup_ms: %.1f\n",
-        model_name(m), dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6,
-        stream / 1e9, prompt, deep_prompt, decode, limit, decode / limit, deep_decode, batch,
-        1e3 * startup);
+        "decode_tok_s: %.1f\ndecode_limit_tok_s: %.1f\ndecode_depth4096_tok_s: %.1f\n"
+        "batch16_tok_s: %.1f\nstartup_ms: %.1f\n", model_name(m),
+        dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
+        deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
     output_write(out, report, (size_t)length);
-    if (depth != 4096 && !o->quiet) fprintf(stderr, "depth4096 is depth %d here\n", depth);
-    if (!o->quiet)
-        fprintf(stderr, "verdict: %.0f%% of what the memory allows%s\n", 100 * decode / limit,
-                decode > limit ? ": does the model lie in the caches, or was this disturbed?" :
-                decode < 0.8 * limit ? ": other programs, too many threads, no SIMD or -O3?" : "");
+    if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (less than 80: other "
+                           "programs, -j, -O3?); depth4096: %d\n", 100 * decode / limit, depth);
     munmap(memory, bytes);
-    free(ids);
     cache_close(&kv);
 }
+
 // =================================================================================================
 // [6] The command line
 // =================================================================================================

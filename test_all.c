@@ -2954,19 +2954,19 @@ static void test_watching(const Made *made, const Model *m) {
 
 #ifndef NO_EXPLAIN
 static void test_characters(void) {
-    static const struct { const char *text, *shown; int width; } cases[] = {
-        {"a", "a", 1}, {"\\", "\\", 1}, {"\n", "\\n", 2}, {"\x1b[", "\\x1b", 4},
-        {"\x7f", "\\x7f", 4}, {"\xff", "\\xff", 4}, {"\xe4\xbd", "\\xe4", 4},
-        {"\xc2\x9b", "\\x9b", 4}, {"\xc3\xa9", "\xc3\xa9", 1},
-        {"\xe4\xbd\xa0", "\xe4\xbd\xa0", 2}, {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x80", 2},
-        {"\xef\xbf\xbd", "\xef\xbf\xbd", 1}, {"\xe2\x80\xae", "\\u202e", 6},
-        {"\xe2\x80\xa8", "\\u2028", 6}, {"\xf3\xa0\x81\x81", "\\ue0041", 7}};
+    static const struct { const char *text, *shown; } cases[] = {
+        {"a", "a"}, {"\\", "\\"}, {"\n", "\\n"}, {"\x1b[", "\\x1b["}, {"\x7f", "\\x7f"},
+        {"\xff", "\\xff"}, {"\xe4\xbd", "\\xe4\\xbd"}, {"\xc2\x9b", "\\x9b"},
+        {"\xc3\xa9", "\xc3\xa9"}, {"\xe4\xbd\xa0", "\xe4\xbd\xa0"},
+        {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x80"}, {"\xef\xbf\xbd", "\xef\xbf\xbd"},
+        {"\xe2\x80\xae", "\\u202e"}, {"\xe2\x80\xa8", "\\u2028"}, {"\xf3\xa0\x81\x81", "\\ue0041"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Text piece = {cases[i].text, strlen(cases[i].text)};
-        char out[16];
-        int width = explain_char(&piece, out);
-        CHECK(!strcmp(out, cases[i].shown) && width == cases[i].width,
-              "%s is shown as %s of %d columns: %d", out, cases[i].shown, cases[i].width, width);
+        Token token = {.text = {cases[i].text, strlen(cases[i].text)}};
+        Tokenizer t = {.h.vocab_size = 1, .tokens = &token};
+        char out[32] = "";
+        Explain e = {.w.t = &t, .f = fmemopen(out, sizeof out, "w")};
+        explain_put(&e, 0), fclose(e.f);
+        CHECK(!strcmp(out, cases[i].shown), "%s is shown as %s", out, cases[i].shown);
     }
 }
 
@@ -2981,16 +2981,13 @@ static Buffer explained(const Model *m, const Tokenizer *t, Options o) {
     return b;
 }
 
-// Lines of at most 79 columns of UTF-8 without control characters.
-static bool fits_a_terminal(const Buffer *b) {
-    int columns = 0;
+// UTF-8 without control characters.
+static bool is_harmless(const Buffer *b) {
     size_t used;
-    for (size_t i = 0; i < b->n; i += used, columns++) {
+    for (size_t i = 0; i < b->n; i += used) {
         uint32_t c = next_char((char *)b->p + i, b->n - i, &used);
-        if (c == '\n') columns = -1;
-        else if (c < 32 || (c > 126 && c < 160) || (c == 0xfffd && used == 1)) return false;
-        if (c >= 0x2e80 && c < 0x20000 && c != 0xfffd) columns++;  // these are wide here
-        if (columns >= 79) return false;
+        bool control = (c < 32 && c != '\n') || (c > 126 && c < 160);
+        if (control || (c == 0xfffd && used == 1)) return false;
     }
     return true;
 }
@@ -3011,12 +3008,11 @@ static Buffer on_terminal(const char *command) {
     CHECK(status_of(pid) == 0, "%s works on a terminal", command);
     return b;
 }
-// Without escape sequences, carriage returns, and the small digits that are shades without colours.
+// Without escape sequences and carriage returns.
 static Buffer stripped(const Buffer *b) {
     Buffer s = bytes_of("", 0);
     for (const char *p = (char *)b->p; *p; p++)
         if (*p == '\033') p = strchr(p, 'm');
-        else if (!strncmp(p, "\xe2\x82", 2)) p += 2;
         else if (*p != '\r') put(&s, p, 1);
     return s;
 }
@@ -3029,33 +3025,32 @@ static void test_terminal(void) {
         text("%0590d", 0)};
     for (int i = 0; i < 5; i++) {
         Ran r = SH("run endless.bin -m explain -c 999 -i '%s' -n 12 -s 3", prompts[i]);
-        CHECK(r.status == 0 && count(&r.out, "== position") == 12 && fits_a_terminal(&r.out),
-              "the terminal's view of prompt %d is of lines that fit: status %d, %.300s", i,
+        CHECK(r.status == 0 && count(&r.out, "== position") == 12 && is_harmless(&r.out),
+              "the terminal's view of prompt %d has no control characters: status %d, %.300s", i,
               r.status, r.out.p);
-        Buffer plain = stripped(&r.out);
-        CHECK(i || (count(&plain, "\n> the number") == 12 && count(&plain, "\nlens: 0 \"") == 12 &&
-                    count(&plain, "\nabc bad cab") == 12),
-              "it shows text, choice and lens: %.300s", plain.p);
+        CHECK(i || (count(&r.out, "\n> the number") == 12 && count(&r.out, "layer   0 ") == 12 &&
+                    count(&r.out, "\nabc bad cab") == 12 && count(&r.out, "attention to") == 60),
+              "it shows text, choice, attention and layers: %.300s", r.out.p);
         r = SH("run endless.bin -m explain -c 999 -i '%s' -n 1 --trace -s 3", prompts[i]);
-        CHECK(r.status == 0 && fits_a_terminal(&r.out) && count(&r.out, "xb = final_norm") == 1,
-              "and so is the trace: status %d, %.300s", r.status, r.out.p);
+        CHECK(r.status == 0 && is_harmless(&r.out) && count(&r.out, "xb = final_norm") == 1,
+              "nor has the trace: status %d, %.300s", r.status, r.out.p);
     }
     Buffer colored = on_terminal("run endless.bin -m explain -c 999 -i 'abc bad cab' -n 12 -s 3");
     Ran r = ran("run endless.bin -m explain -c 999 -i 'abc bad cab' -n 12 -s 3");
-    Buffer a = stripped(&colored), b = stripped(&r.out);
-    CHECK(count(&colored, "\033[48;5;") > 5 && !count(&r.out, "\033") && equal(&a, &b),
-          "colours stand for the marks below: %s", a.p);
+    Buffer plain = stripped(&colored);
+    CHECK(count(&colored, "\033[48;5;") > 5 && !count(&r.out, "\033") && equal(&plain, &r.out),
+          "a terminal shows the same in colours: %s", plain.p);
 }
 
 // The texts of a page's tokens, joined, of the prompt's and of those generated, and what they
 // decode to, without the first one if it is BOS.
 static Buffer page_tokens(const Tokenizer *t, const Buffer *page, Buffer texts[2]) {
     Buffer ids = {0};
-    for (char *p = (char *)page->p; (p = strstr(p, "{\"t\":\"")) != NULL;) {
-        char *end = strstr(p, "\",\"id\":"), *given = end ? strstr(end, "\"given\":") : NULL;
+    for (char *p = (char *)page->p; (p = strstr(p, "`,t:\"")) != NULL;) {
+        char *end = strstr(p, "\",id:"), *given = end ? strstr(end, "given:") : NULL;
         if (!given) break;
-        put(&texts[given[8] == '0'], p + 6, (size_t)(end - p - 6));
-        int id = atoi(end + 7);
+        put(&texts[given[6] == '0'], p + 5, (size_t)(end - p - 5));
+        int id = atoi(end + 5);
         if (ids.n || id != t->h.bos) put(&ids, &id, sizeof id);
         p = end;
     }
@@ -3063,7 +3058,7 @@ static Buffer page_tokens(const Tokenizer *t, const Buffer *page, Buffer texts[2
 }
 static void test_page(void) {
     const char *hostile = "</script><img src=x onerror=alert(1)> \"\\ &lt; \xe2\x80\xa8\x01\xff\n";
-    const char *escaped = "\\u003c/script>\\u003cimg src=x onerror=alert(1)> \\\"\\\\ &lt; "
+    const char *escaped = "\\x3c/script>\\x3cimg src=x onerror=alert(1)> \\x22\\x5c &lt; "
                           "\\\\xe2\\\\x80\\\\xa8\\\\x01\\\\xff\\\\n";
     const char *options_[] = {"-t 1", "-t 0", "-t 1.5 -p 1 --top-k 3", "-t 1 -p 1"};
     Model m;
@@ -3080,7 +3075,7 @@ static void test_page(void) {
                   count(&page, "\n</script>\n") == 1 && count(&page, "</html>") == 0,
               "a page of 60 tokens has %zu bytes: %s", page.n, r.err.p);
         CHECK(i == 3 || is_text(&texts[0], escaped), "it has the prompt, escaped: %s", texts[0].p);
-        CHECK(count(&page, "<script") == 2 && count(&page, "</script") == 2 &&
+        CHECK(count(&page, "<script") == 1 && count(&page, "</script") == 1 &&
                   count(&page, "http") == 1 && count(&page, "url(") == 0,
               "and nothing in it is an element, or an address elsewhere");
         put_text(&bytes, "\n");
