@@ -879,7 +879,8 @@ static void fill_cache(Cache *kv, const AttentionCase *a) {
             Slot slot = {0, pos, seq, true};
             bool fresh = !*page_of(kv, seq, pos);
             cache_prepare(kv, &slot, 1);
-            if (fresh) memset(*page_of(kv, seq, pos), 0x55, kv->page_bytes);  // what lies beside must not matter
+            // What lies beside must not matter.
+            if (fresh) memset(*page_of(kv, seq, pos), 0x55, kv->page_bytes);
             for (int h = 0; h < a->kv_heads; h++) {
                 float k[256], v[256];
                 for (int d = 0; d < a->head_dim; d++) {
