@@ -1451,7 +1451,7 @@ typedef struct {
     Index merges;             // ranks of pairs of tokens, two uint32
     uint8_t *kinds;           // (N_CHARS) of the characters
     size_t special[256];      // longest control or user-defined token that starts with this byte
-    int byte_token[256];      // token of a single byte, -1 none
+    int byte_token[256];      // SentencePiece's for a byte that no other one has, -1 none
     const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
 } Tokenizer;
@@ -1573,7 +1573,7 @@ static bool read_token(Tokenizer *t, Bytes *file, int id) {
     size_t *special = &t->special[(uint8_t)*s];
     if (type != BYTE) index_find(&t->by_text, (Text){s, len}, id);  // the first of equal texts
     if ((type == CONTROL || type == USER_DEFINED) && len > *special) *special = len;
-    if (type == (t->h.kind == SENTENCEPIECE ? BYTE : NORMAL) && len == 1 && *byte < 0) *byte = id;
+    if (type == BYTE && len == 1 && *byte < 0) *byte = id;
     return true;
 }
 
@@ -1590,11 +1590,8 @@ static const char *read_tables(Tokenizer *t, Bytes *file) {
     }
     if (file->p != file->end) return "is damaged, or has more tokens than the model";
     t->merges = index_new(t->h.n_merges);
-    for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2) {
-        if (pair[0] >= (uint32_t)t->h.vocab_size || pair[1] >= (uint32_t)t->h.vocab_size)
-            return "is damaged: it joins tokens that do not exist";
+    for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2)
         index_find(&t->merges, (Text){(const char *)pair, 8}, (int)rank);
-    }
     t->kinds = memset(zeros(N_CHARS, 1), OTHER, N_CHARS);
     for (uint32_t i = 0, next = 0; i < t->h.n_ranges; i++, next = range++->last + 1) {
         if (range->first < next || range->last < range->first || range->last >= N_CHARS ||
@@ -1635,23 +1632,20 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
 // Finds the model's tokenizer: the named one, or model.tok or tokenizer.bin beside the model, or
 // tokenizer.bin in the current folder; the first that fits.
 static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
-    const char *wrong = named ? load_tokenizer(t, named, m) : NULL;
-    if (wrong) die("%s %s", named, wrong);
-    if (named) return;
-    const char *slash = strrchr(m->path, '/'), *dot = strrchr(m->path, '.');
-    int folder = slash ? (int)(slash - m->path) + 1 : 0, n = 0;
-    int stem = dot && dot > m->path + folder ? (int)(dot - m->path) : (int)strlen(m->path);
-    char path[PATH_MAX + 20], seen[3 * PATH_MAX + 400];  // (the model's path could be opened)
-    for (int i = 0, kept[] = {stem, folder, 0}; i < (folder ? 3 : 2); i++) {
+    const char *slash = strrchr(m->path, '/'), *name = slash ? slash + 1 : m->path;
+    const char *dot = strrchr(name, '.');
+    int folder = (int)(name - m->path), stem = dot && dot > name ? (int)(dot - m->path) : INT_MAX;
+    int kept[] = {stem, folder, 0};  // bytes of the model's path before each name
+    char path[PATH_MAX + 20], why[2 * PATH_MAX] = "there is no .tok file or tokenizer.bin";
+    for (int i = 0; i < (named ? 1 : 3); i++) {
         snprintf(path, sizeof path, "%.*s%s", kept[i], m->path, i ? "tokenizer.bin" : ".tok");
-        if (access(path, F_OK)) continue;
-        wrong = load_tokenizer(t, path, m);
+        if (!named && access(path, F_OK)) continue;
+        const char *wrong = load_tokenizer(t, named ? named : path, m);
         if (!wrong) return;
+        snprintf(why, sizeof why, "%s %s", t->path, wrong);
         free_tokenizer(t);
-        n += snprintf(seen + n, sizeof seen - (size_t)n, "%s%s %s", n ? "; " : "", path, wrong);
     }
-    die("no tokenizer for %s: %s; name one with -z", m->path,
-        n ? seen : "there is no .tok file or tokenizer.bin beside it or in this folder");
+    die("no tokenizer for %s: %s; name one with -z", m->path, why);
 }
 
 // ---- [3.3] encoding, decoding -------------------------------------------------------------------
@@ -1698,9 +1692,7 @@ static void encode_word(Encoder *e, Text word) {
     for (int i = 0, prev = -1; i < n; prev = i, i += symbols[i].len) {
         size_t len = 1;
         if (t->h.kind == SENTENCEPIECE) next_char(word.s + i, (size_t)(n - i), &len);
-        int id = t->h.kind == BYTE_LEVEL ? t->byte_token[(uint8_t)word.s[i]]
-                                         : token_normal(t, (Text){word.s + i, len});
-        symbols[i] = (Symbol){id, (int)len, prev};
+        symbols[i] = (Symbol){token_normal(t, (Text){word.s + i, len}), (int)len, prev};
         encode_pair(e, prev);
     }
     while (e->winners[1] > -INFINITY) {
