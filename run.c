@@ -4059,7 +4059,6 @@ enum {
     ZIP_CONTEXT = 1536,      // positions, if -c does not say: longer: slower, a little smaller
     ZIP_SEGMENTS = 16, ZIP_LEAST_CONTEXT = 16,
     ZIP_PREFIX = 256,        // of them for the prefix: a page, which all segments share
-    ZIP_PART = 1 << 20,      // bytes of text that become symbols at once
     ZIP_GROUP = 256,         // symbols whose biases are one item of work
 };
 
@@ -4087,16 +4086,19 @@ static void zip_shift(ZipCoder *c) {
     else c->code <<= 8, c->beyond++;
     c->low <<= 8, c->range <<= 8;
 }
-// Codes one of n symbols, which have shares of the interval (their sum is below 2^32); returns it.
-static int zip_code(ZipCoder *c, const uint32_t *shares, int n, int symbol) {
+static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
+// Codes one of n symbols, which have probabilities, and thus shares of the interval (their sum is
+// below 2^32). Returns it.
+static int zip_code(ZipCoder *c, const float *p, int n, int symbol) {
     const uint64_t top = 1ull << 56, bottom = 1ull << 48;
     uint32_t total = 0, start = 0;
-    for (int i = 0; i < n; i++) total += shares[i];
+    for (int i = 0; i < n; i++) total += zip_share(p[i]);
     uint64_t unit = c->range / total, at = c->decoding ? (c->code - c->low) / unit : 0;
     int i = 0;
-    while (c->decoding ? i < n - 1 && at >= start + shares[i] : i < symbol) start += shares[i++];
+    while (c->decoding ? i < n - 1 && at >= start + zip_share(p[i]) : i < symbol)
+        start += zip_share(p[i++]);
     c->low += start * unit;
-    c->range = shares[i] * unit;
+    c->range = zip_share(p[i]) * unit;
     while ((c->low ^ (c->low + c->range)) < top || c->range < bottom) {
         if ((c->low ^ (c->low + c->range)) >= top) c->range = -c->low & (bottom - 1);
         zip_shift(c);
@@ -4124,7 +4126,6 @@ typedef struct {
     int *first_pair, n_pairs;  // (width) of those after a token; 0: none
     ZipPair *pairs;          // the first is not used
     float *logits, *p;       // (n, vocab_size); (n, width) probabilities, then gradients
-    uint32_t *shares;        // (n, width) of the coder's interval
 } Zip;
 
 // The token that the model reads before a step of a segment. Steps up to 0 are the prefix's.
@@ -4139,13 +4140,11 @@ static void zip_predict(void *context, int s) {
     int vocab = z->m->c.vocab_size, width = z->width;
     float *logits = row_of(z->logits, s, vocab), *p = row_of(z->p, s, width);
     float of_bytes = largest(logits, vocab) - 16;  // so rare are they at first
-    uint32_t *shares = z->shares + (size_t)s * (size_t)width;
     for (int i = 0; i < vocab; i++) p[i] = logits[i] + z->bias[i];
     for (int i = vocab; i < width; i++) p[i] = of_bytes + z->bias[i];
     for (int i = z->first_pair[zip_before(z, s, z->step)]; i; i = z->pairs[i].next)
         p[z->pairs[i].symbol] += z->pairs[i].bias;
     softmax(p, width);
-    for (int i = 0; i < width; i++) shares[i] = (uint32_t)(int32_t)(p[i] * 0x1p30f) + 1;
 }
 
 static void zip_learn_pairs(Zip *z, const float *gradient, int before, int symbol) {
@@ -4176,11 +4175,11 @@ static void zip_learn(void *context, int group) {
 static void zip_step(Zip *z) {
     parallel(zip_predict, z, z->n);
     for (int s = 0; s < z->n; s++) {
-        size_t row = (size_t)s * (size_t)z->width;
+        float *p = row_of(z->p, s, z->width);
         int *symbol = &z->symbols.ids[z->done + (size_t)(s * z->steps + z->step)];
-        *symbol = zip_code(&z->coder, z->shares + row, z->width, *symbol);
-        z->p[row + (size_t)*symbol] -= 1;
-        zip_learn_pairs(z, z->p + row, zip_before(z, s, z->step), *symbol);
+        *symbol = zip_code(&z->coder, p, z->width, *symbol);
+        p[*symbol] -= 1;
+        zip_learn_pairs(z, p, zip_before(z, s, z->step), *symbol);
     }
     parallel(zip_learn, z, (z->width + ZIP_GROUP - 1) / ZIP_GROUP);
     z->logits += (size_t)z->n * (size_t)z->m->c.vocab_size;
@@ -4269,12 +4268,11 @@ static void zip_open(Zip *z, const ZipHeader *h, bool decoding, Text coded) {
     z->bias = zeros((2 + ZIP_SEGMENTS) * width, sizeof(float));
     z->squares = z->bias + width;
     z->p = z->squares + width;
-    z->shares = zeros(ZIP_SEGMENTS * width, sizeof(uint32_t));
     z->first_pair = zeros(width, sizeof(int));
     cache_open(&z->kv, z->m, (int)h->context, 1 + ZIP_SEGMENTS);
 }
 static void zip_close(Zip *z) {
-    free(z->bias), free(z->shares), free(z->first_pair), free(z->pairs);
+    free(z->bias), free(z->first_pair), free(z->pairs);
     free(z->symbols.ids), free(z->coder.out.memory);
     cache_close(&z->kv);
 }
@@ -4289,8 +4287,7 @@ static void zip_shrink(Zip *z, ZipHeader *h, Text text, Output *out) {
         uint32_t c = next_char(text.s + at, text.len - at, &used);
         strange += c < 9 || c == 0xfffd;
     }
-    for (size_t at = 0, n = text.len; at < n && strange <= n / 4; at += ZIP_PART)
-        zip_cut(z, (Text){text.s + at, n - at < ZIP_PART ? n - at : ZIP_PART});
+    if (strange <= text.len / 4) zip_cut(z, text);
     h->symbols = z->symbols.n;
     zip_text(z, h);
     z->coder.low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
