@@ -2144,16 +2144,15 @@ INLINE void add_block(vf *acc, const int T, const int dtype, const Work *w, cons
     }
 }
 
-INLINE vf load_number(const int dtype, const uint8_t *p) {
-    return dtype == F32 ? load(p) : dtype == HALF ? load_half(p) : (vf)(load_16bit(p) << 16);
-}
 // The same of a column of floats.
 INLINE void add_column(vf *acc, const int T, const int dtype, const Work *w, const uint8_t *column,
                        size_t at) {
     const float *x = w->x + at;
     vf v[H];
     if (w->ahead) __builtin_prefetch(column + w->ahead, 0, 2);
-    for (int h = 0; h < H; h++) v[h] = load_number(dtype, column + panel_bytes(dtype, h) / H);
+    for (int h = 0; h < H; h++, column += panel_bytes(dtype, 1) / H)
+        v[h] = dtype == F32 ? load(column) : dtype == HALF ? load_half(column)
+                                                           : (vf)(load_16bit(column) << 16);
     UNROLL for (int i = 0; i < T * H; i++) acc[i] += v[i % H] * x[i / H * w->x_stride];
 }
 
@@ -2279,9 +2278,8 @@ typedef struct {
     const Pass *f;
     int group, most;    // query heads of a key/value head; slots of a tile at most
     int width;          // positions of a row of scores, a multiple of 32
-    int step, last;     // steps that are done
-    int parts;          // into which they are cut
-    size_t area;        // floats of a slot's scores and rounded weights
+    int parts, step;    // parts of a step, and the step that is done; one part: all steps
+    size_t area;        // floats that hold a slot's scores and rounded weights
 } Attend;
 typedef struct {
     const Attend *a;
@@ -2298,24 +2296,29 @@ static float *query_of(const Tile *t, float *x, int query) {  // where its part 
     return row_of(x, (t->slot + query / group) * c->n_heads + head, c->head_dim);
 }
 
-// The scores of a page, of those `parts` pages on, and so forth.
+// The end of a tile's positions in the page of one.
+static int attend_end(const Tile *t, int pos) {
+    int end = (pos / PAGE_POSITIONS + 1) * PAGE_POSITIONS;
+    return end < t->end ? end : t->end;
+}
+
+// The scores of a page, of the one `parts` pages on, and so forth.
 static void attend_scores(const Tile *t, int part) {
     const Cache *kv = t->h.kv;
     int hd = kv->m->c.head_dim;
     Quantized rounded = new_quantized(t->n, hd);
     float *queries = zeros((size_t)(t->n * hd), sizeof(float));
     for (int j = 0; j < t->n; j++) {
-        const float *q = query_of(t, t->a->f->s->q, j);
-        if (kv->dtype == Q8) quantize(&rounded, j, q, hd);
-        else memcpy(row_of(queries, j, hd), q, (size_t)hd * sizeof(float));
+        memcpy(row_of(queries, j, hd), query_of(t, t->a->f->s->q, j), (size_t)hd * sizeof(float));
+        quantize(&rounded, j, row_of(queries, j, hd), hd);
     }
     int page = (t->first / PAGE_POSITIONS + part) * PAGE_POSITIONS;
     for (; page < t->end; page += t->a->parts * PAGE_POSITIONS) {
-        int from = t->first > page ? t->first : page, to = page + PAGE_POSITIONS;
+        int from = t->first > page ? t->first : page;
         Matrix keys = cache_keys(kv, head_at(&t->h, page));
         Work w = {.panel = panel_of(&keys, from - page), .apart = panel_bytes(keys.dtype, hd),
-                  .n_panels = ((to < t->end ? to : t->end) - from) / PANEL, .cols = hd,
-                  .x = queries, .x_stride = hd, .xq = &rounded, .x_blocks = blocks_of(hd),
+                  .n_panels = (attend_end(t, page) - from) / PANEL, .cols = hd, .x = queries,
+                  .x_stride = hd, .xq = &rounded, .x_blocks = blocks_of(hd),
                   .out = t->scores + from, .stride = t->a->width, .ahead = AHEAD};
         multiply(w, keys.dtype, t->n);
     }
@@ -2349,14 +2352,13 @@ static void attend_values(const Tile *t, int part) {
     float *out = resize(NULL, (size_t)(t->n * PANEL), sizeof(float));
     for (int channel = part * PANEL; channel < hd; channel += t->a->parts * PANEL) {
         int left = hd - channel;
-        for (int i = t->first, at, some; i < t->end; i += some) {
-            at = i % PAGE_POSITIONS;
-            some = PAGE_POSITIONS - at < t->end - i ? PAGE_POSITIONS - at : t->end - i;
+        for (int i = t->first; i < t->end; i = attend_end(t, i)) {
             Matrix values = cache_values(kv, head_at(&t->h, i));
-            Work w = {.panel = panel_of(&values, channel) + panel_bytes(values.dtype, at),
-                      .n_panels = 1, .cols = some, .x = t->scores + i, .x_stride = t->a->width,
+            Work w = {.panel = panel_of(&values, channel), .n_panels = 1,
+                      .cols = attend_end(t, i) - i, .x = t->scores + i, .x_stride = t->a->width,
                       .xq = &t->weights, .x_blocks = t->a->width / BLOCK, .block = i / BLOCK,
                       .out = out, .stride = PANEL, .more = i > t->first, .ahead = AHEAD};
+            w.panel += panel_bytes(values.dtype, i % PAGE_POSITIONS);
             multiply(w, values.dtype, t->n);
         }
         for (int j = 0; j < t->n; j++)
@@ -2372,43 +2374,38 @@ static bool attend_joined(const Attend *a, int i) {
     return i % a->most && slot[-1].seq == slot->seq && slot[-1].pos + 1 == slot->pos;
 }
 static void attend_task(void *context, int item) {
-    static void (*const steps[])(const Tile *, int) = {attend_scores, attend_weights,
-                                                       attend_values};
     const Attend *a = context;
     const Pass *f = a->f;
-    int i = item / a->parts % f->n, head = item / a->parts / f->n, n = 1;
+    bool whole = a->parts == 1;
+    int part = item % a->parts, i = item / a->parts % f->n, head = item / a->parts / f->n, n = 1;
     if (attend_joined(a, i)) return;
     while (i + n < f->n && attend_joined(a, i + n)) n++;
-    int pos = f->batch[i].pos, place = a->step == a->last ? head * f->n + i : this_thread * a->most;
+    int pos = f->batch[i].pos, place = whole ? this_thread * a->most : head * f->n + i;
     Tile t = {a, {f->kv, f->batch[i].seq, f->layer, head}, i, n * a->group,
               first_seen(&f->m->c, f->layer, pos) / BLOCK * BLOCK, round_up(pos + n, BLOCK),
               f->s->scores + (size_t)place * a->area, {0}};
     t.weights = quantized_in((uint8_t *)row_of(t.scores, t.n, a->width), t.n, a->width);
-    for (int step = a->step; step <= a->last; step++) steps[step](&t, item % a->parts);
+    if (a->step == 0) attend_scores(&t, part);
+    if (a->step == 1 || whole) attend_weights(&t, part);
+    if (a->step == 2 || whole) attend_values(&t, part);
 }
 
 static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
-    Attend a = {.f = f, .group = c->n_heads / c->n_kv_heads, .last = 2, .parts = 1};
-    int longest = 0, n_tiles = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
+    Attend a = {.f = f, .group = c->n_heads / c->n_kv_heads, .parts = 1};
+    int longest = 0, tiles = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
     a.most = a.group <= 4 ? 8 : a.group <= 32 ? 32 / a.group : 1;
     for (int i = 0; i < f->n; i++) {
         if (f->batch[i].pos >= longest) longest = f->batch[i].pos + 1;
-        n_tiles += attend_joined(&a, i) ? 0 : c->n_kv_heads;
+        tiles += attend_joined(&a, i) ? 0 : c->n_kv_heads;
     }
+    if (threads > 1 && longest > PAGE_POSITIONS) a.parts = (4 * threads - 1) / tiles + 1;
     a.width = round_up(longest, BLOCK);
-    a.area = (size_t)a.group * (size_t)a.width +
-             (size_t)round_up(a.group, TILE) * (size_t)(a.width / BLOCK) * (BLOCK + 12) / 4;
-    bool cut = threads > 1 && n_tiles < 4 * threads && longest > PAGE_POSITIONS;
+    a.area = (size_t)(2 * round_up(a.group, TILE)) * (size_t)a.width;  // more than are used
     make_room(&f->s->scores, &f->s->scores_room,
-              a.area * (size_t)(cut ? items : threads * a.most));
-    if (!cut) parallel(attend_task, &a, items);
-    int pages = (longest - 1) / PAGE_POSITIONS + 1, panels = (c->head_dim - 1) / PANEL + 1;
-    int parts[] = {pages, a.most * a.group, panels};
-    for (a.step = 0; a.step < 3 && cut; a.step++) {
-        a.last = a.step, a.parts = parts[a.step];
+              a.area * (size_t)(a.parts > 1 ? items : threads * a.most));
+    for (; a.step < (a.parts > 1 ? 3 : 1); a.step++)
         parallel(attend_task, &a, items * a.parts);
-    }
 }
 
 // Starts n - 1 threads beside the calling one, and lets part 1 use what is here. Where a thread
