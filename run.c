@@ -4070,17 +4070,16 @@ typedef struct {  // a file is this, and then what was coded
 // which the next symbol takes its share. Leading bytes that are certain are written, and the rest
 // moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
 typedef struct {
-    bool decoding;
     uint64_t low, range, code;
-    Text in;        // decoding: what is left,
-    size_t beyond;  // and how many bytes were missing (at most 8, unless the file is wrong)
-    Output out;     // encoding
+    const char *in;  // decoding: what is left,
+    ptrdiff_t left;  // so many bytes; below 0: some are missing (8, unless the file is wrong)
+    Output out;      // encoding
 } ZipCoder;
+static bool zip_ended(const ZipCoder *c) { return c->left < -8; }
 
 static void zip_shift(ZipCoder *c) {
-    if (!c->decoding) output_byte(&c->out, (char)(c->low >> 56));
-    else if (c->in.len) c->code = c->code << 8 | (uint8_t)*c->in.s++, c->in.len--;
-    else c->code <<= 8, c->beyond++;
+    if (!c->in) output_byte(&c->out, (char)(c->low >> 56));
+    else c->code = c->code << 8 | (c->left-- > 0 ? (uint8_t)*c->in++ : 0);
     c->low <<= 8, c->range <<= 8;
 }
 static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
@@ -4090,9 +4089,9 @@ static int zip_code(ZipCoder *c, const float *p, int n, int symbol) {
     const uint64_t top = 1ull << 56, bottom = 1ull << 48;
     uint32_t total = 0, start = 0;
     for (int i = 0; i < n; i++) total += zip_share(p[i]);
-    uint64_t unit = c->range / total, at = c->decoding ? (c->code - c->low) / unit : 0;
+    uint64_t unit = c->range / total, at = c->in ? (c->code - c->low) / unit : 0;
     int i = 0;
-    while (c->decoding ? i < n - 1 && at >= start + zip_share(p[i]) : i < symbol)
+    while (c->in ? i < n - 1 && at >= start + zip_share(p[i]) : i < symbol)
         start += zip_share(p[i++]);
     c->low += start * unit;
     c->range = zip_share(p[i]) * unit;
@@ -4185,12 +4184,11 @@ static void zip_step(Zip *z) {
 // Codes a wave. The encoder, which knows the text, has the model compute several steps at once.
 static void zip_wave(Zip *z, const ZipHeader *h) {
     int ids[ZIP_PREFIX], prefix = z->done < (size_t)z->prefix ? (int)z->done : z->prefix;
-    int most = z->coder.decoding ? 1 : likelihood_batch(z->m);
+    int most = z->coder.in ? 1 : likelihood_batch(z->m);
     for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
-    for (int s = 0; s < ZIP_SEGMENTS; s++) cache_clear(&z->kv, 1 + s);
     prefill(z->m, &z->kv, 0, ids, 0, prefix);
     for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
-    for (z->step = 0; z->step < z->steps && z->coder.beyond <= 8;) {
+    for (z->step = 0; z->step < z->steps && !zip_ended(&z->coder);) {
         Slot batch[MAX_BATCH];
         int n = 0, end = z->step;
         if (interrupted) exit(130);
@@ -4206,7 +4204,7 @@ static void zip_wave(Zip *z, const ZipHeader *h) {
 
 // Codes all symbols, which the encoder has. A wave has as few segments as have room for the rest.
 static void zip_text(Zip *z, const ZipHeader *h) {
-    for (size_t end; z->done < h->symbols && z->coder.beyond <= 8; z->done = end) {
+    for (size_t end; z->done < h->symbols && !zip_ended(&z->coder); z->done = end) {
         size_t longest = (size_t)(z->done ? z->kv.ctx - z->prefix : z->prefix);
         size_t left = h->symbols - z->done, n = z->done ? (left - 1) / longest + 1 : 1;
         if (n > ZIP_SEGMENTS) n = ZIP_SEGMENTS;
@@ -4251,13 +4249,13 @@ static uint64_t zip_hash(const ZipHeader *h, Text coded) {
     return mix64(hash64(h, offsetof(ZipHeader, file_hash))) + hash64(coded.s, coded.len);
 }
 
-static void zip_open(Zip *z, const ZipHeader *h, bool decoding, Text coded) {
+static void zip_open(Zip *z, const ZipHeader *h, Text coded) {
     size_t width = (size_t)z->m->c.vocab_size + 256;
     if (h->context < ZIP_LEAST_CONTEXT || h->context > (uint32_t)z->m->c.seq_len)
         die("a context of %u: compress needs %d to %d positions", h->context, ZIP_LEAST_CONTEXT,
             z->m->c.seq_len);
-    z->coder = (ZipCoder){.decoding = decoding, .in = coded, .out = output_memory()};
-    for (int i = 0; i < 8 && decoding; i++) zip_shift(&z->coder);
+    z->coder = (ZipCoder){.in = coded.s, .left = (ptrdiff_t)coded.len, .out = output_memory()};
+    for (int i = 0; i < 8 && coded.s; i++) zip_shift(&z->coder);
     z->coder.range = UINT64_MAX;
     z->width = (int)width;
     z->start = z->t->h.bos >= 0 ? z->t->h.bos : z->t->h.eos >= 0 ? z->t->h.eos : 0;
@@ -4274,17 +4272,15 @@ static void zip_close(Zip *z) {
     cache_close(&z->kv);
 }
 
-// Data of which over a quarter is what no text has is stored: it would take hours, for nothing.
+// Data of which a byte in 64 or more is a control character that no text has is stored: it would
+// take hours, for nothing.
 static void zip_shrink(Zip *z, ZipHeader *h, Text text, Output *out) {
     size_t strange = 0;
-    zip_open(z, h, false, text);
+    zip_open(z, h, (Text){NULL, 0});
     h->bytes = text.len;
     h->text_hash = hash64(text.s, text.len);
-    for (size_t at = 0, used; at < text.len; at += used) {
-        uint32_t c = next_char(text.s + at, text.len - at, &used);
-        strange += c < 9 || c == 0xfffd;
-    }
-    if (strange <= text.len / 4) zip_cut(z, text);
+    for (size_t i = 0; i < text.len; i++) strange += (uint8_t)text.s[i] < 9;
+    if (strange <= text.len / 64) zip_cut(z, text);
     h->symbols = z->symbols.n;
     zip_text(z, h);
     z->coder.low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
@@ -4307,7 +4303,7 @@ static const char *zip_expand(Zip *z, ZipHeader *h, Text file, Output *out) {
     if (h->file_hash != zip_hash(h, coded)) return "is truncated, too long or damaged";
     if (h->model != mine.model) return "was compressed with another model: -m decompress needs it";
     if (h->tokenizer != mine.tokenizer) return "was compressed with another tokenizer: see -z";
-    zip_open(z, h, true, coded);
+    zip_open(z, h, coded);
     zip_text(z, h);
     if (h->symbols) zip_join(z, out);
     else output_write(out, coded.s, coded.len);
