@@ -2345,26 +2345,26 @@ static void attend_weights(const Tile *t, int part) {
     }
 }
 
-// The weighted averages of the values, a panel of 16 channels at a time.
+// The weighted averages of the values, for some panels of 16 channels.
 static void attend_values(const Tile *t, int part) {
     const Cache *kv = t->h.kv;
-    int hd = kv->m->c.head_dim;
-    float *out = resize(NULL, (size_t)(t->n * PANEL), sizeof(float));
-    for (int channel = part * PANEL; channel < hd; channel += t->a->parts * PANEL) {
-        int left = hd - channel;
-        for (int i = t->first; i < t->end; i = attend_end(t, i)) {
-            Matrix values = cache_values(kv, head_at(&t->h, i));
-            Work w = {.panel = panel_of(&values, channel), .n_panels = 1,
-                      .cols = attend_end(t, i) - i, .x = t->scores + i, .x_stride = t->a->width,
-                      .xq = &t->weights, .x_blocks = t->a->width / BLOCK, .block = i / BLOCK,
-                      .out = out, .stride = PANEL, .more = i > t->first, .ahead = AHEAD};
-            w.panel += panel_bytes(values.dtype, i % PAGE_POSITIONS);
-            multiply(w, values.dtype, t->n);
-        }
-        for (int j = 0; j < t->n; j++)
-            memcpy(query_of(t, t->a->f->s->att_out, j) + channel, row_of(out, j, PANEL),
-                   (size_t)(left < PANEL ? left : PANEL) * sizeof(float));
+    int hd = kv->m->c.head_dim, wide = ((hd - 1) / PANEL / t->a->parts + 1) * PANEL;
+    int channel = part * wide, some = hd - channel < wide ? hd - channel : wide;
+    if (some <= 0) return;
+    float *out = resize(NULL, (size_t)(t->n * wide), sizeof(float));
+    for (int i = t->first; i < t->end; i = attend_end(t, i)) {
+        Matrix values = cache_values(kv, head_at(&t->h, i));
+        Work w = {.panel = panel_of(&values, channel), .n_panels = (some - 1) / PANEL + 1,
+                  .apart = panel_bytes(values.dtype, PAGE_POSITIONS), .cols = attend_end(t, i) - i,
+                  .x = t->scores + i, .x_stride = t->a->width, .xq = &t->weights,
+                  .x_blocks = t->a->width / BLOCK, .block = i / BLOCK, .out = out, .stride = wide,
+                  .more = i > t->first, .ahead = AHEAD};
+        w.panel += panel_bytes(values.dtype, i % PAGE_POSITIONS);
+        multiply(w, values.dtype, t->n);
     }
+    for (int j = 0; j < t->n; j++)
+        memcpy(query_of(t, t->a->f->s->att_out, j) + channel, row_of(out, j, wide),
+               (size_t)some * sizeof(float));
     free(out);
 }
 
