@@ -1451,7 +1451,7 @@ typedef struct {
     Index merges;             // ranks of pairs of tokens, two uint32
     uint8_t *kinds;           // (N_CHARS) of the characters
     size_t special[256];      // longest control or user-defined token that starts with this byte
-    int byte_token[256];      // token of a single byte, -1 none
+    int byte_token[256];      // SentencePiece's for a byte that no other one has, -1 none
     const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
 } Tokenizer;
@@ -1573,7 +1573,7 @@ static bool read_token(Tokenizer *t, Bytes *file, int id) {
     size_t *special = &t->special[(uint8_t)*s];
     if (type != BYTE) index_find(&t->by_text, (Text){s, len}, id);  // the first of equal texts
     if ((type == CONTROL || type == USER_DEFINED) && len > *special) *special = len;
-    if (type == (t->h.kind == SENTENCEPIECE ? BYTE : NORMAL) && len == 1 && *byte < 0) *byte = id;
+    if (type == BYTE && len == 1 && *byte < 0) *byte = id;
     return true;
 }
 
@@ -1590,11 +1590,8 @@ static const char *read_tables(Tokenizer *t, Bytes *file) {
     }
     if (file->p != file->end) return "is damaged, or has more tokens than the model";
     t->merges = index_new(t->h.n_merges);
-    for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2) {
-        if (pair[0] >= (uint32_t)t->h.vocab_size || pair[1] >= (uint32_t)t->h.vocab_size)
-            return "is damaged: it joins tokens that do not exist";
+    for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2)
         index_find(&t->merges, (Text){(const char *)pair, 8}, (int)rank);
-    }
     t->kinds = memset(zeros(N_CHARS, 1), OTHER, N_CHARS);
     for (uint32_t i = 0, next = 0; i < t->h.n_ranges; i++, next = range++->last + 1) {
         if (range->first < next || range->last < range->first || range->last >= N_CHARS ||
@@ -1635,23 +1632,20 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
 // Finds the model's tokenizer: the named one, or model.tok or tokenizer.bin beside the model, or
 // tokenizer.bin in the current folder; the first that fits.
 static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
-    const char *wrong = named ? load_tokenizer(t, named, m) : NULL;
-    if (wrong) die("%s %s", named, wrong);
-    if (named) return;
-    const char *slash = strrchr(m->path, '/'), *dot = strrchr(m->path, '.');
-    int folder = slash ? (int)(slash - m->path) + 1 : 0, n = 0;
-    int stem = dot && dot > m->path + folder ? (int)(dot - m->path) : (int)strlen(m->path);
-    char path[PATH_MAX + 20], seen[3 * PATH_MAX + 400];  // (the model's path could be opened)
-    for (int i = 0, kept[] = {stem, folder, 0}; i < (folder ? 3 : 2); i++) {
+    const char *slash = strrchr(m->path, '/'), *name = slash ? slash + 1 : m->path;
+    const char *dot = strrchr(name, '.');
+    int folder = (int)(name - m->path), stem = dot && dot > name ? (int)(dot - m->path) : INT_MAX;
+    int kept[] = {stem, folder, 0};  // bytes of the model's path before each name
+    char path[PATH_MAX + 20], why[2 * PATH_MAX] = "there is no .tok file or tokenizer.bin";
+    for (int i = 0; i < (named ? 1 : 3); i++) {
         snprintf(path, sizeof path, "%.*s%s", kept[i], m->path, i ? "tokenizer.bin" : ".tok");
-        if (access(path, F_OK)) continue;
-        wrong = load_tokenizer(t, path, m);
+        if (!named && access(path, F_OK)) continue;
+        const char *wrong = load_tokenizer(t, named ? named : path, m);
         if (!wrong) return;
+        snprintf(why, sizeof why, "%s %s", t->path, wrong);
         free_tokenizer(t);
-        n += snprintf(seen + n, sizeof seen - (size_t)n, "%s%s %s", n ? "; " : "", path, wrong);
     }
-    die("no tokenizer for %s: %s; name one with -z", m->path,
-        n ? seen : "there is no .tok file or tokenizer.bin beside it or in this folder");
+    die("no tokenizer for %s: %s; name one with -z", m->path, why);
 }
 
 // ---- [3.3] encoding, decoding -------------------------------------------------------------------
@@ -1698,9 +1692,7 @@ static void encode_word(Encoder *e, Text word) {
     for (int i = 0, prev = -1; i < n; prev = i, i += symbols[i].len) {
         size_t len = 1;
         if (t->h.kind == SENTENCEPIECE) next_char(word.s + i, (size_t)(n - i), &len);
-        int id = t->h.kind == BYTE_LEVEL ? t->byte_token[(uint8_t)word.s[i]]
-                                         : token_normal(t, (Text){word.s + i, len});
-        symbols[i] = (Symbol){id, (int)len, prev};
+        symbols[i] = (Symbol){token_normal(t, (Text){word.s + i, len}), (int)len, prev};
         encode_pair(e, prev);
     }
     while (e->winners[1] > -INFINITY) {
@@ -1845,19 +1837,12 @@ static struct {
     _Alignas(LINES) Task *task;             // these are set while no job has items
     void *context;
     int n_items, n_threads;
-    double alone_until, penalty;            // until when the first thread works alone; how long
-    _Atomic int sleepers;
+    double alone_until;                     // until when the first thread works alone
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 } pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
-static inline void pause_cpu(void) {
-#if defined __x86_64__ || defined __i386__
-    __builtin_ia32_pause();
-#elif defined __aarch64__
-    __asm__ volatile("yield");
-#endif
-}
+static bool pool_idle(void) { return !(uint32_t)atomic_load(&pool.left); }
 
 // Takes items and does them until none is left.
 static void work(void) {
@@ -1872,115 +1857,83 @@ static void work(void) {
     }
 }
 
-// A moment of waiting, the spins-th. False after 50 microseconds: time to sleep.
-static bool spin(int spins, double *since) {
-    pause_cpu();
-    if (spins == 0) *since = seconds();
-    return spins % 16 || seconds() - *since < 50e-6;
+// A moment of waiting, since a time that the first one notes. False after 50 microseconds: time to
+// sleep. (To read the clock disturbs a core's other thread no more than a pause instruction.)
+static bool spin(double *since) {
+    double now = seconds();
+    if (*since == 0) *since = now;
+    return now - *since < 50e-6;
 }
 
 static void *worker(void *argument) {
-    double since = 0;
     this_thread = (int)(intptr_t)argument;
-    for (int spins = 0;; spins++) {
-        if ((uint32_t)atomic_load(&pool.left)) {
-            work();
-            spins = -1;
-        } else if (!spin(spins, &since)) {
-            pthread_mutex_lock(&pool.mutex);
-            atomic_fetch_add(&pool.sleepers, 1);
-            while (!(uint32_t)atomic_load(&pool.left)) pthread_cond_wait(&pool.wake, &pool.mutex);
-            atomic_fetch_sub(&pool.sleepers, 1);
-            pthread_mutex_unlock(&pool.mutex);
-            spins = -1;
-        }
+    for (;; work()) {
+        for (double since = 0; pool_idle() && spin(&since);) {}
+        if (!pool_idle()) continue;
+        pthread_mutex_lock(&pool.mutex);
+        while (pool_idle()) pthread_cond_wait(&pool.wake, &pool.mutex);
+        pthread_mutex_unlock(&pool.mutex);
     }
     return NULL;
 }
 
 // Where a thread with items is not running, as another program has its core, the first one has to
-// wait; it then works alone for 4 milliseconds, and for longer if that happens again soon after.
+// wait; it then works alone for 20 times as long, so that waiting costs a twentieth at most.
 static void parallel(Task *task, void *context, int n) {
     double since = 0;
-    bool alone = pool.alone_until > 0 && seconds() < pool.alone_until;
-    if (n < 2 || pool.n_threads == 1 || alone) {
+    if (n < 2 || pool.n_threads == 1 || (pool.alone_until > 0 && seconds() < pool.alone_until)) {
         for (int i = 0; i < n; i++) task(context, i);
         return;
     }
     pool.task = task, pool.context = context, pool.n_items = n;
     atomic_store(&pool.done, 0);
     atomic_store(&pool.left, ((atomic_load(&pool.left) >> 32) + 1) << 32 | (uint32_t)n);
-    if (atomic_load(&pool.sleepers)) {
-        pthread_mutex_lock(&pool.mutex);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.mutex);
-    }
+    pthread_mutex_lock(&pool.mutex);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.mutex);
     work();
-    for (int spins = 0; atomic_load(&pool.done) != n; spins++)
-        if (!spin(spins, &since)) usleep(20);
-    double now = since > 0 ? seconds() : 0;
-    if (now - since <= 5e-4) return;
-    bool again = since < pool.alone_until + 2 * pool.penalty;
-    pool.penalty = again ? fmin(2 * pool.penalty, 0.1) : 4e-3;
-    pool.alone_until = now + pool.penalty;
+    while (atomic_load(&pool.done) != n) if (!spin(&since)) usleep(20);
+    double waited = since > 0 ? seconds() - since : 0;
+    pool.alone_until = waited > 5e-4 ? since + 21 * waited : 0;
 }
 
 // ---- [4.2] large pages --------------------------------------------------------------------------
 // A model in the page cache is mapped in pages of 4 KiB, and looking these up can cost half of the
-// memory's speed. So where there is plenty of memory the file is read into pages of 2 MiB.
+// memory's speed. So where there is plenty of memory the file is copied into pages of 2 MiB.
 
 #ifndef MADV_HUGEPAGE
 static const uint8_t *map_weights(const char *path, size_t *size) { return map_file(path, size); }
 #else
 // Bytes of memory that this process may use: what is free, and within its control group's limit.
 static uint64_t free_memory(void) {
-    static const char *const limits[] = {"/sys/fs/cgroup/memory.max",
-                                         "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
-    uint64_t least = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    for (int i = 0; i < 2; i++) {
-        FILE *f = fopen(limits[i], "r");
-        unsigned long long bytes;
-        if (f && fscanf(f, "%llu", &bytes) == 1 && bytes < least) least = bytes;  // or "max"
-        if (f) fclose(f);
-    }
-    return least;
+    uint64_t free_bytes = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    unsigned long long limit = 0;
+    FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");
+    bool limited = f && fscanf(f, "%llu", &limit) == 1 && limit < free_bytes;  // or it is "max"
+    if (f) fclose(f);
+    return limited ? limit : free_bytes;
 }
 
 enum { LARGE_PAGE = 1 << 21 };
-typedef struct {
-    int fd;
-    uint8_t *data;
-    size_t size;
-    atomic_int wrong;  // errno, or -1: it has become shorter
-} ReadJob;
-static void read_task(void *context, int item) {
-    ReadJob *r = context;
-    size_t at = (size_t)item * LARGE_PAGE, left = r->size - at;
-    if (left > LARGE_PAGE) left = LARGE_PAGE;
-    for (ssize_t got; left; at += (size_t)got, left -= (size_t)got) {
-        do got = pread(r->fd, r->data + at, left, (off_t)at);
-        while (got < 0 && errno == EINTR);
-        if (got > 0) continue;
-        r->wrong = got ? errno : -1;
-        return;
-    }
+typedef struct { uint8_t *to; const uint8_t *from; size_t size; } CopyJob;
+static void copy_task(void *context, int item) {
+    const CopyJob *job = context;
+    size_t at = (size_t)item * LARGE_PAGE, left = job->size - at;
+    memcpy(job->to + at, job->from + at, left < LARGE_PAGE ? left : LARGE_PAGE);
 }
 static const uint8_t *map_weights(const char *path, size_t *size) {
-    ReadJob r = {.fd = open_file(path, size)};
-    r.size = *size;
-    if (*size >= 4 * LARGE_PAGE && *size < free_memory() / 2) {
-        uint8_t *space = reserve(1, *size + LARGE_PAGE, path);
-        size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
-        r.data = space + before;
-        if (before) munmap(space, before);
-        large_pages(r.data, *size);
-        parallel(read_task, &r, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
-        mprotect(r.data, *size, PROT_READ);
-    }
-    close(r.fd);
-    if (r.wrong)
-        die("cannot read %s: %s", path, r.wrong > 0 ? strerror(r.wrong) : "it has become shorter");
-    return r.data ? r.data : map_file(path, size);
+    const uint8_t *file = map_file(path, size);
+    if (*size < 4 * LARGE_PAGE || *size > free_memory() / 2) return file;
+    uint8_t *space = reserve(1, *size + LARGE_PAGE, path);
+    size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
+    CopyJob job = {space + before, file, *size};
+    if (before) munmap(space, before);
+    large_pages(job.to, *size);
+    madvise((void *)(uintptr_t)file, *size, MADV_WILLNEED);
+    parallel(copy_task, &job, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
+    munmap((void *)(uintptr_t)file, *size);
+    mprotect(job.to, *size, PROT_READ);
+    return job.to;
 }
 #endif
 
@@ -2036,10 +1989,6 @@ INLINE vu load_16bit(const void *p) {
     vh packed;
     memcpy(&packed, p, sizeof packed);
     return __builtin_convertvector(packed, vu);
-}
-// Into the second-level cache, which can wait for more of the memory at once than the first.
-INLINE void prefetch(const uint8_t *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 #ifdef AVX512
@@ -2130,18 +2079,18 @@ INLINE vi add_pairs(vi sums) { return sums; }
 #endif
 
 // ---- [4.4] kernels ------------------------------------------------------------------------------
-// A kernel multiplies panels with the inputs of T tokens, T and dtype being constants of each
-// kernel. There are two: of integers, for quantized weights, keys and values, and of floats. The
-// sums of T tokens stay in registers. Many tokens use weights of 4 bits again and again: these are
-// first made bytes and float scales: UNPACKED.
+// A kernel multiplies panels with the inputs of T tokens, whose sums stay in registers; T and dtype
+// are constants of each. It goes over the columns one by one, or where weights, keys and values are
+// quantized by blocks. Many tokens use weights of 4 bits again and again: these are first made
+// bytes and float scales: UNPACKED.
 
 typedef struct {
     const uint8_t *panel;   // the first panel; the others are `apart` bytes apart
     size_t apart;
     int n_panels, cols;     // of the panels, from their beginning on
-    const float *x;         // inputs of float kernels, those of tokens x_stride apart
+    const float *x;         // inputs of floats, those of tokens x_stride apart
     int x_stride;
-    const Quantized *xq;    // and of integer kernels: so many blocks of a token, from which one on
+    const Quantized *xq;    // and of integers: so many blocks of a token, from which one on
     int x_blocks, block;
     int token;              // the first
     float *out;             // the sums, of tokens `stride` apart; `more`: what is there is added
@@ -2154,115 +2103,135 @@ typedef void Kernel(const Work *w);
 enum { UNPACKED = Q4A - Q4 + 1, UNPACKED_Q4 = Q4 + UNPACKED, UNPACKED_Q4A = Q4A + UNPACKED };
 typedef struct { float scales[PANEL], minima[PANEL]; uint8_t quants[512]; } Unpacked;  // of a block
 
-enum { AHEAD = 3072 };  // a single token waits for the weights: they are fetched so far ahead
+// A single token waits for the weights: they are fetched so far ahead, into the second-level cache,
+// which can wait for more of the memory at once than the first.
+enum { AHEAD = 3072 };
 
-INLINE void integer_kernel(const int T, const int dtype, const Work *w) {
+// Adds the products of a block and the inputs at a place to acc: number t * H + h.
+INLINE void add_block(vf *acc, const int T, const int dtype, const Work *w, const uint8_t *block,
+                      size_t at) {
     const bool unpacked = dtype > Q4A, nibbles = dtype == Q4 || dtype == Q4A;  // two in a byte
     const bool minimum = dtype == Q4A || dtype == UNPACKED_Q4A;
     const bool late = SHORT_SUMS && dtype != Q8;  // the bias does not fit into 16 bits
     const int bias8 = dtype == Q8 ? BIAS8 / 8 : !minimum;  // an eighth of the quants' offset
     const int steps = (nibbles ? 4 : 8) * H;
-    const int size = unpacked ? (int)sizeof(Unpacked) : block_bytes(dtype);
     const int quants = unpacked ? (int)offsetof(Unpacked, quants) : scale_bytes(dtype);
-    if (T * H > TILE) return;
-    for (int p = 0; p < w->n_panels; p++) {
-        const uint8_t *block = w->panel + (size_t)p * w->apart;
-        float *out = w->out + p * PANEL;
-        size_t at = round_at(w->token, w->block, w->x_blocks);
-        vf acc[TILE];  // number t * H + h
-        for (int i = 0; i < T * H; i++)
-            acc[i] = w->more ? load(out + i / H * w->stride + i % H * W) : (vf){0};
-        for (int b = 0; b < w->cols; b += BLOCK, block += size, at += TILE) {
-            const int8_t *x = w->xq->q + at * BLOCK;
-            vi sum[TILE];
-            for (int i = 0; i < T * H; i++)
-                sum[i] = splat_i(bias8 && !late ? w->xq->minus8[at + (size_t)(i / H)] * bias8 : 0);
-            UNROLL for (int g = 0; g < steps; g++) {
-                for (int i = g * 64; i < size && !unpacked && w->ahead; i += steps * 64)
-                    __builtin_prefetch(block + w->ahead + i, 0, 2);  // a line between products
-                vu v = load_u(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
-                if (nibbles) v &= 0x0f0f0f0f;
-                else if (dtype == Q8 && BIAS8 != 0) v ^= 0x80808080;
-                for (int t = 0; t < T; t++) {
-                    const int8_t *from = x + t * BLOCK + g / H * 4;
-                    vi *to = &sum[t * H + g % H];
-                    *to = dtype == Q8 ? dot(*to, v, from) : dot_4bit(*to, v, from);
-                    if (nibbles) *to = dot_4bit(*to, high, from + 16);
-                }
-            }
-            for (int i = 0; i < T * H; i++) {
-                size_t t = at + (size_t)(i / H);
-                const int lane = i % H * W, unit = unpacked ? 4 : 2;
-                const uint8_t *scales = block + lane * unit, *minima = scales + PANEL * unit;
-                if (late) sum[i] = add_pairs(sum[i]) + (bias8 ? w->xq->minus8[t] * bias8 : 0);
-                acc[i] += __builtin_convertvector(sum[i], vf) *
-                          (unpacked ? load(scales) : load_half(scales)) * w->xq->d[t];
-                if (minimum)
-                    acc[i] += (unpacked ? load(minima) : load_half(minima)) * w->xq->dsum[t];
-            }
+    const int8_t *x = w->xq->q + at * BLOCK;
+    vi sum[TILE];
+    for (int i = 0; i < T * H; i++)
+        sum[i] = splat_i(bias8 && !late ? w->xq->minus8[at + (size_t)(i / H)] * bias8 : 0);
+    UNROLL for (int g = 0; g < steps; g++) {
+        for (int i = g * 64; !unpacked && i < block_bytes(dtype) && w->ahead; i += steps * 64)
+            __builtin_prefetch(block + w->ahead + i, 0, 2);  // a line between products
+        vu v = load_u(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
+        if (nibbles) v &= 0x0f0f0f0f;
+        else if (dtype == Q8 && BIAS8 != 0) v ^= 0x80808080;
+        for (int t = 0; t < T; t++) {
+            const int8_t *from = x + t * BLOCK + g / H * 4;
+            vi *to = &sum[t * H + g % H];
+            *to = dtype == Q8 ? dot(*to, v, from) : dot_4bit(*to, v, from);
+            if (nibbles) *to = dot_4bit(*to, high, from + 16);
         }
-        for (int i = 0; i < T * H; i++) store(out + i / H * w->stride + i % H * W, acc[i]);
+    }
+    for (int i = 0; i < T * H; i++) {
+        size_t t = at + (size_t)(i / H);
+        const int lane = i % H * W, unit = unpacked ? 4 : 2;
+        const uint8_t *scales = block + lane * unit, *minima = scales + PANEL * unit;
+        if (late) sum[i] = add_pairs(sum[i]) + (bias8 ? w->xq->minus8[t] * bias8 : 0);
+        acc[i] += __builtin_convertvector(sum[i], vf) *
+                  (unpacked ? load(scales) : load_half(scales)) * w->xq->d[t];
+        if (minimum) acc[i] += (unpacked ? load(minima) : load_half(minima)) * w->xq->dsum[t];
     }
 }
 
-INLINE vf load_number(const int dtype, const uint8_t *p) {
-    return dtype == F32 ? load(p) : dtype == HALF ? load_half(p) : (vf)(load_16bit(p) << 16);
+// The same of a column of floats.
+INLINE void add_column(vf *acc, const int T, const int dtype, const Work *w, const uint8_t *column,
+                       size_t at) {
+    const float *x = w->x + at;
+    vf v[H];
+    if (w->ahead) __builtin_prefetch(column + w->ahead, 0, 2);
+    for (int h = 0; h < H; h++, column += panel_bytes(dtype, 1) / H)
+        v[h] = dtype == F32 ? load(column) : dtype == HALF ? load_half(column)
+                                                           : (vf)(load_16bit(column) << 16);
+    UNROLL for (int i = 0; i < T * H; i++) acc[i] += v[i % H] * x[i / H * w->x_stride];
 }
-enum { MOST_FLOATS = W == 16 ? 16 : W == 8 ? 6 : 2 };  // tokens, whose sums fit into registers
-INLINE void float_kernel(const int T, const int dtype, const Work *w) {
-    const int size = dtype == F32 ? 64 : 32;  // bytes of a column
-    if (T > MOST_FLOATS) return;
+
+// How many tokens a kernel can have, whose sums fit into registers.
+INLINE int most_at_once(const int dtype) {
+    return dtype >= Q8 ? TILE / H : W == 16 ? 16 : W == 8 ? 6 : 2;
+}
+INLINE void kernel(const int T, const int dtype, const Work *w) {
+    const bool integers = dtype >= Q8;
+    const int step = integers ? BLOCK : 1;  // columns
+    const size_t size = dtype > Q4A ? sizeof(Unpacked) : panel_bytes(dtype, step);
+    if (T > most_at_once(dtype)) return;
     for (int p = 0; p < w->n_panels; p++) {
-        const uint8_t *column = w->panel + (size_t)p * w->apart;
-        const float *x = w->x + (size_t)w->token * (size_t)w->x_stride;
+        const uint8_t *from = w->panel + (size_t)p * w->apart;
         float *out = w->out + p * PANEL;
-        vf acc[MOST_FLOATS * H];
+        size_t at = integers ? round_at(w->token, w->block, w->x_blocks)
+                             : (size_t)w->token * (size_t)w->x_stride;
+        vf acc[PANEL];
         UNROLL for (int i = 0; i < T * H; i++)
             acc[i] = w->more ? load(out + i / H * w->stride + i % H * W) : (vf){0};
-        for (int c = 0; c < w->cols; c++, column += size) {
-            vf v[H];
-            if (w->ahead) __builtin_prefetch(column + w->ahead, 0, 2);
-            for (int h = 0; h < H; h++)
-                v[h] = load_number(dtype, column + h * W * size / PANEL);
-            UNROLL for (int i = 0; i < T * H; i++) acc[i] += v[i % H] * x[i / H * w->x_stride + c];
+        for (int c = 0; c < w->cols; c += step, from += size, at += integers ? TILE : 1) {
+            if (integers) add_block(acc, T, dtype, w, from, at);
+            else add_column(acc, T, dtype, w, from, at);
         }
         UNROLL for (int i = 0; i < T * H; i++) store(out + i / H * w->stride + i % H * W, acc[i]);
     }
 }
 
-#define KERNEL(kind, dtype, T)                                                                     \
-    static void kind##_##dtype##_##T(const Work *w) { kind##_kernel(T, dtype, w); }
-#define KERNELS(kind, dtype)                                                                       \
-    KERNEL(kind, dtype, 1) KERNEL(kind, dtype, 2) KERNEL(kind, dtype, 3) KERNEL(kind, dtype, 4)    \
-    KERNEL(kind, dtype, 5) KERNEL(kind, dtype, 6) KERNEL(kind, dtype, 7) KERNEL(kind, dtype, 8)
-KERNELS(float, F32) KERNELS(float, BF16) KERNELS(float, HALF)
-KERNEL(float, F32, 16) KERNEL(float, BF16, 16) KERNEL(float, HALF, 16)
-KERNELS(integer, Q8) KERNELS(integer, Q4) KERNELS(integer, Q4A)
-KERNEL(integer, UNPACKED_Q4, 2) KERNEL(integer, UNPACKED_Q4, 4) KERNEL(integer, UNPACKED_Q4, 8)
-KERNEL(integer, UNPACKED_Q4A, 2) KERNEL(integer, UNPACKED_Q4A, 4) KERNEL(integer, UNPACKED_Q4A, 8)
-#define ROW(kind, dtype)                                                                           \
-    NULL, kind##_##dtype##_1, kind##_##dtype##_2, kind##_##dtype##_3, kind##_##dtype##_4,          \
-        kind##_##dtype##_5, kind##_##dtype##_6, kind##_##dtype##_7, kind##_##dtype##_8
-static Kernel *const kernels[][17] = {  // [dtype + 1][tokens at once]
-    [HALF + 1] = {ROW(float, HALF), [16] = float_HALF_16},
-    [F32 + 1] = {ROW(float, F32), [16] = float_F32_16},
-    [BF16 + 1] = {ROW(float, BF16), [16] = float_BF16_16},
-    [Q8 + 1] = {ROW(integer, Q8)},
-    [Q4 + 1] = {ROW(integer, Q4)},
-    [Q4A + 1] = {ROW(integer, Q4A)},
-    [UNPACKED_Q4 + 1] = {[2] = integer_UNPACKED_Q4_2, [4] = integer_UNPACKED_Q4_4,
-                         [8] = integer_UNPACKED_Q4_8},
-    [UNPACKED_Q4A + 1] = {[2] = integer_UNPACKED_Q4A_2, [4] = integer_UNPACKED_Q4A_4,
-                          [8] = integer_UNPACKED_Q4A_8},
-};
-static int most_at_once(int dtype) { return dtype >= Q8 ? TILE / H : MOST_FLOATS; }
+#define KERNEL(T, dtype) static void kernel_##dtype##_##T(const Work *w) { kernel(T, dtype, w); }
+#define ENTRY(T, dtype) [dtype + 1][T] = kernel_##dtype##_##T,
+#define FOR_TOKENS(X, dtype)                                                                       \
+    X(1, dtype) X(2, dtype) X(3, dtype) X(4, dtype) X(5, dtype) X(6, dtype) X(7, dtype)            \
+    X(8, dtype) X(16, dtype)
+#define FOR_ALL(X)                                                                                 \
+    FOR_TOKENS(X, HALF) FOR_TOKENS(X, F32) FOR_TOKENS(X, BF16) FOR_TOKENS(X, Q8)                   \
+    FOR_TOKENS(X, Q4) FOR_TOKENS(X, Q4A) FOR_TOKENS(X, UNPACKED_Q4) FOR_TOKENS(X, UNPACKED_Q4A)
+FOR_ALL(KERNEL)
+static Kernel *const kernels[][17] = {FOR_ALL(ENTRY)};  // [dtype + 1][tokens at once]
+
+static void unpack(Unpacked *u, int dtype, const uint8_t *block) {
+    for (int i = 0; i < block_bytes(dtype); i += 64) __builtin_prefetch(block + AHEAD + i, 0, 2);
+    for (int i = 0; i < 256; i += 4 * W) {
+        vu v = load_u(block + scale_bytes(dtype) + i);
+        store(u->quants + i, (vf)(v & 0x0f0f0f0f));
+        store(u->quants + i + 256, (vf)(v >> 4 & 0x0f0f0f0f));
+    }
+    for (int i = 0; i < PANEL; i += W) {
+        store(u->scales + i, load_half(block + i * 2));
+        if (dtype == Q4A) store(u->minima + i, load_half(block + (PANEL + i) * 2));
+    }
+}
+
+static void multiply(Work w, int dtype, int n);
+static void multiply_unpacked(const Work *w, int dtype, int n) {
+    enum { MOST = 64 };  // blocks at a time
+    Unpacked unpacked[MOST];
+    int blocks = blocks_of(w->cols);
+    for (int p = 0; p < w->n_panels; p++)
+        for (int b = 0, some; b < blocks; b += some) {
+            const uint8_t *block = w->panel + (size_t)p * w->apart + b * block_bytes(dtype);
+            Work part = *w;
+            some = blocks - b < MOST ? blocks - b : MOST;
+            for (int i = 0; i < some; i++, block += block_bytes(dtype))
+                unpack(&unpacked[i], dtype, block);
+            part.panel = (const uint8_t *)unpacked, part.out += p * PANEL;
+            part.n_panels = 1, part.cols = some * BLOCK, part.block = b, part.more = b > 0;
+            multiply(part, dtype + UNPACKED, n);
+        }
+}
 
 // The products with n tokens, as many at once as there are kernels for.
 static void multiply(Work w, int dtype, int n) {
+    int most = most_at_once(dtype);
     for (int some; n; n -= some) {
-        some = most_at_once(dtype) < n ? most_at_once(dtype) : n;
+        some = n < most ? n : most;
         if (some > TILE && some < 16) some = TILE;
-        kernels[dtype + 1][some](&w);
+        if ((dtype == Q4 || dtype == Q4A) && n * H * H > 4 * TILE)
+            multiply_unpacked(&w, dtype, some = n - n % most);
+        else kernels[dtype + 1][some](&w);
         w.token += some, w.out += (size_t)some * (size_t)w.stride;
         w.ahead = 0;
     }
@@ -2271,221 +2240,172 @@ static void multiply(Work w, int dtype, int n) {
 // ---- [4.5] products -----------------------------------------------------------------------------
 // matmul for panels: the rows of all matrices are dealt out two panels at a time.
 
-static void unpack_blocks(Unpacked *u, int dtype, const uint8_t *block, int n) {
-    for (; n--; u++, block += block_bytes(dtype)) {
-        const uint8_t *quants = block + scale_bytes(dtype);
-        prefetch(block + AHEAD, (size_t)block_bytes(dtype));
-        for (int i = 0; i < 256; i += 4 * W) {
-            vu v = load_u(quants + i);
-            store(u->quants + i, (vf)(v & 0x0f0f0f0f));
-            store(u->quants + i + 256, (vf)(v >> 4 & 0x0f0f0f0f));
-        }
-        for (int i = 0; i < PANEL; i += W) {
-            store(u->scales + i, load_half(block + i * 2));
-            if (dtype == Q4A) store(u->minima + i, load_half(block + (PANEL + i) * 2));
-        }
-    }
-}
-
-// For many tokens weights of 4 bits are unpacked, so many blocks at a time.
-enum { MOST_UNPACKED = 64 };
-static void multiply_weights(Work w, int dtype, int n) {
-    int blocks = blocks_of(w.cols), rest = n % (TILE / H);
-    Unpacked unpacked[MOST_UNPACKED];
-    if (dtype < Q4 || n * H * H <= 4 * TILE) rest = n;
-    for (int p = 0; p < w.n_panels && rest < n; p++)
-        for (int b = 0, some; b < blocks; b += some) {
-            some = blocks - b < MOST_UNPACKED ? blocks - b : MOST_UNPACKED;
-            unpack_blocks(unpacked, dtype, w.panel + (size_t)p * w.apart + b * block_bytes(dtype),
-                          some);
-            Work part = w;
-            part.panel = (const uint8_t *)unpacked;
-            part.n_panels = 1, part.cols = some * BLOCK, part.block = b, part.more = b > 0;
-            part.out += p * PANEL;
-            multiply(part, dtype + UNPACKED, n - rest);
-        }
-    w.token += n - rest, w.out += (size_t)(n - rest) * (size_t)w.stride;
-    multiply(w, dtype, rest);
-}
-
-enum { PANELS_AT_ONCE = 2 };
-static int items_of(const Matrix *w) {
-    return (w->rows + PANELS_AT_ONCE * PANEL - 1) / (PANELS_AT_ONCE * PANEL);
-}
+enum { ROWS_AT_ONCE = 2 * PANEL };
+static int items_of(const Matrix *w) { return (w->rows - 1) / ROWS_AT_ONCE + 1; }
 static void panels_task(void *context, int item) {
     const ProductJob *job = context;
     const Product *p = job->p;
     for (; item >= items_of(p->w); p++) item -= items_of(p->w);
     const Matrix *m = p->w;
-    int first = item * PANELS_AT_ONCE * PANEL, rows = m->rows - first, n = job->n;
-    if (rows > PANELS_AT_ONCE * PANEL) rows = PANELS_AT_ONCE * PANEL;
-    Work w = {.panel = panel_of(m, first), .apart = panel_bytes(m->dtype, m->cols),
-              .n_panels = rows / PANEL, .cols = m->cols, .x = job->x, .x_stride = m->cols,
-              .xq = job->xq, .x_blocks = blocks_of(m->cols), .out = p->y + first,
+    int row = item * ROWS_AT_ONCE, end = row + ROWS_AT_ONCE;
+    if (end > m->rows) end = m->rows;
+    Work w = {.panel = panel_of(m, row), .apart = panel_bytes(m->dtype, m->cols),
+              .n_panels = (end - row) / PANEL, .cols = m->cols, .x = job->x, .x_stride = m->cols,
+              .xq = job->xq, .x_blocks = blocks_of(m->cols), .out = p->y + row,
               .stride = m->rows, .ahead = AHEAD};
-    if (w.n_panels) multiply_weights(w, m->dtype, n);
-    for (int r = first + w.n_panels * PANEL; r < first + rows; r++)  // of a panel that is not full
-        row_task(&(ProductJob){p, job->x, job->xq, n}, r);
+    if (w.n_panels) multiply(w, m->dtype, job->n);
+    for (row += w.n_panels * PANEL; row < end; row++)  // of a panel that is not full
+        row_task(&(ProductJob){p, job->x, job->xq, job->n}, row);
 }
 static void matmul_fast(const Product *p, int n_products, const float *x, const Quantized *xq,
                         int n) {
     int items = 0;
-    bool rows = false;
-    for (int i = 0; i < n_products; i++) items += items_of(p[i].w), rows |= p[i].w->dtype == ROWS;
-    if (rows) {
-        matmul_plain(p, n_products, x, xq, n);
-        return;
-    }
-    quantize_all(p, n_products, x, xq, n);
-    parallel(panels_task, &(ProductJob){p, x, xq, n}, items);
+    bool panels = true;
+    for (int i = 0; i < n_products; i++) items += items_of(p[i].w), panels &= p[i].w->dtype != ROWS;
+    if (panels) {
+        quantize_all(p, n_products, x, xq, n);
+        parallel(panels_task, &(ProductJob){p, x, xq, n}, items);
+    } else matmul_plain(p, n_products, x, xq, n);
 }
 
 // ---- [4.6] attention ----------------------------------------------------------------------------
-// A tile is a few slots of one sequence at consecutive positions. All query heads of a tile that
-// share a key/value head pass over its keys and values together: scores, weights, average. Such a
-// pair of tile and head is a piece of work; where there are few pairs, each of the three steps is
-// cut into parts instead: by pages, by queries, by panels of channels.
+// A tile is a few slots of one sequence at consecutive positions, with one key/value head: all its
+// queries pass over the keys and values together, in three steps: scores, weights, average. A tile
+// is a piece of work; where there are few of them, each step is one, cut into parts: by pages, by
+// queries, by panels of channels.
 
-typedef struct { int slot, n, first, last; } AttendTile;  // slots; the positions that any sees
 typedef struct {
     const Pass *f;
-    AttendTile tiles[MAX_BATCH];
-    int n_tiles, group;      // query heads of a key/value head
-    int queries, width;      // the most of a tile; positions of a row of scores, a multiple of 32
-    int step, parts;         // step 0 to 2, which is cut into parts; -1: all steps as a whole
+    int group, most;    // query heads of a key/value head; slots of a tile at most
+    int width;          // positions of a row of scores, a multiple of 32
+    int parts, step;    // parts of a step, and the step that is done; one part: all steps
+    size_t area;        // floats that hold a slot's scores and rounded weights
 } Attend;
-typedef struct {             // a tile and a key/value head
+typedef struct {
     const Attend *a;
-    const AttendTile *tile;
     CacheHead h;
-    int n;                   // queries
-    float *scores;           // (queries, width)
-    Quantized weights;       // behind the scores: what they become, rounded
-} Pair;
+    int slot, n;        // the first slot; queries
+    int first, end;     // the positions that any of them sees, in whole blocks
+    float *scores;      // (n, width)
+    Quantized weights;  // behind the scores: what they become, rounded
+} Tile;
 
-static float *query_of(const Pair *p, float *x, int query) {  // where its part of x is
-    const Config *c = &p->a->f->m->c;
-    int group = p->a->group, head = p->h.head * group + query % group;
-    return row_of(x, (p->tile->slot + query / group) * c->n_heads + head, c->head_dim);
+static float *query_of(const Tile *t, float *x, int query) {  // where its part of x is
+    const Config *c = &t->a->f->m->c;
+    int group = t->a->group, head = t->h.head * group + query % group;
+    return row_of(x, (t->slot + query / group) * c->n_heads + head, c->head_dim);
 }
 
-// Scores of the positions of a page.
-static void attend_scores(const Pair *p, int page) {
-    const Cache *kv = p->h.kv;
-    int hd = kv->m->c.head_dim, from = page * PAGE_POSITIONS, end = from + PAGE_POSITIONS;
-    int start = (p->tile->first > from ? p->tile->first : from) / PANEL * PANEL;
-    if (end > p->tile->last + 1) end = p->tile->last + 1;
-    Matrix keys = cache_keys(kv, head_at(&p->h, from));
-    Quantized rounded = new_quantized(p->n, hd);
-    float *queries = resize(NULL, (size_t)(p->n * hd), sizeof(float));
-    for (int j = 0; j < p->n; j++) {
-        const float *q = query_of(p, p->a->f->s->q, j);
-        if (keys.dtype == Q8) quantize(&rounded, j, q, hd);
-        else memcpy(row_of(queries, j, hd), q, (size_t)hd * sizeof(float));
+// The end of a tile's positions in the page of one.
+static int attend_end(const Tile *t, int pos) {
+    int end = (pos / PAGE_POSITIONS + 1) * PAGE_POSITIONS;
+    return end < t->end ? end : t->end;
+}
+
+// The scores of a page, of the one `parts` pages on, and so forth.
+static void attend_scores(const Tile *t, int part) {
+    const Cache *kv = t->h.kv;
+    int hd = kv->m->c.head_dim;
+    Quantized rounded = new_quantized(t->n, hd);
+    float *queries = zeros((size_t)(t->n * hd), sizeof(float));
+    for (int j = 0; j < t->n; j++) {
+        memcpy(row_of(queries, j, hd), query_of(t, t->a->f->s->q, j), (size_t)hd * sizeof(float));
+        quantize(&rounded, j, row_of(queries, j, hd), hd);
     }
-    Work w = {.panel = panel_of(&keys, start - from), .apart = panel_bytes(keys.dtype, hd),
-              .n_panels = (end - start + PANEL - 1) / PANEL, .cols = hd, .x = queries,
-              .x_stride = hd, .xq = &rounded, .x_blocks = blocks_of(hd),
-              .out = p->scores + start, .stride = p->a->width, .ahead = AHEAD};
-    multiply(w, keys.dtype, p->n);
+    int page = (t->first / PAGE_POSITIONS + part) * PAGE_POSITIONS;
+    for (; page < t->end; page += t->a->parts * PAGE_POSITIONS) {
+        int from = t->first > page ? t->first : page;
+        Matrix keys = cache_keys(kv, head_at(&t->h, page));
+        Work w = {.panel = panel_of(&keys, from - page), .apart = panel_bytes(keys.dtype, hd),
+                  .n_panels = (attend_end(t, page) - from) / PANEL, .cols = hd, .x = queries,
+                  .x_stride = hd, .xq = &rounded, .x_blocks = blocks_of(hd),
+                  .out = t->scores + from, .stride = t->a->width, .ahead = AHEAD};
+        multiply(w, keys.dtype, t->n);
+    }
     free(queries);
     free(rounded.q);
 }
 
-// The scores of a query become weights, which are 0 where it does not look.
-static void attend_weights(const Pair *p, int query) {
-    const Pass *f = p->a->f;
-    int pos = f->batch[p->tile->slot + query / p->a->group].pos;
-    int first = first_seen(&f->m->c, f->layer, pos), n = pos + 1;
-    int start = p->tile->first / BLOCK * BLOCK, end = round_up(p->tile->last + 1, BLOCK);
-    float *row = row_of(p->scores, query, p->a->width), x[BLOCK];
-    for (int t = first; t < n; t++) row[t] *= f->m->c.attn_scale;
-    softmax(row + first, n - first);
-    for (int t = start; t < first; t++) row[t] = 0;
-    for (int t = n; t < end; t++) row[t] = 0;
-    for (int t = start; t < end && f->kv->dtype == Q8; t += BLOCK) {
-        const float *scales = value_scales(f->kv, head_at(&p->h, t)) + t % PAGE_POSITIONS;
-        for (int i = 0; i < BLOCK; i++) x[i] = row[t + i] * scales[i];
-        round_block(&p->weights, round_at(query, t / BLOCK, p->a->width / BLOCK), x);
+// The scores of queries become weights, which are 0 where one does not look.
+static void attend_weights(const Tile *t, int part) {
+    const Pass *f = t->a->f;
+    for (int j = part; j < t->n; j += t->a->parts) {
+        int n = f->batch[t->slot + j / t->a->group].pos + 1;
+        int first = first_seen(&f->m->c, f->layer, n - 1);
+        float *row = row_of(t->scores, j, t->a->width), x[BLOCK];
+        for (int i = first; i < n; i++) row[i] *= f->m->c.attn_scale;
+        softmax(row + first, n - first);
+        for (int i = t->first; i < first; i++) row[i] = 0;
+        for (int i = n; i < t->end; i++) row[i] = 0;
+        for (int i = t->first; i < t->end && f->kv->dtype == Q8; i += BLOCK) {
+            const float *scales = value_scales(f->kv, head_at(&t->h, i)) + i % PAGE_POSITIONS;
+            for (int k = 0; k < BLOCK; k++) x[k] = row[i + k] * scales[k];
+            round_block(&t->weights, round_at(j, i / BLOCK, t->a->width / BLOCK), x);
+        }
     }
 }
 
-// The weighted average of the values, for the panels of 16 channels from p0 to p1.
-static void attend_values(const Pair *p, int p0, int p1) {
-    const Cache *kv = p->h.kv;
-    int hd = kv->m->c.head_dim, wide = (p1 - p0) * PANEL, most = hd - p0 * PANEL;
-    int end = round_up(p->tile->last + 1, BLOCK);
-    float *out = zeros((size_t)(p->n * wide), sizeof(float));
-    for (int t = p->tile->first / BLOCK * BLOCK, some; t < end; t += some) {
-        int at = t % PAGE_POSITIONS;
-        some = PAGE_POSITIONS - at < end - t ? PAGE_POSITIONS - at : end - t;
-        Matrix values = cache_values(kv, head_at(&p->h, t));
-        Work w = {.panel = panel_of(&values, p0 * PANEL), .n_panels = p1 - p0, .cols = some,
-                  .apart = panel_bytes(values.dtype, PAGE_POSITIONS), .x = p->scores + t,
-                  .x_stride = p->a->width, .xq = &p->weights, .x_blocks = p->a->width / BLOCK,
-                  .block = t / BLOCK, .out = out, .stride = wide, .more = true};
-        w.panel += kv->dtype == Q8 ? block_at(Q8, at) : panel_bytes(values.dtype, at);
-        w.ahead = w.apart;
-        multiply(w, values.dtype, p->n);
+// The weighted averages of the values, for some panels of 16 channels.
+static void attend_values(const Tile *t, int part) {
+    const Cache *kv = t->h.kv;
+    int hd = kv->m->c.head_dim, wide = ((hd - 1) / PANEL / t->a->parts + 1) * PANEL;
+    int channel = part * wide, some = hd - channel < wide ? hd - channel : wide;
+    if (some <= 0) return;
+    float *out = resize(NULL, (size_t)(t->n * wide), sizeof(float));
+    for (int i = t->first; i < t->end; i = attend_end(t, i)) {
+        Matrix values = cache_values(kv, head_at(&t->h, i));
+        Work w = {.panel = panel_of(&values, channel), .n_panels = (some - 1) / PANEL + 1,
+                  .apart = panel_bytes(values.dtype, PAGE_POSITIONS), .cols = attend_end(t, i) - i,
+                  .x = t->scores + i, .x_stride = t->a->width, .xq = &t->weights,
+                  .x_blocks = t->a->width / BLOCK, .block = i / BLOCK, .out = out, .stride = wide,
+                  .more = i > t->first, .ahead = AHEAD};
+        w.panel += panel_bytes(values.dtype, i % PAGE_POSITIONS);
+        multiply(w, values.dtype, t->n);
     }
-    for (int j = 0; j < p->n; j++)
-        memcpy(query_of(p, p->a->f->s->att_out, j) + p0 * PANEL, row_of(out, j, wide),
-               (size_t)(most < wide ? most : wide) * sizeof(float));
+    for (int j = 0; j < t->n; j++)
+        memcpy(query_of(t, t->a->f->s->att_out, j) + channel, row_of(out, j, wide),
+               (size_t)some * sizeof(float));
     free(out);
 }
 
-static size_t attend_area(const Attend *a) {  // floats of a pair's scores and rounded weights
-    return (size_t)a->queries * (size_t)a->width +
-           (size_t)round_up(a->queries, TILE) * (size_t)(a->width / BLOCK) * (BLOCK + 12) / 4;
+// Whether a slot belongs to the tile of the one before.
+static bool attend_joined(const Attend *a, int i) {
+    const Slot *slot = &a->f->batch[i];
+    return i % a->most && slot[-1].seq == slot->seq && slot[-1].pos + 1 == slot->pos;
 }
 static void attend_task(void *context, int item) {
     const Attend *a = context;
-    int pair = item / a->parts, part = item % a->parts;
-    const AttendTile *tile = &a->tiles[pair % a->n_tiles];
-    int seq = a->f->batch[tile->slot].seq, first = tile->first / PAGE_POSITIONS;
-    int pages = tile->last / PAGE_POSITIONS + 1 - first;
-    int panels = (a->f->m->c.head_dim + PANEL - 1) / PANEL;
-    Pair p = {a, tile, {a->f->kv, seq, a->f->layer, pair / a->n_tiles}, tile->n * a->group,
-              a->f->s->scores + (size_t)(a->step < 0 ? this_thread : pair) * attend_area(a), {0}};
-    uint8_t *behind = (uint8_t *)row_of(p.scores, a->queries, a->width);
-    p.weights = quantized_in(behind, a->queries, a->width);
-    if (a->step == 0 && part < pages) attend_scores(&p, first + part);
-    if (a->step == 1 && part < p.n) attend_weights(&p, part);
-    if (a->step == 2 && part < panels) attend_values(&p, part, part + 1);
-    if (a->step >= 0) return;
-    for (int i = 0; i < pages; i++) attend_scores(&p, first + i);
-    for (int i = 0; i < p.n; i++) attend_weights(&p, i);
-    attend_values(&p, 0, panels);
+    const Pass *f = a->f;
+    bool whole = a->parts == 1;
+    int part = item % a->parts, i = item / a->parts % f->n, head = item / a->parts / f->n, n = 1;
+    if (attend_joined(a, i)) return;
+    while (i + n < f->n && attend_joined(a, i + n)) n++;
+    int pos = f->batch[i].pos, place = whole ? this_thread * a->most : head * f->n + i;
+    Tile t = {a, {f->kv, f->batch[i].seq, f->layer, head}, i, n * a->group,
+              first_seen(&f->m->c, f->layer, pos) / BLOCK * BLOCK, round_up(pos + n, BLOCK),
+              f->s->scores + (size_t)place * a->area, {0}};
+    t.weights = quantized_in((uint8_t *)row_of(t.scores, t.n, a->width), t.n, a->width);
+    if (a->step == 0) attend_scores(&t, part);
+    if (a->step == 1 || whole) attend_weights(&t, part);
+    if (a->step == 2 || whole) attend_values(&t, part);
 }
 
 static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
-    Attend a = {.f = f, .group = c->n_heads / c->n_kv_heads, .step = -1, .parts = 1};
-    int most = 32 / a.group, longest = 0, widest = 0, threads = pool.n_threads;
-    most = most < 1 ? 1 : most > 8 ? 8 : most;
+    Attend a = {.f = f, .group = c->n_heads / c->n_kv_heads, .parts = 1};
+    int longest = 0, tiles = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
+    a.most = a.group <= 4 ? 8 : a.group <= 32 ? 32 / a.group : 1;
     for (int i = 0; i < f->n; i++) {
-        const Slot *slot = &f->batch[i];
-        AttendTile *tile = &a.tiles[a.n_tiles - (a.n_tiles > 0)];
-        if (!a.n_tiles || tile->n == most || slot[-1].seq != slot->seq ||
-            slot[-1].pos + 1 != slot->pos) {
-            tile = &a.tiles[a.n_tiles++];
-            *tile = (AttendTile){i, 0, first_seen(c, f->layer, slot->pos), 0};
-        }
-        tile->last = slot->pos;
-        if (++tile->n > widest) widest = tile->n;
-        if (slot->pos >= longest) longest = slot->pos + 1;
+        if (f->batch[i].pos >= longest) longest = f->batch[i].pos + 1;
+        tiles += attend_joined(&a, i) ? 0 : c->n_kv_heads;
     }
-    int pairs = a.n_tiles * c->n_kv_heads;
-    bool cut = threads > 1 && pairs < 4 * threads && longest > PAGE_POSITIONS;
-    a.queries = widest * a.group;
+    if (threads > 1 && longest > PAGE_POSITIONS) a.parts = (4 * threads - 1) / tiles + 1;
     a.width = round_up(longest, BLOCK);
-    make_room(&f->s->scores, &f->s->scores_room, attend_area(&a) * (size_t)(cut ? pairs : threads));
-    if (!cut) parallel(attend_task, &a, pairs);
-    int parts[] = {(longest - 1) / PAGE_POSITIONS + 1, a.queries, (c->head_dim - 1) / PANEL + 1};
-    for (a.step = 0; a.step < 3 && cut; a.step++) {
-        a.parts = parts[a.step];
-        parallel(attend_task, &a, pairs * a.parts);
-    }
+    a.area = (size_t)(2 * round_up(a.group, TILE)) * (size_t)a.width;  // more than are used
+    make_room(&f->s->scores, &f->s->scores_room,
+              a.area * (size_t)(a.parts > 1 ? items : threads * a.most));
+    for (; a.step < (a.parts > 1 ? 3 : 1); a.step++)
+        parallel(attend_task, &a, items * a.parts);
 }
 
 // Starts n - 1 threads beside the calling one, and lets part 1 use what is here. Where a thread
@@ -4136,7 +4056,6 @@ enum {
     ZIP_CONTEXT = 1536,      // positions, if -c does not say: longer: slower, a little smaller
     ZIP_SEGMENTS = 16, ZIP_LEAST_CONTEXT = 16,
     ZIP_PREFIX = 256,        // of them for the prefix: a page, which all segments share
-    ZIP_PART = 1 << 20,      // bytes of text that become symbols at once
     ZIP_GROUP = 256,         // symbols whose biases are one item of work
 };
 
@@ -4151,29 +4070,31 @@ typedef struct {  // a file is this, and then what was coded
 // which the next symbol takes its share. Leading bytes that are certain are written, and the rest
 // moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
 typedef struct {
-    bool decoding;
     uint64_t low, range, code;
-    Text in;        // decoding: what is left,
-    size_t beyond;  // and how many bytes were missing (at most 8, unless the file is wrong)
-    Output out;     // encoding
+    const char *in;  // decoding: what is left,
+    ptrdiff_t left;  // so many bytes; below 0: some are missing (8, unless the file is wrong)
+    Output out;      // encoding
 } ZipCoder;
+static bool zip_ended(const ZipCoder *c) { return c->left < -8; }
 
 static void zip_shift(ZipCoder *c) {
-    if (!c->decoding) output_byte(&c->out, (char)(c->low >> 56));
-    else if (c->in.len) c->code = c->code << 8 | (uint8_t)*c->in.s++, c->in.len--;
-    else c->code <<= 8, c->beyond++;
+    if (!c->in) output_byte(&c->out, (char)(c->low >> 56));
+    else c->code = c->code << 8 | (c->left-- > 0 ? (uint8_t)*c->in++ : 0);
     c->low <<= 8, c->range <<= 8;
 }
-// Codes one of n symbols, which have shares of the interval (their sum is below 2^32); returns it.
-static int zip_code(ZipCoder *c, const uint32_t *shares, int n, int symbol) {
+static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
+// Codes one of n symbols, which have probabilities, and thus shares of the interval (their sum is
+// below 2^32). Returns it.
+static int zip_code(ZipCoder *c, const float *p, int n, int symbol) {
     const uint64_t top = 1ull << 56, bottom = 1ull << 48;
     uint32_t total = 0, start = 0;
-    for (int i = 0; i < n; i++) total += shares[i];
-    uint64_t unit = c->range / total, at = c->decoding ? (c->code - c->low) / unit : 0;
+    for (int i = 0; i < n; i++) total += zip_share(p[i]);
+    uint64_t unit = c->range / total, at = c->in ? (c->code - c->low) / unit : 0;
     int i = 0;
-    while (c->decoding ? i < n - 1 && at >= start + shares[i] : i < symbol) start += shares[i++];
+    while (c->in ? i < n - 1 && at >= start + zip_share(p[i]) : i < symbol)
+        start += zip_share(p[i++]);
     c->low += start * unit;
-    c->range = shares[i] * unit;
+    c->range = zip_share(p[i]) * unit;
     while ((c->low ^ (c->low + c->range)) < top || c->range < bottom) {
         if ((c->low ^ (c->low + c->range)) >= top) c->range = -c->low & (bottom - 1);
         zip_shift(c);
@@ -4201,7 +4122,6 @@ typedef struct {
     int *first_pair, n_pairs;  // (width) of those after a token; 0: none
     ZipPair *pairs;          // the first is not used
     float *logits, *p;       // (n, vocab_size); (n, width) probabilities, then gradients
-    uint32_t *shares;        // (n, width) of the coder's interval
 } Zip;
 
 // The token that the model reads before a step of a segment. Steps up to 0 are the prefix's.
@@ -4216,13 +4136,11 @@ static void zip_predict(void *context, int s) {
     int vocab = z->m->c.vocab_size, width = z->width;
     float *logits = row_of(z->logits, s, vocab), *p = row_of(z->p, s, width);
     float of_bytes = largest(logits, vocab) - 16;  // so rare are they at first
-    uint32_t *shares = z->shares + (size_t)s * (size_t)width;
     for (int i = 0; i < vocab; i++) p[i] = logits[i] + z->bias[i];
     for (int i = vocab; i < width; i++) p[i] = of_bytes + z->bias[i];
     for (int i = z->first_pair[zip_before(z, s, z->step)]; i; i = z->pairs[i].next)
         p[z->pairs[i].symbol] += z->pairs[i].bias;
     softmax(p, width);
-    for (int i = 0; i < width; i++) shares[i] = (uint32_t)(int32_t)(p[i] * 0x1p30f) + 1;
 }
 
 static void zip_learn_pairs(Zip *z, const float *gradient, int before, int symbol) {
@@ -4253,11 +4171,11 @@ static void zip_learn(void *context, int group) {
 static void zip_step(Zip *z) {
     parallel(zip_predict, z, z->n);
     for (int s = 0; s < z->n; s++) {
-        size_t row = (size_t)s * (size_t)z->width;
+        float *p = row_of(z->p, s, z->width);
         int *symbol = &z->symbols.ids[z->done + (size_t)(s * z->steps + z->step)];
-        *symbol = zip_code(&z->coder, z->shares + row, z->width, *symbol);
-        z->p[row + (size_t)*symbol] -= 1;
-        zip_learn_pairs(z, z->p + row, zip_before(z, s, z->step), *symbol);
+        *symbol = zip_code(&z->coder, p, z->width, *symbol);
+        p[*symbol] -= 1;
+        zip_learn_pairs(z, p, zip_before(z, s, z->step), *symbol);
     }
     parallel(zip_learn, z, (z->width + ZIP_GROUP - 1) / ZIP_GROUP);
     z->logits += (size_t)z->n * (size_t)z->m->c.vocab_size;
@@ -4266,12 +4184,11 @@ static void zip_step(Zip *z) {
 // Codes a wave. The encoder, which knows the text, has the model compute several steps at once.
 static void zip_wave(Zip *z, const ZipHeader *h) {
     int ids[ZIP_PREFIX], prefix = z->done < (size_t)z->prefix ? (int)z->done : z->prefix;
-    int most = z->coder.decoding ? 1 : likelihood_batch(z->m);
+    int most = z->coder.in ? 1 : likelihood_batch(z->m);
     for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
-    for (int s = 0; s < ZIP_SEGMENTS; s++) cache_clear(&z->kv, 1 + s);
     prefill(z->m, &z->kv, 0, ids, 0, prefix);
     for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
-    for (z->step = 0; z->step < z->steps && z->coder.beyond <= 8;) {
+    for (z->step = 0; z->step < z->steps && !zip_ended(&z->coder);) {
         Slot batch[MAX_BATCH];
         int n = 0, end = z->step;
         if (interrupted) exit(130);
@@ -4287,7 +4204,7 @@ static void zip_wave(Zip *z, const ZipHeader *h) {
 
 // Codes all symbols, which the encoder has. A wave has as few segments as have room for the rest.
 static void zip_text(Zip *z, const ZipHeader *h) {
-    for (size_t end; z->done < h->symbols && z->coder.beyond <= 8; z->done = end) {
+    for (size_t end; z->done < h->symbols && !zip_ended(&z->coder); z->done = end) {
         size_t longest = (size_t)(z->done ? z->kv.ctx - z->prefix : z->prefix);
         size_t left = h->symbols - z->done, n = z->done ? (left - 1) / longest + 1 : 1;
         if (n > ZIP_SEGMENTS) n = ZIP_SEGMENTS;
@@ -4332,13 +4249,13 @@ static uint64_t zip_hash(const ZipHeader *h, Text coded) {
     return mix64(hash64(h, offsetof(ZipHeader, file_hash))) + hash64(coded.s, coded.len);
 }
 
-static void zip_open(Zip *z, const ZipHeader *h, bool decoding, Text coded) {
+static void zip_open(Zip *z, const ZipHeader *h, Text coded) {
     size_t width = (size_t)z->m->c.vocab_size + 256;
     if (h->context < ZIP_LEAST_CONTEXT || h->context > (uint32_t)z->m->c.seq_len)
         die("a context of %u: compress needs %d to %d positions", h->context, ZIP_LEAST_CONTEXT,
             z->m->c.seq_len);
-    z->coder = (ZipCoder){.decoding = decoding, .in = coded, .out = output_memory()};
-    for (int i = 0; i < 8 && decoding; i++) zip_shift(&z->coder);
+    z->coder = (ZipCoder){.in = coded.s, .left = (ptrdiff_t)coded.len, .out = output_memory()};
+    for (int i = 0; i < 8 && coded.s; i++) zip_shift(&z->coder);
     z->coder.range = UINT64_MAX;
     z->width = (int)width;
     z->start = z->t->h.bos >= 0 ? z->t->h.bos : z->t->h.eos >= 0 ? z->t->h.eos : 0;
@@ -4346,28 +4263,24 @@ static void zip_open(Zip *z, const ZipHeader *h, bool decoding, Text coded) {
     z->bias = zeros((2 + ZIP_SEGMENTS) * width, sizeof(float));
     z->squares = z->bias + width;
     z->p = z->squares + width;
-    z->shares = zeros(ZIP_SEGMENTS * width, sizeof(uint32_t));
     z->first_pair = zeros(width, sizeof(int));
     cache_open(&z->kv, z->m, (int)h->context, 1 + ZIP_SEGMENTS);
 }
 static void zip_close(Zip *z) {
-    free(z->bias), free(z->shares), free(z->first_pair), free(z->pairs);
+    free(z->bias), free(z->first_pair), free(z->pairs);
     free(z->symbols.ids), free(z->coder.out.memory);
     cache_close(&z->kv);
 }
 
-// Data of which over a quarter is what no text has is stored: it would take hours, for nothing.
+// Data of which a byte in 64 or more is a control character that no text has is stored: it would
+// take hours, for nothing.
 static void zip_shrink(Zip *z, ZipHeader *h, Text text, Output *out) {
     size_t strange = 0;
-    zip_open(z, h, false, text);
+    zip_open(z, h, (Text){NULL, 0});
     h->bytes = text.len;
     h->text_hash = hash64(text.s, text.len);
-    for (size_t at = 0, used; at < text.len; at += used) {
-        uint32_t c = next_char(text.s + at, text.len - at, &used);
-        strange += c < 9 || c == 0xfffd;
-    }
-    for (size_t at = 0, n = text.len; at < n && strange <= n / 4; at += ZIP_PART)
-        zip_cut(z, (Text){text.s + at, n - at < ZIP_PART ? n - at : ZIP_PART});
+    for (size_t i = 0; i < text.len; i++) strange += (uint8_t)text.s[i] < 9;
+    if (strange <= text.len / 64) zip_cut(z, text);
     h->symbols = z->symbols.n;
     zip_text(z, h);
     z->coder.low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
@@ -4390,7 +4303,7 @@ static const char *zip_expand(Zip *z, ZipHeader *h, Text file, Output *out) {
     if (h->file_hash != zip_hash(h, coded)) return "is truncated, too long or damaged";
     if (h->model != mine.model) return "was compressed with another model: -m decompress needs it";
     if (h->tokenizer != mine.tokenizer) return "was compressed with another tokenizer: see -z";
-    zip_open(z, h, true, coded);
+    zip_open(z, h, coded);
     zip_text(z, h);
     if (h->symbols) zip_join(z, out);
     else output_write(out, coded.s, coded.len);
