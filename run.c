@@ -2208,7 +2208,7 @@ static void unpack(Unpacked *u, int dtype, const uint8_t *block) {
 static void multiply(Work w, int dtype, int n);
 static void multiply_unpacked(const Work *w, int dtype, int n) {
     enum { MOST = 64 };  // blocks at a time
-    Unpacked unpacked[MOST];
+    _Alignas(64) Unpacked unpacked[MOST];
     int blocks = blocks_of(w->cols);
     for (int p = 0; p < w->n_panels; p++)
         for (int b = 0, some; b < blocks; b += some) {
