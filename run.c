@@ -2441,8 +2441,9 @@ typedef struct {
     double min_p, repeat_penalty;
     unsigned long long seed;
     bool quiet, receipt, best, think, trace, help, version;
-    double started;    // not an option: when the program was
-    uint64_t given;    // nor this: bit i tells that option i of part 6's table was given
+    Text input;        // not an option: the text of -i or -f
+    double started;    // nor this: when the program was
+    uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
 
 typedef struct {
@@ -2605,7 +2606,6 @@ static Text input_read(const Options *o) {
     const char *path = o->prompt_file;
     char part[1 << 16];
     Output in = output_memory();
-    idle = 1;  // the reading may wait for long
     if (!path && o->prompt) output_write(&in, o->prompt, strlen(o->prompt));
     int fd = path && strcmp(path, "-") ? open(path, O_RDONLY) : 0;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
@@ -2615,7 +2615,6 @@ static Text input_read(const Options *o) {
     }
     if (fd) close(fd);
     output_write(&in, "", 1);
-    idle = 0;
     return (Text){in.memory, in.n - 1};
 }
 
@@ -3363,9 +3362,9 @@ static void decoder_continue(Machine *w, Decoder *d) {
 
 // Appends the prompt's tokens and returns how many may be drawn after them.
 static long long start_text(const Options *o, const Model *m, const Tokenizer *t, int ctx,
-                            Text prompt, Ids *ids) {
+                            Ids *ids) {
     size_t before = ids->n;
-    encode(t, prompt, NULL, before == 0, ids);
+    encode(t, o->input, NULL, before == 0, ids);
     if (ids->n - before > (size_t)ctx)
         die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
             ids->n - before, m->path, ctx);
@@ -3392,24 +3391,23 @@ static void generate_statistics(const Machine *w, const Decoder *d, int n_prompt
                 f->proposed, f->accepted, (double)(f->accepted + f->steps) / (double)f->steps);
 }
 
-static void generate_text(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
-                          Output *out) {
+static void generate_text(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     double start = seconds();
     Machine w;
     Decoder d;
     machine_open(&w, &d, o, m, t, out);
     const Ids *ids = &d.c.ids;
     size_t before = ids->n;
-    d.budget = start_text(o, m, t, w.ctx, prompt, &d.c.ids);
+    d.budget = start_text(o, m, t, w.ctx, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
     for (size_t i = before; i < ids->n && t->llama2c; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
-    if (!t->llama2c) output_text(d.out, prompt);
+    if (!t->llama2c) output_text(d.out, o->input);
     Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
     output_begin(d.out, o, !t->llama2c, (Text){text.memory, text.n});
     free(text.memory);
-    if (prompt.len) tool_use(&w, &d);
+    if (o->input.len) tool_use(&w, &d);
     if (d.budget <= 0 && !t->llama2c) {  // up to the end of a context that is full already
         decoder_fit(&w, &d);
         d.budget = w.ctx - (long long)ids->n + 1;
@@ -3440,8 +3438,7 @@ static double ensemble_bits(const Model *m, const Tokenizer *t, Text prompt, Tex
 
 // All models answer the prompt; each scores each answer; the one with the lowest average of bits
 // per byte is printed.
-static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
-                     Output *out) {
+static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     Model models[1 + MAX_OTHERS] = {*m};
     Tokenizer tokenizers[1 + MAX_OTHERS] = {*t};
     Output answers[1 + MAX_OTHERS] = {{0}};
@@ -3451,7 +3448,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
         Ids ids = {0};  // a model that cannot take part is found before the others answer
         load_model(&models[i], o->others[i - 1]);
         find_tokenizer(&tokenizers[i], NULL, &models[i]);
-        start_text(o, &models[i], &tokenizers[i], context_of(o, &models[i]), prompt, &ids);
+        start_text(o, &models[i], &tokenizers[i], context_of(o, &models[i]), &ids);
         free(ids.ids);
         if (same_file(o->output, tokenizers[i].path))
             die("-o %s would overwrite a model's tokenizer", o->output);
@@ -3459,14 +3456,14 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
     for (int i = 0; i < n && !interrupted; i++) {
         answers[i] = output_memory();
         if (!o->quiet) fprintf(stderr, "%s%s answers\n", i ? "\n" : "", models[i].path);
-        generate_text(o, &models[i], &tokenizers[i], prompt, &answers[i]);
+        generate_text(o, &models[i], &tokenizers[i], &answers[i]);
     }
     for (int i = 0; i < n && !interrupted; i++) {
         Text answer = {answers[i].memory + answers[i].start, answers[i].n - answers[i].start - 1};
         double sum = 0;
         if (!o->quiet) fprintf(stderr, "%s%s's answer:", i ? "" : "\n", models[i].path);
         for (int j = 0; j < n; j++) {
-            double bits = ensemble_bits(&models[j], &tokenizers[j], prompt, answer);
+            double bits = ensemble_bits(&models[j], &tokenizers[j], o->input, answer);
             if (!o->quiet) fprintf(stderr, " %.4f", bits);
             sum += bits;
         }
@@ -3483,12 +3480,10 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Text 
 #endif
 
 static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Text prompt = input_read(o);
 #ifndef NO_ENSEMBLE
-    if (o->n_others) ensemble(o, m, t, prompt, out);
+    if (o->n_others) ensemble(o, m, t, out);
 #endif
-    if (!o->n_others) generate_text(o, m, t, prompt, out);
-    free((char *)(uintptr_t)prompt.s);
+    if (!o->n_others) generate_text(o, m, t, out);
 }
 // ---- [5.7] chat ---------------------------------------------------------------------------------
 // `-m chat`: a conversation. Its keys and values stay in the cache, and in a session's file, from
@@ -3624,17 +3619,16 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
         die("%s has no chat format: its model continues texts (-m generate)", t->path);
     if (o->system && !t->chat[SYSTEM_BEFORE].len && !t->chat[USER_BEFORE_SYSTEM].len)
         die("the chat format of %s has no place for a system turn (-y)", t->path);
-    bool terminal = isatty(0) && !o->quiet, given = o->prompt || o->prompt_file;
-    Text line = given ? input_read(o) : (Text){NULL, 0};
     Machine w;
     Decoder d;
     machine_open(&w, &d, o, m, t, out);
     if (d.c.ids.n && o->system && !o->quiet)
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
-    for (; interrupted != SIGTERM; given = false) {
-        if (!given) line = chat_line(terminal);
+    if (o->input.len) chat_turn(&w, &d, o->input);
+    while (interrupted != SIGTERM) {
+        Text line = chat_line(isatty(0) && !o->quiet);
         if (!line.s) break;
-        if (!given && line.s[0] == '/') chat_command(&w, &d, (char *)(uintptr_t)line.s);
+        if (line.s[0] == '/') chat_command(&w, &d, (char *)(uintptr_t)line.s);
         else if (line.len) chat_turn(&w, &d, line);
         free((char *)(uintptr_t)line.s);
     }
@@ -3923,7 +3917,6 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     const char *no_color = getenv("NO_COLOR");
     char *shown = NULL;
     size_t size = 0;
-    Text prompt = input_read(o);
     if (o->layer >= m->c.n_layers || o->head >= m->c.n_heads)
         die("--layer goes to %d, --head to %d in %s", m->c.n_layers - 1, m->c.n_heads - 1, m->path);
     Explain e = {.page = o->output && !o->trace, .f = open_memstream(&shown, &size),
@@ -3931,7 +3924,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
-    long long budget = start_text(o, m, t, e.w.ctx, prompt, &e.d.c.ids);
+    long long budget = start_text(o, m, t, e.w.ctx, &e.d.c.ids);
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
@@ -3953,7 +3946,6 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     free(shown);
     free(e.mean);
     machine_close(&e.w, &e.d);
-    free((char *)(uintptr_t)prompt.s);
 }
 #endif
 // ---- [5.9] tokenize, logits, eval ---------------------------------------------------------------
@@ -3962,10 +3954,9 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
 // write_logits, evaluate. They keep nothing. Calls: encode, machine_open, likelihood_window.
 
 static void tokenize(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Text text = input_read(o);
     Ids ids = {0};
     (void)m;
-    encode(t, text, NULL, true, &ids);
+    encode(t, o->input, NULL, true, &ids);
     for (size_t i = 0; i < ids.n; i++) {
         char number[16];
         int n = snprintf(number, sizeof number, i ? " %d" : "%d", ids.ids[i]);
@@ -3973,18 +3964,18 @@ static void tokenize(const Options *o, const Model *m, const Tokenizer *t, Outpu
     }
     output_write(out, "\n", 1);
     free(ids.ids);
-    free((char *)(uintptr_t)text.s);
 }
 
 static void write_logits(const Options *o, const Model *m, const Tokenizer *none, Output *out) {
-    Text text = input_read(o);
+    Text text = o->input;
     Machine w;
     Decoder d;
     Slot batch[MAX_BATCH];
+    char *end;
     machine_open(&w, &d, o, m, none, out);
     Ids *ids = &d.c.ids;
     machine_fill(&w, &d, (int)ids->n);
-    for (char *p = (char *)(uintptr_t)text.s, *end; p < text.s + text.len; p = end) {
+    for (const char *p = text.s; p < text.s + text.len; p = end) {
         long id = strtol(p, &end, 10);
         if (end == p || id < 0 || id >= m->c.vocab_size)
             die("token id \"%.20s\" is not a number from 0 to %d", p, m->c.vocab_size - 1);
@@ -4002,14 +3993,13 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     }
     ids->n = (size_t)d.c.done;  // what was not computed is no part of the session
     machine_close(&w, &d);
-    free((char *)(uintptr_t)text.s);
 }
 
 // Strided windows: a window of W tokens starts every W/2 tokens; each token is predicted once, in
 // the first window that holds it, so all but the first window's tokens see at least W/2 tokens
 // before them.
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Text text = input_read(o);
+    Text text = o->input;
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos, ctx = context_of(o, m), scored = 0;
     int window = o->context || ctx < 2048 ? ctx : 2048;
     if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
@@ -4037,7 +4027,6 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
                           text.len, window);
     if (!interrupted) output_write(out, report, (size_t)length);
     free(all.ids);
-    free((char *)(uintptr_t)text.s);
     cache_close(&kv);
 }
 // ---- [5.10] compress ----------------------------------------------------------------------------
@@ -4315,7 +4304,7 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
     bool back = !strcmp(o->mode, "decompress");
     int context = context_of(o, m);
     if (!o->context && context > ZIP_CONTEXT) context = ZIP_CONTEXT;
-    Text in = input_read(o);
+    Text in = o->input;
     Output result = output_memory();
     Zip z = {.m = m, .t = t, .progress = progress_begin(o)};
     ZipHeader h = {.magic = ZIP_MAGIC, .context = (uint32_t)context, .model = model_hash(m),
@@ -4330,7 +4319,7 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
                 seconds() - z.progress.began);
     output_write(out, result.memory, result.n);
     zip_close(&z);
-    free(result.memory), free((char *)(uintptr_t)in.s);
+    free(result.memory);
 }
 #endif
 // ---- [5.11] check -------------------------------------------------------------------------------
@@ -4740,11 +4729,13 @@ int main(int argc, char **argv) {
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(o.output, t.path);
     Output out = output_open(o.output);
-    if (mode == CHAT) idle = 0;
+    o.input = input_read(&o);               // which may wait for long
+    idle = mode == CHECK || mode == BENCH;  // others end well after a signal
     modes[mode].run(&o, &m, &t, &out);
     refuse_overwriting(o.output, o.session);  // which may have been made only now
     if (!interrupted || (out.n && mode != LOGITS)) output_file(&out, out.n ? out.memory : "");
     free(out.memory);
+    free((char *)(uintptr_t)o.input.s);
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : 0;

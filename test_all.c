@@ -2972,6 +2972,7 @@ static Buffer explained(const Model *m, const Tokenizer *t, Options o) {
     o.temperature = 1, o.top_p = 0.9, o.repeat_penalty = 1, o.seed = 5, o.threads = 1;
     o.layer = o.head = -1, o.quiet = true;
     Output out = output_memory();
+    o.input = input_read(&o);
     explain(&o, m, t, &out);
     Buffer b = bytes_of(out.memory, out.n);
     free(out.memory);
@@ -3117,6 +3118,7 @@ static Buffer coded(const Model *m, const Tokenizer *t, const Buffer *b, bool ba
     Options o = {.mode = back ? "decompress" : "compress", .prompt_file = keep("in", b),
                  .context = context, .threads = 1, .quiet = true};
     Output out = output_memory();
+    o.input = input_read(&o);
     compress(&o, m, t, &out);
     Buffer result = bytes_of(out.memory, out.n);
     free(out.memory);
