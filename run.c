@@ -2714,12 +2714,6 @@ static double likelihood_of(const float *logits, int n, int target) {
     return log_(sum) - (double)(logits[target] - max);
 }
 
-typedef struct { float *logits; int vocab_size; const int *targets; double *nll; } Score;
-static void likelihood_task(void *context, int i) {
-    const Score *s = context;
-    s->nll[i] = likelihood_of(row_of(s->logits, i, s->vocab_size), s->vocab_size, s->targets[i]);
-}
-
 // How many slots may want logits at once, so that these stay near 16 MiB.
 static int likelihood_batch(const Model *m) {
     int n = (1 << 22) / m->c.vocab_size;
@@ -2730,14 +2724,15 @@ static int likelihood_batch(const Model *m) {
 static double likelihood_window(const Model *m, Cache *kv, const int *ids, int from, int end,
                                 int scored) {
     Slot batch[MAX_BATCH];
-    double nll[MAX_BATCH] = {0}, sum = 0;
+    int vocab = m->c.vocab_size;
+    double sum = 0;
     prefill(m, kv, 0, ids + from, 0, scored - from);
     for (int i = scored, n; i < end && !interrupted; i += n) {
         for (n = 0; n < likelihood_batch(m) && i + n < end; n++)
             batch[n] = (Slot){ids[i + n], i + n - from, 0, true};
-        Score s = {forward(m, kv, batch, n), m->c.vocab_size, ids + i + 1, nll};
-        parallel(likelihood_task, &s, n);
-        for (int j = 0; j < n; j++) sum += nll[j];
+        float *logits = forward(m, kv, batch, n);
+        for (int j = 0; j < n; j++)
+            sum += likelihood_of(row_of(logits, j, vocab), vocab, ids[i + j + 1]);
     }
     return sum;
 }
