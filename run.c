@@ -4015,7 +4015,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
         progress_show(&progress, (double)end / n, (double)text.len * end / n);
     }
     progress_end(&progress);
-    char report[400];
+    char report[1200];  // (a perplexity can have 310 digits)
     int length = snprintf(report, sizeof report, "bits_per_byte: %.6f\nbits_per_token: %.6f\n"
                           "perplexity: %.4f\ntokens: %d\nbytes: %zu\nwindow: %d\n",
                           sum / ln_2 / (double)text.len, sum / ln_2 / n, exp_double(sum / n), n,
