@@ -1907,11 +1907,11 @@ static const uint8_t *map_weights(const char *path, size_t *size) { return map_f
 // Bytes of memory that this process may use: what is free, and within its control group's limit.
 static uint64_t free_memory(void) {
     uint64_t free_bytes = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    unsigned long long limit = 0;
+    char line[32] = "";
     FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");
-    bool limited = f && fscanf(f, "%llu", &limit) == 1 && limit < free_bytes;  // or it is "max"
+    uint64_t limit = f && fgets(line, sizeof line, f) ? strtoull(line, NULL, 10) : 0;  // "max": 0
     if (f) fclose(f);
-    return limited ? limit : free_bytes;
+    return limit && limit < free_bytes ? limit : free_bytes;
 }
 
 enum { LARGE_PAGE = 1 << 21 };
@@ -2182,7 +2182,7 @@ INLINE void kernel(const int T, const int dtype, const Work *w) {
 }
 
 #define KERNEL(T, dtype) static void kernel_##dtype##_##T(const Work *w) { kernel(T, dtype, w); }
-#define ENTRY(T, dtype) [dtype + 1][T] = kernel_##dtype##_##T,
+#define ENTRY(T, dtype) [(dtype) + 1][T] = kernel_##dtype##_##T,
 #define FOR_TOKENS(X, dtype)                                                                       \
     X(1, dtype) X(2, dtype) X(3, dtype) X(4, dtype) X(5, dtype) X(6, dtype) X(7, dtype)            \
     X(8, dtype) X(16, dtype)
@@ -2662,7 +2662,9 @@ typedef struct { char *s, *typed; size_t n; } Prompt;
 static void prompt_append(Prompt *p, Text text, bool typed) {
     p->s = resize(p->s, p->n + text.len + 1, 1);
     p->typed = resize(p->typed, p->n + text.len + 1, 1);
-    for (size_t i = 0; i < text.len; i++, p->n++) p->s[p->n] = text.s[i], p->typed[p->n] = typed;
+    if (text.len) memcpy(p->s + p->n, text.s, text.len);
+    memset(p->typed + p->n, typed, text.len);
+    p->n += text.len;
     p->s[p->n] = 0;
 }
 static void prompt_say(Prompt *p, Text before, Text typed, Text after) {
@@ -3756,7 +3758,7 @@ static void explain_choice(const Explain *e, int chosen, bool given) {
     const Sampler *s = &e->d.s;
     int vocab = s->vocab_size, n = s->kept ? s->kept : vocab, rank = 1;
     float p = s->p[chosen], sum = 0, from = 0;  // the tokens are parts of the line from 0 to 1
-    for (int i = 0; i < vocab; i++) rank += s->p[i] > p || (s->p[i] == p && i < chosen);
+    for (int i = 0; i < vocab; i++) rank += s->p[i] > p || (i < chosen && s->p[i] == p);
     for (int i = 0; i < n; i++) {
         Candidate c = s->kept ? s->candidates[i] : (Candidate){s->p[i], i};
         if (c.token == chosen) from = sum;
@@ -4071,8 +4073,8 @@ static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1
 // below 2^32). Returns it.
 static int zip_code(ZipCoder *c, const float *p, int n, int symbol) {
     const uint64_t top = 1ull << 56, bottom = 1ull << 48;
-    uint32_t total = 0, start = 0;
-    for (int i = 0; i < n; i++) total += zip_share(p[i]);
+    uint32_t total = zip_share(p[0]), start = 0;
+    for (int i = 1; i < n; i++) total += zip_share(p[i]);
     uint64_t unit = c->range / total, at = c->in ? (c->code - c->low) / unit : 0;
     int i = 0;
     while (c->in ? i < n - 1 && at >= start + zip_share(p[i]) : i < symbol)
@@ -4334,7 +4336,7 @@ static void check_texts(const Options *o, const Model *m, const Tokenizer *t) {
         const struct { uint32_t is_chat, len, n; } *head = bytes_take(&cases, sizeof *head);
         const char *s = bytes_take(&cases, head ? ((uint64_t)head->len + 3) / 4 * 4 : 0);
         const int *expected = bytes_take(&cases, head ? 4ull * head->n : 0);
-        if (!expected) die("check failed: damaged stored texts");
+        if (!head || !expected) die("check failed: damaged stored texts");
         Text text = {s, head->len};
         Prompt prompt = {0};
         Ids ids = {0};
@@ -4581,15 +4583,14 @@ static void option_set(Options *o, const struct Option *option, const char *a, c
     if (!flag && (!s || (!*s && !empty))) usage_error("%s needs a value", a);
     if (option->kind == LIST && o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
     o->given |= 1ull << (option - options);
-    double number = option->kind < INTEGER ? 0 : strtod(s, &end);
+    if (option->kind == FLAG) *(bool *)field = true;
+    if (option->kind == WORD) *(const char **)field = s;
+    if (option->kind == LIST) ((const char **)field)[o->n_others++] = s;
+    if (option->kind < INTEGER) return;
+    double number = strtod(s, &end);
     errno = 0;
-    switch (option->kind) {
-    case FLAG: *(bool *)field = true; return;
-    case WORD: *(const char **)field = s; return;
-    case LIST: ((const char **)field)[o->n_others++] = s; return;
-    case INTEGER: *(unsigned long long *)field = strtoull(s, &end, 10); break;
-    case DECIMAL: *(double *)field = number;
-    }
+    if (option->kind == INTEGER) *(unsigned long long *)field = strtoull(s, &end, 10);
+    else *(double *)field = number;
     bool inside = number >= option->low && number <= option->high && !errno;
     if (!inside || *end || s[0] <= ' ')
         usage_error("%s goes from %.10g to %.10g, not \"%.40s\"", a, option->low, option->high, s);
