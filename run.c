@@ -50,7 +50,7 @@
 
 #define VERSION "1.0"
 
-// (16 is 0 on machines that have half-precision arithmetic as well.)
+// (16: like 0, on machines that have half-precision arithmetic as well.)
 #if defined __FAST_MATH__ || (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16)
 #error "run.c needs IEEE float32 arithmetic: no -ffast-math; on 32-bit x86 add -msse2 -mfpmath=sse"
 #endif
@@ -91,7 +91,7 @@
 // into memory and to note where each matrix begins: load_model in [2.6].
 
 // A matrix; [2.2] tells how its numbers lie in memory. A vector is a matrix of one row of float32.
-// What only some families of models have is NULL (its data) in the others.
+// In families of models that do not have a matrix its data is NULL.
 typedef struct { int dtype, rows, cols; const uint8_t *data; } Matrix;
 static float weight(const Matrix *w, int row, int col);           // the parameter w[row][col]
 static const float *vec(const Matrix *w) { return (const float *)(const void *)w->data; }
@@ -128,15 +128,15 @@ typedef struct {
 
 typedef struct {
     Config c;
-    Matrix rope_freqs, rope_freqs_local;  // (head_dim / 2) inverse frequencies; of local layers
-    Matrix token_embedding, classifier;   // (vocab_size, dim); one matrix where they are tied
-    Layer *layers;           // (n_layers)
+    Matrix rope_freqs, rope_freqs_local;  // (head_dim / 2) frequencies; of local layers
+    Matrix token_embedding, classifier;   // (vocab_size, dim); one and the same in some models
+    Layer *layers;           // (n_layers) steps of the computation, one after the other
     Matrix final_norm;       // (dim)
     Matrix check_ids, check_norms, check_logits, check_cases;  // reference values for -m check
-    struct Header *header;   // of the file, with name and hashes; NULL: it is one of llama2.c
+    struct Header *header;   // of the file, with name and hashes; NULL: a file of llama2.c
     const char *path;
     const uint8_t *file;     // the mapped file
-    uint8_t *packed;         // what is not used as it lies in the file
+    uint8_t *packed;         // what had to be rearranged
     size_t file_size, packed_size;
 } Model;
 
@@ -145,12 +145,12 @@ static bool is_local(const Config *c, int layer) {
 }
 
 // ---- [1.2] mathematics --------------------------------------------------------------------------
-// Five functions of arrays. Those declared here are in [2.1] and [2.3].
+// Functions of arrays, in five steps. Those declared here are in [2.1] and [2.3].
 
 static inline float exp_(float x);                                // e^x
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
-static float sum16(const float *x, const float *y, int n);        // sum of x[i] y[i]; of x[i]
+static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
 static float largest(const float *x, int n);
 static int argmax(const float *x, int n);                         // where the largest is
 
@@ -179,8 +179,8 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
 
 // 3. Softmax turns scores into positive weights that add up to 1:
 //     x[i] = e^(x[i] - max) / sum over j of e^(x[j] - max)
-// A score that is larger by 1 weighs e = 2.7 times as much. To subtract the maximum changes nothing
-// in the quotient, but e^x of a large x would overflow.
+// A score that is larger by 1 weighs e = 2.7 times as much. Subtracting the maximum leaves the
+// quotient unchanged, but e^x of a large x would overflow.
 static void softmax(float *x, int n) {
     exp_all(x, n, largest(x, n));
     float scale = 1.0f / sum16(x, NULL, n);
@@ -193,7 +193,7 @@ static void softmax(float *x, int n) {
 //     angle = pos * freq[j],  freq[j] = theta^(-2j / head_dim)   for pair j
 //     (a, b) becomes (a cos - b sin, b cos + a sin)
 // The product of a query and a key then depends on how far apart they are. The first pair turns by
-// 1 radian per position, the last hardly: theta, 10000 or more, sets how far it can tell distances.
+// 1 radian per position, the last hardly: theta, 10000 or more, sets how far distances can be told.
 // Checkpoints hold the frequencies. The table has cos, cos, ... and -sin, sin, ... for a head.
 static void rope_angles(float *table, const float *freq, int pos, int head_dim) {
     float *cosine = table, *sine = table + head_dim;
@@ -214,7 +214,7 @@ static void rope(float *head, const float *table, int head_dim) {
 
 // 5. The gated activation (SwiGLU, arXiv:2002.05202): gate[i] = act(gate[i]) * up[i]. The act is
 // near x for x > 0 and near 0 for x < 0, so a number of gate says whether a number of up counts:
-// an if, learned. Without such a bend the layer's two steps could as well be one matrix.
+// an if, learned. Without a bend, two matrices in a row could as well be one.
 //     SiLU(x) = x / (1 + e^-x);  GELU(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3), the
 // tanh form of arXiv:1606.08415.
 static void gated_activation(float *gate, const float *up, int n, bool gelu) {
@@ -237,7 +237,7 @@ typedef struct {           // the activations: row i of an array that is w wide 
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
     float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
-    float *scores;         // (n, n_heads, scores_width) of attention: weights
+    float *scores;         // (n, n_heads, scores_width) of attention, then weights
     float *att_out;        // (n, n_heads * head_dim)
     float *gate, *up;      // (n, hidden_dim)
     float *rope, *rope_local;  // (n, 2, head_dim) cosines and sines, in global and local layers
@@ -263,7 +263,7 @@ typedef void Stage(const Pass *f, int i);  // a step for item i: a token, or a t
 typedef void Task(void *context, int item);
 static void parallel(Task *task, void *context, int n_items);
 
-// Who watches sees the state after each stage, called by its name.
+// A watcher is shown the state after each stage, and the stage's name.
 static void (*watch)(void *watcher, const Pass *f, const char *stage);
 static void *watcher;
 static void seen(const Pass *f, const char *stage) { if (watch) watch(watcher, f, stage); }
@@ -279,7 +279,7 @@ static void each(const Pass *f, const char *name, int n, Stage *stage) {
 }
 
 // Matrix products of n tokens, y (n, rows) = x (n, cols) W^T; xq has room for x, rounded. Each row
-// of a matrix is a piece of work. matmul can point to a function of part 4 that is done sooner.
+// of a matrix is a piece of work. matmul can point to a faster function of part 4.
 typedef struct { const Matrix *w; float *y; } Product;
 typedef void Matmul(const Product *p, int n_products, const float *x, const Quantized *xq, int n);
 typedef struct { const Product *p; const float *x; const Quantized *xq; int n; } ProductJob;
@@ -325,7 +325,7 @@ static int first_seen(const Config *c, int layer, int pos) {
 // Attention of one query head of a token (arXiv:1706.03762). The query says what this token looks
 // for, a key what a token offers, a value what it passes on. Query times key is large where the two
 // fit; by softmax these scores become weights; the result is the average of the values by these:
-//     weight[t] = softmax over t of (q . k[t]) * scale,     out = sum over t of weight[t] * v[t]
+//     weight = softmax over t of (q . k[t] * scale),     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
 // small.
@@ -435,7 +435,7 @@ static void layer(const Pass *f) {
 
 // Runs up to MAX_BATCH slots through the layers, and those that want logits through the classifier:
 // every token of the vocabulary has a row there, and the better it fits the x that the layers have
-// made of a token, the higher its logit. Returns how many wanted some.
+// made of a token, the higher its logit. Returns how many did.
 static int forward_batch(Pass *f, float *logits) {
     int wanted = 0, dim = f->m->c.dim;
     f->layer = -1;
@@ -476,13 +476,13 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
 typedef struct { float p; int token; } Candidate;
 typedef struct {
     float temperature;      // 0: always the likeliest token; 1: as the model says; more: bolder
-    float top_p;            // of the likeliest tokens that together exceed this probability; 1: off
+    float top_p;            // of the likeliest that together exceed this probability; 0, 1: off
     int top_k;              // of the k likeliest; 0: off
     float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
     float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
     uint64_t rng;           // state of the random generator
-    float coin;             // the random number of the last draw, and from how many candidates
-    int kept;               // it drew; 0: from all tokens, in the order of their ids
+    float coin;             // the random number of the last draw
+    int kept;               // how many candidates it drew from; 0: all tokens, in order of ids
     float *p;               // (vocab_size) probabilities; at temperature 0 the logits
     Candidate *candidates;  // (vocab_size)
     int vocab_size;
@@ -496,8 +496,8 @@ static uint32_t random_u32(uint64_t *state) {
 }
 static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
 
-// The limits: draws from the smallest number of the likeliest tokens that all of them allow. The
-// many others are unlikely each, but together they would be drawn now and then, and spoil the text.
+// The limits: draws only from the likeliest tokens, those that every limit allows. The many others
+// are unlikely each, but together they would be drawn now and then, and spoil the text.
 static int sample_candidates(Sampler *s);
 
 // Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
