@@ -137,7 +137,7 @@ typedef struct {
     const char *path;
     const uint8_t *file;     // the mapped file
     uint8_t *packed;         // what is not used as it lies in the file
-    size_t file_size, packed_size;
+    size_t file_size;
 } Model;
 
 static bool is_local(const Config *c, int layer) {
@@ -605,15 +605,16 @@ static double log_(double x) {
     return 2 * f * sum + e * 0.69314718055994531;
 }
 
-// Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant.
+// Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant, which
+// the lowest bits of k + 1.5 * 2^52 show.
 static void cos_sin(double x, float *cosine, float *sine) {
-    double k = x * 0.63661977236758134 + 6755399441055744.0 - 6755399441055744.0;
+    double shifted = x * 0.63661977236758134 + 6755399441055744.0, k = shifted - 6755399441055744.0;
     double r = x - k * 1.57079632673412561417 - k * 6.07710050650619224932e-11, r2 = r * r;
     double s = 0, c = 0;
     for (int i = 15; i > 1; i -= 2) s = (s + 1) * -r2 / (i * (i - 1));
     for (int i = 16; i > 1; i -= 2) c = (c + 1) * -r2 / (i * (i - 1));
     s = r * (s + 1), c = c + 1;
-    int quadrant = (int)((int64_t)k & 3);
+    int quadrant = (int)(read_u32((const uint8_t *)&shifted) & 3);
     *cosine = (float)(quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s);
     *sine = (float)(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c);
 }
@@ -846,7 +847,7 @@ static float quantized_row(float sum, const Matrix *w, int row, const Quantized 
 
 // ---- [2.4] errors and memory --------------------------------------------------------------------
 // An error is one line on stderr that says what, where and what to do; the exit status is 1. Memory
-// comes from resize (like realloc), zeros (aligned) and reserve (large, touched only when used).
+// comes from resize (like realloc) and zeros (aligned).
 
 static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
     va_list args;
@@ -866,14 +867,6 @@ static void *resize(void *old, size_t count, size_t size) {
     size_t bytes = memory_size(count, size) + !(count && size);
     void *p = old ? realloc(old, bytes) : malloc(bytes);  // GCC 12's analyser knows them apart
     if (!p) die("out of memory: cannot get %zu bytes", bytes);
-    return p;
-}
-
-// Zeroed memory that is not touched before it is used, so that it costs nothing until then.
-static void *reserve(size_t bytes, const char *what) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (p == MAP_FAILED) die("out of memory: %zu MiB for %s", bytes >> 20, what);
     return p;
 }
 
@@ -996,9 +989,8 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
     const Config *c = &m->c;
     State *s = &kv->state;
     int dtype = m->token_embedding.dtype, hd = c->head_dim, widest = 0;
-    *kv = (Cache){.m = m, .n_seqs = n_seqs, .ctx = ctx};
+    *kv = (Cache){.m = m, .n_seqs = n_seqs, .ctx = ctx, .n_pages = (ctx - 1) / PAGE_POSITIONS + 1};
     kv->dtype = dtype <= F32 ? F32 : dtype == BF16 ? HALF : Q8;
-    kv->n_pages = (ctx + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
     kv->head_bytes = matrix_bytes(kv->dtype, PAGE_POSITIONS, hd) +
                      matrix_bytes(kv->dtype, hd, PAGE_POSITIONS) +
                      (kv->dtype == Q8 ? PAGE_POSITIONS * sizeof(float) : 0);
@@ -1135,20 +1127,21 @@ typedef struct Header {
     uint8_t reserved[312];    // zero
 } Header;
 _Static_assert(sizeof(Header) == 512, "a checkpoint's header has 512 bytes");
-enum { MAX_LAYERS = 256 };
 typedef struct {              // an entry of the directory
     char name[32];
     uint32_t dtype, rows, cols, layer;  // layer NO_LAYER: of none
     uint64_t offset, bytes;
 } Entry;
+enum { MAX_LAYERS = 256 };
 static const uint32_t NO_LAYER = UINT32_MAX;
 
 // What a tensor is: VECTOR has one row; MATRIX any dtype of a matrix; DATA any number of bytes.
-enum { VECTOR, MATRIX, DATA };
+enum { VECTOR = ROWS, MATRIX = F32, DATA = BYTES };
 typedef struct {
     const char *name;
     size_t field;             // in Model or Layer
-    bool of_layer, needed;
+    int layers;               // 0: it is in Model
+    bool needed;
     int kind, rows, cols;
 } TensorRule;
 enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25, NEEDED = 1 };
@@ -1157,7 +1150,8 @@ enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25, NEEDED = 1 };
 static void tensor_rules(const Config *c, TensorRule rules[N_TENSORS]) {
     int dim = c->dim, hidden = c->hidden_dim, hd = c->head_dim, vocab = c->vocab_size;
     int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
-#define TENSOR(of, name) #name, offsetof(of, name), _Generic((of *)0, Layer *: true, Model *: false)
+#define TENSOR(of, name) \
+    #name, offsetof(of, name), _Generic((of *)0, Layer *: c->n_layers, Model *: 0)
     const TensorRule all[N_TENSORS] = {
         {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim},
         {TENSOR(Layer, attn_norm), NEEDED, VECTOR, 1, dim},
@@ -1188,13 +1182,14 @@ static void tensor_rules(const Config *c, TensorRule rules[N_TENSORS]) {
     memcpy(rules, all, sizeof all);
 }
 static Matrix *tensor_of(Model *m, const TensorRule *rule, int layer) {
-    char *base = rule->of_layer ? (char *)&m->layers[layer] : (char *)m;
+    char *base = rule->layers ? (char *)&m->layers[layer] : (char *)m;
     return (Matrix *)(void *)(base + rule->field);
 }
 
 // Ends the program unless every size is in a range in which nothing below can overflow.
-static void check_config(const Config *c, const char *path) {
-    struct { const char *name; long value, low, high; } limits[] = {
+static void check_config(Model *m) {
+    const Config *c = &m->c;
+    const struct { const char *name; int value, low, high; } limits[] = {
         {"dim", c->dim, 1, 1 << 20}, {"hidden_dim", c->hidden_dim, 1, 1 << 20},
         {"n_layers", c->n_layers, 1, MAX_LAYERS}, {"n_heads", c->n_heads, 1, 1 << 14},
         {"n_kv_heads", c->n_kv_heads, 1, 1 << 14}, {"vocab_size", c->vocab_size, 1, 1 << 24},
@@ -1203,11 +1198,12 @@ static void check_config(const Config *c, const char *path) {
     };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].low || limits[i].value > limits[i].high)
-            die("%s is not a model (export.py makes one), or damaged: %s = %ld in its header",
-                path, limits[i].name, limits[i].value);
+            die("%s is not a model (export.py makes one), or damaged: %s = %d in its header",
+                m->path, limits[i].name, limits[i].value);
     if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || c->n_heads * c->head_dim > 1 << 20)
         die("%s: damaged: its header has %d query heads, %d key/value heads of size %d",
-            path, c->n_heads, c->n_kv_heads, c->head_dim);
+            m->path, c->n_heads, c->n_kv_heads, c->head_dim);
+    m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
 }
 
 // The hash of the first bytes of a version 4 file, with both hashes in its header taken as zero.
@@ -1217,72 +1213,55 @@ static uint64_t file_hash(const Model *m, size_t bytes) {
     return mix64(bytes) + hash_words(&blank, sizeof blank, 0) +
            hash_words(m->file + sizeof blank, bytes - sizeof blank, sizeof blank / 8);
 }
-static void load_header(Model *m) {
-    const Header *h = m->header = (Header *)(uintptr_t)m->file;
-    if (m->file_size < sizeof *h) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
-    if (h->file_size != m->file_size)
-        die("%s is %s: its header says %llu bytes, it has %zu", m->path,
-            h->file_size > m->file_size ? "truncated" : "damaged or too long",
-            (unsigned long long)h->file_size, m->file_size);
-    if (h->n_tensors > N_TENSORS * MAX_LAYERS ||
-        h->n_tensors > (m->file_size - sizeof *h) / sizeof(Entry))
-        die("%s: damaged: its header has %u tensors", m->path, h->n_tensors);
-    if (file_hash(m, sizeof *h + h->n_tensors * sizeof(Entry)) != h->header_hash)
-        die("%s: damaged: its header does not have the hash that it states", m->path);
-    int later = h->zero || h->c.flags || h->name[sizeof h->name - 1];
-    for (size_t i = 0; i < sizeof h->reserved; i++) later |= h->reserved[i];
-    if (later) die("%s needs a newer version of this program: its header has fields that this one "
-                   "does not know", m->path);
-    check_config(&h->c, m->path);
-    m->c = h->c;
-}
 
-// Puts a tensor of the directory where it belongs.
-static void load_tensor(Model *m, const TensorRule *rules, int number) {
-    Entry e;
-    memcpy(&e, m->file + sizeof(Header) + (size_t)number * sizeof e, sizeof e);
-    const TensorRule *rule = rules;
-    while (rule < rules + N_TENSORS && strncmp(rule->name, e.name, sizeof e.name)) rule++;
-    if (rule == rules + N_TENSORS)
-        die("%s needs a newer version of this program: it has a tensor \"%.32s\"", m->path, e.name);
-    int layer = rule->of_layer ? (int)e.layer : 0, cols = rule->cols;
-    bool right = rule->kind == VECTOR ? e.dtype == ROWS : rule->kind == DATA ? e.dtype == BYTES
-                                                        : e.dtype >= F32 && e.dtype <= Q4A;
-    if (rule->kind == DATA && e.cols <= INT_MAX) cols = (int)e.cols;
-    if (!right || e.rows != (uint32_t)rule->rows || e.cols != (uint32_t)cols ||
-        (rule->of_layer ? e.layer >= (uint32_t)m->c.n_layers : e.layer != NO_LAYER) ||
-        e.bytes != matrix_bytes((int)e.dtype, rule->rows, cols) || e.offset % 64 ||
-        e.offset > m->file_size || e.bytes > m->file_size - e.offset ||
-        tensor_of(m, rule, layer)->data)
-        die("%s: damaged: tensor %d of its directory, %.32s, is not a %s of %d x %d", m->path,
-            number, e.name, rule->kind == VECTOR ? "vector" : "matrix", rule->rows, cols);
-    *tensor_of(m, rule, layer) = (Matrix){(int)e.dtype, rule->rows, cols, m->file + e.offset};
+// Puts a tensor where it belongs. Returns how many the directory has of it: 1, or 0.
+static uint32_t load_tensor(Model *m, const TensorRule *rule, int l) {
+    const Entry *e = (const Entry *)(const void *)(m->header + 1), *end = e + m->header->n_tensors;
+    uint32_t layer = rule->layers ? (uint32_t)l : NO_LAYER;
+    while (e < end && (e->layer != layer || strncmp(e->name, rule->name, sizeof e->name))) e++;
+    if (e == end && !rule->needed) return 0;
+    bool right = e < end && (e->dtype == (uint32_t)rule->kind ||
+                             (rule->kind == MATRIX && e->dtype > F32 && e->dtype < BYTES));
+    int cols = right && rule->kind == DATA && e->cols <= INT_MAX ? (int)e->cols : rule->cols;
+    if (!right || e->rows != (uint32_t)rule->rows || e->cols != (uint32_t)cols || e->offset % 64 ||
+        e->bytes != matrix_bytes((int)e->dtype, rule->rows, cols) || e->offset > m->file_size ||
+        e->bytes > m->file_size - e->offset)
+        die("%s: damaged: it has no right tensor %s of %d x %d for layer %d", m->path, rule->name,
+            rule->rows, cols, l);
+    *tensor_of(m, rule, l) = (Matrix){(int)e->dtype, rule->rows, cols, m->file + e->offset};
+    return 1;
 }
 
 static void load_v4(Model *m) {
     TensorRule rules[N_TENSORS];
-    load_header(m);
+    uint32_t found = 0;
+    const Header *h = m->header = (Header *)(uintptr_t)m->file;
+    if (m->file_size < sizeof *h || m->file_size != h->file_size)
+        die("%s is truncated or damaged: it has %zu bytes, not as many as its header says",
+            m->path, m->file_size);
+    size_t end = sizeof *h + h->n_tensors * sizeof(Entry);
+    if (h->n_tensors > N_TENSORS * MAX_LAYERS || end > m->file_size ||
+        file_hash(m, end) != h->header_hash)
+        die("%s: damaged: its header does not have the hash that it states", m->path);
+    if (h->zero || h->c.flags || h->name[sizeof h->name - 1] ||
+        memcmp(h->reserved, (Header){0}.reserved, sizeof h->reserved))
+        die("%s needs a newer version of this program: its header has fields that this one does "
+            "not know", m->path);
+    m->c = h->c;
+    check_config(m);
     tensor_rules(&m->c, rules);
-    m->layers = zeros((size_t)m->c.n_layers, sizeof *m->layers);
-    for (int i = 0; i < (int)m->header->n_tensors; i++) load_tensor(m, rules, i);
     for (const TensorRule *rule = rules; rule < rules + N_TENSORS; rule++)
-        for (int l = 0; l < (rule->of_layer ? m->c.n_layers : 1); l++)
-            if (rule->needed && !tensor_of(m, rule, l)->data)
-                die("%s: damaged: it has no tensor %s of layer %d", m->path, rule->name, l);
+        for (int l = 0; l < rule->layers || !l; l++) found += load_tensor(m, rule, l);
+    if (found != h->n_tensors)
+        die("%s needs a newer version of this program, or is damaged: it has %u tensors, of which "
+            "this one knows %u", m->path, h->n_tensors, found);
     if (!m->rope_freqs_local.data) m->rope_freqs_local = m->rope_freqs;
-    for (int i = 0; i < m->c.head_dim; i++) {
-        float freq = vec(i % 2 ? &m->rope_freqs_local : &m->rope_freqs)[i / 2];
-        if (!(freq >= 0 && freq <= 1))
-            die("%s: damaged: an inverse frequency is not from 0 to 1", m->path);
-    }
 }
 
-// Packs a row of a matrix that lies row by row into panels.
-typedef struct { Matrix from, to; } PackJob;
+// Packs a row of w[0], which lies row by row, into the panels of w[1].
 static void pack_task(void *context, int row) {
-    const PackJob *job = context;
-    for (int c = 0; c < job->from.cols; c++)
-        put_number(&job->to, row, c, weight(&job->from, row, c));
+    const Matrix *w = context;
+    for (int c = 0; c < w->cols; c++) put_number(&w[1], row, c, weight(w, row, c));
 }
 
 // llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1: float32 row by
@@ -1292,63 +1271,61 @@ static void load_llama2c(Model *m, bool v1) {
                                                     {1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9, 11}};
     Config *c = &m->c;
     TensorRule rules[N_TENSORS];
-    size_t end = v1 ? 256 : 28, packed = 0;
-    if (m->file_size < end) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
     *c = (Config){.norm_eps = 1e-5f, .embed_scale = 1};
     memcpy(c, m->file + (v1 ? 8 : 0), 28);  // dim to seq_len
-    bool tied = v1 ? m->file[36] != 0 : c->vocab_size > 0;
-    if (!v1 && c->vocab_size < 0) c->vocab_size = c->vocab_size == INT32_MIN ? 0 : -c->vocab_size;
+    bool tied = v1 ? m->file[36] != 0 : c->vocab_size > 0, in_place = m->file_size > 1u << 30;
+    if (!v1 && !tied) c->vocab_size = (int32_t)-(uint32_t)c->vocab_size;
     c->head_dim = c->n_heads > 0 && c->dim % c->n_heads == 0 ? c->dim / c->n_heads : 0;
-    check_config(c, m->path);
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
-    m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
+    check_config(m);
     tensor_rules(c, rules);
-    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
-        const TensorRule *rule = &rules[(int)orders[v1][i]];
-        for (int l = 0; l < (rule->of_layer ? c->n_layers : 1); l++) {
-            *tensor_of(m, rule, l) = (Matrix){ROWS, rule->rows, rule->cols, m->file + end};
-            end += matrix_bytes(ROWS, rule->rows, rule->cols);
-            if (rule->kind == MATRIX) packed += matrix_bytes(F32, rule->rows, rule->cols);
+    size_t at = v1 ? 256 : 28, to = (size_t)c->head_dim * 4;  // in the file; in what is packed
+    size_t angles = v1 ? 0 : (size_t)c->seq_len * to;  // not used: tables for RoPE
+    size_t end = at + angles, packed = to;
+    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++)
+        for (int l = 0; l < rules[i].layers || !l; l++) {
+            end += matrix_bytes(ROWS, rules[i].rows, rules[i].cols);
+            if (rules[i].kind == MATRIX) packed += matrix_bytes(F32, rules[i].rows, rules[i].cols);
         }
-        if (!v1 && i == LLAMA2C_TENSORS - 2)  // tables for RoPE follow: not used
-            end += (size_t)c->seq_len * (size_t)c->head_dim * 4;
-    }
     if (m->file_size != end)
         die("%s is %s: its header asks for %zu bytes, it has %zu", m->path,
             m->file_size < end ? "truncated, or not a checkpoint" : "too long", end, m->file_size);
-    bool in_place = m->file_size > 1u << 30;
-    m->packed_size = (size_t)c->head_dim * 4 + (in_place ? 0 : packed);
-    m->packed = reserve(m->packed_size, m->path);
-    uint8_t *to = m->packed + (size_t)c->head_dim * 4;
-    for (int i = 0; i < LLAMA2C_TENSORS - tied && !in_place; i++)
-        for (int l = 0; rules[i].kind == MATRIX && l < (rules[i].of_layer ? c->n_layers : 1); l++) {
-            Matrix *w = tensor_of(m, &rules[i], l), panels = {F32, w->rows, w->cols, to};
-            parallel(pack_task, &(PackJob){*w, panels}, w->rows);
-            to += matrix_bytes(F32, w->rows, w->cols);
-            *w = panels;
-        }
     if (in_place) fprintf(stderr, "run: %s is read row by row; export.py makes it fast\n", m->path);
+    m->packed = zeros(in_place ? to : packed, 1);
+    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
+        const TensorRule *rule = &rules[(int)orders[v1][i]];
+        bool packs = rule->kind == MATRIX && !in_place;
+        if (i == LLAMA2C_TENSORS - 1) at += angles;
+        for (int l = 0; l < rule->layers || !l; l++) {
+            Matrix w[] = {{ROWS, rule->rows, rule->cols, m->file + at},
+                          {F32, rule->rows, rule->cols, m->packed + to}};
+            if (packs) parallel(pack_task, w, rule->rows);
+            *tensor_of(m, rule, l) = w[packs];
+            at += matrix_bytes(ROWS, rule->rows, rule->cols);
+            if (packs) to += matrix_bytes(F32, rule->rows, rule->cols);
+        }
+    }
     float *freqs = (float *)(void *)m->packed;
     for (int i = 0, half = c->head_dim / 2; i < half; i++)
         freqs[i] = (float)exp_double(-9.21034037197618274 * i / half);  // 10000^(-i/half)
     m->rope_freqs = m->rope_freqs_local = (Matrix){ROWS, 1, c->head_dim / 2, m->packed};
 }
 
-// Opens a checkpoint of any version, told apart by its first bytes. Errors end the program.
+// Opens a checkpoint of any version, told apart by its first bytes. Errors end the program. (Behind
+// a short file its page has zeros, so that a header can be read before the size is checked.)
 static void load_model(Model *m, const char *path) {
     *m = (Model){.path = path};
     m->file = map_weights(path, &m->file_size);
-    uint32_t first[2] = {0, 0};
-    memcpy(first, m->file, m->file_size < 8 ? m->file_size : 8);
-    bool versioned = first[0] == 0x616b3432, gguf = first[0] == 0x46554747;
-    if (gguf || (versioned && first[1] == 2))
+    uint32_t magic = read_u32(m->file), version = magic == 0x616b3432 ? read_u32(m->file + 4) : 0;
+    bool gguf = magic == 0x46554747;
+    if (gguf || version == 2)
         die("%s is a %s: convert it with `.venv/bin/python export.py %s model.bin`", path,
             gguf ? "GGUF file" : "version 2 file of llama2.c", path);
-    if (versioned && first[1] != 1 && first[1] != 4)
+    if (version > 1 && version != 4)
         die("%s has version %u, this program reads 0, 1 and 4: make it anew with the export.py of "
-            "this version", path, first[1]);
-    if (versioned && first[1] == 4) load_v4(m);
-    else load_llama2c(m, versioned);
+            "this version", path, version);
+    if (version == 4) load_v4(m);
+    else load_llama2c(m, version == 1);
     if (!m->classifier.data) m->classifier = m->token_embedding;
 }
 
@@ -1363,7 +1340,7 @@ static const char *model_name(const Model *m) {
 }
 static void free_model(Model *m) {
     munmap((void *)(uintptr_t)m->file, m->file_size);
-    if (m->packed) munmap(m->packed, m->packed_size);
+    free(m->packed);
     free(m->layers);
     *m = (Model){0};
 }
@@ -1888,7 +1865,9 @@ static void copy_task(void *context, int item) {
 static const uint8_t *map_weights(const char *path, size_t *size) {
     const uint8_t *file = map_file(path, size);
     if (*size < 4 * LARGE_PAGE || *size > free_memory() / 2) return file;
-    uint8_t *space = reserve(*size + LARGE_PAGE, path);
+    uint8_t *space = mmap(NULL, *size + LARGE_PAGE, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) return file;
     size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
     CopyJob job = {space + before, file, *size};
     if (before) munmap(space, before);
@@ -2812,10 +2791,10 @@ static const char *session_save(Session *s, Context *c, uint64_t rng) {
     s->h = session_header(s->kv);
     c->saved = 0;
     size_t bytes = (size_t)session_at(&s->h, (int)c->ids.n + PAGE_POSITIONS - 1);
-    s->image = reserve(bytes, "a session");
+    s->image = zeros(bytes, 1);
     session_append(s, c, c->done, rng);
     const char *wrong = file_replace(s->path, s->image, bytes);
-    munmap(s->image, bytes);
+    free(s->image);
     s->image = NULL;
     return wrong;
 }
