@@ -659,7 +659,7 @@ static int sample_candidates(Sampler *s) {
     Candidate *c = s->candidates;
     bool nucleus = s->top_p > 0 && s->top_p < 1;
     int n = 0, counts[256] = {0}, exponent = 255, vocab = s->vocab_size;
-    float max = largest(s->p, vocab), sum = 0, cdf = 0;
+    float max = largest(s->p, vocab), sum = 0;
     float cutoff = nucleus ? fminf((1.0f - s->top_p) / (float)(vocab - 1), max) : 0;
     for (int i = 0; i < vocab && s->top_k; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
     for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
@@ -669,13 +669,10 @@ static int sample_candidates(Sampler *s) {
         if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
     qsort(c, (size_t)n, sizeof *c, by_probability);
     if (s->top_k && n > s->top_k) n = s->top_k;
-    for (s->kept = 0; s->kept < n; sum += c[s->kept++].p)
-        if (s->kept && (c[s->kept].p < s->min_p * max || (nucleus && sum > s->top_p))) break;
-    for (int i = 0; i < s->kept; i++) {
-        cdf += c[i].p;
-        if (s->coin * sum < cdf) return c[i].token;
-    }
-    return c[s->kept - 1].token;
+    for (s->kept = 0; s->kept < n && !(nucleus && sum > s->top_p); s->kept++) sum += c[s->kept].p;
+    n = 0;
+    for (float cdf = c[0].p; n < s->kept - 1 && s->coin * sum >= cdf; cdf += c[n].p) n++;
+    return c[n].token;
 }
 
 // 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first`
@@ -1267,8 +1264,7 @@ static void pack_task(void *context, int row) {
 // llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1: float32 row by
 // row, without any names. Files over 1 GiB are used as they are.
 static void load_llama2c(Model *m, bool v1) {
-    static const char orders[2][LLAMA2C_TENSORS] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11},
-                                                    {1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9, 11}};
+    static const char order[LLAMA2C_TENSORS] = {1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9, 11};  // of 1
     Config *c = &m->c;
     TensorRule rules[N_TENSORS];
     *c = (Config){.norm_eps = 1e-5f, .embed_scale = 1};
@@ -1293,7 +1289,7 @@ static void load_llama2c(Model *m, bool v1) {
     if (in_place) fprintf(stderr, "run: %s is read row by row; export.py makes it fast\n", m->path);
     m->packed = zeros(in_place ? to : packed, 1);
     for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
-        const TensorRule *rule = &rules[(int)orders[v1][i]];
+        const TensorRule *rule = &rules[v1 ? order[i] : i];
         bool packs = rule->kind == MATRIX && !in_place;
         if (i == LLAMA2C_TENSORS - 1) at += angles;
         for (int l = 0; l < rule->layers || !l; l++) {
@@ -1316,16 +1312,14 @@ static void load_llama2c(Model *m, bool v1) {
 static void load_model(Model *m, const char *path) {
     *m = (Model){.path = path};
     m->file = map_weights(path, &m->file_size);
-    uint32_t magic = read_u32(m->file), version = magic == 0x616b3432 ? read_u32(m->file + 4) : 0;
-    bool gguf = magic == 0x46554747;
-    if (gguf || version == 2)
-        die("%s is a %s: convert it with `.venv/bin/python export.py %s model.bin`", path,
-            gguf ? "GGUF file" : "version 2 file of llama2.c", path);
-    if (version > 1 && version != 4)
-        die("%s has version %u, this program reads 0, 1 and 4: make it anew with the export.py of "
-            "this version", path, version);
-    if (version == 4) load_v4(m);
-    else load_llama2c(m, version == 1);
+    uint32_t magic = read_u32(m->file), version = read_u32(m->file + 4);
+    bool gguf = magic == 0x46554747, versioned = magic == 0x616b3432;
+    if (gguf || (versioned && version != 1 && version != 4))
+        die("%s is a %s of version %u, this program reads checkpoints of 0, 1 and 4: make one with "
+            "`.venv/bin/python export.py SOURCE model.bin`", path,
+            gguf ? "GGUF file" : "checkpoint", version);
+    if (versioned && version == 4) load_v4(m);
+    else load_llama2c(m, versioned);
     if (!m->classifier.data) m->classifier = m->token_embedding;
 }
 
