@@ -659,12 +659,11 @@ static int sample_candidates(Sampler *s) {
     Candidate *c = s->candidates;
     bool nucleus = s->top_p > 0 && s->top_p < 1;
     int n = 0, counts[256] = {0}, exponent = 255, vocab = s->vocab_size;
-    float max = largest(s->p, vocab), sum = 0;
-    float cutoff = nucleus ? fminf((1.0f - s->top_p) / (float)(vocab - 1), max) : 0;
+    float max = largest(s->p, vocab), cutoff = s->min_p * max, sum = 0;
+    if (nucleus) cutoff = fmaxf(cutoff, fminf((1.0f - s->top_p) / (float)(vocab - 1), max));
     for (int i = 0; i < vocab && s->top_k; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
     for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
     if (s->top_k) cutoff = fmaxf(cutoff, float_of((uint32_t)exponent << 23));
-    cutoff = fmaxf(cutoff, s->min_p * max);
     for (int i = 0; i < vocab; i++)
         if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
     qsort(c, (size_t)n, sizeof *c, by_probability);
@@ -1223,8 +1222,8 @@ static uint32_t load_tensor(Model *m, const TensorRule *rule, int l) {
     if (!right || e->rows != (uint32_t)rule->rows || e->cols != (uint32_t)cols || e->offset % 64 ||
         e->bytes != matrix_bytes((int)e->dtype, rule->rows, cols) || e->offset > m->file_size ||
         e->bytes > m->file_size - e->offset)
-        die("%s: damaged: it has no right tensor %s of %d x %d for layer %d", m->path, rule->name,
-            rule->rows, cols, l);
+        die("%s: damaged: tensor %s (%d x %d) of layer %d is missing or wrong in its directory",
+            m->path, rule->name, rule->rows, cols, l);
     *tensor_of(m, rule, l) = (Matrix){(int)e->dtype, rule->rows, cols, m->file + e->offset};
     return 1;
 }
@@ -1308,7 +1307,7 @@ static void load_llama2c(Model *m, bool v1) {
 }
 
 // Opens a checkpoint of any version, told apart by its first bytes. Errors end the program. (Behind
-// a short file its page has zeros, so that a header can be read before the size is checked.)
+// a file's end its last page is zeros: a header can be looked at before the size is checked.)
 static void load_model(Model *m, const char *path) {
     *m = (Model){.path = path};
     m->file = map_weights(path, &m->file_size);
