@@ -136,8 +136,8 @@ typedef struct {
     struct Header *header;   // of the file, with name and hashes; NULL: a file of llama2.c
     const char *path;
     const uint8_t *file;     // the mapped file
+    size_t file_size;
     uint8_t *packed;         // what had to be rearranged
-    size_t file_size, packed_size;
 } Model;
 
 static bool is_local(const Config *c, int layer) {
@@ -542,9 +542,6 @@ void generate_tokens(const Model *m, Cache *kv, Sampler *s, int *tokens, int n_p
 // [2] Numbers and files
 // =================================================================================================
 
-static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...);  // exit 1
-static void *resize(void *old, size_t count, size_t size);  // realloc that does not return NULL
-
 // ---- [2.1] numbers ------------------------------------------------------------------------------
 // Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere; every sum in a fixed
 // order. Called by all parts.
@@ -608,15 +605,16 @@ static double log_(double x) {
     return 2 * f * sum + e * 0.69314718055994531;
 }
 
-// Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant.
+// Cosine and sine of x >= 0 in double: x = k pi/2 + r, then Taylor series and the quadrant, which
+// the lowest bits of k + 1.5 * 2^52 show.
 static void cos_sin(double x, float *cosine, float *sine) {
-    double k = x * 0.63661977236758134 + 6755399441055744.0 - 6755399441055744.0;
+    double shifted = x * 0.63661977236758134 + 6755399441055744.0, k = shifted - 6755399441055744.0;
     double r = x - k * 1.57079632673412561417 - k * 6.07710050650619224932e-11, r2 = r * r;
     double s = 0, c = 0;
     for (int i = 15; i > 1; i -= 2) s = (s + 1) * -r2 / (i * (i - 1));
     for (int i = 16; i > 1; i -= 2) c = (c + 1) * -r2 / (i * (i - 1));
     s = r * (s + 1), c = c + 1;
-    int quadrant = (int)((int64_t)k & 3);
+    int quadrant = (int)(read_u32((const uint8_t *)&shifted) & 3);
     *cosine = (float)(quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s);
     *sine = (float)(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c);
 }
@@ -633,17 +631,15 @@ static float sum16(const float *x, const float *y, int n) {
         for (int j = 0; j < width; j++) sums[j] += sums[j + width];
     return sums[0];
 }
+// Bits of floats are integers in the same order, but that negative ones have to be turned around.
 static float largest(const float *x, int n) {
-    enum { LANES = 32 };  // (A loop of 16 is unrolled by GCC 12 before it could become SIMD.)
-    float max[LANES];
-    int i = 0;
-    for (int j = 0; j < LANES; j++) max[j] = x[0];
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
-    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
-    for (int width = LANES / 2; width; width /= 2)
-        for (int j = 0; j < width; j++) max[j] = max[j + width] > max[j] ? max[j + width] : max[j];
-    return max[0];
+    int32_t max = INT32_MIN;
+    for (int i = 0; i < n; i++) {
+        int32_t u = (int32_t)bits_of(x[i]);
+        u ^= u >> 31 & INT32_MAX;
+        max = u > max ? u : max;
+    }
+    return float_of((uint32_t)(max ^ (max >> 31 & INT32_MAX)));
 }
 static int argmax(const float *x, int n) {
     float max = largest(x, n);
@@ -654,8 +650,7 @@ static int argmax(const float *x, int n) {
 
 static int by_probability(const void *a, const void *b) {
     const Candidate *x = a, *y = b;
-    if (x->p != y->p) return x->p > y->p ? -1 : 1;
-    return (x->token > y->token) - (x->token < y->token);
+    return x->p == y->p ? x->token - y->token : x->p > y->p ? -1 : 1;
 }
 // Tokens below a cutoff cannot be drawn, and need not be sorted. For the k likeliest it is a power
 // of two that a count of the probabilities' exponents leaves. The probabilities left do not add up
@@ -664,23 +659,19 @@ static int sample_candidates(Sampler *s) {
     Candidate *c = s->candidates;
     bool nucleus = s->top_p > 0 && s->top_p < 1;
     int n = 0, counts[256] = {0}, exponent = 255, vocab = s->vocab_size;
-    float max = largest(s->p, vocab), sum = 0, cdf = 0;
-    float cutoff = nucleus ? fminf((1.0f - s->top_p) / (float)(vocab - 1), max) : 0;
+    float max = largest(s->p, vocab), cutoff = s->min_p * max, sum = 0;
+    if (nucleus) cutoff = fmaxf(cutoff, fminf((1.0f - s->top_p) / (float)(vocab - 1), max));
     for (int i = 0; i < vocab && s->top_k; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
     for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
     if (s->top_k) cutoff = fmaxf(cutoff, float_of((uint32_t)exponent << 23));
-    cutoff = fmaxf(cutoff, s->min_p * max);
     for (int i = 0; i < vocab; i++)
         if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
     qsort(c, (size_t)n, sizeof *c, by_probability);
     if (s->top_k && n > s->top_k) n = s->top_k;
-    for (s->kept = 0; s->kept < n; sum += c[s->kept++].p)
-        if (s->kept && (c[s->kept].p < s->min_p * max || (nucleus && sum > s->top_p))) break;
-    for (int i = 0; i < s->kept; i++) {
-        cdf += c[i].p;
-        if (s->coin * sum < cdf) return c[i].token;
-    }
-    return c[s->kept - 1].token;
+    for (s->kept = 0; s->kept < n && !(nucleus && sum > s->top_p); s->kept++) sum += c[s->kept].p;
+    n = 0;
+    for (float cdf = c[0].p; n < s->kept - 1 && s->coin * sum >= cdf; cdf += c[n].p) n++;
+    return c[n].token;
 }
 
 // 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first`
@@ -738,12 +729,16 @@ static size_t matrix_bytes(int dtype, int rows, int cols) {
     return ((size_t)rows + PANEL - 1) / PANEL * panel_bytes(dtype, cols);
 }
 
-// Where the numbers of a row's panel begin; in it, where number c is, or its block and its quant.
+// Where a row's panel begins; where number c of the row is, or its block, and in that its quant.
 static const uint8_t *panel_of(const Matrix *w, int row) {
     return w->data + (size_t)(row / PANEL) * panel_bytes(w->dtype, w->cols);
 }
-static size_t number_at(int row, int c) { return (size_t)c * PANEL + (size_t)(row % PANEL); }
-static size_t block_at(int dtype, int c) { return (size_t)(c / BLOCK * block_bytes(dtype)); }
+static const uint8_t *place_of(const Matrix *w, int row, int c) {
+    if (w->dtype == ROWS) return w->data + ((size_t)row * (size_t)w->cols + (size_t)c) * 4;
+    const uint8_t *panel = panel_of(w, row);
+    if (is_quantized(w)) return panel + c / BLOCK * block_bytes(w->dtype);
+    return panel + ((size_t)c * PANEL + (size_t)(row % PANEL)) * (w->dtype == F32 ? 4 : 2);
+}
 static size_t quant_at(int dtype, int row, int c) {
     c %= dtype == Q8 ? 32 : 16;
     return (size_t)(scale_bytes(dtype) + (c / 4 * PANEL + row % PANEL) * 4 + c % 4);
@@ -755,15 +750,12 @@ static int quant(int dtype, const uint8_t *block, int row, int c) {
     return (c < 16 ? q & 15 : q >> 4) - (dtype == Q4 ? 8 : 0);
 }
 static float weight(const Matrix *w, int row, int c) {
-    if (w->dtype == ROWS) return vec(w)[(size_t)row * (size_t)w->cols + (size_t)c];
-    const uint8_t *panel = panel_of(w, row);
-    if (w->dtype == F32) return floats(panel)[number_at(row, c)];
-    if (w->dtype == HALF) return half_to_float(halves(panel)[number_at(row, c)]);
-    if (w->dtype == BF16) return float_of((uint32_t)halves(panel)[number_at(row, c)] << 16);
-    const uint8_t *block = panel + block_at(w->dtype, c);
-    float x = half_to_float(halves(block)[row % PANEL]) *
-              (float)quant(w->dtype, block, row, c % BLOCK);
-    return w->dtype == Q4A ? x + half_to_float(halves(block)[PANEL + row % PANEL]) : x;
+    const uint8_t *p = place_of(w, row, c);
+    if (w->dtype == ROWS || w->dtype == F32) return *floats(p);
+    if (w->dtype == HALF) return half_to_float(*halves(p));
+    if (w->dtype == BF16) return float_of((uint32_t)*halves(p) << 16);
+    float x = half_to_float(halves(p)[row % PANEL]) * (float)quant(w->dtype, p, row, c % BLOCK);
+    return w->dtype == Q4A ? x + half_to_float(halves(p)[PANEL + row % PANEL]) : x;
 }
 
 // ---- [2.3] rounding to int8 ---------------------------------------------------------------------
@@ -785,12 +777,8 @@ static Quantized quantized_in(uint8_t *memory, int n, int cols) {  // laid out i
     return x;
 }
 
-// The integer nearest to x, |x| < 2^22; halves to even.
-static inline int32_t to_integer(float x) {
-    return (int32_t)(bits_of(x + 12582912.0f) - 0x4b400000u);
-}
 // The scale with which the largest |x| becomes 127. Instead of a subnormal one it is 0; of an
-// infinity or NaN it is NaN, so that the logits show it (but in the KV cache it is zero).
+// infinity or NaN it is NaN, so that the logits show it (but the KV cache then holds zeros).
 static inline float scale_of(const float *x, int n) {
     uint32_t max = 0;
     for (int i = 0; i < n; i++) {
@@ -800,20 +788,20 @@ static inline float scale_of(const float *x, int n) {
     float d = float_of(max) / 127;
     return max >= 0x7f800000 ? NAN : d < FLT_MIN ? 0 : d;
 }
-// Rounds some numbers: q = x / d to nearest even. Returns their sum.
-static inline int32_t round_some(int8_t *q, const float *x, int n, float d) {
-    float inverse = d > 0 ? 1.0f / d : 0.0f;
-    int32_t sum = 0;
-    for (int i = 0; i < n; i++) {
-        int32_t v = to_integer(d > 0 ? x[i] * inverse : 0.0f);
-        q[i] = (int8_t)v;
-        sum += v;
-    }
-    return sum;
+// x / d as the nearest integer, halves to even; 0 where the scale is 0 or NaN.
+static inline int32_t round_by(float x, float d) {
+    float shifted = (d > 0 ? x * (1.0f / d) : 0.0f) + 12582912.0f;  // as in exp_
+    return (int32_t)(bits_of(shifted) - 0x4b400000u);
 }
 static inline void round_block(const Quantized *out, size_t at, const float *x) {
     float d = scale_of(x, BLOCK);
-    int32_t sum = round_some(out->q + at * BLOCK, x, BLOCK, d);
+    int8_t *q = out->q + at * BLOCK;
+    int32_t sum = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        int32_t v = round_by(x[i], d);
+        q[i] = (int8_t)v;
+        sum += v;
+    }
     out->d[at] = d;
     out->minus8[at] = -8 * sum;
     out->dsum[at] = d * (float)sum;
@@ -826,16 +814,16 @@ static void quantize(const Quantized *out, int token, const float *x, int n) {
         round_block(out, round_at(token, b, blocks_of(n)), x);
     }
 }
-typedef struct { const float *x; const Quantized *xq; int cols; } RoundJob;
 static void quantize_task(void *context, int token) {
-    const RoundJob *job = context;
-    quantize(job->xq, token, job->x + (size_t)token * (size_t)job->cols, job->cols);
+    const ProductJob *job = context;
+    int cols = job->p->w->cols;
+    quantize(job->xq, token, job->x + (size_t)token * (size_t)cols, cols);
 }
 static void quantize_all(const Product *p, int n_products, const float *x, const Quantized *xq,
                          int n) {
     bool needed = false;
     for (int i = 0; i < n_products; i++) needed |= is_quantized(p[i].w);
-    if (needed) parallel(quantize_task, &(RoundJob){x, xq, p->w->cols}, n);
+    if (needed) parallel(quantize_task, &(ProductJob){p, x, xq, n}, n);
 }
 
 // One row of a quantized matrix times the rounded numbers of a token: in integers within a block,
@@ -855,9 +843,9 @@ static float quantized_row(float sum, const Matrix *w, int row, const Quantized 
 
 // ---- [2.4] errors and memory --------------------------------------------------------------------
 // An error is one line on stderr that says what, where and what to do; the exit status is 1. Memory
-// comes from resize (like realloc), zeros (aligned) and reserve (large, touched only when used).
+// comes from resize (like realloc) and zeros (aligned).
 
-static void die(const char *format, ...) {
+static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fputs("run: ", stderr);
@@ -867,42 +855,27 @@ static void die(const char *format, ...) {
     exit(1);
 }
 
-// count * size is checked against overflow.
-static void *resize(void *old, size_t count, size_t size) {
+static size_t memory_size(size_t count, size_t size) {
     if (size && count > SIZE_MAX / 2 / size) die("out of memory: %zu x %zu bytes", count, size);
-    size_t bytes = count && size ? count * size : 1;
+    return count * size;
+}
+static void *resize(void *old, size_t count, size_t size) {
+    size_t bytes = memory_size(count, size) + !(count && size);
     void *p = old ? realloc(old, bytes) : malloc(bytes);  // GCC 12's analyser knows them apart
-    if (!p) die("out of memory: cannot get %zu bytes", count * size);
+    if (!p) die("out of memory: cannot get %zu bytes", bytes);
     return p;
 }
 
-// Zeroed memory that is not touched before it is used, so that it costs nothing until then.
-static void *reserve(size_t count, size_t size, const char *what) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    size_t bytes = count > SIZE_MAX / 2 / size ? SIZE_MAX : count * size;  // nobody has SIZE_MAX
-    void *p = mmap(NULL, bytes + !bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (p == MAP_FAILED) die("out of memory: %zu MiB for %s", bytes >> 20, what);
-    return p;
-}
-
-// Asks for pages of 2 MiB where the system has them.
-static void large_pages(const void *p, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    madvise((void *)(uintptr_t)p, bytes, MADV_HUGEPAGE);
-#else
-    (void)p, (void)bytes;
-#endif
-}
-
-// Zeroed memory at the start of a cache line, or of a large page, to be freed.
+// Zeroed memory at the start of a cache line, or of a page of 2 MiB, to be freed.
 static void *zeros(size_t count, size_t size) {
     void *p = NULL;
-    size_t bytes = count > SIZE_MAX / 2 / size ? SIZE_MAX / 2 : count * size;
-    bool large = bytes >= 1 << 21;
-    if (posix_memalign(&p, large ? 1 << 21 : 64, bytes + 64))
+    size_t bytes = memory_size(count, size) + 64, large_page = 1 << 21;
+    if (posix_memalign(&p, bytes > large_page ? large_page : 64, bytes))
         die("out of memory: cannot get %zu bytes", bytes);
-    if (large) large_pages(p, bytes);
-    return memset(p, 0, bytes + 64);
+#ifdef MADV_HUGEPAGE
+    if (bytes > large_page) madvise(p, bytes, MADV_HUGEPAGE);  // where the system has such pages
+#endif
+    return memset(p, 0, bytes);
 }
 static Quantized new_quantized(int n, int cols) {  // to be freed: its q
     size_t blocks = (size_t)round_up(n, TILE) * (size_t)blocks_of(cols);
@@ -915,6 +888,20 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+// Maps a file for reading. A missing, unreadable or empty one ends the program.
+static const uint8_t *map_file(const char *path, size_t *size) {
+    int fd = open(path, O_RDONLY | O_NONBLOCK);  // so that a pipe is an error and not a wait
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st)) die("cannot open %s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s is not a file", path);
+    if (st.st_size <= 0) die("%s is empty", path);
+    *size = (size_t)st.st_size;
+    void *data = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (data == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
+    close(fd);
+    return data;
+}
+
 static _Thread_local int this_thread;  // its number, from 0
 #ifdef PLAIN
 static const char isa[] = "plain C";
@@ -922,27 +909,10 @@ static void parallel(Task *task, void *context, int n) {
     for (int i = 0; i < n; i++) task(context, i);
 }
 static void start_threads(int n) { (void)n; }
+static const uint8_t *map_weights(const char *path, size_t *size) { return map_file(path, size); }
+#else
+static const uint8_t *map_weights(const char *path, size_t *size);  // in large pages: [4.2]
 #endif
-
-// Opens a file for reading. A missing, unreadable or empty one ends the program.
-static int open_file(const char *path, size_t *size) {
-    int fd = open(path, O_RDONLY | O_NONBLOCK);  // so that a pipe is an error and not a wait
-    struct stat st;
-    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
-    if (fstat(fd, &st)) die("cannot read %s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die("%s is not a file", path);
-    if (st.st_size <= 0) die("%s is empty", path);
-    if ((uint64_t)st.st_size > SIZE_MAX / 2) die("%s is too large for this machine", path);
-    *size = (size_t)st.st_size;
-    return fd;
-}
-static const uint8_t *map_file(const char *path, size_t *size) {
-    int fd = open_file(path, size);
-    void *data = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (data == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
-    close(fd);
-    return data;
-}
 
 // ---- [2.5] cache pages --------------------------------------------------------------------------
 // A page has 256 positions of a sequence, all layers and heads, counted from the text's beginning.
@@ -958,43 +928,40 @@ struct Cache {
     int dtype;            // how keys and values are stored
     int n_pages;          // the most that a sequence has
     size_t head_bytes, page_bytes;
-    uint8_t **pages;      // (n_seqs, n_pages), behind each the number of its users; NULL: none yet
+    uint8_t **pages;      // (n_seqs, n_pages), NULL: none yet; behind each how many others have it
     State state;          // the activations of forward
 };
 
 static uint8_t **page_of(const Cache *kv, int seq, int pos) {
     return &kv->pages[(size_t)seq * (size_t)kv->n_pages + (size_t)(pos / PAGE_POSITIONS)];
 }
-static int *users_of(const Cache *kv, uint8_t *page) {
+static int *others_of(const Cache *kv, uint8_t *page) {
     return (int *)(void *)(page + kv->page_bytes);
 }
-static void leave_page(Cache *kv, uint8_t **page) {
-    if (*page && !--*users_of(kv, *page)) free(*page);
-    *page = NULL;
-}
-
-// Makes the page of a position a sequence's own, so that it can be written.
-static void take_page(Cache *kv, int seq, int pos) {
-    uint8_t **page = page_of(kv, seq, pos), *old = *page;
-    if (old && *users_of(kv, old) == 1) return;
-    *page = zeros(1, kv->page_bytes + sizeof(int));
-    *users_of(kv, *page) = 1;
-    if (!old) return;
-    memcpy(*page, old, kv->page_bytes);
-    --*users_of(kv, old);
-}
+// Makes the pages of a batch its sequences' own, so that they can be written.
 static void cache_prepare(Cache *kv, const Slot *batch, int n) {
-    for (int i = 0; i < n; i++) take_page(kv, batch[i].seq, batch[i].pos);
+    for (int i = 0; i < n; i++) {
+        uint8_t **page = page_of(kv, batch[i].seq, batch[i].pos), *old = *page;
+        if (old && !*others_of(kv, old)) continue;
+        *page = zeros(1, kv->page_bytes + sizeof(int));
+        if (!old) continue;
+        memcpy(*page, old, kv->page_bytes);
+        --*others_of(kv, old);
+    }
 }
 static void cache_clear(Cache *kv, int seq) {
-    for (int i = 0; i < kv->n_pages; i++) leave_page(kv, page_of(kv, seq, i * PAGE_POSITIONS));
+    for (int pos = 0; pos < kv->ctx; pos += PAGE_POSITIONS) {
+        uint8_t **page = page_of(kv, seq, pos);
+        if (*page && !(*others_of(kv, *page))--) free(*page);
+        *page = NULL;
+    }
 }
 // Sequence `to` now begins with the first n positions of another one, and has nothing else.
 static void cache_branch(Cache *kv, int from, int to, int n) {
     cache_clear(kv, to);
     for (int pos = 0; pos < n; pos += PAGE_POSITIONS) {
         uint8_t *page = *page_of(kv, to, pos) = *page_of(kv, from, pos);
-        if (page) ++*users_of(kv, page);
+        if (page) ++*others_of(kv, page);
     }
 }
 
@@ -1017,72 +984,63 @@ static const uint8_t *head_at(const CacheHead *h, int pos) {
 static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
     const Config *c = &m->c;
     State *s = &kv->state;
-    int dtype = m->token_embedding.dtype, q_dim = c->n_heads * c->head_dim;
-    *kv = (Cache){.m = m, .n_seqs = n_seqs, .ctx = ctx};
+    int dtype = m->token_embedding.dtype, hd = c->head_dim, widest = 0;
+    *kv = (Cache){.m = m, .n_seqs = n_seqs, .ctx = ctx, .n_pages = (ctx - 1) / PAGE_POSITIONS + 1};
     kv->dtype = dtype <= F32 ? F32 : dtype == BF16 ? HALF : Q8;
-    kv->n_pages = (ctx + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
-    kv->head_bytes = matrix_bytes(kv->dtype, PAGE_POSITIONS, c->head_dim) +
-                     matrix_bytes(kv->dtype, c->head_dim, PAGE_POSITIONS) +
+    kv->head_bytes = matrix_bytes(kv->dtype, PAGE_POSITIONS, hd) +
+                     matrix_bytes(kv->dtype, hd, PAGE_POSITIONS) +
                      (kv->dtype == Q8 ? PAGE_POSITIONS * sizeof(float) : 0);
     kv->page_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
     kv->pages = zeros((size_t)n_seqs * (size_t)kv->n_pages, sizeof *kv->pages);
     float **arrays[] = {&s->x, &s->xb, &s->q, &s->att_out, &s->k, &s->v, &s->gate, &s->up,
                         &s->rope, &s->rope_local};
-    const int widths[] = {c->dim, q_dim, c->n_kv_heads * c->head_dim, c->hidden_dim,
-                          2 * c->head_dim};  // each of two arrays
-    int all = 0, widest = 0;
-    for (int i = 0; i < 5; i++) {
-        all += 2 * widths[i];
-        if (widths[i] > widest) widest = widths[i];
+    const int widths[] = {c->dim, c->n_heads * hd, c->n_kv_heads * hd, c->hidden_dim, 2 * hd};
+    for (int i = 0; i < 10; i++) {  // each width is that of two arrays
+        *arrays[i] = zeros((size_t)widths[i / 2] * MAX_BATCH, sizeof(float));
+        if (widths[i / 2] > widest) widest = widths[i / 2];
     }
-    float *next = zeros((size_t)all * MAX_BATCH, sizeof(float));
-    for (int i = 0; i < 10; i++) *arrays[i] = next, next += (size_t)widths[i / 2] * MAX_BATCH;
     s->xq = new_quantized(MAX_BATCH, widest);
 }
 static void cache_close(Cache *kv) {
+    State *s = &kv->state;
     for (int i = 0; i < kv->n_seqs; i++) cache_clear(kv, i);
-    void *memory[] = {kv->pages, kv->state.x, kv->state.xq.q, kv->state.logits, kv->state.scores};
-    for (int i = 0; i < 5; i++) free(memory[i]);
+    void *memory[] = {kv->pages, s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope,
+                      s->rope_local, s->xq.q, s->scores, s->logits};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     *kv = (Cache){0};
 }
 
 static void put_number(const Matrix *w, int row, int c, float x) {
-    uint8_t *panel = (uint8_t *)(uintptr_t)panel_of(w, row);
-    if (w->dtype == F32) ((float *)(void *)panel)[number_at(row, c)] = x;
-    else ((uint16_t *)(void *)panel)[number_at(row, c)] = float_to_half(x);
+    void *p = (void *)(uintptr_t)place_of(w, row, c);
+    if (w->dtype == F32) *(float *)p = x;
+    else *(uint16_t *)p = float_to_half(x);
 }
-static uint8_t *block_of(const Matrix *w, int row, int c) {
-    return (uint8_t *)(uintptr_t)panel_of(w, row) + block_at(Q8, c);
-}
-static void put_scale(uint8_t *block, int row, float x) {
-    ((uint16_t *)(void *)block)[row % PANEL] = float_to_half(x);
+// A number of a Q8 matrix, rounded; with a block's first one comes the scale.
+static inline void put_quant(const Matrix *w, int row, int c, int8_t q, float d) {
+    uint8_t *block = (uint8_t *)(uintptr_t)panel_of(w, row) + c / BLOCK * block_bytes(Q8);
+    block[quant_at(Q8, row, c)] = (uint8_t)q;
+    if (c % BLOCK == 0) ((uint16_t *)(void *)block)[row % PANEL] = float_to_half(d);
 }
 static void cache_put(const CacheHead *h, int pos, const float *k, const float *v) {
     const Cache *kv = h->kv;
     const uint8_t *data = head_at(h, pos);
     Matrix keys = cache_keys(kv, data), values = cache_values(kv, data);
     int at = pos % PAGE_POSITIONS, hd = kv->m->c.head_dim;
-    if (kv->dtype != Q8) {
-        for (int i = 0; i < hd; i++) put_number(&keys, at, i, k[i]);
-        for (int i = 0; i < hd; i++) put_number(&values, i, at, v[i]);
-        return;
+    for (int i = 0; i < hd && kv->dtype != Q8; i++) {
+        put_number(&keys, at, i, k[i]);
+        put_number(&values, i, at, v[i]);
     }
-    int8_t q[BLOCK] = {0};
-    float d = scale_of(v, hd), *scale = value_scales(kv, data) + at;
-    *scale = d > 0 ? d : 0;
-    for (int b = 0, some; b < hd; b += BLOCK) {
-        uint8_t *block = block_of(&keys, at, b);
-        some = hd - b < BLOCK ? hd - b : BLOCK;
-        d = scale_of(k + b, some);
-        round_some(q, k + b, some, d);
-        put_scale(block, at, d > 0 ? d : 0);
-        for (int i = 0; i < BLOCK; i += 4) memcpy(block + quant_at(Q8, at, i), q + i, 4);
-        round_some(q, v + b, some, *scale);
-        for (int i = 0; i < some; i++) {
-            block = block_of(&values, b + i, at);
-            if (at % BLOCK == 0) put_scale(block, b + i, 1);  // once for a block
-            block[quant_at(Q8, b + i, at)] = (uint8_t)q[i];
-        }
+    if (kv->dtype != Q8) return;
+    int8_t q[2][BLOCK];  // keys and values
+    float d_value = scale_of(v, hd);
+    value_scales(kv, data)[at] = d_value > 0 ? d_value : 0;
+    for (int b = 0; b < hd; b += BLOCK, k += BLOCK, v += BLOCK) {
+        int n = hd - b < BLOCK ? hd - b : BLOCK;
+        float d = scale_of(k, n);
+        for (int i = 0; i < n; i++) q[0][i] = (int8_t)round_by(k[i], d);
+        for (int i = 0; i < n; i++) q[1][i] = (int8_t)round_by(v[i], d_value);
+        for (int i = 0; i < n; i++) put_quant(&keys, at, b + i, q[0][i], d);
+        for (int i = 0; i < n; i++) put_quant(&values, b + i, at, q[1][i], 1);
     }
 }
 
@@ -1165,20 +1123,21 @@ typedef struct Header {
     uint8_t reserved[312];    // zero
 } Header;
 _Static_assert(sizeof(Header) == 512, "a checkpoint's header has 512 bytes");
-enum { MAX_LAYERS = 256 };
 typedef struct {              // an entry of the directory
     char name[32];
     uint32_t dtype, rows, cols, layer;  // layer NO_LAYER: of none
     uint64_t offset, bytes;
 } Entry;
+enum { MAX_LAYERS = 256 };
 static const uint32_t NO_LAYER = UINT32_MAX;
 
 // What a tensor is: VECTOR has one row; MATRIX any dtype of a matrix; DATA any number of bytes.
-enum { VECTOR, MATRIX, DATA };
+enum { VECTOR = ROWS, MATRIX = F32, DATA = BYTES };
 typedef struct {
     const char *name;
     size_t field;             // in Model or Layer
-    bool of_layer, needed;
+    int layers;               // 0: it is in Model
+    bool needed;
     int kind, rows, cols;
 } TensorRule;
 enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25, NEEDED = 1 };
@@ -1187,7 +1146,8 @@ enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25, NEEDED = 1 };
 static void tensor_rules(const Config *c, TensorRule rules[N_TENSORS]) {
     int dim = c->dim, hidden = c->hidden_dim, hd = c->head_dim, vocab = c->vocab_size;
     int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
-#define TENSOR(of, name) #name, offsetof(of, name), _Generic((of *)0, Layer *: true, Model *: false)
+#define TENSOR(of, name) \
+    #name, offsetof(of, name), _Generic((of *)0, Layer *: c->n_layers, Model *: 0)
     const TensorRule all[N_TENSORS] = {
         {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim},
         {TENSOR(Layer, attn_norm), NEEDED, VECTOR, 1, dim},
@@ -1218,13 +1178,14 @@ static void tensor_rules(const Config *c, TensorRule rules[N_TENSORS]) {
     memcpy(rules, all, sizeof all);
 }
 static Matrix *tensor_of(Model *m, const TensorRule *rule, int layer) {
-    char *base = rule->of_layer ? (char *)&m->layers[layer] : (char *)m;
+    char *base = rule->layers ? (char *)&m->layers[layer] : (char *)m;
     return (Matrix *)(void *)(base + rule->field);
 }
 
 // Ends the program unless every size is in a range in which nothing below can overflow.
-static void check_config(const Config *c, const char *path) {
-    struct { const char *name; long value, low, high; } limits[] = {
+static void check_config(Model *m) {
+    const Config *c = &m->c;
+    const struct { const char *name; int value, low, high; } limits[] = {
         {"dim", c->dim, 1, 1 << 20}, {"hidden_dim", c->hidden_dim, 1, 1 << 20},
         {"n_layers", c->n_layers, 1, MAX_LAYERS}, {"n_heads", c->n_heads, 1, 1 << 14},
         {"n_kv_heads", c->n_kv_heads, 1, 1 << 14}, {"vocab_size", c->vocab_size, 1, 1 << 24},
@@ -1233,11 +1194,12 @@ static void check_config(const Config *c, const char *path) {
     };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].low || limits[i].value > limits[i].high)
-            die("%s is not a model (export.py makes one), or damaged: %s = %ld in its header",
-                path, limits[i].name, limits[i].value);
+            die("%s is not a model (export.py makes one), or damaged: %s = %d in its header",
+                m->path, limits[i].name, limits[i].value);
     if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || c->n_heads * c->head_dim > 1 << 20)
         die("%s: damaged: its header has %d query heads, %d key/value heads of size %d",
-            path, c->n_heads, c->n_kv_heads, c->head_dim);
+            m->path, c->n_heads, c->n_kv_heads, c->head_dim);
+    m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
 }
 
 // The hash of the first bytes of a version 4 file, with both hashes in its header taken as zero.
@@ -1247,143 +1209,118 @@ static uint64_t file_hash(const Model *m, size_t bytes) {
     return mix64(bytes) + hash_words(&blank, sizeof blank, 0) +
            hash_words(m->file + sizeof blank, bytes - sizeof blank, sizeof blank / 8);
 }
-static void load_header(Model *m) {
-    const Header *h = m->header = (Header *)(uintptr_t)m->file;
-    if (m->file_size < sizeof *h) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
-    if (h->file_size != m->file_size)
-        die("%s is %s: its header says %llu bytes, it has %zu", m->path,
-            h->file_size > m->file_size ? "truncated" : "damaged or too long",
-            (unsigned long long)h->file_size, m->file_size);
-    if (h->n_tensors > N_TENSORS * MAX_LAYERS ||
-        h->n_tensors > (m->file_size - sizeof *h) / sizeof(Entry))
-        die("%s: damaged: its header has %u tensors", m->path, h->n_tensors);
-    if (file_hash(m, sizeof *h + h->n_tensors * sizeof(Entry)) != h->header_hash)
-        die("%s: damaged: its header does not have the hash that it states", m->path);
-    int later = h->zero || h->c.flags || h->name[sizeof h->name - 1];
-    for (size_t i = 0; i < sizeof h->reserved; i++) later |= h->reserved[i];
-    if (later) die("%s needs a newer version of this program: its header has fields that this one "
-                   "does not know", m->path);
-    check_config(&h->c, m->path);
-    m->c = h->c;
-}
 
-// Puts a tensor of the directory where it belongs.
-static void load_tensor(Model *m, const TensorRule *rules, int number) {
-    Entry e;
-    memcpy(&e, m->file + sizeof(Header) + (size_t)number * sizeof e, sizeof e);
-    const TensorRule *rule = rules;
-    while (rule < rules + N_TENSORS && strncmp(rule->name, e.name, sizeof e.name)) rule++;
-    if (rule == rules + N_TENSORS)
-        die("%s needs a newer version of this program: it has a tensor \"%.32s\"", m->path, e.name);
-    int layer = rule->of_layer ? (int)e.layer : 0, cols = rule->cols;
-    bool right = rule->kind == VECTOR ? e.dtype == ROWS : rule->kind == DATA ? e.dtype == BYTES
-                                                        : e.dtype >= F32 && e.dtype <= Q4A;
-    if (rule->kind == DATA && e.cols <= INT_MAX) cols = (int)e.cols;
-    if (!right || e.rows != (uint32_t)rule->rows || e.cols != (uint32_t)cols ||
-        (rule->of_layer ? e.layer >= (uint32_t)m->c.n_layers : e.layer != NO_LAYER) ||
-        e.bytes != matrix_bytes((int)e.dtype, rule->rows, cols) || e.offset % 64 ||
-        e.offset > m->file_size || e.bytes > m->file_size - e.offset ||
-        tensor_of(m, rule, layer)->data)
-        die("%s: damaged: tensor %d of its directory, %.32s, is not a %s of %d x %d", m->path,
-            number, e.name, rule->kind == VECTOR ? "vector" : "matrix", rule->rows, cols);
-    *tensor_of(m, rule, layer) = (Matrix){(int)e.dtype, rule->rows, cols, m->file + e.offset};
+// Puts a tensor where it belongs. Returns how many the directory has of it: 1, or 0.
+static uint32_t load_tensor(Model *m, const TensorRule *rule, int l) {
+    const Entry *e = (const Entry *)(const void *)(m->header + 1), *end = e + m->header->n_tensors;
+    uint32_t layer = rule->layers ? (uint32_t)l : NO_LAYER;
+    while (e < end && (e->layer != layer || strncmp(e->name, rule->name, sizeof e->name))) e++;
+    if (e == end && !rule->needed) return 0;
+    bool right = e < end && (e->dtype == (uint32_t)rule->kind ||
+                             (rule->kind == MATRIX && e->dtype > F32 && e->dtype < BYTES));
+    int cols = right && rule->kind == DATA && e->cols <= INT_MAX ? (int)e->cols : rule->cols;
+    if (!right || e->rows != (uint32_t)rule->rows || e->cols != (uint32_t)cols || e->offset % 64 ||
+        e->bytes != matrix_bytes((int)e->dtype, rule->rows, cols) || e->offset > m->file_size ||
+        e->bytes > m->file_size - e->offset)
+        die("%s: damaged: tensor %s (%d x %d) of layer %d is missing or wrong in its directory",
+            m->path, rule->name, rule->rows, cols, l);
+    *tensor_of(m, rule, l) = (Matrix){(int)e->dtype, rule->rows, cols, m->file + e->offset};
+    return 1;
 }
 
 static void load_v4(Model *m) {
     TensorRule rules[N_TENSORS];
-    load_header(m);
+    uint32_t found = 0;
+    const Header *h = m->header = (Header *)(uintptr_t)m->file;
+    if (m->file_size < sizeof *h || m->file_size != h->file_size)
+        die("%s is truncated or damaged: it has %zu bytes, not as many as its header says",
+            m->path, m->file_size);
+    size_t end = sizeof *h + h->n_tensors * sizeof(Entry);
+    if (h->n_tensors > N_TENSORS * MAX_LAYERS || end > m->file_size ||
+        file_hash(m, end) != h->header_hash)
+        die("%s: damaged: its header does not have the hash that it states", m->path);
+    if (h->zero || h->c.flags || h->name[sizeof h->name - 1] ||
+        memcmp(h->reserved, (Header){0}.reserved, sizeof h->reserved))
+        die("%s needs a newer version of this program: its header has fields that this one does "
+            "not know", m->path);
+    m->c = h->c;
+    check_config(m);
     tensor_rules(&m->c, rules);
-    m->layers = zeros((size_t)m->c.n_layers, sizeof *m->layers);
-    for (int i = 0; i < (int)m->header->n_tensors; i++) load_tensor(m, rules, i);
     for (const TensorRule *rule = rules; rule < rules + N_TENSORS; rule++)
-        for (int l = 0; l < (rule->of_layer ? m->c.n_layers : 1); l++)
-            if (rule->needed && !tensor_of(m, rule, l)->data)
-                die("%s: damaged: it has no tensor %s of layer %d", m->path, rule->name, l);
+        for (int l = 0; l < rule->layers || !l; l++) found += load_tensor(m, rule, l);
+    const Entry *e = (const Entry *)(const void *)(h + 1), *last = e + h->n_tensors;
+    for (int i = 0; i < N_TENSORS && e < last; i++)
+        if (!strncmp(rules[i].name, e->name, sizeof e->name)) e++, i = -1;
+    if (found < h->n_tensors)
+        die("%s needs a newer version of this program, or is damaged: it has a tensor \"%.32s\"",
+            m->path, e < last ? e->name : "(one twice)");
     if (!m->rope_freqs_local.data) m->rope_freqs_local = m->rope_freqs;
-    for (int i = 0; i < m->c.head_dim; i++) {
-        float freq = vec(i % 2 ? &m->rope_freqs_local : &m->rope_freqs)[i / 2];
-        if (!(freq >= 0 && freq <= 1))
-            die("%s: damaged: an inverse frequency is not from 0 to 1", m->path);
-    }
 }
 
-// Packs a row of a matrix that lies row by row into panels.
-typedef struct { Matrix from, to; } PackJob;
+// Packs a row of w[0], which lies row by row, into the panels of w[1].
 static void pack_task(void *context, int row) {
-    const PackJob *job = context;
-    for (int c = 0; c < job->from.cols; c++)
-        put_number(&job->to, row, c, weight(&job->from, row, c));
+    const Matrix *w = context;
+    for (int c = 0; c < w->cols; c++) put_number(&w[1], row, c, weight(w, row, c));
 }
 
 // llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1: float32 row by
 // row, without any names. Files over 1 GiB are used as they are.
 static void load_llama2c(Model *m, bool v1) {
-    static const char orders[2][LLAMA2C_TENSORS] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11},
-                                                    {1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9, 11}};
+    static const char order[LLAMA2C_TENSORS] = {1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9, 11};  // of 1
     Config *c = &m->c;
     TensorRule rules[N_TENSORS];
-    size_t end = v1 ? 256 : 28, packed = 0;
-    if (m->file_size < end) die("%s is truncated: it has %zu bytes", m->path, m->file_size);
     *c = (Config){.norm_eps = 1e-5f, .embed_scale = 1};
     memcpy(c, m->file + (v1 ? 8 : 0), 28);  // dim to seq_len
-    bool tied = v1 ? m->file[36] != 0 : c->vocab_size > 0;
-    if (!v1 && c->vocab_size < 0) c->vocab_size = c->vocab_size == INT32_MIN ? 0 : -c->vocab_size;
+    bool tied = v1 ? m->file[36] != 0 : c->vocab_size > 0, in_place = m->file_size > 1u << 30;
+    if (!v1 && !tied) c->vocab_size = (int32_t)-(uint32_t)c->vocab_size;
     c->head_dim = c->n_heads > 0 && c->dim % c->n_heads == 0 ? c->dim / c->n_heads : 0;
-    check_config(c, m->path);
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
-    m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
+    check_config(m);
     tensor_rules(c, rules);
-    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
-        const TensorRule *rule = &rules[(int)orders[v1][i]];
-        for (int l = 0; l < (rule->of_layer ? c->n_layers : 1); l++) {
-            *tensor_of(m, rule, l) = (Matrix){ROWS, rule->rows, rule->cols, m->file + end};
-            end += matrix_bytes(ROWS, rule->rows, rule->cols);
-            if (rule->kind == MATRIX) packed += matrix_bytes(F32, rule->rows, rule->cols);
+    size_t at = v1 ? 256 : 28, to = (size_t)c->head_dim * 4;  // in the file; in what is packed
+    size_t angles = v1 ? 0 : (size_t)c->seq_len * to;  // not used: tables for RoPE
+    size_t end = at + angles, packed = to;
+    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++)
+        for (int l = 0; l < rules[i].layers || !l; l++) {
+            end += matrix_bytes(ROWS, rules[i].rows, rules[i].cols);
+            if (rules[i].kind == MATRIX) packed += matrix_bytes(F32, rules[i].rows, rules[i].cols);
         }
-        if (!v1 && i == LLAMA2C_TENSORS - 2)  // tables for RoPE follow: not used
-            end += (size_t)c->seq_len * (size_t)c->head_dim * 4;
-    }
     if (m->file_size != end)
         die("%s is %s: its header asks for %zu bytes, it has %zu", m->path,
             m->file_size < end ? "truncated, or not a checkpoint" : "too long", end, m->file_size);
-    bool in_place = m->file_size > 1u << 30;
-    m->packed_size = (size_t)c->head_dim * 4 + (in_place ? 0 : packed);
-    m->packed = reserve(1, m->packed_size, m->path);
-    uint8_t *to = m->packed + (size_t)c->head_dim * 4;
-    for (int i = 0; i < LLAMA2C_TENSORS - tied && !in_place; i++)
-        for (int l = 0; rules[i].kind == MATRIX && l < (rules[i].of_layer ? c->n_layers : 1); l++) {
-            Matrix *w = tensor_of(m, &rules[i], l), panels = {F32, w->rows, w->cols, to};
-            parallel(pack_task, &(PackJob){*w, panels}, w->rows);
-            to += matrix_bytes(F32, w->rows, w->cols);
-            *w = panels;
-        }
     if (in_place) fprintf(stderr, "run: %s is read row by row; export.py makes it fast\n", m->path);
+    m->packed = zeros(in_place ? to : packed, 1);
+    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
+        const TensorRule *rule = &rules[v1 ? order[i] : i];
+        bool packs = rule->kind == MATRIX && !in_place;
+        if (i == LLAMA2C_TENSORS - 1) at += angles;
+        for (int l = 0; l < rule->layers || !l; l++) {
+            Matrix w[] = {{ROWS, rule->rows, rule->cols, m->file + at},
+                          {F32, rule->rows, rule->cols, m->packed + to}};
+            if (packs) parallel(pack_task, w, rule->rows);
+            *tensor_of(m, rule, l) = w[packs];
+            at += matrix_bytes(ROWS, rule->rows, rule->cols);
+            if (packs) to += matrix_bytes(F32, rule->rows, rule->cols);
+        }
+    }
     float *freqs = (float *)(void *)m->packed;
     for (int i = 0, half = c->head_dim / 2; i < half; i++)
         freqs[i] = (float)exp_double(-9.21034037197618274 * i / half);  // 10000^(-i/half)
     m->rope_freqs = m->rope_freqs_local = (Matrix){ROWS, 1, c->head_dim / 2, m->packed};
 }
 
-#ifdef PLAIN
-static const uint8_t *map_weights(const char *path, size_t *size) { return map_file(path, size); }
-#else
-static const uint8_t *map_weights(const char *path, size_t *size);  // in large pages: [4.2]
-#endif
-
-// Opens a checkpoint of any version, told apart by its first bytes. Errors end the program.
+// Opens a checkpoint of any version, told apart by its first bytes. Errors end the program. (Behind
+// a file's end its last page is zeros: a header can be looked at before the size is checked.)
 static void load_model(Model *m, const char *path) {
     *m = (Model){.path = path};
     m->file = map_weights(path, &m->file_size);
-    uint32_t first[2] = {0, 0};
-    memcpy(first, m->file, m->file_size < 8 ? m->file_size : 8);
-    bool versioned = first[0] == 0x616b3432, gguf = first[0] == 0x46554747;
-    if (gguf || (versioned && first[1] == 2))
-        die("%s is a %s: convert it with `.venv/bin/python export.py %s model.bin`", path,
-            gguf ? "GGUF file" : "version 2 file of llama2.c", path);
-    if (versioned && first[1] != 1 && first[1] != 4)
-        die("%s has version %u, this program reads 0, 1 and 4: make it anew with the export.py of "
-            "this version", path, first[1]);
-    if (versioned && first[1] == 4) load_v4(m);
+    uint32_t magic = read_u32(m->file), version = read_u32(m->file + 4);
+    bool gguf = magic == 0x46554747, versioned = magic == 0x616b3432;
+    if (gguf || (versioned && version != 1 && version != 4))
+        die("%s is a %s of version %u, this program reads checkpoints of 0, 1 and 4: make one with "
+            "`.venv/bin/python export.py SOURCE model.bin`", path,
+            gguf ? "GGUF file" : "checkpoint", version);
+    if (versioned && version == 4) load_v4(m);
     else load_llama2c(m, versioned);
     if (!m->classifier.data) m->classifier = m->token_embedding;
 }
@@ -1399,7 +1336,7 @@ static const char *model_name(const Model *m) {
 }
 static void free_model(Model *m) {
     munmap((void *)(uintptr_t)m->file, m->file_size);
-    if (m->packed) munmap(m->packed, m->packed_size);
+    free(m->packed);
     free(m->layers);
     *m = (Model){0};
 }
@@ -1924,11 +1861,13 @@ static void copy_task(void *context, int item) {
 static const uint8_t *map_weights(const char *path, size_t *size) {
     const uint8_t *file = map_file(path, size);
     if (*size < 4 * LARGE_PAGE || *size > free_memory() / 2) return file;
-    uint8_t *space = reserve(1, *size + LARGE_PAGE, path);
+    uint8_t *space = mmap(NULL, *size + LARGE_PAGE, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) return file;
     size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
     CopyJob job = {space + before, file, *size};
     if (before) munmap(space, before);
-    large_pages(job.to, *size);
+    madvise(job.to, *size, MADV_HUGEPAGE);
     madvise((void *)(uintptr_t)file, *size, MADV_WILLNEED);
     parallel(copy_task, &job, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
     munmap((void *)(uintptr_t)file, *size);
@@ -2848,10 +2787,10 @@ static const char *session_save(Session *s, Context *c, uint64_t rng) {
     s->h = session_header(s->kv);
     c->saved = 0;
     size_t bytes = (size_t)session_at(&s->h, (int)c->ids.n + PAGE_POSITIONS - 1);
-    s->image = reserve(1, bytes, "a session");
+    s->image = zeros(bytes, 1);
     session_append(s, c, c->done, rng);
     const char *wrong = file_replace(s->path, s->image, bytes);
-    munmap(s->image, bytes);
+    free(s->image);
     s->image = NULL;
     return wrong;
 }
@@ -4451,9 +4390,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
     bench_texts(&kv, 0, 1, 0, first, first);
     double startup = seconds() - o->started, start = seconds(), before;
     size_t bytes = sizeof(uint64_t) * BENCH_WORDS * BENCH_ITEMS;
-    void *memory = reserve(1, bytes, "measuring the memory");
-    large_pages(memory, bytes);
-    memset(memory, 1, bytes);
+    void *memory = zeros(bytes, 1);
     double stream = 0, decode = 0, prompt = 0, batch = 0;  // the best of some rounds
     for (int round = 0; round < 3 && seconds() - start < 8; round++) {
         for (int i = 0; i < 8; i++) {  // it is short, and so easily disturbed
@@ -4483,7 +4420,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
     output_write(out, report, (size_t)length);
     if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (less than 80: other "
                            "programs, -j, -O3?); depth4096: %d\n", 100 * decode / limit, depth);
-    munmap(memory, bytes);
+    free(memory);
     cache_close(&kv);
 }
 
