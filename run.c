@@ -2593,8 +2593,8 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 // nothing. Calls: encode, decode, forward.
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
-// `saved`, a draft's cache the first `drafted`, and of which `keep` stay when the context is full.
-typedef struct { Ids ids; int done, keep, saved, drafted; } Context;
+// `saved`, and of which `keep` stay when the context is full.
+typedef struct { Ids ids; int done, keep, saved; } Context;
 
 // What the model is to read; `typed` marks what a user typed (no special tokens there).
 typedef struct { char *s, *typed; size_t n; } Prompt;
@@ -2694,20 +2694,20 @@ typedef struct {
 } SessionHeader;                  // behind it, for each page of the cache: its tokens, and the page
 typedef struct {
     const char *path;  // NULL: there is none, and all calls do nothing
-    int fd;            // -1: there is no file yet
+    int fd;
     uint8_t *image;    // memory that is written instead
-    SessionHeader h;   // of the file
+    SessionHeader h;   // of the file; without a hash: the file is empty
     const Cache *kv;
 } Session;
 enum { SESSION_TOKENS = PAGE_POSITIONS * sizeof(int) };
 
-static off_t session_at(const SessionHeader *h, int pos) {  // where the tokens of its page begin
-    return (off_t)sizeof *h + pos / PAGE_POSITIONS * (off_t)(SESSION_TOKENS + h->page_bytes);
+static off_t session_at(const SessionHeader *h, int pos) {  // where the token of a position is
+    return (off_t)sizeof *h + pos / PAGE_POSITIONS * (off_t)(SESSION_TOKENS + h->page_bytes) +
+           pos % PAGE_POSITIONS * (off_t)sizeof(int);
 }
 static SessionHeader session_header(const Cache *kv) {
-    SessionHeader h = {.model = model_hash(kv->m), .page_bytes = kv->page_bytes};
-    memcpy(h.magic, "session6", sizeof h.magic);
-    return h;
+    return (SessionHeader){.magic = {'s', 'e', 's', 's', 'i', 'o', 'n', '6'},
+                           .model = model_hash(kv->m), .page_bytes = kv->page_bytes};
 }
 
 // Opens a file and locks it, for this program alone or for readers. Returns what is wrong, or NULL.
@@ -2721,60 +2721,51 @@ static const char *session_lock(const char *path, int flags, int *fd) {
     return S_ISREG(st.st_mode) ? NULL : "it is not a file";
 }
 
-// Reads a text into c, and its keys and values into the cache. Returns what is wrong, or NULL.
+// Reads a text into c, and its keys and values into the cache; without c it only looks whether it
+// is a session of this model. Returns what is wrong, or NULL.
 static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c) {
     const SessionHeader mine = session_header(kv);
+    Ids ids = {0};
     if (pread(fd, h, sizeof *h, 0) != sizeof *h || memcmp(h, "session", 7))
         return "it is not a session";
     if (memcmp(h, &mine, offsetof(SessionHeader, rng)))
         return "it is a session of another model or version: begin a new one";
-    bool whole = h->hash == hash64(h, offsetof(SessionHeader, hash)) && h->n >= 0 &&
-                 h->done >= 0 && h->done <= h->n && h->keep >= 0;
-    if (whole && h->n - 1 > kv->ctx) return "it is longer than this context";
-    size_t n = whole ? (size_t)h->n : 0;
-    Ids ids = {resize(NULL, n, sizeof(int)), n, n};
-    off_t end = session_at(h, h->done + PAGE_POSITIONS - 1);
-    whole = whole && (!h->done || lseek(fd, 0, SEEK_END) >= end);
-    for (int i = 0; i < (int)n && whole; i++) {
-        size_t bytes = (n - (size_t)i < PAGE_POSITIONS ? n - (size_t)i : PAGE_POSITIONS) * 4;
-        if (i % PAGE_POSITIONS == 0)
-            whole = pread(fd, ids.ids + i, bytes, session_at(h, i)) == (ssize_t)bytes;
-        whole = whole && ids.ids[i] >= 0 && ids.ids[i] < kv->m->c.vocab_size;
+    if (!c) return NULL;
+    bool whole = h->hash == hash64(h, offsetof(SessionHeader, hash)) && h->done >= 0 &&
+                 h->done <= h->n && h->keep >= 0;
+    if (whole && (h->done > kv->ctx || h->n - 1 > kv->ctx)) return "it is longer than this context";
+    for (int i = 0, id = -1; i < h->n && whole; i++) {
+        whole = pread(fd, &id, sizeof id, session_at(h, i)) == sizeof id && id >= 0 &&
+                id < kv->m->c.vocab_size;
+        push(&ids, id);
     }
     free(whole ? c->ids.ids : ids.ids);
     if (!whole) return "it is damaged or truncated";
-    *c = (Context){ids, h->done < kv->ctx ? h->done : kv->ctx, h->keep, 0, 0};
+    *c = (Context){.ids = ids, .done = h->done, .keep = h->keep};
     for (int i = 0; i < c->done; i += PAGE_POSITIONS) {
         cache_prepare(kv, &(Slot){.pos = i}, 1);
-        ssize_t got = pread(fd, *page_of(kv, 0, i), kv->page_bytes,
+        ssize_t got = pread(fd, *page_of(kv, 0, i), h->page_bytes,
                             session_at(h, i) + SESSION_TOKENS);
-        if (got != (ssize_t)kv->page_bytes) c->done = i;  // the rest will be computed again
+        if (got != (ssize_t)h->page_bytes) h->done = c->done = i;  // the rest is computed again
     }
     return NULL;
 }
 
 static void session_write(const Session *s, const void *data, size_t n, off_t at) {
     if (s->image) memcpy(s->image + at, data, n);
-    else if (lseek(s->fd, at, SEEK_SET) < 0 || !output_send(s->fd, data, n)) {
-        const char *why = strerror(errno);
-        if (lseek(s->fd, 0, SEEK_END) < (off_t)sizeof s->h) unlink(s->path);  // it holds nothing
-        die("cannot write the session %s: %s", s->path, why);
-    }
+    else if (lseek(s->fd, at, SEEK_SET) < 0 || !output_send(s->fd, data, n))
+        die("cannot write the session %s: %s", s->path, strerror(errno));
 }
 
 // Writes the tokens that the file does not have, the pages up to `done` positions that it does not
-// have, and then the header.
-static void session_append(Session *s, Context *c, int done, uint64_t rng) {
+// have whole, and then the header.
+static void session_append(Session *s, const Context *c, int done, uint64_t rng) {
     SessionHeader *h = &s->h;
-    for (int i = c->saved, n; i < (int)c->ids.n; i += n) {
-        n = PAGE_POSITIONS - i % PAGE_POSITIONS;
-        if (n > (int)c->ids.n - i) n = (int)c->ids.n - i;
-        session_write(s, c->ids.ids + i, (size_t)n * sizeof(int),
-                      session_at(h, i) + i % PAGE_POSITIONS * (off_t)sizeof(int));
-    }
+    for (int i = h->n; i < (int)c->ids.n; i++)
+        session_write(s, &c->ids.ids[i], sizeof(int), session_at(h, i));
     for (int i = h->done - h->done % PAGE_POSITIONS; i < done; i += PAGE_POSITIONS)
         session_write(s, *page_of(s->kv, 0, i), h->page_bytes, session_at(h, i) + SESSION_TOKENS);
-    h->n = c->saved = (int)c->ids.n;
+    h->n = (int)c->ids.n;
     h->done = done;
     h->keep = c->keep;
     h->rng = rng;
@@ -2783,47 +2774,36 @@ static void session_append(Session *s, Context *c, int done, uint64_t rng) {
 }
 
 // Writes a new file, which takes the old one's place. Returns what is wrong, or NULL.
-static const char *session_save(Session *s, Context *c, uint64_t rng) {
+static const char *session_save(Session *s, const Context *c, int done, uint64_t rng) {
     s->h = session_header(s->kv);
-    c->saved = 0;
     size_t bytes = (size_t)session_at(&s->h, (int)c->ids.n + PAGE_POSITIONS - 1);
     s->image = zeros(bytes, 1);
-    session_append(s, c, c->done, rng);
+    session_append(s, c, done, rng);
     const char *wrong = file_replace(s->path, s->image, bytes);
     free(s->image);
     s->image = NULL;
     return wrong;
 }
 
-// The text is now c. An unfinished page is written at the end only: a program that is killed leaves
-// up to 255 positions to be computed again.
-static void session_commit(Session *s, Context *c, uint64_t rng) {
-    int whole = c->done - c->done % PAGE_POSITIONS;
-    bool changed = c->saved < s->h.n && c->saved < (int)c->ids.n;
-    const char *wrong = NULL;
-    if (!s->path || (s->fd < 0 && !c->ids.n)) return;
-    if (changed) {
-        wrong = session_save(s, c, rng);
+// The text is now c, and the file is to hold the first `done` of its keys and values.
+static void session_commit(Session *s, Context *c, int done, uint64_t rng) {
+    if (!s->path) return;
+    if (s->h.hash && s->h.n == c->saved) session_append(s, c, done, rng);
+    else {  // the file is empty, or has another text
+        const char *wrong = session_save(s, c, done, rng);
         close(s->fd);
         if (!wrong) wrong = session_lock(s->path, O_RDWR, &s->fd);
-    } else if (s->fd < 0) {
-        wrong = session_lock(s->path, O_RDWR | O_CREAT, &s->fd);
-        if (!wrong && lseek(s->fd, 0, SEEK_END)) wrong = "it is in use";
+        if (wrong) die("cannot write the session %s: %s", s->path, wrong);
     }
-    if (wrong) die("cannot write the session %s: %s", s->path, wrong);
-    if (!s->h.hash) session_append(s, &(Context){.ids = {0}}, 0, rng);  // a new one begins empty
-    if (s->h.done > c->done) s->h.done = c->done;
-    session_append(s, c, whole > s->h.done ? whole : s->h.done, rng);
+    c->saved = s->h.n;
 }
 
 // Opens the session of a text, if path is not NULL. Returns the generator's state, or 0.
 static uint64_t session_open(Session *s, const char *path, Cache *kv, Context *c) {
-    *s = (Session){.path = path, .fd = -1, .h = session_header(kv), .kv = kv};
+    *s = (Session){.path = path, .kv = kv};
     if (!path) return 0;
-    const char *wrong = access(path, F_OK) ? file_replace(path, NULL, 0)  // tries whether it can
-                                           : session_lock(path, O_RDWR, &s->fd);
-    if (!wrong && s->fd >= 0 && lseek(s->fd, 0, SEEK_END))  // an empty file: no text yet
-        wrong = session_read(s->fd, &s->h, kv, c);
+    const char *wrong = session_lock(path, O_RDWR | O_CREAT, &s->fd);
+    if (!wrong && lseek(s->fd, 0, SEEK_END)) wrong = session_read(s->fd, &s->h, kv, c);
     if (wrong) die("cannot open the session %s: %s", path, wrong);
     c->saved = (int)c->ids.n;
     return s->h.rng;
@@ -2831,16 +2811,14 @@ static uint64_t session_open(Session *s, const char *path, Cache *kv, Context *c
 
 // Ends it with all that is computed, if the text is.
 static void session_close(Session *s, Context *c, uint64_t rng) {
-    if ((int)c->ids.n <= c->done + 1) session_commit(s, c, rng);
-    if (s->fd < 0) return;
-    if ((int)c->ids.n <= c->done + 1) session_append(s, c, c->done, rng);
-    if (fsync(s->fd) || close(s->fd))
+    if ((int)c->ids.n <= c->done + 1) session_commit(s, c, c->done, rng);
+    if (s->path && (fsync(s->fd) || close(s->fd)))
         die("cannot write the session %s: %s", s->path, strerror(errno));
 }
 #else  // there is no option -S
 typedef struct { char none; } Session;
 #define session_open(session, path, kv, c) 0
-#define session_commit(session, c, rng) (void)(session)
+#define session_commit(session, c, done, rng) (void)(session)
 #define session_close(session, c, rng) (void)(session)
 #endif
 // ---- [5.4] tools --------------------------------------------------------------------------------
@@ -2941,14 +2919,12 @@ enum { MAX_SAMPLES = 256, MAX_DRAFT = 15 };  // texts; guesses at the next token
 typedef struct {
     Context c;
     int seq;                // its sequence in the cache; 0 may be a session's
-    int start;              // from this token on it may ask a tool
     Sampler s;
-    int first;              // of the 1 + n_draft logits that its next tokens are drawn from
-    int draft[MAX_DRAFT], n_draft, n_right;  // guesses at them; how many were right
+    int first;              // of the logits that its next tokens are drawn from
     long long budget;       // tokens that it may still draw; 0 after one that ends the text
     int n_new;              // tokens that it drew
     double logprob;         // the sum of their log-probabilities (with -k)
-    uint64_t receipt;
+    unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
 } Decoder;
@@ -2956,8 +2932,10 @@ typedef struct {
 typedef struct {            // what guesses, and how it pays
     Model small;            // its layers are NULL: guesses are looked up in the text so far
     Cache kv;
+    Ids text;               // the decoder's n tokens when guesses were last made, and the guesses
+    int n, done;            // of the text, the cache holds the first `done`
     int guesses;            // how many are made next
-    long long proposed, accepted, steps;
+    int proposed;           // how many were made
 } Draft;
 
 typedef struct {
@@ -2974,148 +2952,95 @@ typedef struct {
     Decoder *all;           // that run,
     const float *logits;    // and those of their next tokens
     bool shifted;           // the context was full
-    double first_logits;    // when the prompt was computed
-    uint64_t seed;          // state of the generator at the start
+    int steps;              // batches that were computed,
+    double first_logits;    // and when the first one was
     Ids turns;              // where the turns of a chat start that can be taken back
     double rate;            // tokens per second of the last one
 } Machine;
 
-static void context_cut(Context *c, int n) {  // leaves the first n tokens
-    int *counts[] = {&c->done, &c->saved, &c->drafted};
-    for (int i = 0; i < 3; i++)
-        if (*counts[i] > n) *counts[i] = n;
-    c->ids.n = (size_t)n;
-}
 static void decoder_commit(Machine *w, Decoder *d) {
-    if (d->seq == 0) session_commit(&w->session, &d->c, d->s.rng);
+    if (d->seq == 0)  // with whole pages only: an unfinished one is written at the end
+        session_commit(&w->session, &d->c, d->c.done / PAGE_POSITIONS * PAGE_POSITIONS, d->s.rng);
 }
 
-// A full context: the beginning and the newest half stay, what is between them is dropped. The kept
-// tokens have new positions and new neighbours: all but the beginning are computed again.
-static void decoder_fit(Machine *w, Decoder *d) {
-    int n = (int)d->c.ids.n, half = w->ctx > 1 ? w->ctx / 2 : 1, keep = w->ctx - half - 1;
-    const int *newest = d->c.ids.ids + n - half;
-    if (n <= w->ctx) return;
-    if (keep > d->c.keep) keep = d->c.keep;
-    if (keep < 0) keep = 0;
-    context_cut(&d->c, keep);
-    for (int i = 0; i < half; i++) push(&d->c.ids, newest[i]);
-    d->start = d->start > n - keep - half ? d->start - (n - keep - half) : 0;
-    w->turns.n = 0;
+// Leaves the first `keep` tokens and the newest ones. These have new positions and new neighbours:
+// they are computed again.
+static void decoder_cut(Machine *w, Decoder *d, int keep, int newest) {
+    Context *c = &d->c;
+    int *ids = c->ids.ids, n = (int)c->ids.n;
+    for (int i = 0; i < newest; i++) ids[keep + i] = ids[n - newest + i];
+    c->ids.n = (size_t)(keep + newest);
+    if (c->done > keep) c->done = keep;
+    if (c->saved > keep) c->saved = keep;
     decoder_commit(w, d);
-    if (!w->shifted && !w->o->quiet)
-        fprintf(stderr, "\n(the context of %d tokens is full: from here on the beginning and the "
-                        "newest half stay)\n", w->ctx);
-    w->shifted = true;
 }
 
-// Computes a text's tokens up to `to`.
-static void machine_fill(Machine *w, Decoder *d, int to) {
-    if (d->c.done < to) prefill(w->m, &w->kv, d->seq, d->c.ids.ids, d->c.done, to);
-    if (d->c.done < to && !interrupted) d->c.done = to;
-}
-
-// Computes all but the last token, so that text and cache can be kept.
-static void decoder_settle(Machine *w, Decoder *d) {
-    decoder_fit(w, d);
-    machine_fill(w, d, (int)d->c.ids.n - 1);
+// Computes all tokens but the last `but`, so that text and cache can be kept. Of a text that has
+// filled the context the beginning and the newest half stay, what is between them is dropped.
+static void decoder_settle(Machine *w, Decoder *d, int but) {
+    if ((int)d->c.ids.n > w->ctx) {
+        int most = (w->ctx - 1) / 2, keep = d->c.keep < most ? d->c.keep : most;
+        decoder_cut(w, d, keep, w->ctx > 1 ? w->ctx / 2 : 1);
+        w->turns.n = 0;
+        if (!w->shifted && !w->o->quiet)
+            fputs("\n(the context is full: its beginning and its newest half stay)\n", stderr);
+        w->shifted = true;
+    }
+    int end = (int)d->c.ids.n - but;
+    prefill(w->m, &w->kv, d->seq, d->c.ids.ids, d->c.done, end);
+    if (d->c.done < end && !interrupted) d->c.done = end;
 }
 
 // Lookup decoding: where the last tokens (two to eight) have occurred before, what followed then is
-// the guess.
-static int draft_look_back(const Ids *text, int *guess, int most) {
-    const int *ids = text->ids;
-    int n = (int)text->n, best = 1, at = 0;
+// the guess, and behind the text's end the guess itself.
+static void draft_look_back(Ids *text, int most) {
+    int *ids = text->ids, n = (int)text->n, best = 1, at = 0;
     for (int end = n - 1; end >= 2 && best < 8; end--) {
         int same = 0;
         while (same < 8 && same < end && ids[end - 1 - same] == ids[n - 1 - same]) same++;
         if (same > best) best = same, at = end;
     }
-    for (int i = 0; i < most && at; i++) guess[i] = at + i < n ? ids[at + i] : guess[at + i - n];
-    return at ? most : 0;
+    for (; at && most > 0; most--) push(text, text->ids[at++]);
 }
 
 // The small model draws with the random numbers that the large one will draw with, so that they
 // part only where the models do.
-static int draft_small(Machine *w, Decoder *d, int most) {
-    Draft *f = &w->draft;
-    Sampler s = d->s;
-    Ids *ids = &d->c.ids;
-    int n = (int)ids->n, made = 0, from = d->c.drafted < n ? d->c.drafted : n - 1;
-    for (; made < most && n + made <= f->kv.ctx; from = n + made - 1) {
-        const float *logits = prefill(&f->small, &f->kv, 0, ids->ids, from, n + made);
-        if (interrupted) break;
-        d->c.drafted = n;
-        push(ids, d->draft[made] = sample(&s, logits, ids->ids, n + made));
-        if (is_stop(w->t, d->draft[made++])) break;
+static void draft_small(Draft *f, Sampler s, int most) {
+    for (int n = (int)f->text.n; most > 0; most--, n++) {
+        const float *logits = prefill(&f->small, &f->kv, 0, f->text.ids, f->done, n);
+        if (interrupted) return;
+        f->done = n;
+        push(&f->text, sample(&s, logits, f->text.ids, n));
     }
-    ids->n = (size_t)n;
-    return made;
 }
 
 // Speculative decoding (arXiv:2211.17192): a batch checks several guessed tokens at nearly the cost
 // of one. Right are those that the sampler draws: the text is the same with and without guesses.
-static void draft_propose(Machine *w, Decoder *d) {
+// Where all of the last ones were right twice as many follow, else half; where it has come to none,
+// one is tried every 32 tokens. (A small model's guesses take time: it makes fewer.)
+static int draft_propose(Machine *w, const Decoder *d) {
     Draft *f = &w->draft;
-    int most = f->guesses, room = w->ctx - (int)d->c.ids.n;
-    if (room > d->budget - 1) room = (int)d->budget - 1;
-    if (most > room) most = room;
-    if (most <= 0) d->n_draft = 0;
-    else if (f->small.layers) d->n_draft = draft_small(w, d, most);
-    else d->n_draft = draft_look_back(&d->c.ids, d->draft, most);
-    f->proposed += d->n_draft;
-}
-
-// Learns from a step: where all guesses were right more are made, else fewer; where it has come to
-// none, one is tried every 32 tokens. (A small model's guesses take time: it makes fewer.)
-static void draft_learn(Draft *f, Decoder *d) {
-    int most = f->small.layers ? 7 : MAX_DRAFT, made = d->n_draft, right = d->n_right;
-    f->steps++;
-    f->accepted += right;
-    if (made) d->c.drafted += right < made ? right : made - 1;  // the last one was not computed
-    if (made) f->guesses = right == made ? 2 * f->guesses : f->guesses / 2;
-    else if (!f->guesses && f->steps % 32 == 0) f->guesses = 1;
-    if (f->guesses > most) f->guesses = most;
-}
-
-static void draft_open(Machine *w) {
-    Draft *f = &w->draft;
-    const Config *c = &f->small.c;
-    f->guesses = 1;
-    if (!strcmp(w->o->draft, "lookup")) return;
-    load_model(&f->small, w->o->draft);
-    if (c->vocab_size != w->m->c.vocab_size ||
-        tokenizer_hash_of(&f->small) != tokenizer_hash_of(w->m))
-        die("%s cannot draft for %s: it has another tokenizer", w->o->draft, w->m->path);
-    cache_open(&f->kv, &f->small, w->ctx < c->seq_len ? w->ctx : c->seq_len, 1);
-}
-
-// Computes the logits of all decoders that still draw, in one batch. False if there are none, or
-// after Ctrl-C.
-static bool machine_compute(Machine *w, Decoder *d, int n) {
-    Slot batch[MAX_SAMPLES + MAX_DRAFT];
-    int n_slots = 0;
-    for (int i = 0; i < n; i++, d++) {
-        if (d->budget <= 0) continue;
-        decoder_settle(w, d);
-        draft_propose(w, d);
-        int pos = (int)d->c.ids.n - 1;
-        d->first = n_slots;
-        batch[n_slots++] = (Slot){d->c.ids.ids[pos], pos, d->seq, true};
-        for (int j = 0; j < d->n_draft; j++)
-            batch[n_slots++] = (Slot){d->draft[j], ++pos, d->seq, true};
-    }
-    if (interrupted || !n_slots) return false;
-    w->logits = forward(w->m, &w->kv, batch, n_slots);
-    if (!w->first_logits) w->first_logits = seconds();
-    return true;
-}
-
-static Output decoder_text(const Machine *w, const Decoder *d, int from) {  // to be freed
     const int *ids = d->c.ids.ids;
+    int n = (int)d->c.ids.n, end = (int)f->text.n, same = 0;
+    while (same < n - 1 && same < end && ids[same] == f->text.ids[same]) same++;
+    if (end > f->n) f->guesses = same == end ? 2 * f->guesses : f->guesses / 2;
+    else if (!f->guesses && w->steps % 32 == 0) f->guesses = 1;
+    f->guesses = (int)fmin(f->guesses, f->small.layers ? 7 : MAX_DRAFT);
+    f->done = (int)fmin(f->done, same);
+    f->n = n;
+    f->text.n = 0;
+    for (int i = 0; i < n; i++) push(&f->text, ids[i]);
+    int most = (int)fmin(f->guesses, fmin(w->ctx - n, (double)d->budget - 1));
+    if (f->small.layers) draft_small(f, d->s, most);
+    else draft_look_back(&f->text, most);
+    f->proposed += (int)f->text.n - n;
+    return (int)f->text.n - n;
+}
+
+static Output decoder_text(const Machine *w, const Decoder *d) {  // to be freed
     Output text = output_memory();
-    for (int i = from; i < (int)d->c.ids.n; i++) {
-        Text token = decode(w->t, i ? ids[i - 1] : -1, ids[i]);
+    for (int i = 0; i < (int)d->c.ids.n; i++) {
+        Text token = decode(w->t, i ? d->c.ids.ids[i - 1] : -1, d->c.ids.ids[i]);
         output_write(&text, token.s, token.len);
     }
     return text;
@@ -3128,7 +3053,7 @@ static bool tool_use(Machine *w, Decoder *d) {
     if (!w->o->tool) return false;
     const Text *c = w->t->chat;
     const char *before, *after;
-    Output text = decoder_text(w, d, d->start);
+    Output text = decoder_text(w, d);
     Text question = tool_question((Text){text.memory, text.n}, &before, &after);
     Text answer = question.len ? tool_ask(w->o->tool, question) : question;
     Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
@@ -3136,8 +3061,7 @@ static bool tool_use(Machine *w, Decoder *d) {
     Prompt p = {0};
     free(text.memory);
     if (!answer.len) return false;
-    if (turn) prompt_append(&p, c[ASSISTANT_AFTER], false);
-    if (turn) prompt_append(&p, c[LATER_BEFORE], false);
+    if (turn) prompt_say(&p, c[ASSISTANT_AFTER], (Text){"", 0}, c[LATER_BEFORE]);
     prompt_say(&p, said[0], answer, said[2]);
     if (turn) prompt_append(&p, c[LATER_AFTER], false);
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->c.ids);
@@ -3159,13 +3083,11 @@ static void machine_draw(void *context, int i) {
     d->s.p = w->p + (size_t)this_thread * vocab;
     d->s.candidates = w->candidates + (size_t)this_thread * vocab;
     if (d->budget > 0) d->c.done = (int)ids->n;
-    d->n_right = 0;
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
         if (w->o->samples) d->logprob -= likelihood_of(logits, (int)vocab, next);
         if (w->o->receipt) d->receipt = mix64(d->receipt + hash64(logits, vocab * sizeof(float)));
-        agreed = d->n_right < d->n_draft && next == d->draft[d->n_right];
-        d->n_right += agreed;
+        agreed = ids->n < w->draft.text.n && next == w->draft.text.ids[ids->n];
         d->n_new++;
         d->budget = is_stop(w->t, next) ? 0 : d->budget - 1;
         if (is_stop(w->t, next)) break;
@@ -3176,15 +3098,33 @@ static void machine_draw(void *context, int i) {
     }
 }
 
-// Runs n decoders, the first of which may be sequence 0, until all have ended: a step computes the
-// logits of all in one batch, and each draws one token, or as many as were guessed right.
-static void machine_run(Machine *w, Decoder *d, int n) {
-    w->all = d;
-    while (machine_compute(w, d, n)) {
+// Runs n decoders, the first of which may be sequence 0, until all have ended, or Ctrl-C: a step
+// computes the logits of all that still draw in one batch, and each draws one token, or as many as
+// were guessed right.
+static void machine_run(Machine *w, Decoder *all, int n) {
+    Slot batch[MAX_SAMPLES + MAX_DRAFT];
+    w->all = all;
+    for (;;) {
+        int n_slots = 0;
+        for (Decoder *d = all; d < all + n; d++) {
+            if (d->budget <= 0) continue;
+            decoder_settle(w, d, 1);
+            int n_guesses = w->o->draft ? draft_propose(w, d) : 0, pos = (int)d->c.ids.n - 1;
+            d->first = n_slots;
+            batch[n_slots++] = (Slot){d->c.ids.ids[pos], pos, d->seq, true};
+            for (int i = 1; i <= n_guesses; i++)
+                batch[n_slots++] = (Slot){w->draft.text.ids[pos + i], pos + i, d->seq, true};
+        }
+        if (interrupted || !n_slots) break;
+        w->logits = forward(w->m, &w->kv, batch, n_slots);
+        if (!w->steps++) w->first_logits = seconds();
         if (!w->o->tool) parallel(machine_draw, w, n);
         for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
-        if (w->o->draft) draft_learn(&w->draft, d);
-        decoder_commit(w, d);
+        decoder_commit(w, all);
+    }
+    for (Decoder *d = all; d < all + n; d++) {
+        output_end(d->out);
+        if (w->o->receipt) fprintf(stderr, "receipt: %016llx\n", d->receipt);
     }
 }
 
@@ -3192,68 +3132,65 @@ static void machine_run(Machine *w, Decoder *d, int n) {
 static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *m,
                          const Tokenizer *t, Output *out) {
     size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
+    Model *small = &w->draft.small;
     *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
-                   .p = resize(NULL, vocab, sizeof *w->p),
+                   .draft = {.guesses = 1}, .p = resize(NULL, vocab, sizeof *w->p),
                    .candidates = resize(NULL, vocab, sizeof *w->candidates)};
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
     d->s.p = w->p, d->s.candidates = w->candidates;
     cache_open(&w->kv, m, w->ctx, o->samples > 1 ? 1 + (int)o->samples : 1);
+    if (o->draft && strcmp(o->draft, "lookup")) {
+        load_model(small, o->draft);
+        if (small->c.vocab_size != m->c.vocab_size ||
+            tokenizer_hash_of(small) != tokenizer_hash_of(m))
+            die("%s cannot draft for %s: it has another tokenizer", o->draft, m->path);
+        cache_open(&w->draft.kv, small, w->ctx, 1);
+    }
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
-    if (o->draft) draft_open(w);
-    w->seed = d->s.rng;
-}
-
-static void decoder_free(Decoder *d) {
-    free(d->c.ids.ids);
-    free(d->own.memory);
-}
-
-static void decoder_tell_receipt(const Decoder *d) {
-    fprintf(stderr, "receipt: %016llx\n", (unsigned long long)d->receipt);
+    d->seed = d->s.rng;
 }
 
 static void machine_close(Machine *w, Decoder *d) {
-    if (!w->o->quiet && !w->o->seed && w->o->samples < 2 && d->s.temperature > 0)
-        fprintf(stderr, "seed: %llu\n", (unsigned long long)w->seed);
-    if (w->o->receipt && w->o->samples < 2) decoder_tell_receipt(d);
-    if (w->o->session && !interrupted) decoder_settle(w, d);
+    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0)
+        fprintf(stderr, "seed: %llu\n", d->seed);
+    if (w->o->session && !interrupted) decoder_settle(w, d, 1);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
-    free(w->p);
-    free(w->candidates);
-    free(w->turns.ids);
-    decoder_free(d);
+    void *memory[] = {w->draft.text.ids, w->p, w->candidates, w->turns.ids, d->c.ids.ids,
+                      d->own.memory};
+    for (int i = 0; i < 6; i++) free(memory[i]);
 }
 
-// The seed of sample i, which has sequence i + 1 of the cache.
-static uint64_t samples_seed(const Decoder *trunk, int i) {
-    uint64_t seed = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
-    return seed + (seed == 0);  // which would stay 0
-}
-// Makes its decoder, with all that the trunk has but what was written.
+// Makes the decoder of sample i: all that the trunk has, in a sequence and with a seed of its own.
 static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) {
+    const Ids *ids = &trunk->c.ids;
     *d = *trunk;
     d->seq = i + 1;
-    d->s.rng = samples_seed(trunk, i);
+    d->seed = d->s.rng = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
     d->out = &d->own;
     d->own.memory = NULL;
-    d->own.n = d->own.capacity = d->own.start = d->own.thought = 0;
+    d->own.n = d->own.capacity = 0;
+    output_write(d->out, trunk->own.memory, trunk->own.n);
     d->c.ids = (Ids){0};
-    for (size_t j = 0; j < trunk->c.ids.n; j++) push(&d->c.ids, trunk->c.ids.ids[j]);
+    for (size_t j = 0; j < ids->n; j++) push(&d->c.ids, ids->ids[j]);
     cache_branch(&w->kv, 0, d->seq, d->c.done);
 }
 
-// Continues a text k times at once, in sequences that share the common beginning. Prints all
-// samples, or with -b the best one, which becomes the trunk's text. The best is the likeliest by
-// the mean log-probability of its tokens: likelihood stands in for a reward model that ranks
-// answers.
-static void samples_run(Machine *w, Decoder *trunk) {
+// Lets the model go on with a text, until it ends or its budget is used up. With -k it does so k
+// times at once, in sequences that share the common beginning; all samples are printed, or with -b
+// the best one, which becomes the trunk's text. The best is the likeliest by the mean
+// log-probability of its tokens: likelihood stands in for a reward model that ranks answers.
+static void decoder_continue(Machine *w, Decoder *trunk) {
     int k = (int)w->o->samples, best = 0;
+    if (k < 2) {
+        machine_run(w, trunk, 1);
+        return;
+    }
     Decoder *d = resize(NULL, (size_t)k, sizeof *d);
-    if (trunk->budget > 0) decoder_settle(w, trunk);
+    decoder_settle(w, trunk, 1);
     for (int i = 0; i < k; i++) samples_branch(w, trunk, &d[i], i);
     machine_run(w, d, k);
     for (int i = 1; i < k; i++)
@@ -3261,70 +3198,46 @@ static void samples_run(Machine *w, Decoder *trunk) {
     for (int i = 0; i < k; i++) {
         if (!w->o->quiet)
             fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
-                    i + 1, k, (unsigned long long)samples_seed(trunk, i), d[i].n_new,
-                    d[i].logprob / (d[i].n_new + !d[i].n_new), i == best ? ", the best" : "");
-        if (w->o->receipt) decoder_tell_receipt(&d[i]);
+                    i + 1, k, d[i].seed, d[i].n_new, d[i].logprob / (d[i].n_new + !d[i].n_new),
+                    i == best ? ", the best" : "");
+        if (!w->o->best || i == best) output_write(w->out, d[i].own.memory, d[i].own.n);
         trunk->n_new += d[i].n_new;
-        if (w->o->best && i != best) continue;
-        output_end(d[i].out);
-        output_write(w->out, trunk->own.memory, trunk->own.n);  // the prompt
-        output_write(w->out, d[i].own.memory, d[i].own.n);
+        free(d[i].own.memory);
+        if (w->o->best && i == best && d[i].n_new) {  // it was not interrupted before
+            cache_branch(&w->kv, d[i].seq, 0, d[i].c.done);
+            free(trunk->c.ids.ids);
+            trunk->c = d[i].c;
+            trunk->s.rng = d[i].s.rng;
+            decoder_commit(w, trunk);
+        } else free(d[i].c.ids.ids);
     }
-    if (w->o->best && d[best].n_new) {  // it was not interrupted before
-        Ids ids = trunk->c.ids;
-        cache_branch(&w->kv, d[best].seq, 0, d[best].c.done);
-        trunk->c = d[best].c;
-        d[best].c.ids = ids;
-        trunk->s.rng = d[best].s.rng;
-        decoder_commit(w, trunk);
-    }
-    for (int i = 0; i < k; i++) cache_clear(&w->kv, d[i].seq), decoder_free(&d[i]);
     free(d);
     trunk->own.thinking = false;
     trunk->own.n = 0;
-}
-
-// Lets the model go on with the text, until it ends or its budget is used up.
-static void decoder_continue(Machine *w, Decoder *d) {
-    if (w->o->samples > 1) samples_run(w, d);
-    else {
-        machine_run(w, d, 1);
-        output_end(d->out);
-    }
 }
 // ---- [5.6] generate -----------------------------------------------------------------------------
 // `-m generate` continues a text; with -e several models do, and judge each other's answers. Enter
 // with generate. It keeps nothing. Calls: machine_open, decoder_continue, likelihood_window.
 
 // Appends the prompt's tokens and returns how many may be drawn after them.
-static long long start_text(const Options *o, const Model *m, const Tokenizer *t, int ctx,
-                            Ids *ids) {
-    size_t before = ids->n;
+static long long start_text(const Options *o, const Model *m, const Tokenizer *t, Ids *ids) {
+    long long before = (long long)ids->n, left;
+    int ctx = context_of(o, m), start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
     encode(t, o->input, NULL, before == 0, ids);
-    if (ids->n - before > (size_t)ctx)
+    if ((long long)ids->n - before > ctx)
         die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
-            ids->n - before, m->path, ctx);
-    if (!ids->n && (t->h.bos >= 0 || t->h.eos >= 0)) push(ids, t->h.bos >= 0 ? t->h.bos : t->h.eos);
-    if (!ids->n) die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
-    if (!t->llama2c) return o->steps ? o->steps : ctx - (long long)ids->n + 1;
-    // llama2.c counts positions, the prompt's included, and stays within the context.
+            ids->n - (size_t)before, m->path, ctx);
+    if (!ids->n && start < 0)
+        die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
+    if (!ids->n) push(ids, start);
+    left = ctx + 1 - (long long)ids->n;
+    if (!t->llama2c) return o->steps ? o->steps : left > 0 ? left : ctx - ctx / 2;
+    // llama2c.c counts positions, the prompt's included, and stays within the context.
     // (A session's last token is no such position yet: it was drawn, and not computed.)
-    size_t end = (before ? before - 1 : 0) + (size_t)(o->steps ? o->steps : ctx);
-    if (end > (size_t)ctx) end = (size_t)ctx;
-    if (ids->n > end + 1) ids->n = end + 1;
-    return (long long)(end + 1 - ids->n);
-}
-
-static void generate_statistics(const Machine *w, const Decoder *d, int n_prompt, double start) {
-    const Draft *f = &w->draft;
-    double reading = w->first_logits - start, writing = seconds() - w->first_logits;
-    if (w->o->quiet || !w->first_logits) return;
-    fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n", n_prompt,
-            n_prompt / reading, d->n_new, d->n_new > 1 ? (d->n_new - 1) / writing : 0.0);
-    if (w->o->draft)
-        fprintf(stderr,
-                "speculation: %lld tokens proposed, %lld accepted, %.2f tokens per forward\n",
-                f->proposed, f->accepted, (double)(f->accepted + f->steps) / (double)f->steps);
+    long long counted = o->steps + (before ? before : 1) - (long long)ids->n;
+    if (o->steps && left > counted) left = counted;
+    if (left < 0) ids->n -= (size_t)-left;
+    return left > 0 ? left : 0;
 }
 
 static void generate_text(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
@@ -3334,40 +3247,40 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     machine_open(&w, &d, o, m, t, out);
     const Ids *ids = &d.c.ids;
     size_t before = ids->n;
-    d.budget = start_text(o, m, t, w.ctx, &d.c.ids);
+    d.budget = start_text(o, m, t, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
     for (size_t i = before; i < ids->n && t->llama2c; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
     if (!t->llama2c) output_text(d.out, o->input);
-    Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
+    Output text = decoder_text(&w, &d);  // it may end within a thought or a question to the tool
     output_begin(d.out, o, !t->llama2c, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
-    if (d.budget <= 0 && !t->llama2c) {  // up to the end of a context that is full already
-        decoder_fit(&w, &d);
-        d.budget = w.ctx - (long long)ids->n + 1;
-    }
     decoder_continue(&w, &d);
-    generate_statistics(&w, &d, n_prompt, start);
+    double reading = w.first_logits - start, writing = seconds() - w.first_logits;
+    if (w.steps && !o->quiet)
+        fprintf(stderr, "prompt: %d tokens, %.1f tok/s; generated: %d tokens, %.1f tok/s\n",
+                n_prompt, n_prompt / reading, d.n_new, d.n_new > 1 ? (d.n_new - 1) / writing : 0.0);
+    if (w.steps && !o->quiet && o->draft)
+        fprintf(stderr, "speculation: %d tokens proposed, %d accepted, %.2f tokens per forward\n",
+                w.draft.proposed, d.n_new - w.steps, (double)d.n_new / w.steps);
     machine_close(&w, &d);
 }
 
 #ifndef NO_ENSEMBLE
+typedef struct { Model m; Tokenizer t; Output answer; } Member;
+
 // Bits per byte of an answer to a prompt: a measure that does not depend on the tokenizer.
-static double ensemble_bits(const Model *m, const Tokenizer *t, Text prompt, Text answer) {
+static double ensemble_bits(const Options *o, const Member *e, Text answer) {
     Ids ids = {0};
-    encode(t, prompt, NULL, true, &ids);
-    if (!ids.n) push(&ids, t->h.bos >= 0 ? t->h.bos : t->h.eos >= 0 ? t->h.eos : 0);
+    Cache kv;
+    start_text(o, &e->m, &e->t, &ids);
     int n_prompt = (int)ids.n;
-    encode(t, answer, NULL, false, &ids);
-    double sum = INFINITY;
-    if (ids.n <= (size_t)m->c.seq_len + 1 && ids.n > (size_t)n_prompt) {
-        Cache kv;
-        cache_open(&kv, m, (int)ids.n, 1);
-        sum = likelihood_window(m, &kv, ids.ids, 0, (int)ids.n - 1, n_prompt - 1);
-        cache_close(&kv);
-    }
+    encode(&e->t, answer, NULL, false, &ids);
+    cache_open(&kv, &e->m, (int)ids.n, 1);
+    double sum = likelihood_window(&e->m, &kv, ids.ids, 0, (int)ids.n - 1, n_prompt - 1);
+    cache_close(&kv);
     free(ids.ids);
     return sum / 0.69314718055994531 / (double)answer.len;
 }
@@ -3375,42 +3288,39 @@ static double ensemble_bits(const Model *m, const Tokenizer *t, Text prompt, Tex
 // All models answer the prompt; each scores each answer; the one with the lowest average of bits
 // per byte is printed.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Model models[1 + MAX_OTHERS] = {*m};
-    Tokenizer tokenizers[1 + MAX_OTHERS] = {*t};
-    Output answers[1 + MAX_OTHERS] = {{0}};
-    int n = 1 + o->n_others, best = 0;
+    Member all[1 + MAX_OTHERS] = {{*m, *t, output_memory()}}, *best = all, *end = all + 1;
     double lowest = INFINITY;
-    for (int i = 1; i < n; i++) {
+    for (; end <= all + o->n_others; end++) {
         Ids ids = {0};  // a model that cannot take part is found before the others answer
-        load_model(&models[i], o->others[i - 1]);
-        find_tokenizer(&tokenizers[i], NULL, &models[i]);
-        start_text(o, &models[i], &tokenizers[i], context_of(o, &models[i]), &ids);
+        load_model(&end->m, o->others[end - all - 1]);
+        find_tokenizer(&end->t, NULL, &end->m);
+        start_text(o, &end->m, &end->t, &ids);
         free(ids.ids);
-        if (same_file(o->output, tokenizers[i].path))
+        if (same_file(o->output, end->t.path))
             die("-o %s would overwrite a model's tokenizer", o->output);
+        end->answer = output_memory();
     }
-    for (int i = 0; i < n && !interrupted; i++) {
-        answers[i] = output_memory();
-        if (!o->quiet) fprintf(stderr, "%s%s answers\n", i ? "\n" : "", models[i].path);
-        generate_text(o, &models[i], &tokenizers[i], &answers[i]);
+    for (Member *e = all; e < end && !interrupted; e++) {
+        if (!o->quiet) fprintf(stderr, "%s answers\n", e->m.path);
+        generate_text(o, &e->m, &e->t, &e->answer);
     }
-    for (int i = 0; i < n && !interrupted; i++) {
-        Text answer = {answers[i].memory + answers[i].start, answers[i].n - answers[i].start - 1};
+    for (Member *e = all; e < end && !interrupted; e++) {
+        Text answer = {e->answer.memory + e->answer.start, e->answer.n - e->answer.start - 1};
         double sum = 0;
-        if (!o->quiet) fprintf(stderr, "%s%s's answer:", i ? "" : "\n", models[i].path);
-        for (int j = 0; j < n; j++) {
-            double bits = ensemble_bits(&models[j], &tokenizers[j], o->input, answer);
+        if (!o->quiet) fprintf(stderr, "%s's answer:", e->m.path);
+        for (Member *judge = all; judge < end; judge++) {
+            double bits = ensemble_bits(o, judge, answer);
             if (!o->quiet) fprintf(stderr, " %.4f", bits);
             sum += bits;
         }
-        if (!o->quiet) fprintf(stderr, " bits per byte, mean %.4f\n", sum / n);
-        if (sum < lowest) lowest = sum, best = i;
+        if (!o->quiet) fprintf(stderr, " bits per byte, mean %.4f\n", sum / (double)(end - all));
+        if (sum < lowest) lowest = sum, best = e;
     }
-    if (!interrupted && !o->quiet) fprintf(stderr, "the best answer is %s's\n", models[best].path);
-    if (!interrupted) output_text(out, (Text){answers[best].memory, answers[best].n});
-    for (int i = 0; i < n; i++) {
-        free(answers[i].memory);
-        if (i) free_tokenizer(&tokenizers[i]), free_model(&models[i]);
+    if (!interrupted && !o->quiet) fprintf(stderr, "the best answer is %s's\n", best->m.path);
+    if (!interrupted) output_text(out, (Text){best->answer.memory, best->answer.n});
+    for (Member *e = all; e < end; e++) {
+        free(e->answer.memory);
+        if (e > all) free_tokenizer(&e->t), free_model(&e->m);
     }
 }
 #endif
@@ -3424,26 +3334,19 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 // ---- [5.7] chat ---------------------------------------------------------------------------------
 // `-m chat`: a conversation. Its keys and values stay in the cache, and in a session's file, from
 // turn to turn: a turn costs only its own tokens. Enter with chat. It keeps a Machine and where the
-// turns start. Calls: prompt_turn, decoder_continue, session_save, session_load.
+// turns start. Calls: prompt_turn, decoder_continue, session_save, session_read.
 
 #ifndef NO_CHAT
 #ifndef NO_SESSIONS
 // Runs /save or /load. What is wrong is said, and the chat goes on. Only a session is written over.
 static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
-    const char *used[] = {w->o->session, w->m->path, w->t->path, w->o->output};
-    const char *wrong = *path ? NULL : "the command needs a file";
     Session s = {.path = path, .fd = -1, .kv = &w->kv};
-    for (int i = 0; i < 4; i++)
-        if (same_file(path, used[i])) wrong = "it is in use";
-    if (!wrong && (!save || !access(path, F_OK)))
-        wrong = session_lock(path, save ? O_RDWR : O_RDONLY, &s.fd);
-    ssize_t got = save && s.fd >= 0 ? pread(s.fd, s.h.magic, 7, 0) : 0;
-    if (!wrong && got && (got != 7 || memcmp(s.h.magic, "session", 7)))
-        wrong = "it is not a session, and stays as it is";
-    if (!wrong) decoder_settle(w, d);
-    Context copy = d->c;
-    if (!wrong)
-        wrong = save ? session_save(&s, &copy, d->s.rng) : session_read(s.fd, &s.h, &w->kv, &d->c);
+    bool used = same_file(path, w->o->session) || same_file(path, w->o->output);
+    const char *wrong = used ? "it is in use"
+                             : session_lock(path, save ? O_RDWR | O_CREAT : O_RDONLY, &s.fd);
+    if (!wrong && (!save || lseek(s.fd, 0, SEEK_END)))
+        wrong = session_read(s.fd, &s.h, &w->kv, save ? NULL : &d->c);
+    if (!wrong && save) wrong = session_save(&s, &d->c, d->c.done, d->s.rng);
     if (s.fd >= 0) close(s.fd);
     if (wrong) fprintf(stderr, "run: cannot %s %s: %s\n", save ? "write" : "open", path, wrong);
     else fprintf(stderr, "%s: %zu tokens\n", path, d->c.ids.n);
@@ -3461,93 +3364,75 @@ static void chat_command(Machine *w, Decoder *d, char *line) {
     char *path = line + strcspn(line, " \t");
     if (*path) *path++ = 0;
     path += strspn(path, " \t");
-    if (!strcmp(line, "/save") || !strcmp(line, "/load")) chat_file(w, d, line[1] == 's', path);
-    else if (!strcmp(line, "/clear")) {
-        context_cut(&d->c, 0);
-        w->turns.n = 0;
-        decoder_commit(w, d);
-    } else if (!strcmp(line, "/undo")) {
-        if (!w->turns.n) fputs("there is no turn to take back\n", stderr);
-        else context_cut(&d->c, w->turns.ids[--w->turns.n]), decoder_commit(w, d);
-    } else if (!strcmp(line, "/stats")) {
-        int pages = (d->c.done + PAGE_POSITIONS - 1) / PAGE_POSITIONS;
+    bool save = !strcmp(line, "/save"), undo = !strcmp(line, "/undo");
+    if (*path && (save || !strcmp(line, "/load"))) chat_file(w, d, save, path);
+    else if (!strcmp(line, "/stats"))
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
-                d->c.ids.n, w->ctx, (double)pages * (double)w->kv.page_bytes / 1e6, w->rate);
+                d->c.ids.n, w->ctx, (double)w->kv.page_bytes * d->c.done / PAGE_POSITIONS / 1e6,
+                w->rate);
+    else if (undo && !w->turns.n) fputs("there is no turn to take back\n", stderr);
+    else if (undo || !strcmp(line, "/clear")) {
+        w->turns.n = undo ? w->turns.n - 1 : 0;
+        decoder_cut(w, d, undo ? w->turns.ids[w->turns.n] : 0, 0);
     } else {
         if (strcmp(line, "/help")) fprintf(stderr, "%s is not a command; these are:\n", line);
-        fputs("/clear       forget the conversation\n/undo        take the last turn back\n"
-              "/save FILE   keep the conversation in a file\n"
-              "/load FILE   go on with one from a file\n/stats       its size and speed\n"
-              "Ctrl-C ends an answer, Ctrl-D the chat\n", stderr);
+        fputs("/clear the conversation, /undo its last turn, /save FILE, /load FILE, /stats: its "
+              "size and speed; Ctrl-C ends an answer, Ctrl-D the chat\n", stderr);
     }
 }
 
-// The next line of stdin without its end; one with s NULL at the end of stdin.
+// The next line of stdin without its end; one with s NULL at the end of stdin. Ctrl-C drops the
+// line; a second one ends the program.
 static Text chat_line(bool prompt) {
     char *s = NULL;
     size_t capacity = 0;
-    for (;;) {
-        if (prompt) fputs("> ", stderr);
+    ssize_t n = -1;
+    for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
+        if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n> " : "> ", stderr);
+        clearerr(stdin);
         errno = 0;
-        ssize_t n = getline(&s, &capacity, stdin);
-        if (n >= 0) {
-            interrupted = 0;
-            while (n && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
-            s[n] = 0;
-            return (Text){s, (size_t)n};
-        }
-        if (errno != EINTR || interrupted == SIGTERM) break;
-        clearerr(stdin);  // Ctrl-C drops the line; a second one ends the program
-        if (prompt) fputs("\n(Ctrl-D ends the chat)\n", stderr);
+        n = getline(&s, &capacity, stdin);
     }
     if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
-    free(s);
-    return (Text){NULL, 0};
+    while (n > 0 && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
+    if (n < 0) free(s);
+    else s[n] = 0;
+    return n < 0 ? (Text){NULL, 0} : (Text){s, (size_t)n};
 }
 
-// Appends a user's turn to the conversation. False, after a word on stderr, if there is no room.
-static bool chat_add(Machine *w, Decoder *d, Text user) {
+// Appends a user's turn and the model's reply; a turn that has no room is left out.
+static void chat_turn(Machine *w, Decoder *d, Text user) {
+    const Options *o = w->o;
     const Tokenizer *t = w->t;
     Ids *ids = &d->c.ids, head = {0};
-    Text system = {w->o->system, w->o->system ? strlen(w->o->system) : 0};
-    size_t start = ids->n, ctx = (size_t)w->ctx;
+    Text system = {o->system, o->system ? strlen(o->system) : 0};
+    int start = (int)ids->n;
+    double began = seconds();
     Prompt p = {0};
     if (start) prompt_append(&p, t->chat[ASSISTANT_AFTER], false);
     size_t head_end = prompt_turn(&p, t, start == 0, system, user);
     encode(t, (Text){p.s, p.n}, p.typed, start == 0, ids);
-    size_t n = ids->n - start;
-    if (!start && !n) die("%s has no token for any byte of this turn", t->path);
-    bool fits = start + n <= ctx || n <= ctx / 2;
-    if (!fits) {
-        fprintf(stderr, "run: this turn has %zu tokens, too many for the context of %d, of which "
-                        "%zu are in use: it is left out\n", n, w->ctx, start);
-        ids->n = start;
-    } else if (!start) {  // the system turn stays when the context is full
-        encode(t, (Text){p.s, head_end}, p.typed, true, &head);
-        d->c.keep = head.n > 4 ? (int)head.n : 4;
-        if (d->c.keep > (int)n) d->c.keep = (int)n;
-        free(head.ids);
+    encode(t, (Text){p.s, head_end}, p.typed, start == 0, &head);
+    if (!ids->n) die("%s has no token for any byte of this turn", t->path);
+    int n = (int)ids->n - start;
+    int after = start ? LATER_AFTER : system.s ? USER_AFTER_SYSTEM : USER_AFTER;
+    if (start + n > w->ctx && n > w->ctx / 2) {
+        fprintf(stderr, "run: this turn has %d tokens, too many for the context of %d, of which "
+                        "%d are in use: it is left out\n", n, w->ctx, start);
+        ids->n = (size_t)start;
+    } else {
+        if (!start) d->c.keep = head.n > 4 ? (int)head.n : 4;  // the system turn stays
+        push(&w->turns, start);
+        d->budget = o->steps > 0 ? o->steps : w->ctx;
+        d->n_new = 0;
+        output_begin(d->out, o, !t->llama2c, t->chat[after]);
+        decoder_continue(w, d);
+        decoder_settle(w, d, 1);  // before the next turn comes, as where a session is closed here
+        w->rate = d->n_new / (seconds() - began);
+        if (interrupted == SIGINT) interrupted = 0;
     }
+    free(head.ids);
     prompt_free(&p);
-    return fits;
-}
-
-// Appends a user's turn and the model's reply.
-static void chat_turn(Machine *w, Decoder *d, Text user) {
-    const Options *o = w->o;
-    int start = (int)d->c.ids.n;
-    if (!chat_add(w, d, user)) return;
-    double began = seconds();
-    push(&w->turns, start);
-    d->budget = o->steps > 0 ? o->steps : w->ctx;
-    d->n_new = 0;
-    d->start = (int)d->c.ids.n;
-    int after = start ? LATER_AFTER : o->system ? USER_AFTER_SYSTEM : USER_AFTER;
-    output_begin(d->out, o, !w->t->llama2c, w->t->chat[after]);
-    decoder_continue(w, d);
-    decoder_fit(w, d);  // before the next turn comes, as where a session is closed here
-    w->rate = d->n_new / (seconds() - began);
-    if (interrupted == SIGINT) interrupted = 0;
 }
 
 static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
@@ -3561,9 +3446,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     if (d.c.ids.n && o->system && !o->quiet)
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     if (o->input.len) chat_turn(&w, &d, o->input);
-    while (interrupted != SIGTERM) {
-        Text line = chat_line(isatty(0) && !o->quiet);
-        if (!line.s) break;
+    for (Text line; (line = chat_line(isatty(0) && !o->quiet)).s;) {
         if (line.s[0] == '/') chat_command(&w, &d, (char *)(uintptr_t)line.s);
         else if (line.len) chat_turn(&w, &d, line);
         free((char *)(uintptr_t)line.s);
@@ -3860,7 +3743,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
-    long long budget = start_text(o, m, t, e.w.ctx, &e.d.c.ids);
+    long long budget = start_text(o, m, t, &e.d.c.ids);
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
@@ -3910,7 +3793,7 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     char *end;
     machine_open(&w, &d, o, m, none, out);
     Ids *ids = &d.c.ids;
-    machine_fill(&w, &d, (int)ids->n);
+    decoder_settle(&w, &d, 0);
     for (const char *p = text.s; p < text.s + text.len; p = end) {
         long id = strtol(p, &end, 10);
         if (end == p || id < 0 || id >= m->c.vocab_size)
