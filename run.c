@@ -1388,7 +1388,6 @@ typedef struct {
     Index merges;             // ranks of pairs of tokens, two uint32
     uint8_t *kinds;           // (N_CHARS) of the characters
     size_t special[256];      // longest control or user-defined token that starts with this byte
-    int byte_token[256];      // SentencePiece's for a byte that no other one has, -1 none
     const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
 } Tokenizer;
@@ -1410,19 +1409,17 @@ static Index index_new(size_t n) {
 }
 // The number of a text, or -1. One that is not there is added, unless the number for it is -1.
 static int index_find(const Index *index, Text text, int number) {
-    uint64_t h = 0xcbf29ce484222325u;  // FNV-1a
-    for (size_t i = 0; i < text.len; i++) h = (h ^ (uint8_t)text.s[i]) * 0x100000001b3u;
-    for (size_t i = (size_t)(h ^ h >> 32);; i++) {
+    for (size_t i = (size_t)hash64(text.s, text.len);; i++) {
         Named *e = &index->entries[i & index->mask];
         if (e->number < 0 && number >= 0) *e = (Named){text.s, (uint32_t)text.len, number};
         if (e->number < 0 || (e->len == text.len && !memcmp(e->s, text.s, text.len)))
             return e->number;
     }
 }
-// The normal token with this text, or -1.
+// The normal token with this text, or the one for this byte, or -1.
 static int token_normal(const Tokenizer *t, Text text) {
     int id = index_find(&t->by_text, text, -1);
-    return id >= 0 && t->tokens[id].type == NORMAL ? id : -1;
+    return id >= 0 && (t->tokens[id].type == NORMAL || t->tokens[id].type == BYTE) ? id : -1;
 }
 // The control or user-defined token at a place in a text, the longest one, or -1. Control tokens
 // count only where `typed` (one flag for each byte, NULL: none) is zero throughout.
@@ -1466,56 +1463,35 @@ static const void *bytes_take(Bytes *b, uint64_t n) {
     return taken;
 }
 
-// Checks the header. llama2.c's layout has none: these are its program's, which ends texts at BOS.
-static const char *read_header(Tokenizer *t, Bytes *file, const Model *m) {
-    TokenizerHeader *h = &t->h;
-    const void *start = bytes_take(file, t->llama2c ? 4 : sizeof *h);
-    *h = (TokenizerHeader){.version = 1, .kind = SENTENCEPIECE, .vocab_size = m->c.vocab_size,
-                           .bos = 1, .eos = 1, .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
-                           .temperature = -1, .top_p = -1};
-    if (start && !t->llama2c) memcpy(h, start, sizeof *h);
-    if (h->version != 1) return "has an unknown version";
-    if (!start || (!t->llama2c && hash64(t->file + 16, t->file_size - 16) != h->hash))
-        return "is damaged or truncated: its hash is wrong";
-    if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
-    if (h->vocab_size > m->c.vocab_size) return "has more tokens than the model";
-    uint32_t n = (uint32_t)h->vocab_size;
-    if (h->vocab_size < 1 || h->bos + 1u > n || h->eos + 1u > n || h->unk + 1u > n ||
-        h->kind > SENTENCEPIECE || h->split > 2 || (h->n_chat && h->n_chat != N_CHAT))
-        return "is damaged, or has too few tokens: see its header";
-    return NULL;
-}
-
-// Reads a token, and notes where text becomes it. llama2.c's layout has no types: the first three
-// tokens are <unk>, BOS and EOS, and <0xHH> is the byte HH. False: there is no token.
-static bool read_token(Tokenizer *t, Bytes *file, int id) {
-    static const char hex[] = "0123456789ABCDEF";
+// Reads the tokens, and notes where text becomes them. llama2.c's layout has no types: the first
+// three are <unk>, BOS and EOS, the 256 after them bytes, as <0xHH>. False: some are missing.
+static bool read_tokens(Tokenizer *t, Bytes *file) {
     static char bytes[256];
-    const uint8_t *start = bytes_take(file, 8);
-    if (!start) return false;
-    size_t len = read_u32(start + 4) >> (t->llama2c ? 0 : 16);
-    int type = !t->llama2c ? start[4] : id < 3 ? CONTROL : NORMAL;
-    const char *s = bytes_take(file, len), *high, *low;
-    if (!s || type > UNUSED) return false;
-    if (t->llama2c && id >= 3 && len == 6 && !memcmp(s, "<0x", 3) && s[5] == '>' &&
-        (high = memchr(hex, s[3], sizeof hex - 1)) && (low = memchr(hex, s[4], sizeof hex - 1))) {
-        s = &bytes[(high - hex) * 16 + (low - hex)];
-        bytes[s - bytes] = (char)(s - bytes);
-        len = 1;
-        type = BYTE;
+    t->tokens = zeros((size_t)t->h.vocab_size, sizeof *t->tokens);
+    t->by_text = index_new((size_t)t->h.vocab_size);
+    for (int id = 0; id < t->h.vocab_size; id++) {
+        const uint8_t *start = bytes_take(file, 8);
+        size_t len = start ? read_u32(start + 4) >> (t->llama2c ? 0 : 16) : 0;
+        Text text = {bytes_take(file, len), len};
+        if (!text.s) return false;
+        int type = !t->llama2c ? start[4] : id < 3 ? CONTROL : NORMAL;
+        if (t->llama2c && id >= 3 && id < 259 && len == 6 && !memcmp(text.s, "<0x", 3)) {
+            type = BYTE;
+            bytes[id - 3] = (char)(id - 3);
+            text = (Text){&bytes[id - 3], 1};
+        }
+        t->tokens[id] = (Token){text, float_of(read_u32(start)), type};
+        size_t *special = &t->special[text.len ? (uint8_t)*text.s : 0];
+        if ((type == CONTROL || type == USER_DEFINED) && text.len > *special) *special = text.len;
+        if (type < BYTE) index_find(&t->by_text, text, id);  // the first of equal texts
     }
-    t->tokens[id] = (Token){{s, len}, float_of(read_u32(start)), type};
-    if (!len || type == UNUSED) return true;
-    int *byte = &t->byte_token[(uint8_t)*s];
-    size_t *special = &t->special[(uint8_t)*s];
-    if (type != BYTE) index_find(&t->by_text, (Text){s, len}, id);  // the first of equal texts
-    if ((type == CONTROL || type == USER_DEFINED) && len > *special) *special = len;
-    if (type == BYTE && len == 1 && *byte < 0) *byte = id;
+    for (int id = 0; id < t->h.vocab_size; id++)  // bytes that are no other token
+        if (t->tokens[id].type == BYTE) index_find(&t->by_text, t->tokens[id].text, id);
     return true;
 }
 
 // Reads what follows the tokens: nothing in llama2.c's layout, whose header counts none of it.
-static const char *read_tables(Tokenizer *t, Bytes *file) {
+static bool read_tables(Tokenizer *t, Bytes *file) {
     if (!t->llama2c) bytes_take(file, -(uint64_t)(file->p - t->file) & 3);
     const uint32_t *pair = bytes_take(file, t->h.n_merges * 8ull);
     const struct { uint32_t first, last, class; } *range = bytes_take(file, t->h.n_ranges * 12ull);
@@ -1525,19 +1501,18 @@ static const char *read_tables(Tokenizer *t, Bytes *file) {
         t->chat[i].len = len ? read_u32(len) : 0;
         t->chat[i].s = bytes_take(file, t->chat[i].len);
     }
-    if (file->p != file->end) return "is damaged, or has more tokens than the model";
+    if (file->p != file->end) return false;
     t->merges = index_new(t->h.n_merges);
     for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2)
         index_find(&t->merges, (Text){(const char *)pair, 8}, (int)rank);
     t->kinds = memset(zeros(N_CHARS, 1), OTHER, N_CHARS);
-    for (uint32_t i = 0, next = 0; i < t->h.n_ranges; i++, next = range++->last + 1) {
-        if (range->first < next || range->last < range->first || range->last >= N_CHARS ||
-            range->class > 3) return "is damaged: its character classes";
+    for (uint32_t i = 0; i < t->h.n_ranges; i++, range++) {
+        if (range->first > range->last || range->last >= N_CHARS || range->class > 3) return false;
         memset(t->kinds + range->first, 1 << range->class, range->last + 1 - range->first);
     }
     t->kinds[' '] = BLANK;
     t->kinds['\r'] = t->kinds['\n'] = NEWLINE;
-    return NULL;
+    return true;
 }
 
 static void free_tokenizer(Tokenizer *t) {
@@ -1549,21 +1524,28 @@ static void free_tokenizer(Tokenizer *t) {
     *t = (Tokenizer){0};
 }
 
-// Opens a tokenizer for a model. Returns NULL, or what is wrong with it.
+// Opens a tokenizer for a model. Returns NULL, or what is wrong with it. llama2.c's layout has no
+// header: this is what its program takes for granted, which ends texts at BOS.
 static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
-    *t = (Tokenizer){0};
+    *t = (Tokenizer){.h = {.version = 1, .kind = SENTENCEPIECE, .vocab_size = m->c.vocab_size,
+                           .bos = 1, .eos = 1, .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
+                           .temperature = -1, .top_p = -1}};
+    TokenizerHeader *h = &t->h;
     t->file = map_file(path, &t->file_size);
     snprintf(t->path, sizeof t->path, "%s", path);
-    memset(t->byte_token, -1, sizeof t->byte_token);
-    Bytes file = {t->file, t->file + t->file_size};
     t->llama2c = t->file_size < 4 || memcmp(t->file, "tok3", 4);
-    const char *wrong = read_header(t, &file, m);
-    if (wrong) return wrong;
-    t->tokens = zeros((size_t)t->h.vocab_size, sizeof *t->tokens);
-    t->by_text = index_new((size_t)t->h.vocab_size);
-    for (int id = 0; id < t->h.vocab_size; id++)
-        if (!read_token(t, &file, id)) return "is damaged, or not this model's tokenizer";
-    return read_tables(t, &file);
+    Bytes file = {t->file, t->file + t->file_size};
+    const void *start = bytes_take(&file, t->llama2c ? 4 : sizeof *h);
+    if (start && !t->llama2c) memcpy(h, start, sizeof *h);
+    if (h->version != 1) return "has an unknown version";
+    if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
+    uint32_t n = (uint32_t)h->vocab_size;
+    bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
+    if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
+        h->unk + 1u > n || h->kind > SENTENCEPIECE || h->split > 2 || h->n_chat > N_CHAT ||
+        !read_tokens(t, &file) || !read_tables(t, &file))
+        return "is damaged, or not this model's tokenizer";
+    return NULL;
 }
 
 // Finds the model's tokenizer: the named one, or model.tok or tokenizer.bin beside the model, or
@@ -1589,23 +1571,22 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
 // A word is covered by symbols, each kept at the place of its first byte. The two that are joined
 // next, those of the highest priority, of equals the leftmost, are found by a tournament.
 
-typedef struct { int id, len, prev; } Symbol;  // len 0: joined to prev, the place of the one before
+typedef struct { int id, len, prev; } Symbol;  // len 0: none begins here; prev: the one before
 typedef struct {
     const Tokenizer *t;
     Ids *out;
     Text word;
-    Symbol *symbols;  // (word.len)
+    Symbol *symbols;  // (word.len + 1)
     int leaves;       // the least power of two that is not below word.len
     float *winners;   // (2 leaves) [leaves + place]: the priority of joining the symbol there to
 } Encoder;            // the one behind, -INFINITY: none; [i]: the higher one of [2 i] and [2 i + 1]
 
-// Finds out whether the symbol at a place (-1: none) can be joined to the one behind it.
+// Finds out whether the symbol at a place can be joined to the one behind it.
 static void encode_pair(Encoder *e, int place) {
     const Tokenizer *t = e->t;
-    if (place < 0) return;
-    Symbol *a = &e->symbols[place], *b = a + a->len;
+    const Symbol *a = &e->symbols[place], *b = a + a->len;
     float *w = e->winners, priority = -INFINITY;
-    if (a->len && place + a->len < (int)e->word.len) {
+    if (b->len) {  // else there is none, here or behind
         int pair[] = {a->id, b->id}, rank = 0;
         bool ranked = t->h.kind == BYTE_LEVEL;
         if (ranked) rank = index_find(&t->merges, (Text){(char *)pair, sizeof pair}, -1);
@@ -1615,7 +1596,7 @@ static void encode_pair(Encoder *e, int place) {
     }
     int i = e->leaves + place;
     w[i] = priority;
-    while (i /= 2) w[i] = w[2 * i] < w[2 * i + 1] ? w[2 * i + 1] : w[2 * i];  // NOLINT: all set
+    while (i /= 2) w[i] = fmaxf(w[2 * i], w[2 * i + 1]);  // NOLINT: all set
 }
 
 // Appends the tokens of one word (or, with SentencePiece, of a whole text).
@@ -1626,7 +1607,8 @@ static void encode_word(Encoder *e, Text word) {
     e->word = word;
     for (e->leaves = 1; e->leaves < n;) e->leaves *= 2;
     for (int i = 0; i < 2 * e->leaves; i++) e->winners[i] = -INFINITY;
-    for (int i = 0, prev = -1; i < n; prev = i, i += symbols[i].len) {
+    memset(symbols, 0, (word.len + 1) * sizeof *symbols);
+    for (int i = 0, prev = 0; i < n; prev = i, i += symbols[i].len) {
         size_t len = 1;
         if (t->h.kind == SENTENCEPIECE) next_char(word.s + i, (size_t)(n - i), &len);
         symbols[i] = (Symbol){token_normal(t, (Text){word.s + i, len}), (int)len, prev};
@@ -1635,20 +1617,20 @@ static void encode_word(Encoder *e, Text word) {
     while (e->winners[1] > -INFINITY) {
         int i = 1;
         while (i < e->leaves) i = 2 * i + (e->winners[2 * i] < e->winners[2 * i + 1]);
-        int place = i - e->leaves, next = place + symbols[place].len;  // NOLINT: set
-        Symbol *a = &symbols[place];
-        a->len += symbols[next].len;
+        int place = i - e->leaves;
+        Symbol *a = &symbols[place], *b = a + a->len;
+        a->len += b->len;
         a->id = token_normal(t, (Text){word.s + place, (size_t)a->len});
-        symbols[next].len = 0;
-        if (place + a->len < n) a[a->len].prev = place;
-        encode_pair(e, next);
+        b->len = 0;
+        a[a->len].prev = place;
+        encode_pair(e, (int)(b - symbols));
         encode_pair(e, a->prev);
         encode_pair(e, place);
     }
     for (int i = 0; i < n; i += symbols[i].len) {
         if (symbols[i].id >= 0) push(e->out, symbols[i].id);
         else for (int j = 0; j < symbols[i].len; j++) {  // its bytes, or unknown
-            int byte = t->byte_token[(uint8_t)word.s[i + j]];
+            int byte = token_normal(t, (Text){word.s + i + j, 1});
             if (byte >= 0) push(e->out, byte);
             else if (t->h.unk >= 0 && !j) push(e->out, t->h.unk);
         }
@@ -1661,7 +1643,9 @@ static void encode_word(Encoder *e, Text word) {
 //   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}
 //      | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 // Those in the middle are here: perhaps a character of the kinds `before`, a run, a run `after`.
-static const struct { uint8_t before, run, after; } word_rules[2][3] = {
+// The first three are split 1 where each digit is a word, and what comes before it ends there.
+static const struct { uint8_t before, run, after; } word_rules[3][3] = {
+    {{BLANK, LETTER, 0}, {0, NUMBER, 0}, {BLANK, OTHER, 0}},
     {{BLANK, LETTER, 0}, {BLANK, NUMBER, 0}, {BLANK, OTHER, 0}},
     {{OTHER | WHITE | BLANK, LETTER, 0}, {0, NUMBER, 0}, {BLANK, OTHER, NEWLINE}}};
 
@@ -1675,39 +1659,23 @@ static size_t word_run(const Tokenizer *t, Text text, size_t at, int kinds, size
 // Length of the first word of a text.
 static size_t word_next(const Tokenizer *t, Text text) {
     static const char *const ends[] = {"s", "t", "re", "ve", "m", "ll", "d"};
-    bool gpt2 = t->h.split == 1;
+    bool gpt2 = t->h.split == 1, isolate = t->h.isolate_digits;
+    size_t digits = isolate ? 1 : t->h.digits ? t->h.digits : SIZE_MAX;
     for (int i = 0; i < 7 && text.s[0] == '\''; i++) {
         size_t n = strlen(ends[i]);
         if (n < text.len && !(gpt2 ? strncmp : strncasecmp)(text.s + 1, ends[i], n)) return n + 1;
     }
-    for (int i = 0; i < 3; i++) {
-        int run = word_rules[!gpt2][i].run;
-        size_t most = run == NUMBER && t->h.digits ? t->h.digits : SIZE_MAX;
-        size_t start = word_run(t, text, 0, word_rules[!gpt2][i].before, 1);
-        size_t end = word_run(t, text, start, run, most);
-        if (end > start) return word_run(t, text, end, word_rules[!gpt2][i].after, SIZE_MAX);
+    for (int i = 0, rules = gpt2 ? !isolate : 2; i < 3; i++) {
+        int run = word_rules[rules][i].run;
+        size_t start = word_run(t, text, 0, word_rules[rules][i].before, 1);
+        size_t end = word_run(t, text, start, run, run == NUMBER ? digits : SIZE_MAX);
+        if (end > start) return word_run(t, text, end, word_rules[rules][i].after, SIZE_MAX);
     }
     size_t n = word_run(t, text, 0, WHITE | BLANK | NEWLINE, SIZE_MAX), last = n - 1;
     for (size_t i = n; i && !gpt2; i--) if (t->kinds[(uint8_t)text.s[i - 1]] == NEWLINE) return i;
+    if (n == text.len || (isolate && word_run(t, text, n, NUMBER, 1) > n)) return n;
     while (last && ((uint8_t)text.s[last] & 0xc0) == 0x80) last--;
-    return last && n < text.len ? last : n;  // the last space belongs to the next word
-}
-
-// Appends the tokens of a text without special tokens. With isolate_digits each digit is a word,
-// and what is between two is cut by itself.
-static void encode_part(Encoder *e, Text text) {
-    const Tokenizer *t = e->t;
-    bool words = t->h.kind == BYTE_LEVEL && t->h.split, digits = words && t->h.isolate_digits;
-    for (size_t at = 0, end = 0; at < text.len;) {
-        if (at == end) end = digits ? word_run(t, text, at, ~NUMBER, SIZE_MAX) : text.len;
-        if (at == end) end = word_run(t, text, at, NUMBER, 1);
-        Text word = {text.s + at, end - at};
-        if (words) word.len = word_next(t, word);
-        int whole = t->h.flags & IGNORE_MERGES ? token_normal(t, word) : -1;
-        if (whole >= 0) push(e->out, whole);
-        else encode_word(e, word);
-        at += word.len;
-    }
+    return last ? last : n;  // the last space belongs to the next word
 }
 
 // Appends the tokens of a text. One that starts a text (else it continues one) gets BOS and a space
@@ -1715,7 +1683,8 @@ static void encode_part(Encoder *e, Text text) {
 // that are marked as typed by a user.
 static void encode(const Tokenizer *t, Text text, const char *typed, bool text_start, Ids *out) {
     if (text.len > INT_MAX / 4) die("the text is too long: %zu bytes", text.len);
-    size_t start = 0, room = text.len + 1;
+    bool words = t->h.kind == BYTE_LEVEL && t->h.split;
+    size_t start = 0, room = text.len + 2;
     Encoder e = {.t = t, .out = out, .symbols = resize(NULL, room, sizeof(Symbol)),
                  .winners = resize(NULL, 4 * room, sizeof(float))};
     char *copy = resize(NULL, room, 1);  // behind a byte that may become a space
@@ -1728,7 +1697,13 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool text_s
         bool prefix = start ? !(t->h.flags & PREFIX_START_ONLY) : text_start;
         bool space = i > start && prefix && t->h.flags & ADD_SPACE_PREFIX;
         if (space) copy[start] = ' ';  // over the end of what is encoded already
-        encode_part(&e, (Text){copy + start + !space, i - start + space});
+        Text part = {copy + start + !space, i - start + space};
+        for (Text word = part; part.len; part.s += word.len, part.len -= word.len) {
+            word = (Text){part.s, words ? word_next(t, part) : part.len};
+            int whole = t->h.flags & IGNORE_MERGES ? token_normal(t, word) : -1;
+            if (whole >= 0) push(out, whole);
+            else encode_word(&e, word);
+        }
         if (special < 0) break;
         push(out, special);
         start = i + t->tokens[special].text.len;
@@ -2506,9 +2481,8 @@ static void output_text(Output *out, Text text) {
             output_think(out, strlen(tag));
     }
     for (size_t n = 1; n < 8 && n <= out->n; n++) {  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
-        const char *last = out->memory + out->n - n;
-        bool tag = out->filter && !memcmp(last, output_tags[out->thinking], n);
-        if (tag || (n < 4 && (uint8_t)*last >= 256 - (128 >> n))) keep = n;
+        uint8_t last = (uint8_t)out->memory[out->n - n];
+        if (last >= 256 - (128 >> n) || (out->filter && last == '<')) keep = n;
     }
     output_put(out, NULL, 0, out->thinking && !out->terminal ? out->n - out->thought : keep);
 }
@@ -2847,18 +2821,18 @@ static Text tool_ask(const char *command, Text question) {
             execl("/bin/sh", "sh", "-c", command, (char *)NULL);
         _exit(127);
     }
-    while (child > 0 && !ended && n < (ssize_t)sizeof answer && seconds() < end && !interrupted) {
+    while (child > 0 && !ended) {
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
         ended = waitpid(child, &status, WNOHANG);
         n = pread(fileno(out), answer, sizeof answer, 0);
+        bool enough = ended || n == sizeof answer || seconds() > end || interrupted;
+        if (enough) kill(-child, SIGKILL);
     }
-    if (child > 0) kill(-child, SIGKILL);
-    while (child > 0 && !ended && waitpid(child, NULL, 0) < 0 && errno == EINTR) {}
     running_tool = 0;
     if (in) fclose(in);
     if (out) fclose(out);
     const char *wrong = child < 0 ? "cannot be started" : n == sizeof answer ? "says too much"
-                      : !ended ? "takes too long" : status ? "fails" : NULL;
+                      : status && seconds() > end ? "takes too long" : status ? "fails" : NULL;
     while (n > 0 && (uint8_t)answer[n - 1] <= ' ') n--;
     if (n <= 0 && !wrong) wrong = "prints nothing";
     if (wrong && !interrupted)
@@ -2897,11 +2871,11 @@ static Text tool_question(Text text, const char **before, const char **after) {
     for (at = n; at && text.s[at - 1] && strchr("0123456789.+-*/%^() ", text.s[at - 1]);) at--;
     int c = at ? text.s[at - 1] : '\n';
     // It may be part of something else, as x+2*3 or 1,234*2; a line may begin with "- " or "1. ".
-    bool part = ((c | 32) >= 'a' && (c | 32) <= 'z') || strchr(",:_=", c);
-    if (part && text.s[at] != ' ') return (Text){"", 0};
+    bool letter = (c | 32) >= 'a' && (c | 32) <= 'z';
+    bool part = text.s[at] != ' ' && (letter || strchr(",:_=", c));
     at += strspn(text.s + at, " ");
     if (c == '\n' && !tool_expression(text.s + at)) at += strcspn(text.s + at, " =");
-    if (!tool_expression(text.s + at)) return (Text){"", 0};
+    if (part || !tool_expression(text.s + at)) return (Text){"", 0};
     if (n + 1 == text.len && text.s[n - 1] == ' ') *before = " ";
     *after = "\n";  // or the model might add digits
     at += strspn(text.s + at, " ");
@@ -4384,23 +4358,13 @@ enum { N_OPTIONS = sizeof options / sizeof *options };
 #define usage_error(...)                                                                           \
     (fprintf(stderr, "run: " __VA_ARGS__), fputs("; see ./run --help\n", stderr), exit(2))
 
-// The option that an argument names: as -x, --name or --name=value.
-static const struct Option *option_find(const char *a) {
-    size_t at = a[1] == '-' ? 4 : 0, n = at ? strcspn(a, "=") : strlen(a);
-    for (const struct Option *option = options; option < options + N_OPTIONS; option++) {
-        const char *name = option->name + at;
-        if (option->modes && n == strcspn(name, ", ") && !strncmp(name, a, n)) return option;
-    }
-    usage_error("unknown option %s", a);
-}
-
-// Sets it to the value s (NULL: there is none); `a` is how it was given.
+// Sets an option to the value s (NULL: there is none); `a` is how it was given.
 static void option_set(Options *o, const struct Option *option, const char *a, const char *s) {
     void *field = (char *)o + option->field;
     bool flag = option->kind == FLAG, empty = option->kind == WORD && option->low < 1;
     char *end = NULL;
-    if (flag && s) usage_error("%s takes no value", a);
-    if (!flag && (!s || (!*s && !empty))) usage_error("%s needs a value", a);
+    if (flag ? s != NULL : !s || (!*s && !empty))
+        usage_error("%s %s value", a, flag ? "takes no" : "needs a");
     if (option->kind == LIST && o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
     o->given |= 1ull << (option - options);
     if (option->kind == FLAG) *(bool *)field = true;
@@ -4416,21 +4380,21 @@ static void option_set(Options *o, const struct Option *option, const char *a, c
         usage_error("%s goes from %.10g to %.10g, not \"%.40s\"", a, option->low, option->high, s);
 }
 
+// Options are given as -x, --name or --name=value.
 static void option_parse(Options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        const char *a = argv[i], *equals = strchr(a, '=');
-        if (a[0] == '-' && a[1]) {
-            const struct Option *option = option_find(a);
-            bool next = !equals && option->kind != FLAG;
-            option_set(o, option, a, next ? argv[++i] : equals ? equals + 1 : NULL);
-        } else if (o->model) usage_error("there are two models, %s and %s", o->model, a);
+        const struct Option *option = options, *end = options + N_OPTIONS;
+        const char *a = argv[i];
+        size_t at = a[0] && a[1] == '-' ? 4 : 0, n = at ? strcspn(a, "=") : strlen(a);
+        while (option < end && (!option->modes || !n || n != strcspn(option->name + at, ", ") ||
+                                strncmp(option->name + at, a, n)))
+            option++;
+        if (option < end)
+            option_set(o, option, a, a[n] ? a + n + 1 : option->kind == FLAG ? NULL : argv[++i]);
+        else if (a[0] == '-' && a[1]) usage_error("unknown option %s", a);
+        else if (o->model) usage_error("there are two models, %s and %s", o->model, a);
         else o->model = a;
     }
-}
-
-// An output that is also an input would be lost: it is refused.
-static void refuse_overwriting(const char *output, const char *input) {
-    if (same_file(output, input)) usage_error("-o %s would overwrite %s, an input", output, input);
 }
 
 // Returns the mode. Options that have no meaning in it, or together, are refused.
@@ -4454,11 +4418,17 @@ static int option_check(const Options *o) {
     if (layer && o->output && !o->trace) usage_error("--layer means nothing in a page: it has all");
     if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
         usage_error("mode %s writes no text for a terminal: use -o or a pipe", o->mode);
-    const char *inputs[] = {o->model, o->tokenizer, o->prompt_file, o->session, o->draft,
-                            "/dev/stdin"};
-    for (int i = 0; i < 6 + o->n_others; i++)
-        refuse_overwriting(o->output, i < 6 ? inputs[i] : o->others[i - 6]);
     return mode;
+}
+
+// An output that is also an input would be lost: it is refused.
+static void refuse_overwriting(const Options *o, const Tokenizer *t) {
+    const char *inputs[6 + MAX_OTHERS] = {o->model, t->path, o->prompt_file, o->session, o->draft,
+                                          "/dev/stdin"};
+    memcpy(inputs + 6, o->others, sizeof o->others);
+    for (int i = 0; i < 6 + MAX_OTHERS; i++)
+        if (same_file(o->output, inputs[i]))
+            usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }
 
 static void option_help(void) {
@@ -4505,27 +4475,16 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 }
 #endif
 
-// The contract of equal bits needs these; a wrong build says so instead of breaking it.
-static void check_arithmetic(void) {
-    volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
-    if (a * a - square != 0) die("built with fused multiply-add: use -ffp-contract=off");
-    if (tiny / 2 == 0) die("built to flush subnormal numbers to zero: do not use -ffast-math");
-}
-
-// A file that we open must not become stdin, stdout or stderr: a closed one gets a substitute that
-// cannot be read or written.
-static void fill_standard_files(void) {
-    for (int fd = 0; fd <= 2; fd++)
-        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
-}
-
 int main(int argc, char **argv) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
                  .repeat_penalty = 1, .layer = -1, .head = -1, .started = seconds(),
                  .threads = cores < 1 ? 1 : cores > 256 ? 256 : cores};
-    fill_standard_files();
-    check_arithmetic();
+    for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+    volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
+    if (a * a - square != 0 || tiny / 2 == 0)  // the same bits everywhere need these
+        die("built for other arithmetic: use -ffp-contract=off and no -ffast-math");
     option_parse(&o, argc, argv);
     if (o.help) option_help();
     else if (o.version) printf("run %s (%s)\n", VERSION, isa);
@@ -4543,12 +4502,12 @@ int main(int argc, char **argv) {
     load_model(&m, o.model);
     if (mode != LOGITS && mode != BENCH && (mode != CHECK || tokenizer_hash_of(&m)))
         find_tokenizer(&t, o.tokenizer, &m);
-    refuse_overwriting(o.output, t.path);
+    refuse_overwriting(&o, &t);
     Output out = output_open(o.output);
     o.input = input_read(&o);               // which may wait for long
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal
     modes[mode].run(&o, &m, &t, &out);
-    refuse_overwriting(o.output, o.session);  // which may have been made only now
+    refuse_overwriting(&o, &t);  // a session may have been made only now
     if (!interrupted || (out.n && mode != LOGITS)) output_file(&out, out.n ? out.memory : "");
     free(out.memory);
     free((char *)(uintptr_t)o.input.s);
