@@ -1438,15 +1438,12 @@ static int token_special(const Tokenizer *t, Text text, size_t at, const char *t
 static uint32_t next_char(const char *s, size_t len, size_t *used) {
     static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
     const uint8_t *p = (const uint8_t *)s;
-    size_t more = (size_t)((p[0] >= 0xc2) + (p[0] >= 0xe0) + (p[0] >= 0xf0));  // bytes that follow
+    size_t more = (size_t)((p[0] >= 0xc2) + (p[0] >= 0xe0) + (p[0] >= 0xf0)), n = 1;  // to follow
     uint32_t c = more ? p[0] & (0x3fu >> more) : p[0];
-    bool valid = more < len && p[0] < (more ? 0xf5 : 0x80);
-    for (size_t i = 1; valid && i <= more; i++) {
-        valid = (p[i] & 0xc0) == 0x80;
-        c = c << 6 | (p[i] & 0x3f);
-    }
-    valid = valid && c >= least[more] && c < N_CHARS && (c < 0xd800 || c > 0xdfff);
-    *used = valid ? more + 1 : 1;
+    for (; n <= more && n < len && (p[n] & 0xc0) == 0x80; n++) c = c << 6 | (p[n] & 0x3f);
+    bool valid = n > more && p[0] < (more ? 0xf5 : 0x80) && c >= least[more] && c < N_CHARS &&
+                 (c < 0xd800 || c > 0xdfff);
+    *used = valid ? n : 1;
     return valid ? c : 0xfffd;
 }
 
@@ -1552,9 +1549,8 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
 // tokenizer.bin in the current folder; the first that fits.
 static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
     const char *slash = strrchr(m->path, '/'), *name = slash ? slash + 1 : m->path;
-    const char *dot = strrchr(name, '.');
-    int folder = (int)(name - m->path), stem = dot && dot > name ? (int)(dot - m->path) : INT_MAX;
-    int kept[] = {stem, folder, 0};  // bytes of the model's path before each name
+    const char *dot = strrchr(name, '.');  // of the model's path, before each name, are kept:
+    int kept[] = {dot ? (int)(dot - m->path) : INT_MAX, (int)(name - m->path), 0};
     char path[PATH_MAX + 20], why[2 * PATH_MAX] = "there is no .tok file or tokenizer.bin";
     for (int i = 0; i < (named ? 1 : 3); i++) {
         snprintf(path, sizeof path, "%.*s%s", kept[i], m->path, i ? "tokenizer.bin" : ".tok");
@@ -2842,12 +2838,11 @@ static Text tool_ask(const char *command, Text question) {
 
 // Whether all up to "=" is arithmetic: numbers, with + - * / % ^ between them, in parentheses.
 static bool tool_expression(const char *s) {
-    static const char digits[] = "0123456789";
     for (int depth = 0, n_operators = 0;; n_operators++, s++) {
         while (*s == ' ' || *s == '(' || (*s == '-' && s[1] != ' ')) depth += *s++ == '(';
-        if (!strspn(s, digits)) return false;
-        s += strspn(s, digits);
-        if (*s == '.' && strspn(s + 1, digits)) s += 1 + strspn(s + 1, digits);
+        size_t number = strspn(s, "0123456789.");
+        if (!number) return false;
+        s += number;
         while (*s == ' ' || (*s == ')' && depth)) depth -= *s++ == ')';
         if (*s == '=') return n_operators && !depth;
         if (!*s || !strchr("+-*/%^", *s)) return false;
@@ -4375,8 +4370,7 @@ static void option_set(Options *o, const struct Option *option, const char *a, c
     errno = 0;
     if (option->kind == INTEGER) *(unsigned long long *)field = strtoull(s, &end, 10);
     else *(double *)field = number;
-    bool inside = number >= option->low && number <= option->high && !errno;
-    if (!inside || *end || s[0] <= ' ')
+    if (!(number >= option->low && number <= option->high) || errno || *end || s[0] <= ' ')
         usage_error("%s goes from %.10g to %.10g, not \"%.40s\"", a, option->low, option->high, s);
 }
 
