@@ -2821,8 +2821,7 @@ static Text tool_ask(const char *command, Text question) {
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
         ended = waitpid(child, &status, WNOHANG);
         n = pread(fileno(out), answer, sizeof answer, 0);
-        bool enough = ended || n == sizeof answer || seconds() > end || interrupted;
-        if (enough) kill(-child, SIGKILL);
+        if (ended || n == sizeof answer || seconds() > end || interrupted) kill(-child, SIGKILL);
     }
     running_tool = 0;
     if (in) fclose(in);
