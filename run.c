@@ -1331,9 +1331,6 @@ static uint64_t model_hash(const Model *m) {
 static uint64_t tokenizer_hash_of(const Model *m) {
     return m->header ? m->header->tokenizer_hash : 0;
 }
-static const char *model_name(const Model *m) {
-    return m->header && m->header->name[0] ? m->header->name : m->path;
-}
 static void free_model(Model *m) {
     munmap((void *)(uintptr_t)m->file, m->file_size);
     free(m->packed);
@@ -3259,13 +3256,8 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     Member all[1 + MAX_OTHERS] = {{*m, *t, output_memory()}}, *best = all, *end = all + 1;
     double lowest = INFINITY;
     for (; end <= all + o->n_others; end++) {
-        Ids ids = {0};  // a model that cannot take part is found before the others answer
         load_model(&end->m, o->others[end - all - 1]);
         find_tokenizer(&end->t, NULL, &end->m);
-        start_text(o, &end->m, &end->t, &ids);
-        free(ids.ids);
-        if (same_file(o->output, end->t.path))
-            die("-o %s would overwrite a model's tokenizer", o->output);
         end->answer = output_memory();
     }
     for (Member *e = all; e < end && !interrupted; e++) {
@@ -4265,7 +4257,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
     int length = snprintf(report, sizeof report, "model: %s\ndtype: %s\nisa: %s\nthreads: %lld\n"
         "weights_mb: %.1f\nstream_gb_s: %.1f\nprefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\n"
         "decode_tok_s: %.1f\ndecode_limit_tok_s: %.1f\ndecode_depth4096_tok_s: %.1f\n"
-        "batch16_tok_s: %.1f\nstartup_ms: %.1f\n", model_name(m),
+        "batch16_tok_s: %.1f\nstartup_ms: %.1f\n", m->header ? m->header->name : m->path,
         dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
         deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
     output_write(out, report, (size_t)length);
