@@ -1822,7 +1822,7 @@ static uint64_t free_memory(void) {
     return limit && limit < free_bytes ? limit : free_bytes;
 }
 
-enum { LARGE_PAGE = 1 << 21 };  // what is in such a piece of an address space can become a page
+enum { LARGE_PAGE = 1 << 21 };
 typedef struct { uint8_t *to; const uint8_t *from; size_t size; } CopyJob;
 static void copy_task(void *context, int item) {
     const CopyJob *job = context;
@@ -1884,7 +1884,6 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
@@ -1893,7 +1892,6 @@ typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may
 #endif
 
 INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
-INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 INLINE int32_t read_4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
@@ -2022,7 +2020,7 @@ INLINE void add_block(vf *acc, const int T, const int dtype, const Work *w, cons
     UNROLL for (int g = 0; g < steps; g++) {
         for (int i = g * 64; !unpacked && i < block_bytes(dtype) && !w->token; i += steps * 64)
             __builtin_prefetch(block + AHEAD + i, 0, 2);  // a line between products
-        vu v = load_u(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
+        vu v = (vu)load(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
         if (nibbles) v &= 0x0f0f0f0f;
         else if (dtype == Q8 && BIAS8 != 0) v ^= 0x80808080;
         for (int t = 0; t < T; t++) {
@@ -2096,7 +2094,7 @@ static Kernel *const kernels[][17] = {FOR_ALL(ENTRY)};  // [dtype + 1][tokens at
 static void unpack(Unpacked *u, int dtype, const uint8_t *block) {
     for (int i = 0; i < block_bytes(dtype); i += 64) __builtin_prefetch(block + AHEAD + i, 0, 2);
     for (int i = 0; i < 256; i += 4 * W) {
-        vu v = load_u(block + scale_bytes(dtype) + i);
+        vu v = (vu)load(block + scale_bytes(dtype) + i);
         store(u->quants + i, (vf)(v & 0x0f0f0f0f));
         store(u->quants + i + 256, (vf)(v >> 4 & 0x0f0f0f0f));
     }
@@ -2186,7 +2184,7 @@ static int attend_end(const Tile *t, int pos) {
     return end < t->end ? end : t->end;
 }
 
-// The scores of a page, of the one `parts` pages on, and so forth.
+// The scores of some pages.
 static void attend_scores(const Tile *t, int part) {
     int hd = t->f->m->c.head_dim;
     Quantized rounded = new_quantized(t->n, hd);
@@ -2195,13 +2193,12 @@ static void attend_scores(const Tile *t, int part) {
         memcpy(row_of(queries, j, hd), query_of(t, t->f->s->q, j), (size_t)hd * sizeof(float));
         quantize(&rounded, j, row_of(queries, j, hd), hd);
     }
-    int page = (t->first / PAGE_POSITIONS + part) * PAGE_POSITIONS;
-    for (; page < t->end; page += t->parts * PAGE_POSITIONS) {
-        int from = t->first > page ? t->first : page;
-        Matrix keys = cache_keys(t->f->kv, head_at(&t->h, page));
-        Work w = {.n_panels = (attend_end(t, page) - from) / PANEL, .cols = hd, .x = queries,
-                  .xq = &rounded, .x_cols = hd, .out = t->scores + from, .stride = t->width};
-        multiply(w, &keys, from - page, t->n);
+    for (int i = t->first, page = 0; i < t->end; i = attend_end(t, i), page++) {
+        if (page % t->parts != part) continue;
+        Matrix keys = cache_keys(t->f->kv, head_at(&t->h, i));
+        Work w = {.n_panels = (attend_end(t, i) - i) / PANEL, .cols = hd, .x = queries,
+                  .xq = &rounded, .x_cols = hd, .out = t->scores + i, .stride = t->width};
+        multiply(w, &keys, i % PAGE_POSITIONS, t->n);
     }
     free(queries);
     free(rounded.q);
@@ -2214,10 +2211,9 @@ static void attend_weights(const Tile *t, int part) {
         int n = f->batch[t->slot + j / t->group].pos + 1;
         int first = first_seen(&f->m->c, f->layer, n - 1);
         float *row = row_of(t->scores, j, t->width), x[BLOCK];
-        for (int i = first; i < n; i++) row[i] *= f->m->c.attn_scale;
+        for (int i = t->first; i < t->end; i++)
+            row[i] = i < first || i >= n ? 0 : row[i] * f->m->c.attn_scale;
         softmax(row + first, n - first);
-        for (int i = t->first; i < first; i++) row[i] = 0;
-        for (int i = n; i < t->end; i++) row[i] = 0;
         for (int i = t->first; i < t->end && f->kv->dtype == Q8; i += BLOCK) {
             const float *scales = value_scales(f->kv, head_at(&t->h, i)) + i % PAGE_POSITIONS;
             for (int k = 0; k < BLOCK; k++) x[k] = row[i + k] * scales[k];
@@ -3406,22 +3402,23 @@ typedef struct {
     Candidate lens[MAX_LAYERS];  // the likeliest token if a layer were the last
 } Explain;
 
-// Writes a token as it is stored; control tokens have a text here. Escapes stand for what a
-// terminal would obey or hide, and in the page for what cannot stand in a string of its script.
+// Writes a token as it is stored; control tokens have a text here. Escapes stand for the bytes of
+// what a terminal would obey or hide, and in the page for what cannot stand in a string of its
+// script.
 static void explain_put(const Explain *e, int id) {
     const Tokenizer *t = e->w.t;
     Text text = id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
     const char *slash = e->page ? "\\\\" : "\\";
     for (size_t used; text.len; text.s += used, text.len -= used) {
         uint32_t c = next_char(text.s, text.len, &used);
-        bool control = c < 32 || (c >= 127 && c < 160) || (c == 0xfffd && used == 1);
-        bool hidden = c == 0xad || (c >= 0x200b && c <= 0x200f) || (c >= 0x2028 && c <= 0x202e) ||
-                      (c >= 0x2060 && c <= 0x206f) || c == 0xfeff || c >= 0xe0000;
+        bool shown = c >= 32 && (c < 127 || c >= 160) && c != 0xad && (c < 0x200b || c > 0x200f) &&
+                     (c < 0x2028 || c > 0x202e) && (c < 0x2060 || c > 0x206f) && c != 0xfeff &&
+                     c < 0xe0000 && (c != 0xfffd || used > 1);
+        for (size_t i = 0; i < used && !shown && c != '\n'; i++)
+            fprintf(e->f, "%sx%02x", slash, (uint8_t)text.s[i]);
         if (c == '\n') fprintf(e->f, "%sn", slash);
-        else if (control) fprintf(e->f, "%sx%02x", slash, c < 160 ? (unsigned)c : (uint8_t)*text.s);
-        else if (hidden) fprintf(e->f, "%su%04x", slash, (unsigned)c);
         else if (e->page && c < 128 && strchr("\"$<\\`", (int)c)) fprintf(e->f, "\\x%02x", c);
-        else fwrite(text.s, 1, used, e->f);
+        else if (shown) fwrite(text.s, 1, used, e->f);
     }
 }
 
@@ -3580,6 +3577,8 @@ static const char explain_html[] =
     "<select id=heads onchange=choose(now)></select></label><p>Each row is a token, each column\n"
     "one before.</p><canvas id=map role=img aria-label='Attention of all'></canvas></div></main>\n"
     "<p>Weights under 1% are left out. Sampled with ";
+static const char explain_start[] =  // and the item of the first token, which no pass has chosen
+    "<script>\nconst layers = %d, heads = %d, T = [\n{a:\"\",view:`The text's start.";
 static const char explain_script[] =
     "];\n"
     "const $ = id => document.getElementById(id), N = T.length;\n"
@@ -3626,17 +3625,6 @@ static void explain_item(const Explain *e, int id, bool given) {
     fprintf(e->f, "\",id:%d,given:%d},\n", id, given);
 }
 
-// Writes what precedes the passes.
-static void explain_begin(const Explain *e) {
-    const Sampler *s = &e->d.s;
-    fprintf(e->f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e->page ? explain_html : "",
-            (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
-    if (!e->page) return;
-    fprintf(e->f, "<script>\nconst layers = %d, heads = %d, T = [\n{a:\"\",view:`The text's start.",
-            e->w.m->c.n_layers, e->w.m->c.n_heads);
-    explain_item(e, e->d.c.ids.ids[0], true);
-}
-
 // Computes a pass and shows it; the token that follows is given, or drawn and put behind the text.
 // Returns whether the text goes on.
 static bool explain_pass(Explain *e) {
@@ -3676,13 +3664,19 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
+    const Sampler *s = &e.d.s;
     long long budget = start_text(o, m, t, &e.d.c.ids);
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
     get_state(&e.w.kv, 2);  // of the pass, and of the lens
     prefill(m, &e.w.kv, 0, ids->ids, 0, e.n - 1);
-    explain_begin(&e);
+    fprintf(e.f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e.page ? explain_html : "",
+            (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
+    if (e.page) {
+        fprintf(e.f, explain_start, m->c.n_layers, m->c.n_heads);
+        explain_item(&e, ids->ids[0], true);
+    }
     void (*usual)(const Pass *) = attention;
     attention = attention_plain, watch = o->trace ? explain_trace : explain_watch, watcher = &e;
     for (bool more = true; more; e.n += more) {
@@ -3755,7 +3749,6 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos, ctx = context_of(o, m), scored = 0;
     int window = o->context || ctx < 2048 ? ctx : 2048;
     if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
-    if (window < 2) die("-c %d is too short to evaluate with", window);
     Ids all = {0};
     push(&all, start);
     encode(t, text, NULL, true, &all);
@@ -3766,7 +3759,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     cache_open(&kv, m, window, 1);
     double sum = 0, ln_2 = 0.69314718055994531;
     Progress progress = progress_begin(o);
-    for (int from = 0, end; scored < n && !interrupted; from += window / 2, scored = end) {
+    for (int from = 0, end; scored < n && !interrupted; from += window - window / 2, scored = end) {
         end = from + window < n ? from + window : n;
         sum += likelihood_window(m, &kv, all.ids + twice, from, end, scored);
         progress_show(&progress, (double)end / n, (double)text.len * end / n);
@@ -3807,51 +3800,15 @@ typedef struct {  // a file is this, and then what was coded
     uint64_t text_hash;
 } ZipHeader;
 
-// ---- The arithmetic coder. What is coded so far says that a number lies in [low, low + range), of
-// which the next symbol takes its share. Leading bytes that are certain are written, and the rest
-// moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
-typedef struct {
-    uint64_t low, range, code;
-    Text in;     // decoding: what is left, and then zeros
-    Output out;  // the result: encoding, a file; decoding, in the end, the text
-} ZipCoder;
-
-static void zip_shift(ZipCoder *c) {
-    if (!c->in.s) output_byte(&c->out, (char)(c->low >> 56));
-    else c->code = c->code << 8 | (c->in.len ? c->in.len--, (uint8_t)*c->in.s++ : 0);
-    c->low <<= 8, c->range <<= 8;
-}
-static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
-// Codes one of n symbols, which have probabilities, and thus shares of the interval (their sum is
-// below 2^32). Returns it.
-static int zip_code(ZipCoder *c, const float *p, int n, int symbol) {
-    const uint64_t top = 1ull << 56, bottom = 1ull << 48;
-    uint32_t total = zip_share(p[0]), start = 0;
-    for (int i = 1; i < n; i++) total += zip_share(p[i]);
-    uint64_t unit = c->range / total, at = c->in.s ? (c->code - c->low) / unit : 0;
-    int i = 0;
-    while (c->in.s ? i < n - 1 && at >= start + zip_share(p[i]) : i < symbol)
-        start += zip_share(p[i++]);
-    c->low += start * unit;
-    c->range = zip_share(p[i]) * unit;
-    while ((c->low ^ (c->low + c->range)) < top || c->range < bottom) {
-        if ((c->low ^ (c->low + c->range)) >= top) c->range = -c->low & (bottom - 1);
-        zip_shift(c);
-    }
-    return i;
-}
-
-// ---- Probabilities, and what is learned: a bias of each symbol v, which is added to its logit,
-// and another one after each token that v was seen after. They move along the gradient of
-// ln p(symbol), which is (v is the symbol) - p[v], by Adagrad (Duchi et al., 2011): steps are
-// divided by the root of the sum of squared gradients. The rates 0.6 and 0.4 were found by trying.
 typedef struct { int symbol, next; float bias, squares; } ZipPair;  // next: of those after the same
 typedef struct {
     const Model *m;
     const Tokenizer *t;
     Cache kv;                // sequence 0 has the prefix, 1 + s segment s
-    ZipCoder coder;
     Progress progress;
+    Text in;                 // decoding: the coded bytes that are left, and then zeros
+    Output out;              // the result: a file or a text
+    uint64_t low, range, code;
     int width, start;        // how many symbols there are; the token before the text
     Ids symbols;             // of the text
     size_t all, done;        // how many it has; those before the wave
@@ -3864,6 +3821,38 @@ typedef struct {
     float *logits, *p;       // (n, vocab_size); (n, width) probabilities, then gradients
 } Zip;
 
+// ---- The arithmetic coder. What is coded so far says that a number lies in [low, low + range), of
+// which the next symbol takes its share. Leading bytes that are certain are written, and the rest
+// moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
+static void zip_shift(Zip *z) {
+    if (!z->in.s) output_byte(&z->out, (char)(z->low >> 56));
+    else z->code = z->code << 8 | (z->in.len ? z->in.len--, (uint8_t)*z->in.s++ : 0);
+    z->low <<= 8, z->range <<= 8;
+}
+static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
+// Codes a symbol, and returns it. All have probabilities, and thus shares of the interval (the sum
+// is below 2^32).
+static int zip_code(Zip *z, const float *p, int symbol) {
+    const uint64_t top = 1ull << 56, bottom = 1ull << 48;
+    uint32_t total = zip_share(p[0]), start = 0;
+    for (int i = 1; i < z->width; i++) total += zip_share(p[i]);
+    uint64_t unit = z->range / total, at = z->in.s ? (z->code - z->low) / unit : 0;
+    int i = 0;
+    while (z->in.s ? i < z->width - 1 && at >= start + zip_share(p[i]) : i < symbol)
+        start += zip_share(p[i++]);
+    z->low += start * unit;
+    z->range = zip_share(p[i]) * unit;
+    while ((z->low ^ (z->low + z->range)) < top || z->range < bottom) {
+        if ((z->low ^ (z->low + z->range)) >= top) z->range = -z->low & (bottom - 1);
+        zip_shift(z);
+    }
+    return i;
+}
+
+// ---- Probabilities, and what is learned: a bias of each symbol v, which is added to its logit,
+// and another one after each token that v was seen after. They move along the gradient of
+// ln p(symbol), which is (v is the symbol) - p[v], by Adagrad (Duchi et al., 2011): steps are
+// divided by the root of the sum of squared gradients. The rates 0.6 and 0.4 were found by trying.
 // The token that the model reads before a step of a segment. Steps up to 0 are the prefix's.
 static int zip_before(const Zip *z, int s, int step) {
     size_t at = z->done + (size_t)(step + (step > 0 ? s * z->steps : 0));
@@ -3876,8 +3865,7 @@ static void zip_predict(void *context, int s) {
     int vocab = z->m->c.vocab_size, width = z->width;
     float *logits = row_of(z->logits, s, vocab), *p = row_of(z->p, s, width);
     float of_bytes = largest(logits, vocab) - 16;  // so rare are they at first
-    for (int i = 0; i < vocab; i++) p[i] = logits[i] + z->bias[i];
-    for (int i = vocab; i < width; i++) p[i] = of_bytes + z->bias[i];
+    for (int i = 0; i < width; i++) p[i] = (i < vocab ? logits[i] : of_bytes) + z->bias[i];
     for (int i = z->first_pair[zip_before(z, s, z->step)]; i; i = z->pairs[i].next)
         p[z->pairs[i].symbol] += z->pairs[i].bias;
     softmax(p, width);
@@ -3904,7 +3892,7 @@ static void zip_step(Zip *z) {
     for (int s = 0; s < z->n; s++) {
         float *p = row_of(z->p, s, z->width);
         int *symbol = &z->symbols.ids[z->done + (size_t)(s * z->steps + z->step)];
-        *symbol = zip_code(&z->coder, p, z->width, *symbol);
+        *symbol = zip_code(z, p, *symbol);
         p[*symbol] -= 1;
         zip_learn(z, p, zip_before(z, s, z->step), *symbol);
     }
@@ -3914,7 +3902,7 @@ static void zip_step(Zip *z) {
 // Codes a wave. The encoder, which knows the text, has the model compute several steps at once.
 static void zip_wave(Zip *z) {
     int ids[ZIP_PREFIX], prefix = z->done < (size_t)z->prefix ? (int)z->done : z->prefix;
-    int most = z->coder.in.s ? 1 : likelihood_batch(z->m);
+    int most = z->in.s ? 1 : likelihood_batch(z->m);
     for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
     prefill(z->m, &z->kv, 0, ids, 0, prefix);
     for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
@@ -3970,24 +3958,21 @@ static void zip_cut(Zip *z, Text text) {
 static void zip_join(Zip *z) {
     for (size_t i = 0; i < z->symbols.n; i++) {
         int symbol = z->symbols.ids[i], byte = symbol - z->m->c.vocab_size;
-        if (byte >= 0) output_byte(&z->coder.out, (char)byte);
+        if (byte >= 0) output_byte(&z->out, (char)byte);
         else if (symbol < z->t->h.vocab_size)  // a damaged file can have others
-            output_write(&z->coder.out, z->t->tokens[symbol].text.s, z->t->tokens[symbol].text.len);
+            output_write(&z->out, z->t->tokens[symbol].text.s, z->t->tokens[symbol].text.len);
     }
 }
-static uint64_t zip_hash(Text file) {
-    size_t covered = offsetof(ZipHeader, model);
-    return hash64(file.s + covered, file.len - covered);
-}
+static uint64_t zip_hash(Text file) { return hash64(file.s + 16, file.len - 16); }
 
 static void zip_open(Zip *z, uint64_t context, Text coded) {
     size_t width = (size_t)z->m->c.vocab_size + 256;
     if (context < ZIP_LEAST_CONTEXT || context > (uint64_t)z->m->c.seq_len)
         die("a context of %llu: compress needs %d to %d positions", (unsigned long long)context,
             ZIP_LEAST_CONTEXT, z->m->c.seq_len);
-    z->coder = (ZipCoder){.in = coded, .out = output_memory()};
-    for (int i = 0; i < 8 && coded.s; i++) zip_shift(&z->coder);
-    z->coder.range = UINT64_MAX;
+    z->in = coded;
+    for (int i = 0; i < 8 && coded.s; i++) zip_shift(z);
+    z->range = UINT64_MAX;
     z->width = (int)width;
     z->start = z->t->h.bos >= 0 ? z->t->h.bos : z->t->h.eos >= 0 ? z->t->h.eos : 0;
     z->prefix = context / 4 < ZIP_PREFIX ? (int)context / 4 : ZIP_PREFIX;
@@ -4001,7 +3986,7 @@ static void zip_open(Zip *z, uint64_t context, Text coded) {
 // Data of which a byte in 64 or more is a control character that no text has is stored: it would
 // take hours, for nothing.
 static void zip_shrink(Zip *z, ZipHeader *h, Text text) {
-    Output *out = &z->coder.out;
+    Output *out = &z->out;
     size_t strange = 0;
     zip_open(z, h->context, (Text){NULL, 0});
     for (size_t i = 0; i < text.len; i++) strange += (uint8_t)text.s[i] < 9;
@@ -4009,8 +3994,8 @@ static void zip_shrink(Zip *z, ZipHeader *h, Text text) {
     z->all = z->symbols.n;
     output_write(out, h, sizeof *h);  // its place
     zip_text(z);
-    z->coder.low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
-    zip_shift(&z->coder), zip_shift(&z->coder);
+    z->low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
+    zip_shift(z), zip_shift(z);
     bool stored = !z->all || out->n - sizeof *h >= text.len;
     if (stored) out->n = sizeof *h, output_write(out, text.s, text.len);
     h->symbols = stored ? 0 : z->all;
@@ -4035,8 +4020,8 @@ static const char *zip_expand(Zip *z, const ZipHeader *mine, Text file) {
     z->all = h.symbols;
     zip_text(z);
     if (z->all) zip_join(z);
-    else output_write(&z->coder.out, coded.s, coded.len);
-    if (hash64(z->coder.out.memory, z->coder.out.n) == h.text_hash) return NULL;
+    else output_write(&z->out, coded.s, coded.len);
+    if (hash64(z->out.memory, z->out.n) == h.text_hash) return NULL;
     return "does not give its text: other numbers are computed here; try -m check";
 }
 
@@ -4045,20 +4030,21 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
     int context = context_of(o, m);
     if (!o->context && context > ZIP_CONTEXT) context = ZIP_CONTEXT;
     uint64_t tokenizer = t->llama2c ? hash64(t->file, t->file_size) : t->h.hash;
-    Zip z = {.m = m, .t = t, .progress = progress_begin(o), .bytes = o->input.len};
+    Zip z = {.m = m, .t = t, .progress = progress_begin(o), .bytes = o->input.len,
+             .out = output_memory()};
     ZipHeader h = {"lmzc", .model = mix64(model_hash(m)) + tokenizer, .context = (uint64_t)context};
     const char *wrong = back ? zip_expand(&z, &h, o->input) : NULL;
     if (!back) zip_shrink(&z, &h, o->input);
     progress_end(&z.progress);
     if (wrong) die("%s %s", input_name(o), wrong);
-    size_t n = z.coder.out.n;
+    size_t n = z.out.n;
     if (!o->quiet)
         fprintf(stderr, "%zu bytes -> %zu bytes: %.4f bits per byte, %.1f s\n", z.bytes, n,
                 8 * (double)(back ? z.bytes : n) / fmax((double)(back ? n : z.bytes), 1),
                 seconds() - z.progress.began);
-    output_write(out, z.coder.out.memory, n);
+    output_write(out, z.out.memory, n);
     free(z.bias), free(z.first_pair), free(z.pairs);
-    free(z.symbols.ids), free(z.coder.out.memory);
+    free(z.symbols.ids), free(z.out.memory);
     cache_close(&z.kv);
 }
 #endif
