@@ -1953,19 +1953,13 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
     return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w,
                          vreinterpretq_s8_s32(vdupq_n_s32(read_4(x))));
 }
-#elif defined __aarch64__
-static const char isa[] = "NEON";
-INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    int8x8_t xs = vreinterpret_s8_s32(vdup_n_s32(read_4(x)));
-    int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8((int8x16_t)w), xs));
-    int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8((int8x16_t)w), xs));
-    return acc + (vi)vpaddq_s32(low, high);
-}
 #else
+// Even bytes and odd ones are multiplied apart; the sum of two products still has 16 bits.
 static const char isa[] = "generic";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    for (int k = 0; k < 4; k++) acc += ((vi)(w << (24 - 8 * k)) >> 24) * (int32_t)x[k];
-    return acc;
+    vs xs = (vs)splat_i(read_4(x));
+    vi sums = (vi)(((vs)w << 8 >> 8) * (xs << 8 >> 8) + ((vs)w >> 8) * (xs >> 8));
+    return acc + (sums << 16 >> 16) + (sums >> 16);
 }
 #endif
 
@@ -3745,13 +3739,12 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
 // the first window that holds it, so all but the first window's tokens see at least W/2 tokens
 // before them.
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Text text = o->input;
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos, ctx = context_of(o, m), scored = 0;
     int window = o->context || ctx < 2048 ? ctx : 2048;
     if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
     Ids all = {0};
     push(&all, start);
-    encode(t, text, NULL, true, &all);
+    encode(t, o->input, NULL, true, &all);
     bool twice = all.n > 1 && all.ids[1] == start;
     int n = (int)all.n - twice - 1;  // tokens to predict
     if (n < 1) die("no text to evaluate in %s: -f or -i gives one (- is stdin)", input_name(o));
@@ -3762,14 +3755,14 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     for (int from = 0, end; scored < n && !interrupted; from += window - window / 2, scored = end) {
         end = from + window < n ? from + window : n;
         sum += likelihood_window(m, &kv, all.ids + twice, from, end, scored);
-        progress_show(&progress, (double)end / n, (double)text.len * end / n);
+        progress_show(&progress, (double)end / n, (double)o->input.len * end / n);
     }
     progress_end(&progress);
     char report[1200];  // (a perplexity can have 310 digits)
     int length = snprintf(report, sizeof report, "bits_per_byte: %.6f\nbits_per_token: %.6f\n"
                           "perplexity: %.4f\ntokens: %d\nbytes: %zu\nwindow: %d\n",
-                          sum / ln_2 / (double)text.len, sum / ln_2 / n, exp_double(sum / n), n,
-                          text.len, window);
+                          sum / ln_2 / (double)o->input.len, sum / ln_2 / n, exp_double(sum / n), n,
+                          o->input.len, window);
     if (!interrupted) output_write(out, report, (size_t)length);
     free(all.ids);
     cache_close(&kv);
@@ -3884,8 +3877,6 @@ static void zip_learn(Zip *z, const float *gradient, int before, int symbol) {
         zip_adapt(&z->pairs[i].bias, &z->pairs[i].squares, 0.4f, gradient[z->pairs[i].symbol]);
 }
 
-// ---- Waves
-
 // Codes a step: the next symbol of each segment.
 static void zip_step(Zip *z) {
     parallel(zip_predict, z, z->n);
@@ -3899,38 +3890,34 @@ static void zip_step(Zip *z) {
     z->logits += (size_t)z->n * (size_t)z->m->c.vocab_size;
 }
 
-// Codes a wave. The encoder, which knows the text, has the model compute several steps at once.
-static void zip_wave(Zip *z) {
-    int ids[ZIP_PREFIX], prefix = z->done < (size_t)z->prefix ? (int)z->done : z->prefix;
-    int most = z->in.s ? 1 : likelihood_batch(z->m);
-    for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
-    prefill(z->m, &z->kv, 0, ids, 0, prefix);
-    for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
-    for (z->step = 0; z->step < z->steps;) {
-        Slot batch[MAX_BATCH];
-        int n = 0, end = z->step;
-        if (interrupted) exit(130);
-        for (; end < z->steps && (!n || n + z->n <= most); end++)
-            for (int s = 0; s < z->n; s++)
-                batch[n++] = (Slot){zip_before(z, s, end), prefix + end, 1 + s, true};
-        z->logits = forward(z->m, &z->kv, batch, n);
-        for (; z->step < end; z->step++) zip_step(z);
-        double part = (double)(z->done + (size_t)(end * z->n)) / (double)z->all;
-        progress_show(&z->progress, part, part * (double)z->bytes);
-    }
-}
-
-// Codes all symbols, which the encoder has. A wave has as few segments as have room for the rest.
+// Codes all symbols, which the encoder has: so it lets the model compute several steps at once. A
+// wave has as few segments as have room for the rest.
 static void zip_text(Zip *z) {
-    for (size_t end; z->done < z->all; z->done = end) {
-        size_t longest = (size_t)(z->done ? z->kv.ctx - z->prefix : z->prefix);
-        size_t left = z->all - z->done, n = z->done ? (left - 1) / longest + 1 : 1;
-        if (n > ZIP_SEGMENTS) n = ZIP_SEGMENTS;
-        z->n = (int)n, z->steps = (int)(left / n < longest ? left / n : longest);
+    int ids[ZIP_PREFIX], prefix = 0, most = z->in.s ? 1 : likelihood_batch(z->m);
+    for (size_t end; z->done < z->all; z->done = end, prefix = z->prefix) {
+        size_t longest = (size_t)(z->done ? z->kv.ctx - prefix : z->prefix);
+        size_t left = z->all - z->done, segments = z->done ? (left - 1) / longest + 1 : 1;
+        z->n = segments < ZIP_SEGMENTS ? (int)segments : ZIP_SEGMENTS;
+        left /= (size_t)z->n;
+        z->steps = (int)(left < longest ? left : longest);
         end = z->done + (size_t)(z->n * z->steps);
         while (z->symbols.n < end) push(&z->symbols, 0);
         z->pairs = resize(z->pairs, end + 1, sizeof *z->pairs);
-        zip_wave(z);
+        for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
+        prefill(z->m, &z->kv, 0, ids, 0, prefix);
+        for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
+        for (z->step = 0; z->step < z->steps;) {
+            Slot batch[MAX_BATCH];
+            int n = 0, done = z->step;
+            if (interrupted) exit(130);
+            for (; done < z->steps && (!n || n + z->n <= most); done++)
+                for (int s = 0; s < z->n; s++)
+                    batch[n++] = (Slot){zip_before(z, s, done), prefix + done, 1 + s, true};
+            z->logits = forward(z->m, &z->kv, batch, n);
+            for (; z->step < done; z->step++) zip_step(z);
+            double part = (double)(z->done + (size_t)(done * z->n)) / (double)z->all;
+            progress_show(&z->progress, part, part * (double)z->bytes);
+        }
     }
 }
 
@@ -4029,10 +4016,10 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
     bool back = !strcmp(o->mode, "decompress");
     int context = context_of(o, m);
     if (!o->context && context > ZIP_CONTEXT) context = ZIP_CONTEXT;
-    uint64_t tokenizer = t->llama2c ? hash64(t->file, t->file_size) : t->h.hash;
     Zip z = {.m = m, .t = t, .progress = progress_begin(o), .bytes = o->input.len,
              .out = output_memory()};
-    ZipHeader h = {"lmzc", .model = mix64(model_hash(m)) + tokenizer, .context = (uint64_t)context};
+    ZipHeader h = {"lmzc", .model = mix64(model_hash(m)) + hash64(t->file, t->file_size),
+                   .context = (uint64_t)context};
     const char *wrong = back ? zip_expand(&z, &h, o->input) : NULL;
     if (!back) zip_shrink(&z, &h, o->input);
     progress_end(&z.progress);

@@ -3675,7 +3675,8 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
         ZipHeader h;
         memcpy(&h, data, sizeof h);
         memcpy(h.magic, "lmzc", 5);
-        h.model = mix64(model_hash(&fuzz_model)) + fuzz_tokenizer.h.hash;
+        h.model = mix64(model_hash(&fuzz_model)) +
+                  hash64(fuzz_tokenizer.file, fuzz_tokenizer.file_size);
         h.symbols %= 400, h.context = 16 + h.context % 64;
         memcpy(data, &h, sizeof h);
         set64(data + offsetof(ZipHeader, file_hash), zip_hash((Text){(char *)data, n}));
