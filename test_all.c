@@ -3267,8 +3267,8 @@ static const struct { const char *what; uint64_t hash; } known[] = {
     {"qwen3 q4a", 0x393a01db0d952204}, {"gemma f32", 0x4586d142787b1dc5},
     {"gemma bf16", 0x9ba59123dbb1edfb}, {"gemma q8", 0x37267c49ac903e17},
     {"gemma q4", 0xb007b4317b96144c}, {"gemma q4a", 0xba3b870c4f7dfb94},
-    {"traces", 0xb5ef8a537688c0c1}, {"byte-level", 0x9027a32cfa5a08df},
-    {"SentencePiece", 0x96772874571c8135}, {"SentencePiece without bytes", 0x15f435161f16c57e},
+    {"traces", 0xb5ef8a537688c0c1}, {"byte-level", 0x58afd1ef77d11245},
+    {"SentencePiece", 0x0a0fd1046fb619f9}, {"SentencePiece without bytes", 0xd237483723222dcd},
     {"llama2.c", 0x3f20060a9f65f5de}};
 
 static void same_hash(const char *what, uint64_t hash) {
