@@ -1738,7 +1738,7 @@ static bool is_stop(const Tokenizer *t, int id) {
 // one that is not running holds nobody up for long. What threads write often is in cache lines of
 // its own, which may be fetched in pairs.
 
-enum { MAX_THREADS = 256, LINES = 128 };
+enum { LINES = 128 };
 static struct {
     _Alignas(LINES) _Atomic uint64_t left;  // job << 32 | items left
     _Alignas(LINES) _Atomic int done;
