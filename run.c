@@ -2205,9 +2205,10 @@ static void attend_weights(const Tile *t, int part) {
         int n = f->batch[t->slot + j / t->group].pos + 1;
         int first = first_seen(&f->m->c, f->layer, n - 1);
         float *row = row_of(t->scores, j, t->width), x[BLOCK];
-        for (int i = t->first; i < t->end; i++)
-            row[i] = i < first || i >= n ? 0 : row[i] * f->m->c.attn_scale;
+        for (int i = first; i < n; i++) row[i] *= f->m->c.attn_scale;
         softmax(row + first, n - first);
+        for (int i = t->first; i < first; i++) row[i] = 0;
+        for (int i = n; i < t->end; i++) row[i] = 0;
         for (int i = t->first; i < t->end && f->kv->dtype == Q8; i += BLOCK) {
             const float *scales = value_scales(f->kv, head_at(&t->h, i)) + i % PAGE_POSITIONS;
             for (int k = 0; k < BLOCK; k++) x[k] = row[i + k] * scales[k];
