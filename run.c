@@ -1989,7 +1989,6 @@ typedef struct {
     float *out;             // the sums, of tokens `stride` apart; those of a column over 0 are
     int stride;             // added to what is there
 } Work;
-typedef void Kernel(const Work *w);
 
 enum { UNPACKED = Q4A - Q4 + 1, UNPACKED_Q4 = Q4 + UNPACKED, UNPACKED_Q4A = Q4A + UNPACKED };
 typedef struct { float scales[PANEL], minima[PANEL]; uint8_t quants[512]; } Unpacked;  // of a block
@@ -2083,7 +2082,7 @@ INLINE void kernel(const int T, const int dtype, const Work *w) {
     FOR_TOKENS(X, HALF) FOR_TOKENS(X, F32) FOR_TOKENS(X, BF16) FOR_TOKENS(X, Q8)                   \
     FOR_TOKENS(X, Q4) FOR_TOKENS(X, Q4A) FOR_TOKENS(X, UNPACKED_Q4) FOR_TOKENS(X, UNPACKED_Q4A)
 FOR_ALL(KERNEL)
-static Kernel *const kernels[][17] = {FOR_ALL(ENTRY)};  // [dtype + 1][tokens at once]
+static void (*const kernels[][17])(const Work *) = {FOR_ALL(ENTRY)};  // [dtype + 1][tokens at once]
 
 static void unpack(Unpacked *u, int dtype, const uint8_t *block) {
     for (int i = 0; i < block_bytes(dtype); i += 64) __builtin_prefetch(block + AHEAD + i, 0, 2);
@@ -3572,8 +3571,6 @@ static const char explain_html[] =
     "<select id=heads onchange=choose(now)></select></label><p>Each row is a token, each column\n"
     "one before.</p><canvas id=map role=img aria-label='Attention of all'></canvas></div></main>\n"
     "<p>Weights under 1% are left out. Sampled with ";
-static const char explain_start[] =  // and the item of the first token, which no pass has chosen
-    "<script>\nconst layers = %d, heads = %d, T = [\n{a:\"\",view:`The text's start.";
 static const char explain_script[] =
     "];\n"
     "const $ = id => document.getElementById(id), N = T.length;\n"
@@ -3669,7 +3666,8 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     fprintf(e.f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e.page ? explain_html : "",
             (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
     if (e.page) {
-        fprintf(e.f, explain_start, m->c.n_layers, m->c.n_heads);
+        fprintf(e.f, "<script>\nconst layers = %d, heads = %d, T = ", m->c.n_layers, m->c.n_heads);
+        fputs("[\n{a:\"\",view:`The text's start.", e.f);  // no pass has chosen the first token
         explain_item(&e, ids->ids[0], true);
     }
     void (*usual)(const Pass *) = attention;
