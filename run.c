@@ -1735,7 +1735,7 @@ static bool is_stop(const Tokenizer *t, int id) {
 // one that is not running holds nobody up for long. What threads write often is in cache lines of
 // its own, which may be fetched in pairs.
 
-enum { MAX_THREADS = 256, LINES = 128 };
+enum { LINES = 128 };
 static struct {
     _Alignas(LINES) _Atomic uint64_t left;  // job << 32 | items left
     _Alignas(LINES) _Atomic int done;
@@ -1829,18 +1829,16 @@ static void copy_task(void *context, int item) {
 static const uint8_t *map_weights(const char *path, size_t *size) {
     const uint8_t *file = map_file(path, size);
     if (*size < 4 * LARGE_PAGE || *size > free_memory() / 2) return file;
-    uint8_t *space = mmap(NULL, *size + LARGE_PAGE, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *space = mmap(NULL, *size, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (space == MAP_FAILED) return file;
-    size_t before = -(uintptr_t)space & (LARGE_PAGE - 1);
-    CopyJob job = {space + before, file, *size};
-    if (before) munmap(space, before);
-    madvise(job.to, *size, MADV_HUGEPAGE);
+    CopyJob job = {space, file, *size};
+    madvise(space, *size, MADV_HUGEPAGE);
     madvise((void *)(uintptr_t)file, *size, MADV_WILLNEED);
     parallel(copy_task, &job, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
     munmap((void *)(uintptr_t)file, *size);
-    mprotect(job.to, *size, PROT_READ);
-    return job.to;
+    mprotect(space, *size, PROT_READ);
+    return space;
 }
 #endif
 
@@ -1857,15 +1855,19 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
 #include <arm_neon.h>
 #endif
 
-#if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
+#if defined __AVX512BW__ && defined __AVX512VL__ && defined __AVX512VNNI__
 #define AVX512
-#define AVX "AVX-512"
-#define MM(name) _mm512_##name  // what has the same name in both but for the number
+#define DPBUSD _mm512_dpbusd_epi32
+static const char isa[] = "AVX-512 VNNI";
 typedef __m512i mm;
 enum { W = 16 };
 #elif defined __AVX2__
-#define AVX "AVX2"
-#define MM(name) _mm256_##name
+#ifdef __AVXVNNI__
+#define DPBUSD _mm256_dpbusd_epi32
+static const char isa[] = "AVX2 VNNI";
+#else
+static const char isa[] = "AVX2";
+#endif
 typedef __m256i mm;
 enum { W = 8 };
 #else
@@ -1879,7 +1881,6 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
@@ -1888,7 +1889,6 @@ typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may
 #endif
 
 INLINE vf load(const void *p) { return *(const vf_unaligned *)p; }
-INLINE vu load_u(const void *p) { return *(const vu_unaligned *)p; }
 INLINE void store(void *p, vf v) { *(vf_unaligned *)p = v; }
 INLINE vi splat_i(int32_t x) { return x - (vi){0}; }
 INLINE int32_t read_4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
@@ -1913,36 +1913,26 @@ INLINE vf load_half(const void *p) {  // as half_to_float
 }
 #endif
 
-#if (defined AVX512 && defined __AVX512VNNI__) ||                                                  \
-    (defined __AVX2__ && !defined __AVX512BW__ &&                                                  \
-     (defined __AVXVNNI__ || (defined __AVX512VNNI__ && defined __AVX512VL__)))
+#ifdef DPBUSD
 #define BIAS8 128
-static const char isa[] = AVX " VNNI";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    return (vi)MM(dpbusd_epi32)((mm)acc, (mm)w, MM(set1_epi32)(read_4(x)));
+    return (vi)DPBUSD((mm)acc, (mm)w, (mm)splat_i(read_4(x)));
 }
 #elif defined __AVX2__
 // maddubs multiplies unsigned by signed bytes and adds pairs of the products to 16 bits, which hold
 // the sum of a whole block of 4-bit weights: 32 / 2 * 15 * 127 < 2^15. (The empty asm keeps GCC
 // from adding up in another order, for which the registers would not do.)
 #define SHORT_SUMS 1
-static const char isa[] = AVX;
-#define MADDUBS(w, x) (vi) MM(maddubs_epi16)((mm)(w), (mm)(x))
-INLINE vi sign(vi x, vu w) {
-#ifdef AVX512
-    return (vi)_mm512_mask_sub_epi8((mm)x, _mm512_movepi8_mask((mm)w), (mm){0}, (mm)x);
-#else
-    return (vi)_mm256_sign_epi8((mm)x, (mm)w);
-#endif
-}
-INLINE vi add_pairs(vi sums) { return (vi)MM(madd_epi16)((mm)sums, (mm)splat_i(0x00010001)); }
+INLINE vs maddubs(vu w, vi x) { return (vs)_mm256_maddubs_epi16((mm)w, (mm)x); }
+INLINE vi add_pairs(vi sums) { return (vi)_mm256_madd_epi16((mm)sums, (mm)splat_i(0x00010001)); }
 INLINE vi dot_4bit(vi sums, vu w, const int8_t *x) {
-    vs sum = (vs)sums + (vs)MADDUBS(w, splat_i(read_4(x)));
+    vs sum = (vs)sums + maddubs(w, splat_i(read_4(x)));
     __asm__("" : "+x"(sum));
     return (vi)sum;
 }
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    acc += add_pairs(MADDUBS(MM(abs_epi8)((mm)w), sign(splat_i(read_4(x)), w)));
+    vi moved = (vi)_mm256_sign_epi8((mm)splat_i(read_4(x)), (mm)w);  // the sign, from w to x
+    acc += add_pairs((vi)maddubs((vu)_mm256_abs_epi8((mm)w), moved));
     __asm__("" : "+x"(acc));
     return acc;
 }
@@ -1960,19 +1950,13 @@ INLINE vi dot(vi acc, vu w, const int8_t *x) {
     return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w,
                          vreinterpretq_s8_s32(vdupq_n_s32(read_4(x))));
 }
-#elif defined __aarch64__
-static const char isa[] = "NEON";
-INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    int8x8_t xs = vreinterpret_s8_s32(vdup_n_s32(read_4(x)));
-    int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8((int8x16_t)w), xs));
-    int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8((int8x16_t)w), xs));
-    return acc + (vi)vpaddq_s32(low, high);
-}
 #else
+// Even bytes and odd ones are multiplied apart; the sum of two products still has 16 bits.
 static const char isa[] = "generic";
 INLINE vi dot(vi acc, vu w, const int8_t *x) {
-    for (int k = 0; k < 4; k++) acc += ((vi)(w << (24 - 8 * k)) >> 24) * (int32_t)x[k];
-    return acc;
+    vs xs = (vs)splat_i(read_4(x));
+    vi sums = (vi)(((vs)w << 8 >> 8) * (xs << 8 >> 8) + ((vs)w >> 8) * (xs >> 8));
+    return acc + (sums << 16 >> 16) + (sums >> 16);
 }
 #endif
 
@@ -1995,17 +1979,13 @@ typedef struct {
     const uint8_t *panel;   // the first panel; the others are `apart` bytes apart
     size_t apart;
     int n_panels, cols;     // of the panels, from their beginning on
-    const float *x;         // inputs of floats, those of tokens x_stride apart
-    int x_stride;
-    const Quantized *xq;    // and of integers: so many blocks of a token, from which one on
-    int x_blocks, block;
-    int token;              // the first
-    float *out;             // the sums, of tokens `stride` apart; `more`: what is there is added
-    int stride;
-    bool more;
-    size_t ahead;           // so many bytes ahead the panels are fetched from memory; 0: not
+    const float *x;         // inputs (tokens, x_cols) of floats,
+    const Quantized *xq;    // and of integers
+    int x_cols, column;     // the column of x from which on the panels are multiplied with it
+    int token;              // the first; for number 0 the panels are fetched ahead from memory
+    float *out;             // the sums, of tokens `stride` apart; those of a column over 0 are
+    int stride;             // added to what is there
 } Work;
-typedef void Kernel(const Work *w);
 
 enum { UNPACKED = Q4A - Q4 + 1, UNPACKED_Q4 = Q4 + UNPACKED, UNPACKED_Q4A = Q4A + UNPACKED };
 typedef struct { float scales[PANEL], minima[PANEL]; uint8_t quants[512]; } Unpacked;  // of a block
@@ -2028,9 +2008,9 @@ INLINE void add_block(vf *acc, const int T, const int dtype, const Work *w, cons
     for (int i = 0; i < T * H; i++)
         sum[i] = splat_i(bias8 && !late ? w->xq->minus8[at + (size_t)(i / H)] * bias8 : 0);
     UNROLL for (int g = 0; g < steps; g++) {
-        for (int i = g * 64; !unpacked && i < block_bytes(dtype) && w->ahead; i += steps * 64)
-            __builtin_prefetch(block + w->ahead + i, 0, 2);  // a line between products
-        vu v = load_u(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
+        for (int i = g * 64; !unpacked && i < block_bytes(dtype) && !w->token; i += steps * 64)
+            __builtin_prefetch(block + AHEAD + i, 0, 2);  // a line between products
+        vu v = (vu)load(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
         if (nibbles) v &= 0x0f0f0f0f;
         else if (dtype == Q8 && BIAS8 != 0) v ^= 0x80808080;
         for (int t = 0; t < T; t++) {
@@ -2056,11 +2036,11 @@ INLINE void add_column(vf *acc, const int T, const int dtype, const Work *w, con
                        size_t at) {
     const float *x = w->x + at;
     vf v[H];
-    if (w->ahead) __builtin_prefetch(column + w->ahead, 0, 2);
+    if (!w->token) __builtin_prefetch(column + AHEAD, 0, 2);
     for (int h = 0; h < H; h++, column += panel_bytes(dtype, 1) / H)
         v[h] = dtype == F32 ? load(column) : dtype == HALF ? load_half(column)
                                                            : (vf)(load_16bit(column) << 16);
-    UNROLL for (int i = 0; i < T * H; i++) acc[i] += v[i % H] * x[i / H * w->x_stride];
+    UNROLL for (int i = 0; i < T * H; i++) acc[i] += v[i % H] * x[i / H * w->x_cols];
 }
 
 // How many tokens a kernel can have, whose sums fit into registers.
@@ -2071,15 +2051,17 @@ INLINE void kernel(const int T, const int dtype, const Work *w) {
     const bool integers = dtype >= Q8;
     const int step = integers ? BLOCK : 1;  // columns
     const size_t size = dtype > Q4A ? sizeof(Unpacked) : panel_bytes(dtype, step);
+    const size_t start =
+        integers ? round_at(w->token, w->column / BLOCK, blocks_of(w->x_cols))
+                 : (size_t)w->token * (size_t)w->x_cols + (size_t)w->column;
+    float *out = row_of(w->out, w->token, w->stride);
     if (T > most_at_once(dtype)) return;
-    for (int p = 0; p < w->n_panels; p++) {
+    for (int p = 0; p < w->n_panels; p++, out += PANEL) {
         const uint8_t *from = w->panel + (size_t)p * w->apart;
-        float *out = w->out + p * PANEL;
-        size_t at = integers ? round_at(w->token, w->block, w->x_blocks)
-                             : (size_t)w->token * (size_t)w->x_stride;
+        size_t at = start;
         vf acc[PANEL];
         UNROLL for (int i = 0; i < T * H; i++)
-            acc[i] = w->more ? load(out + i / H * w->stride + i % H * W) : (vf){0};
+            acc[i] = w->column ? load(out + i / H * w->stride + i % H * W) : (vf){0};
         for (int c = 0; c < w->cols; c += step, from += size, at += integers ? TILE : 1) {
             if (integers) add_block(acc, T, dtype, w, from, at);
             else add_column(acc, T, dtype, w, from, at);
@@ -2097,12 +2079,12 @@ INLINE void kernel(const int T, const int dtype, const Work *w) {
     FOR_TOKENS(X, HALF) FOR_TOKENS(X, F32) FOR_TOKENS(X, BF16) FOR_TOKENS(X, Q8)                   \
     FOR_TOKENS(X, Q4) FOR_TOKENS(X, Q4A) FOR_TOKENS(X, UNPACKED_Q4) FOR_TOKENS(X, UNPACKED_Q4A)
 FOR_ALL(KERNEL)
-static Kernel *const kernels[][17] = {FOR_ALL(ENTRY)};  // [dtype + 1][tokens at once]
+static void (*const kernels[][17])(const Work *) = {FOR_ALL(ENTRY)};  // [dtype + 1][tokens at once]
 
 static void unpack(Unpacked *u, int dtype, const uint8_t *block) {
     for (int i = 0; i < block_bytes(dtype); i += 64) __builtin_prefetch(block + AHEAD + i, 0, 2);
     for (int i = 0; i < 256; i += 4 * W) {
-        vu v = load_u(block + scale_bytes(dtype) + i);
+        vu v = (vu)load(block + scale_bytes(dtype) + i);
         store(u->quants + i, (vf)(v & 0x0f0f0f0f));
         store(u->quants + i + 256, (vf)(v >> 4 & 0x0f0f0f0f));
     }
@@ -2112,66 +2094,52 @@ static void unpack(Unpacked *u, int dtype, const uint8_t *block) {
     }
 }
 
-static void multiply(Work w, int dtype, int n);
-static void multiply_unpacked(const Work *w, int dtype, int n) {
-    enum { MOST = 64 };  // blocks at a time
-    _Alignas(64) Unpacked unpacked[MOST];
-    int blocks = blocks_of(w->cols);
-    for (int p = 0; p < w->n_panels; p++)
-        for (int b = 0, some; b < blocks; b += some) {
-            const uint8_t *block = w->panel + (size_t)p * w->apart + b * block_bytes(dtype);
-            Work part = *w;
-            some = blocks - b < MOST ? blocks - b : MOST;
-            for (int i = 0; i < some; i++, block += block_bytes(dtype))
-                unpack(&unpacked[i], dtype, block);
-            part.panel = (const uint8_t *)unpacked, part.out += p * PANEL;
-            part.n_panels = 1, part.cols = some * BLOCK, part.block = b, part.more = b > 0;
-            multiply(part, dtype + UNPACKED, n);
-        }
-}
-
-// The products with n tokens, as many at once as there are kernels for.
-static void multiply(Work w, int dtype, int n) {
-    int most = most_at_once(dtype);
-    for (int some; n; n -= some) {
-        some = n < most ? n : most;
-        if (some > TILE && some < 16) some = TILE;
-        if ((dtype == Q4 || dtype == Q4A) && n * H * H > 4 * TILE)
-            multiply_unpacked(&w, dtype, some = n - n % most);
-        else kernels[dtype + 1][some](&w);
-        w.token += some, w.out += (size_t)some * (size_t)w.stride;
-        w.ahead = 0;
+// The products of a matrix, from a row on, with n tokens, as many at once as there are kernels for.
+static void multiply(Work w, const Matrix *m, int row, int n) {
+    int dtype = m->dtype, most = most_at_once(dtype);
+    uint8_t *memory = NULL;
+    w.panel = panel_of(m, row) + panel_bytes(dtype, w.column % m->cols);
+    w.apart = panel_bytes(dtype, m->cols);
+    if ((dtype == Q4 || dtype == Q4A) && n * H * H > 4 * TILE) {  // then it is a single panel
+        memory = resize(NULL, (size_t)blocks_of(w.cols) + 1, sizeof(Unpacked));
+        uint8_t *aligned = memory + (-(uintptr_t)memory & 63);
+        for (int b = 0; b < blocks_of(w.cols); b++)
+            unpack((Unpacked *)(void *)aligned + b, dtype, w.panel + b * block_bytes(dtype));
+        w.panel = aligned;
+        dtype += UNPACKED;
     }
+    for (int some; w.token < n; w.token += some) {
+        some = n - w.token < most ? n - w.token : most;
+        if (some > TILE && some < 16) some = TILE;
+        kernels[dtype + 1][some](&w);
+    }
+    free(memory);
 }
 
 // ---- [4.5] products -----------------------------------------------------------------------------
-// matmul for panels: the rows of all matrices are dealt out two panels at a time.
+// matmul for panels: those of all matrices are dealt out.
 
-enum { ROWS_AT_ONCE = 2 * PANEL };
-static int items_of(const Matrix *w) { return (w->rows - 1) / ROWS_AT_ONCE + 1; }
-static void panels_task(void *context, int item) {
+static int panels_of(const Matrix *w) { return (w->rows - 1) / PANEL + 1; }
+static void panel_task(void *context, int item) {
     const ProductJob *job = context;
     const Product *p = job->p;
-    for (; item >= items_of(p->w); p++) item -= items_of(p->w);
+    for (; item >= panels_of(p->w); p++) item -= panels_of(p->w);
     const Matrix *m = p->w;
-    int row = item * ROWS_AT_ONCE, end = row + ROWS_AT_ONCE;
-    if (end > m->rows) end = m->rows;
-    Work w = {.panel = panel_of(m, row), .apart = panel_bytes(m->dtype, m->cols),
-              .n_panels = (end - row) / PANEL, .cols = m->cols, .x = job->x, .x_stride = m->cols,
-              .xq = job->xq, .x_blocks = blocks_of(m->cols), .out = p->y + row,
-              .stride = m->rows, .ahead = AHEAD};
-    if (w.n_panels) multiply(w, m->dtype, job->n);
-    for (row += w.n_panels * PANEL; row < end; row++)  // of a panel that is not full
-        row_task(&(ProductJob){p, job->x, job->xq, job->n}, row);
+    int row = item * PANEL;
+    Work w = {.n_panels = 1, .cols = m->cols, .x = job->x, .xq = job->xq, .x_cols = m->cols,
+              .out = p->y + row, .stride = m->rows};
+    if (row + PANEL <= m->rows) multiply(w, m, row, job->n);
+    else for (; row < m->rows; row++) row_task(&(ProductJob){p, job->x, job->xq, job->n}, row);
 }
 static void matmul_fast(const Product *p, int n_products, const float *x, const Quantized *xq,
                         int n) {
     int items = 0;
     bool panels = true;
-    for (int i = 0; i < n_products; i++) items += items_of(p[i].w), panels &= p[i].w->dtype != ROWS;
+    for (int i = 0; i < n_products; i++)
+        items += panels_of(p[i].w), panels &= p[i].w->dtype != ROWS;
     if (panels) {
         quantize_all(p, n_products, x, xq, n);
-        parallel(panels_task, &(ProductJob){p, x, xq, n}, items);
+        parallel(panel_task, &(ProductJob){p, x, xq, n}, items);
     } else matmul_plain(p, n_products, x, xq, n);
 }
 
@@ -2187,10 +2155,7 @@ typedef struct {
     int width;          // positions of a row of scores, a multiple of 32
     int parts, step;    // parts of a step, and the step that is done; one part: all steps
     size_t area;        // floats that hold a slot's scores and rounded weights
-} Attend;
-typedef struct {
-    const Attend *a;
-    CacheHead h;
+    CacheHead h;        // from here on: the tile
     int slot, n;        // the first slot; queries
     int first, end;     // the positions that any of them sees, in whole blocks
     float *scores;      // (n, width)
@@ -2198,9 +2163,9 @@ typedef struct {
 } Tile;
 
 static float *query_of(const Tile *t, float *x, int query) {  // where its part of x is
-    const Config *c = &t->a->f->m->c;
-    int group = t->a->group, head = t->h.head * group + query % group;
-    return row_of(x, (t->slot + query / group) * c->n_heads + head, c->head_dim);
+    const Config *c = &t->f->m->c;
+    int head = t->h.head * t->group + query % t->group;
+    return row_of(x, (t->slot + query / t->group) * c->n_heads + head, c->head_dim);
 }
 
 // The end of a tile's positions in the page of one.
@@ -2209,25 +2174,21 @@ static int attend_end(const Tile *t, int pos) {
     return end < t->end ? end : t->end;
 }
 
-// The scores of a page, of the one `parts` pages on, and so forth.
+// The scores of some pages.
 static void attend_scores(const Tile *t, int part) {
-    const Cache *kv = t->h.kv;
-    int hd = kv->m->c.head_dim;
+    int hd = t->f->m->c.head_dim;
     Quantized rounded = new_quantized(t->n, hd);
-    float *queries = zeros((size_t)(t->n * hd), sizeof(float));
+    float *queries = resize(NULL, (size_t)(t->n * hd), sizeof(float));
     for (int j = 0; j < t->n; j++) {
-        memcpy(row_of(queries, j, hd), query_of(t, t->a->f->s->q, j), (size_t)hd * sizeof(float));
+        memcpy(row_of(queries, j, hd), query_of(t, t->f->s->q, j), (size_t)hd * sizeof(float));
         quantize(&rounded, j, row_of(queries, j, hd), hd);
     }
-    int page = (t->first / PAGE_POSITIONS + part) * PAGE_POSITIONS;
-    for (; page < t->end; page += t->a->parts * PAGE_POSITIONS) {
-        int from = t->first > page ? t->first : page;
-        Matrix keys = cache_keys(kv, head_at(&t->h, page));
-        Work w = {.panel = panel_of(&keys, from - page), .apart = panel_bytes(keys.dtype, hd),
-                  .n_panels = (attend_end(t, page) - from) / PANEL, .cols = hd, .x = queries,
-                  .x_stride = hd, .xq = &rounded, .x_blocks = blocks_of(hd),
-                  .out = t->scores + from, .stride = t->a->width, .ahead = AHEAD};
-        multiply(w, keys.dtype, t->n);
+    for (int i = t->first, page = 0; i < t->end; i = attend_end(t, i), page++) {
+        if (page % t->parts != part) continue;
+        Matrix keys = cache_keys(t->f->kv, head_at(&t->h, i));
+        Work w = {.n_panels = (attend_end(t, i) - i) / PANEL, .cols = hd, .x = queries,
+                  .xq = &rounded, .x_cols = hd, .out = t->scores + i, .stride = t->width};
+        multiply(w, &keys, i % PAGE_POSITIONS, t->n);
     }
     free(queries);
     free(rounded.q);
@@ -2235,11 +2196,11 @@ static void attend_scores(const Tile *t, int part) {
 
 // The scores of queries become weights, which are 0 where one does not look.
 static void attend_weights(const Tile *t, int part) {
-    const Pass *f = t->a->f;
-    for (int j = part; j < t->n; j += t->a->parts) {
-        int n = f->batch[t->slot + j / t->a->group].pos + 1;
+    const Pass *f = t->f;
+    for (int j = part; j < t->n; j += t->parts) {
+        int n = f->batch[t->slot + j / t->group].pos + 1;
         int first = first_seen(&f->m->c, f->layer, n - 1);
-        float *row = row_of(t->scores, j, t->a->width), x[BLOCK];
+        float *row = row_of(t->scores, j, t->width), x[BLOCK];
         for (int i = first; i < n; i++) row[i] *= f->m->c.attn_scale;
         softmax(row + first, n - first);
         for (int i = t->first; i < first; i++) row[i] = 0;
@@ -2247,72 +2208,66 @@ static void attend_weights(const Tile *t, int part) {
         for (int i = t->first; i < t->end && f->kv->dtype == Q8; i += BLOCK) {
             const float *scales = value_scales(f->kv, head_at(&t->h, i)) + i % PAGE_POSITIONS;
             for (int k = 0; k < BLOCK; k++) x[k] = row[i + k] * scales[k];
-            round_block(&t->weights, round_at(j, i / BLOCK, t->a->width / BLOCK), x);
+            round_block(&t->weights, round_at(j, i / BLOCK, t->width / BLOCK), x);
         }
     }
 }
 
 // The weighted averages of the values, for some panels of 16 channels.
 static void attend_values(const Tile *t, int part) {
-    const Cache *kv = t->h.kv;
-    int hd = kv->m->c.head_dim, wide = ((hd - 1) / PANEL / t->a->parts + 1) * PANEL;
+    int hd = t->f->m->c.head_dim, wide = ((hd - 1) / PANEL / t->parts + 1) * PANEL;
     int channel = part * wide, some = hd - channel < wide ? hd - channel : wide;
     if (some <= 0) return;
-    float *out = resize(NULL, (size_t)(t->n * wide), sizeof(float));
+    float *out = zeros((size_t)(t->n * wide), sizeof(float));
     for (int i = t->first; i < t->end; i = attend_end(t, i)) {
-        Matrix values = cache_values(kv, head_at(&t->h, i));
-        Work w = {.panel = panel_of(&values, channel), .n_panels = (some - 1) / PANEL + 1,
-                  .apart = panel_bytes(values.dtype, PAGE_POSITIONS), .cols = attend_end(t, i) - i,
-                  .x = t->scores + i, .x_stride = t->a->width, .xq = &t->weights,
-                  .x_blocks = t->a->width / BLOCK, .block = i / BLOCK, .out = out, .stride = wide,
-                  .more = i > t->first, .ahead = AHEAD};
-        w.panel += panel_bytes(values.dtype, i % PAGE_POSITIONS);
-        multiply(w, values.dtype, t->n);
+        Matrix values = cache_values(t->f->kv, head_at(&t->h, i));
+        Work w = {.n_panels = (some - 1) / PANEL + 1, .cols = attend_end(t, i) - i, .x = t->scores,
+                  .xq = &t->weights, .x_cols = t->width, .column = i, .out = out, .stride = wide};
+        multiply(w, &values, channel, t->n);
     }
     for (int j = 0; j < t->n; j++)
-        memcpy(query_of(t, t->a->f->s->att_out, j) + channel, row_of(out, j, wide),
+        memcpy(query_of(t, t->f->s->att_out, j) + channel, row_of(out, j, wide),
                (size_t)some * sizeof(float));
     free(out);
 }
 
 // Whether a slot belongs to the tile of the one before.
-static bool attend_joined(const Attend *a, int i) {
-    const Slot *slot = &a->f->batch[i];
-    return i % a->most && slot[-1].seq == slot->seq && slot[-1].pos + 1 == slot->pos;
+static bool attend_joined(const Tile *t, int i) {
+    const Slot *slot = &t->f->batch[i];
+    return i % t->most && slot[-1].seq == slot->seq && slot[-1].pos + 1 == slot->pos;
 }
 static void attend_task(void *context, int item) {
-    const Attend *a = context;
-    const Pass *f = a->f;
-    bool whole = a->parts == 1;
-    int part = item % a->parts, i = item / a->parts % f->n, head = item / a->parts / f->n, n = 1;
-    if (attend_joined(a, i)) return;
-    while (i + n < f->n && attend_joined(a, i + n)) n++;
-    int pos = f->batch[i].pos, place = whole ? this_thread * a->most : head * f->n + i;
-    Tile t = {a, {f->kv, f->batch[i].seq, f->layer, head}, i, n * a->group,
-              first_seen(&f->m->c, f->layer, pos) / BLOCK * BLOCK, round_up(pos + n, BLOCK),
-              f->s->scores + (size_t)place * a->area, {0}};
-    t.weights = quantized_in((uint8_t *)row_of(t.scores, t.n, a->width), t.n, a->width);
-    if (a->step == 0) attend_scores(&t, part);
-    if (a->step == 1 || whole) attend_weights(&t, part);
-    if (a->step == 2 || whole) attend_values(&t, part);
+    Tile t = *(const Tile *)context;
+    const Pass *f = t.f;
+    bool whole = t.parts == 1;
+    int part = item % t.parts, i = item / t.parts % f->n, head = item / t.parts / f->n, n = 1;
+    if (attend_joined(&t, i)) return;
+    while (i + n < f->n && attend_joined(&t, i + n)) n++;
+    int pos = f->batch[i].pos, place = whole ? this_thread * t.most : head * f->n + i;
+    t.h = (CacheHead){f->kv, f->batch[i].seq, f->layer, head};
+    t.slot = i, t.n = n * t.group;
+    t.first = first_seen(&f->m->c, f->layer, pos) / BLOCK * BLOCK, t.end = round_up(pos + n, BLOCK);
+    t.scores = f->s->scores + (size_t)place * t.area;
+    t.weights = quantized_in((uint8_t *)row_of(t.scores, t.n, t.width), t.n, t.width);
+    if (t.step == 0) attend_scores(&t, part);
+    if (t.step == 1 || whole) attend_weights(&t, part);
+    if (t.step == 2 || whole) attend_values(&t, part);
 }
 
 static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
-    Attend a = {.f = f, .group = c->n_heads / c->n_kv_heads, .parts = 1};
-    int longest = 0, tiles = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
-    a.most = a.group <= 4 ? 8 : a.group <= 32 ? 32 / a.group : 1;
-    for (int i = 0; i < f->n; i++) {
+    int group = c->n_heads / c->n_kv_heads, most = group <= 4 ? 8 : group <= 32 ? 32 / group : 1;
+    int longest = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
+    int tiles = ((f->n - 1) / most + 1) * c->n_kv_heads;  // or more, of several sequences
+    for (int i = 0; i < f->n; i++)
         if (f->batch[i].pos >= longest) longest = f->batch[i].pos + 1;
-        tiles += attend_joined(&a, i) ? 0 : c->n_kv_heads;
-    }
-    if (threads > 1 && longest > PAGE_POSITIONS) a.parts = (4 * threads - 1) / tiles + 1;
-    a.width = round_up(longest, BLOCK);
-    a.area = (size_t)(2 * round_up(a.group, TILE)) * (size_t)a.width;  // more than are used
+    bool split = threads > 1 && longest > PAGE_POSITIONS;
+    Tile t = {.f = f, .group = group, .most = most, .width = round_up(longest, BLOCK),
+              .parts = split ? (4 * threads - 1) / tiles + 1 : 1};
+    t.area = (size_t)(2 * round_up(group, TILE)) * (size_t)t.width;  // more than are used
     make_room(&f->s->scores, &f->s->scores_room,
-              a.area * (size_t)(a.parts > 1 ? items : threads * a.most));
-    for (; a.step < (a.parts > 1 ? 3 : 1); a.step++)
-        parallel(attend_task, &a, items * a.parts);
+              t.area * (size_t)(t.parts > 1 ? items : threads * most));
+    for (; t.step < (t.parts > 1 ? 3 : 1); t.step++) parallel(attend_task, &t, items * t.parts);
 }
 
 // Starts n - 1 threads beside the calling one, and lets part 1 use what is here. Where a thread
@@ -3433,22 +3388,23 @@ typedef struct {
     Candidate lens[MAX_LAYERS];  // the likeliest token if a layer were the last
 } Explain;
 
-// Writes a token as it is stored; control tokens have a text here. Escapes stand for what a
-// terminal would obey or hide, and in the page for what cannot stand in a string of its script.
+// Writes a token as it is stored; control tokens have a text here. Escapes stand for the bytes of
+// what a terminal would obey or hide, and in the page for what cannot stand in a string of its
+// script.
 static void explain_put(const Explain *e, int id) {
     const Tokenizer *t = e->w.t;
     Text text = id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
     const char *slash = e->page ? "\\\\" : "\\";
     for (size_t used; text.len; text.s += used, text.len -= used) {
         uint32_t c = next_char(text.s, text.len, &used);
-        bool control = c < 32 || (c >= 127 && c < 160) || (c == 0xfffd && used == 1);
-        bool hidden = c == 0xad || (c >= 0x200b && c <= 0x200f) || (c >= 0x2028 && c <= 0x202e) ||
-                      (c >= 0x2060 && c <= 0x206f) || c == 0xfeff || c >= 0xe0000;
+        bool shown = c >= 32 && (c < 127 || c >= 160) && c != 0xad && (c < 0x200b || c > 0x200f) &&
+                     (c < 0x2028 || c > 0x202e) && (c < 0x2060 || c > 0x206f) && c != 0xfeff &&
+                     c < 0xe0000 && (c != 0xfffd || used > 1);
+        for (size_t i = 0; i < used && !shown && c != '\n'; i++)
+            fprintf(e->f, "%sx%02x", slash, (uint8_t)text.s[i]);
         if (c == '\n') fprintf(e->f, "%sn", slash);
-        else if (control) fprintf(e->f, "%sx%02x", slash, c < 160 ? (unsigned)c : (uint8_t)*text.s);
-        else if (hidden) fprintf(e->f, "%su%04x", slash, (unsigned)c);
         else if (e->page && c < 128 && strchr("\"$<\\`", (int)c)) fprintf(e->f, "\\x%02x", c);
-        else fwrite(text.s, 1, used, e->f);
+        else if (shown) fwrite(text.s, 1, used, e->f);
     }
 }
 
@@ -3653,17 +3609,6 @@ static void explain_item(const Explain *e, int id, bool given) {
     fprintf(e->f, "\",id:%d,given:%d},\n", id, given);
 }
 
-// Writes what precedes the passes.
-static void explain_begin(const Explain *e) {
-    const Sampler *s = &e->d.s;
-    fprintf(e->f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e->page ? explain_html : "",
-            (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
-    if (!e->page) return;
-    fprintf(e->f, "<script>\nconst layers = %d, heads = %d, T = [\n{a:\"\",view:`The text's start.",
-            e->w.m->c.n_layers, e->w.m->c.n_heads);
-    explain_item(e, e->d.c.ids.ids[0], true);
-}
-
 // Computes a pass and shows it; the token that follows is given, or drawn and put behind the text.
 // Returns whether the text goes on.
 static bool explain_pass(Explain *e) {
@@ -3703,13 +3648,20 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
+    const Sampler *s = &e.d.s;
     long long budget = start_text(o, m, t, &e.d.c.ids);
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
     get_state(&e.w.kv, 2);  // of the pass, and of the lens
     prefill(m, &e.w.kv, 0, ids->ids, 0, e.n - 1);
-    explain_begin(&e);
+    fprintf(e.f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e.page ? explain_html : "",
+            (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
+    if (e.page) {
+        fprintf(e.f, "<script>\nconst layers = %d, heads = %d, T = ", m->c.n_layers, m->c.n_heads);
+        fputs("[\n{a:\"\",view:`The text's start.", e.f);  // no pass has chosen the first token
+        explain_item(&e, ids->ids[0], true);
+    }
     void (*usual)(const Pass *) = attention;
     attention = attention_plain, watch = o->trace ? explain_trace : explain_watch, watcher = &e;
     for (bool more = true; more; e.n += more) {
@@ -3778,14 +3730,12 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
 // the first window that holds it, so all but the first window's tokens see at least W/2 tokens
 // before them.
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Text text = o->input;
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos, ctx = context_of(o, m), scored = 0;
     int window = o->context || ctx < 2048 ? ctx : 2048;
     if (start < 0) die("%s has neither BOS nor EOS to start a text from", m->path);
-    if (window < 2) die("-c %d is too short to evaluate with", window);
     Ids all = {0};
     push(&all, start);
-    encode(t, text, NULL, true, &all);
+    encode(t, o->input, NULL, true, &all);
     bool twice = all.n > 1 && all.ids[1] == start;
     int n = (int)all.n - twice - 1;  // tokens to predict
     if (n < 1) die("no text to evaluate in %s: -f or -i gives one (- is stdin)", input_name(o));
@@ -3793,17 +3743,17 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     cache_open(&kv, m, window, 1);
     double sum = 0, ln_2 = 0.69314718055994531;
     Progress progress = progress_begin(o);
-    for (int from = 0, end; scored < n && !interrupted; from += window / 2, scored = end) {
+    for (int from = 0, end; scored < n && !interrupted; from += window - window / 2, scored = end) {
         end = from + window < n ? from + window : n;
         sum += likelihood_window(m, &kv, all.ids + twice, from, end, scored);
-        progress_show(&progress, (double)end / n, (double)text.len * end / n);
+        progress_show(&progress, (double)end / n, (double)o->input.len * end / n);
     }
     progress_end(&progress);
     char report[1200];  // (a perplexity can have 310 digits)
     int length = snprintf(report, sizeof report, "bits_per_byte: %.6f\nbits_per_token: %.6f\n"
                           "perplexity: %.4f\ntokens: %d\nbytes: %zu\nwindow: %d\n",
-                          sum / ln_2 / (double)text.len, sum / ln_2 / n, exp_double(sum / n), n,
-                          text.len, window);
+                          sum / ln_2 / (double)o->input.len, sum / ln_2 / n, exp_double(sum / n), n,
+                          o->input.len, window);
     if (!interrupted) output_write(out, report, (size_t)length);
     free(all.ids);
     cache_close(&kv);
@@ -3820,70 +3770,33 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 // other. All begin with the same prefix, the tokens before it, and end before the context is full.
 
 enum {
-    ZIP_MAGIC = 0x627a6d6c,  // "lmzb"; each version has a last letter of its own
     ZIP_CONTEXT = 1536,      // positions, if -c does not say: longer: slower, a little smaller
     ZIP_SEGMENTS = 16, ZIP_LEAST_CONTEXT = 16,
     ZIP_PREFIX = 256,        // of them for the prefix: a page, which all segments share
-    ZIP_GROUP = 256,         // symbols whose biases are one item of work
 };
 
 typedef struct {  // a file is this, and then what was coded
-    uint32_t magic, context;
-    uint64_t model, tokenizer;      // hashes
-    uint64_t bytes, symbols;        // of the text; no symbols: it is stored as it is
-    uint64_t text_hash, file_hash;  // the latter of all else
+    char magic[8];        // "lmzc"; each version has a last letter of its own
+    uint64_t file_hash;   // of all that follows
+    uint64_t model;       // a hash of it and of the tokenizer
+    uint64_t context;
+    uint64_t symbols;     // of the text; none: it is stored as it is
+    uint64_t text_hash;
 } ZipHeader;
 
-// ---- The arithmetic coder. What is coded so far says that a number lies in [low, low + range), of
-// which the next symbol takes its share. Leading bytes that are certain are written, and the rest
-// moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
-typedef struct {
-    uint64_t low, range, code;
-    const char *in;  // decoding: what is left,
-    ptrdiff_t left;  // so many bytes; below 0: some are missing (8, unless the file is wrong)
-    Output out;      // encoding
-} ZipCoder;
-static bool zip_ended(const ZipCoder *c) { return c->left < -8; }
-
-static void zip_shift(ZipCoder *c) {
-    if (!c->in) output_byte(&c->out, (char)(c->low >> 56));
-    else c->code = c->code << 8 | (c->left-- > 0 ? (uint8_t)*c->in++ : 0);
-    c->low <<= 8, c->range <<= 8;
-}
-static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
-// Codes one of n symbols, which have probabilities, and thus shares of the interval (their sum is
-// below 2^32). Returns it.
-static int zip_code(ZipCoder *c, const float *p, int n, int symbol) {
-    const uint64_t top = 1ull << 56, bottom = 1ull << 48;
-    uint32_t total = zip_share(p[0]), start = 0;
-    for (int i = 1; i < n; i++) total += zip_share(p[i]);
-    uint64_t unit = c->range / total, at = c->in ? (c->code - c->low) / unit : 0;
-    int i = 0;
-    while (c->in ? i < n - 1 && at >= start + zip_share(p[i]) : i < symbol)
-        start += zip_share(p[i++]);
-    c->low += start * unit;
-    c->range = zip_share(p[i]) * unit;
-    while ((c->low ^ (c->low + c->range)) < top || c->range < bottom) {
-        if ((c->low ^ (c->low + c->range)) >= top) c->range = -c->low & (bottom - 1);
-        zip_shift(c);
-    }
-    return i;
-}
-
-// ---- Probabilities, and what is learned: a bias of each symbol v, which is added to its logit,
-// and another one after each token that v was seen after. They move along the gradient of
-// ln p(symbol), which is (v is the symbol) - p[v], by Adagrad (Duchi et al., 2011): steps are
-// divided by the root of the sum of squared gradients. The rates 0.6 and 0.4 were found by trying.
 typedef struct { int symbol, next; float bias, squares; } ZipPair;  // next: of those after the same
 typedef struct {
     const Model *m;
     const Tokenizer *t;
     Cache kv;                // sequence 0 has the prefix, 1 + s segment s
-    ZipCoder coder;
     Progress progress;
+    Text in;                 // decoding: the coded bytes that are left, and then zeros
+    Output out;              // the result: a file or a text
+    uint64_t low, range, code;
     int width, start;        // how many symbols there are; the token before the text
     Ids symbols;             // of the text
-    size_t done;             // of these, before the wave
+    size_t all, done;        // how many it has; those before the wave
+    size_t bytes;            // of the input
     int prefix;              // tokens of it, at most
     int n, steps, step;      // segments; symbols of each; the one that is coded
     float *bias, *squares;   // (width) of symbols; the sums of their squared gradients
@@ -3892,6 +3805,38 @@ typedef struct {
     float *logits, *p;       // (n, vocab_size); (n, width) probabilities, then gradients
 } Zip;
 
+// ---- The arithmetic coder. What is coded so far says that a number lies in [low, low + range), of
+// which the next symbol takes its share. Leading bytes that are certain are written, and the rest
+// moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
+static void zip_shift(Zip *z) {
+    if (!z->in.s) output_byte(&z->out, (char)(z->low >> 56));
+    else z->code = z->code << 8 | (z->in.len ? z->in.len--, (uint8_t)*z->in.s++ : 0);
+    z->low <<= 8, z->range <<= 8;
+}
+static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
+// Codes a symbol, and returns it. All have probabilities, and thus shares of the interval (the sum
+// is below 2^32).
+static int zip_code(Zip *z, const float *p, int symbol) {
+    const uint64_t top = 1ull << 56, bottom = 1ull << 48;
+    uint32_t total = zip_share(p[0]), start = 0;
+    for (int i = 1; i < z->width; i++) total += zip_share(p[i]);
+    uint64_t unit = z->range / total, at = z->in.s ? (z->code - z->low) / unit : 0;
+    int i = 0;
+    while (z->in.s ? i < z->width - 1 && at >= start + zip_share(p[i]) : i < symbol)
+        start += zip_share(p[i++]);
+    z->low += start * unit;
+    z->range = zip_share(p[i]) * unit;
+    while ((z->low ^ (z->low + z->range)) < top || z->range < bottom) {
+        if ((z->low ^ (z->low + z->range)) >= top) z->range = -z->low & (bottom - 1);
+        zip_shift(z);
+    }
+    return i;
+}
+
+// ---- Probabilities, and what is learned: a bias of each symbol v, which is added to its logit,
+// and another one after each token that v was seen after. They move along the gradient of
+// ln p(symbol), which is (v is the symbol) - p[v], by Adagrad (Duchi et al., 2011): steps are
+// divided by the root of the sum of squared gradients. The rates 0.6 and 0.4 were found by trying.
 // The token that the model reads before a step of a segment. Steps up to 0 are the prefix's.
 static int zip_before(const Zip *z, int s, int step) {
     size_t at = z->done + (size_t)(step + (step > 0 ? s * z->steps : 0));
@@ -3904,36 +3849,24 @@ static void zip_predict(void *context, int s) {
     int vocab = z->m->c.vocab_size, width = z->width;
     float *logits = row_of(z->logits, s, vocab), *p = row_of(z->p, s, width);
     float of_bytes = largest(logits, vocab) - 16;  // so rare are they at first
-    for (int i = 0; i < vocab; i++) p[i] = logits[i] + z->bias[i];
-    for (int i = vocab; i < width; i++) p[i] = of_bytes + z->bias[i];
+    for (int i = 0; i < width; i++) p[i] = (i < vocab ? logits[i] : of_bytes) + z->bias[i];
     for (int i = z->first_pair[zip_before(z, s, z->step)]; i; i = z->pairs[i].next)
         p[z->pairs[i].symbol] += z->pairs[i].bias;
     softmax(p, width);
 }
 
-static void zip_learn_pairs(Zip *z, const float *gradient, int before, int symbol) {
+static void zip_adapt(float *bias, float *squares, float rate, float gradient) {
+    *squares += gradient * gradient;
+    *bias -= rate * gradient / sqrtf(*squares + 1);
+}
+static void zip_learn(Zip *z, const float *gradient, int before, int symbol) {
     int *first = &z->first_pair[before], i = *first;
+    for (int v = 0; v < z->width; v++) zip_adapt(&z->bias[v], &z->squares[v], 0.6f, gradient[v]);
     while (i && z->pairs[i].symbol != symbol) i = z->pairs[i].next;
     if (!i) z->pairs[++z->n_pairs] = (ZipPair){symbol, *first, 0, 0}, *first = z->n_pairs;
-    for (i = *first; i; i = z->pairs[i].next) {
-        float g = gradient[z->pairs[i].symbol];
-        z->pairs[i].squares += g * g;
-        z->pairs[i].bias -= 0.4f * g / sqrtf(z->pairs[i].squares + 1);
-    }
+    for (i = *first; i; i = z->pairs[i].next)
+        zip_adapt(&z->pairs[i].bias, &z->pairs[i].squares, 0.4f, gradient[z->pairs[i].symbol]);
 }
-// The biases of a group of symbols learn from all segments.
-static void zip_learn(void *context, int group) {
-    Zip *z = context;
-    int first = group * ZIP_GROUP, left = z->width - first, n = left < ZIP_GROUP ? left : ZIP_GROUP;
-    float sum[ZIP_GROUP] = {0}, *bias = z->bias + first, *squares = z->squares + first;
-    for (int s = 0; s < z->n; s++) {
-        const float *g = row_of(z->p, s, z->width) + first;
-        for (int i = 0; i < n; i++) sum[i] += g[i], squares[i] += g[i] * g[i];
-    }
-    for (int i = 0; i < n; i++) bias[i] -= 0.6f * sum[i] / sqrtf(squares[i] + 1);
-}
-
-// ---- Waves
 
 // Codes a step: the next symbol of each segment.
 static void zip_step(Zip *z) {
@@ -3941,46 +3874,41 @@ static void zip_step(Zip *z) {
     for (int s = 0; s < z->n; s++) {
         float *p = row_of(z->p, s, z->width);
         int *symbol = &z->symbols.ids[z->done + (size_t)(s * z->steps + z->step)];
-        *symbol = zip_code(&z->coder, p, z->width, *symbol);
+        *symbol = zip_code(z, p, *symbol);
         p[*symbol] -= 1;
-        zip_learn_pairs(z, p, zip_before(z, s, z->step), *symbol);
+        zip_learn(z, p, zip_before(z, s, z->step), *symbol);
     }
-    parallel(zip_learn, z, (z->width + ZIP_GROUP - 1) / ZIP_GROUP);
     z->logits += (size_t)z->n * (size_t)z->m->c.vocab_size;
 }
 
-// Codes a wave. The encoder, which knows the text, has the model compute several steps at once.
-static void zip_wave(Zip *z, const ZipHeader *h) {
-    int ids[ZIP_PREFIX], prefix = z->done < (size_t)z->prefix ? (int)z->done : z->prefix;
-    int most = z->coder.in ? 1 : likelihood_batch(z->m);
-    for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
-    prefill(z->m, &z->kv, 0, ids, 0, prefix);
-    for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
-    for (z->step = 0; z->step < z->steps && !zip_ended(&z->coder);) {
-        Slot batch[MAX_BATCH];
-        int n = 0, end = z->step;
-        if (interrupted) exit(130);
-        for (; end < z->steps && (!n || n + z->n <= most); end++)
-            for (int s = 0; s < z->n; s++)
-                batch[n++] = (Slot){zip_before(z, s, end), prefix + end, 1 + s, true};
-        z->logits = forward(z->m, &z->kv, batch, n);
-        for (; z->step < end; z->step++) zip_step(z);
-        double part = (double)(z->done + (size_t)(end * z->n)) / (double)h->symbols;
-        progress_show(&z->progress, part, part * (double)h->bytes);
-    }
-}
-
-// Codes all symbols, which the encoder has. A wave has as few segments as have room for the rest.
-static void zip_text(Zip *z, const ZipHeader *h) {
-    for (size_t end; z->done < h->symbols && !zip_ended(&z->coder); z->done = end) {
-        size_t longest = (size_t)(z->done ? z->kv.ctx - z->prefix : z->prefix);
-        size_t left = h->symbols - z->done, n = z->done ? (left - 1) / longest + 1 : 1;
-        if (n > ZIP_SEGMENTS) n = ZIP_SEGMENTS;
-        z->n = (int)n, z->steps = (int)(left / n < longest ? left / n : longest);
+// Codes all symbols, which the encoder has: so it lets the model compute several steps at once. A
+// wave has as few segments as have room for the rest.
+static void zip_text(Zip *z) {
+    int ids[ZIP_PREFIX], prefix = 0, most = z->in.s ? 1 : likelihood_batch(z->m);
+    for (size_t end; z->done < z->all; z->done = end, prefix = z->prefix) {
+        size_t longest = (size_t)(z->done ? z->kv.ctx - prefix : z->prefix);
+        size_t left = z->all - z->done, segments = z->done ? (left - 1) / longest + 1 : 1;
+        z->n = segments < ZIP_SEGMENTS ? (int)segments : ZIP_SEGMENTS;
+        left /= (size_t)z->n;
+        z->steps = (int)(left < longest ? left : longest);
         end = z->done + (size_t)(z->n * z->steps);
         while (z->symbols.n < end) push(&z->symbols, 0);
         z->pairs = resize(z->pairs, end + 1, sizeof *z->pairs);
-        zip_wave(z, h);
+        for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
+        prefill(z->m, &z->kv, 0, ids, 0, prefix);
+        for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
+        for (z->step = 0; z->step < z->steps;) {
+            Slot batch[MAX_BATCH];
+            int n = 0, done = z->step;
+            if (interrupted) exit(130);
+            for (; done < z->steps && (!n || n + z->n <= most); done++)
+                for (int s = 0; s < z->n; s++)
+                    batch[n++] = (Slot){zip_before(z, s, done), prefix + done, 1 + s, true};
+            z->logits = forward(z->m, &z->kv, batch, n);
+            for (; z->step < done; z->step++) zip_step(z);
+            double part = (double)(z->done + (size_t)(done * z->n)) / (double)z->all;
+            progress_show(&z->progress, part, part * (double)z->bytes);
+        }
     }
 }
 
@@ -4005,100 +3933,97 @@ static void zip_cut(Zip *z, Text text) {
     }
     free(ids.ids);
 }
-static void zip_join(const Zip *z, Output *text) {
+static void zip_join(Zip *z) {
     for (size_t i = 0; i < z->symbols.n; i++) {
-        int symbol = z->symbols.ids[i];
-        if (symbol >= z->m->c.vocab_size) output_byte(text, (char)(symbol - z->m->c.vocab_size));
+        int symbol = z->symbols.ids[i], byte = symbol - z->m->c.vocab_size;
+        if (byte >= 0) output_byte(&z->out, (char)byte);
         else if (symbol < z->t->h.vocab_size)  // a damaged file can have others
-            output_write(text, z->t->tokens[symbol].text.s, z->t->tokens[symbol].text.len);
+            output_write(&z->out, z->t->tokens[symbol].text.s, z->t->tokens[symbol].text.len);
     }
 }
-static uint64_t zip_hash(const ZipHeader *h, Text coded) {
-    return mix64(hash64(h, offsetof(ZipHeader, file_hash))) + hash64(coded.s, coded.len);
-}
+static uint64_t zip_hash(Text file) { return hash64(file.s + 16, file.len - 16); }
 
-static void zip_open(Zip *z, const ZipHeader *h, Text coded) {
+static void zip_open(Zip *z, uint64_t context, Text coded) {
     size_t width = (size_t)z->m->c.vocab_size + 256;
-    if (h->context < ZIP_LEAST_CONTEXT || h->context > (uint32_t)z->m->c.seq_len)
-        die("a context of %u: compress needs %d to %d positions", h->context, ZIP_LEAST_CONTEXT,
-            z->m->c.seq_len);
-    z->coder = (ZipCoder){.in = coded.s, .left = (ptrdiff_t)coded.len, .out = output_memory()};
-    for (int i = 0; i < 8 && coded.s; i++) zip_shift(&z->coder);
-    z->coder.range = UINT64_MAX;
+    if (context < ZIP_LEAST_CONTEXT || context > (uint64_t)z->m->c.seq_len)
+        die("a context of %llu: compress needs %d to %d positions", (unsigned long long)context,
+            ZIP_LEAST_CONTEXT, z->m->c.seq_len);
+    z->in = coded;
+    for (int i = 0; i < 8 && coded.s; i++) zip_shift(z);
+    z->range = UINT64_MAX;
     z->width = (int)width;
     z->start = z->t->h.bos >= 0 ? z->t->h.bos : z->t->h.eos >= 0 ? z->t->h.eos : 0;
-    z->prefix = h->context / 4 < ZIP_PREFIX ? (int)h->context / 4 : ZIP_PREFIX;
+    z->prefix = context / 4 < ZIP_PREFIX ? (int)context / 4 : ZIP_PREFIX;
     z->bias = zeros((2 + ZIP_SEGMENTS) * width, sizeof(float));
     z->squares = z->bias + width;
     z->p = z->squares + width;
     z->first_pair = zeros(width, sizeof(int));
-    cache_open(&z->kv, z->m, (int)h->context, 1 + ZIP_SEGMENTS);
-}
-static void zip_close(Zip *z) {
-    free(z->bias), free(z->first_pair), free(z->pairs);
-    free(z->symbols.ids), free(z->coder.out.memory);
-    cache_close(&z->kv);
+    cache_open(&z->kv, z->m, (int)context, 1 + ZIP_SEGMENTS);
 }
 
 // Data of which a byte in 64 or more is a control character that no text has is stored: it would
 // take hours, for nothing.
-static void zip_shrink(Zip *z, ZipHeader *h, Text text, Output *out) {
+static void zip_shrink(Zip *z, ZipHeader *h, Text text) {
+    Output *out = &z->out;
     size_t strange = 0;
-    zip_open(z, h, (Text){NULL, 0});
-    h->bytes = text.len;
-    h->text_hash = hash64(text.s, text.len);
+    zip_open(z, h->context, (Text){NULL, 0});
     for (size_t i = 0; i < text.len; i++) strange += (uint8_t)text.s[i] < 9;
     if (strange <= text.len / 64) zip_cut(z, text);
-    h->symbols = z->symbols.n;
-    zip_text(z, h);
-    z->coder.low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
-    zip_shift(&z->coder), zip_shift(&z->coder);
-    Text coded = {z->coder.out.memory, z->coder.out.n};
-    if (!h->symbols || coded.len >= text.len) coded = text, h->symbols = 0;
-    h->file_hash = zip_hash(h, coded);
-    output_write(out, h, sizeof *h);
-    output_write(out, coded.s, coded.len);
+    z->all = z->symbols.n;
+    output_write(out, h, sizeof *h);  // its place
+    zip_text(z);
+    z->low += (1ull << 48) - 1;  // two bytes and, not written, zeros are in the interval now
+    zip_shift(z), zip_shift(z);
+    bool stored = !z->all || out->n - sizeof *h >= text.len;
+    if (stored) out->n = sizeof *h, output_write(out, text.s, text.len);
+    h->symbols = stored ? 0 : z->all;
+    h->text_hash = hash64(text.s, text.len);
+    memcpy(out->memory, h, sizeof *h);
+    h->file_hash = zip_hash((Text){out->memory, out->n});
+    memcpy(out->memory, h, sizeof *h);
 }
 
-// Returns NULL, or what is wrong with the file; h has the hashes that its header should have.
-static const char *zip_expand(Zip *z, ZipHeader *h, Text file, Output *out) {
-    ZipHeader mine = *h;
-    if (file.len < sizeof mine || memcmp(file.s, &mine, 3))
+// Returns NULL, or what is wrong with the file; `mine` is what its header should be like.
+static const char *zip_expand(Zip *z, const ZipHeader *mine, Text file) {
+    ZipHeader h;
+    if (file.len < sizeof h || memcmp(file.s, mine->magic, 3))
         return "is not a file that -m compress wrote, or is truncated";
-    if (memcmp(file.s, &mine, 4)) return "was compressed by another version of this program";
-    memcpy(h, file.s, sizeof mine);
-    Text coded = {file.s + sizeof mine, file.len - sizeof mine};
-    if (h->file_hash != zip_hash(h, coded)) return "is truncated, too long or damaged";
-    if (h->model != mine.model) return "was compressed with another model: -m decompress needs it";
-    if (h->tokenizer != mine.tokenizer) return "was compressed with another tokenizer: see -z";
-    zip_open(z, h, coded);
-    zip_text(z, h);
-    if (h->symbols) zip_join(z, out);
-    else output_write(out, coded.s, coded.len);
-    bool right = out->n == h->bytes && hash64(out->memory, out->n) == h->text_hash;
-    return right ? NULL : "does not give its text: other numbers are computed here; try -m check";
+    memcpy(&h, file.s, sizeof h);
+    if (memcmp(h.magic, mine->magic, 8)) return "was compressed by another version of this program";
+    if (h.file_hash != zip_hash(file)) return "is truncated, too long or damaged";
+    if (h.model != mine->model)
+        return "was compressed with another model or tokenizer (-z): -m decompress needs the same";
+    Text coded = {file.s + sizeof h, file.len - sizeof h};
+    zip_open(z, h.context, coded);
+    z->all = h.symbols;
+    zip_text(z);
+    if (z->all) zip_join(z);
+    else output_write(&z->out, coded.s, coded.len);
+    if (hash64(z->out.memory, z->out.n) == h.text_hash) return NULL;
+    return "does not give its text: other numbers are computed here; try -m check";
 }
 
 static void compress(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     bool back = !strcmp(o->mode, "decompress");
     int context = context_of(o, m);
     if (!o->context && context > ZIP_CONTEXT) context = ZIP_CONTEXT;
-    Text in = o->input;
-    Output result = output_memory();
-    Zip z = {.m = m, .t = t, .progress = progress_begin(o)};
-    ZipHeader h = {.magic = ZIP_MAGIC, .context = (uint32_t)context, .model = model_hash(m),
-                   .tokenizer = t->llama2c ? hash64(t->file, t->file_size) : t->h.hash};
-    const char *wrong = back ? zip_expand(&z, &h, in, &result) : NULL;
-    if (!back) zip_shrink(&z, &h, in, &result);
+    Zip z = {.m = m, .t = t, .progress = progress_begin(o), .bytes = o->input.len,
+             .out = output_memory()};
+    ZipHeader h = {"lmzc", .model = mix64(model_hash(m)) + hash64(t->file, t->file_size),
+                   .context = (uint64_t)context};
+    const char *wrong = back ? zip_expand(&z, &h, o->input) : NULL;
+    if (!back) zip_shrink(&z, &h, o->input);
     progress_end(&z.progress);
     if (wrong) die("%s %s", input_name(o), wrong);
+    size_t n = z.out.n;
     if (!o->quiet)
-        fprintf(stderr, "%zu bytes -> %zu bytes: %.4f bits per byte, %.1f s\n", in.len, result.n,
-                8 * (double)(back ? in.len : result.n) / fmax((double)h.bytes, 1),
+        fprintf(stderr, "%zu bytes -> %zu bytes: %.4f bits per byte, %.1f s\n", z.bytes, n,
+                8 * (double)(back ? z.bytes : n) / fmax((double)(back ? n : z.bytes), 1),
                 seconds() - z.progress.began);
-    output_write(out, result.memory, result.n);
-    zip_close(&z);
-    free(result.memory);
+    output_write(out, z.out.memory, n);
+    free(z.bias), free(z.first_pair), free(z.pairs);
+    free(z.symbols.ids), free(z.out.memory);
+    cache_close(&z.kv);
 }
 #endif
 // ---- [5.11] check -------------------------------------------------------------------------------

@@ -2953,10 +2953,10 @@ static void test_watching(const Made *made, const Model *m) {
 static void test_characters(void) {
     static const struct { const char *text, *shown; } cases[] = {
         {"a", "a"}, {"\\", "\\"}, {"\n", "\\n"}, {"\x1b[", "\\x1b["}, {"\x7f", "\\x7f"},
-        {"\xff", "\\xff"}, {"\xe4\xbd", "\\xe4\\xbd"}, {"\xc2\x9b", "\\x9b"},
+        {"\xff", "\\xff"}, {"\xe4\xbd", "\\xe4\\xbd"}, {"\xc2\x9b", "\\xc2\\x9b"},
         {"\xc3\xa9", "\xc3\xa9"}, {"\xe4\xbd\xa0", "\xe4\xbd\xa0"},
         {"\xf0\x9f\x98\x80", "\xf0\x9f\x98\x80"}, {"\xef\xbf\xbd", "\xef\xbf\xbd"},
-        {"\xe2\x80\xae", "\\u202e"}, {"\xe2\x80\xa8", "\\u2028"}, {"\xf3\xa0\x81\x81", "\\ue0041"}};
+        {"\xe2\x80\xae", "\\xe2\\x80\\xae"}, {"\xf3\xa0\x81\x81", "\\xf3\\xa0\\x81\\x81"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Token token = {.text = {cases[i].text, strlen(cases[i].text)}};
         Tokenizer t = {.h.vocab_size = 1, .tokens = &token};
@@ -3267,9 +3267,9 @@ static const struct { const char *what; uint64_t hash; } known[] = {
     {"qwen3 q4a", 0x393a01db0d952204}, {"gemma f32", 0x4586d142787b1dc5},
     {"gemma bf16", 0x9ba59123dbb1edfb}, {"gemma q8", 0x37267c49ac903e17},
     {"gemma q4", 0xb007b4317b96144c}, {"gemma q4a", 0xba3b870c4f7dfb94},
-    {"traces", 0xb5ef8a537688c0c1}, {"byte-level", 0xf420230d988350aa},
-    {"SentencePiece", 0x41cd21c4e0d03a22}, {"SentencePiece without bytes", 0xc4dccfda988c75af},
-    {"llama2.c", 0x9548ca72f6fef125}};
+    {"traces", 0xb5ef8a537688c0c1}, {"byte-level", 0x58afd1ef77d11245},
+    {"SentencePiece", 0x0a0fd1046fb619f9}, {"SentencePiece without bytes", 0xd237483723222dcd},
+    {"llama2.c", 0x3f20060a9f65f5de}};
 
 static void same_hash(const char *what, uint64_t hash) {
     uint64_t expected = 0;
@@ -3674,10 +3674,12 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
     if (!strcmp(target, "compressed") && n > sizeof(ZipHeader)) {  // and sizes that take no minutes
         ZipHeader h;
         memcpy(&h, data, sizeof h);
-        h.magic = ZIP_MAGIC, h.model = model_hash(&fuzz_model), h.tokenizer = fuzz_tokenizer.h.hash;
-        h.bytes %= 400, h.symbols %= 400, h.context = 16 + h.context % 64;
-        h.file_hash = zip_hash(&h, (Text){(char *)data + sizeof h, n - sizeof h});
+        memcpy(h.magic, "lmzc", 5);
+        h.model = mix64(model_hash(&fuzz_model)) +
+                  hash64(fuzz_tokenizer.file, fuzz_tokenizer.file_size);
+        h.symbols %= 400, h.context = 16 + h.context % 64;
         memcpy(data, &h, sizeof h);
+        set64(data + offsetof(ZipHeader, file_hash), zip_hash((Text){(char *)data, n}));
     }
     return n;
 }
