@@ -543,8 +543,7 @@ void generate_tokens(const Model *m, Cache *kv, Sampler *s, int *tokens, int n_p
 // =================================================================================================
 
 // ---- [2.1] numbers ------------------------------------------------------------------------------
-// Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere; every sum in a fixed
-// order. Called by all parts.
+// Only + - * / and sqrtf, which IEEE 754 rounds the same way everywhere; sums in a fixed order.
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
@@ -1094,8 +1093,7 @@ static void get_scores(const Pass *f) {
               (size_t)(f->n * f->m->c.n_heads) * (size_t)s->scores_width);
 }
 
-// A damaged weight shows in the logits, as NaN or a number over 1e18. (Smaller ones can be scaled
-// and squared.)
+// A damaged weight shows in the logits, as NaN or a number over 1e18.
 static void check_logits(const Model *m, const float *logits, int n) {
     int bad = 0;
     size_t all = (size_t)n * (size_t)m->c.vocab_size;
@@ -1671,9 +1669,8 @@ static size_t word_next(const Tokenizer *t, Text text) {
     return last ? last : n;  // the last space belongs to the next word
 }
 
-// Appends the tokens of a text. One that starts a text (else it continues one) gets BOS and a space
-// in front if the tokenizer adds them. Special tokens in the text are recognised, except over bytes
-// that are marked as typed by a user.
+// Appends the tokens of a text. At a text's start BOS and a space come first, if the tokenizer adds
+// them. Special tokens are recognised, except over bytes that are marked as typed by a user.
 static void encode(const Tokenizer *t, Text text, const char *typed, bool text_start, Ids *out) {
     if (text.len > INT_MAX / 4) die("the text is too long: %zu bytes", text.len);
     bool words = t->h.kind == BYTE_LEVEL && t->h.split;
@@ -1732,8 +1729,7 @@ static bool is_stop(const Tokenizer *t, int id) {
 // ---- [4.1] threads ------------------------------------------------------------------------------
 // parallel deals the items of a job out: one number holds the job's number and the count of items
 // that nobody has taken; a thread takes a share of what is left by one compare-and-swap, so that
-// one that is not running holds nobody up for long. What threads write often is in cache lines of
-// its own, which may be fetched in pairs.
+// one that is not running holds nobody up for long. What threads write has cache lines of its own.
 
 enum { LINES = 128 };
 static struct {
@@ -1971,9 +1967,8 @@ INLINE vi add_pairs(vi sums) { return sums; }
 
 // ---- [4.4] kernels ------------------------------------------------------------------------------
 // A kernel multiplies panels with the inputs of T tokens, whose sums stay in registers; T and dtype
-// are constants of each. It goes over the columns one by one, or where weights, keys and values are
-// quantized by blocks. Many tokens use weights of 4 bits again and again: these are first made
-// bytes and float scales: UNPACKED.
+// are constants of each. It goes over the columns one by one, or over blocks where they are
+// quantized. For many tokens weights of 4 bits are first made bytes and float scales: UNPACKED.
 
 typedef struct {
     const uint8_t *panel;   // the first panel; the others are `apart` bytes apart
@@ -2146,8 +2141,7 @@ static void matmul_fast(const Product *p, int n_products, const float *x, const 
 // ---- [4.6] attention ----------------------------------------------------------------------------
 // A tile is a few slots of one sequence at consecutive positions, with one key/value head: all its
 // queries pass over the keys and values together, in three steps: scores, weights, average. A tile
-// is a piece of work; where there are few of them, each step is one, cut into parts: by pages, by
-// queries, by panels of channels.
+// is a piece of work; where there are few, each step is cut into parts: by pages, queries, panels.
 
 typedef struct {
     const Pass *f;
@@ -2270,8 +2264,7 @@ static void attention_fast(const Pass *f) {
     for (; t.step < (t.parts > 1 ? 3 : 1); t.step++) parallel(attend_task, &t, items * t.parts);
 }
 
-// Starts n - 1 threads beside the calling one, and lets part 1 use what is here. Where a thread
-// cannot be had, the others do its work.
+// Starts up to n - 1 threads beside the calling one, and lets part 1 use what is here.
 static void start_threads(int n) {
     pthread_t thread;
     sigset_t all, old;
@@ -2375,8 +2368,7 @@ static Output output_open(const char *path) {
     return out;
 }
 
-// Adds bytes. What was collected is sent, if it streams, but for the last `keep` bytes (SIZE_MAX:
-// nothing is).
+// Adds bytes. What streams is sent, but for the last `keep` bytes (SIZE_MAX: nothing is).
 static void output_put(Output *out, const void *data, size_t n, size_t keep) {
     if (out->capacity - out->n < n)
         out->memory = resize(out->memory, out->capacity = 2 * (out->n + n), 1);
@@ -2393,8 +2385,7 @@ static void output_put(Output *out, const void *data, size_t n, size_t keep) {
 }
 static void output_write(Output *out, const void *data, size_t n) { output_put(out, data, n, 0); }
 
-// Adds a byte of text. On a terminal, control characters have no effect: they become ^C (and those
-// of U+0080 to U+009F spaces).
+// Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces.
 static void output_byte(Output *out, char byte) {
     uint8_t c = (uint8_t)byte, last = out->n ? (uint8_t)out->memory[out->n - 1] : 0;
     bool control = (c < 32 && c != '\n' && c != '\t') || c == 127;
@@ -2418,8 +2409,7 @@ static void output_think(Output *out, size_t tag) {
     if (out->terminal && out->fd >= 0) dimmed = out->thinking ? out->fd : 0;
 }
 
-// Adds text and sends it. What may be the beginning of a tag waits for the rest, and so does a
-// character that is not whole.
+// Adds text and sends it. A beginning of what may be a tag, or of a character, waits for the rest.
 static void output_text(Output *out, Text text) {
     size_t keep = 0;
     for (size_t i = 0; i < text.len; i++) {
@@ -2479,17 +2469,14 @@ static Text input_read(const Options *o) {
     return (Text){in.memory, in.n - 1};
 }
 
-// A line on the terminal's stderr: how much is done, how fast, how long it still takes.
-typedef struct { bool on; double began; } Progress;
-static Progress progress_begin(const Options *o) {
-    return (Progress){!o->quiet && isatty(2), seconds()};
+// A line on the terminal's stderr: how much of the input is done, how fast, and the time left.
+static void progress_show(const Options *o, double part) {
+    double took = seconds() - o->started, bytes = part * (double)o->input.len;
+    if (o->quiet || !isatty(2)) return;
+    if (part < 1) fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %.0f s left  ", 100 * part,
+                          bytes / took, took / part - took);
+    else fprintf(stderr, "\r%50s\r", "");
 }
-static void progress_show(const Progress *p, double part, double bytes) {
-    double took = seconds() - p->began;
-    if (p->on) fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %.0f s left  ", 100 * part, bytes / took,
-                       took / part - took);
-}
-static void progress_end(const Progress *p) { if (p->on) fprintf(stderr, "\r%50s\r", ""); }
 
 static int context_of(const Options *o, const Model *m) {
     if (o->context > m->c.seq_len)
@@ -2497,8 +2484,7 @@ static int context_of(const Options *o, const Model *m) {
     return o->context ? (int)o->context : m->c.seq_len;
 }
 
-// Runs tokens ids[from..to) at their positions through the model, MAX_BATCH at a time; returns the
-// logits of the last one.
+// Runs tokens ids[from..to) through the model, MAX_BATCH at a time. Returns the last one's logits.
 static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int from, int to) {
     Slot batch[MAX_BATCH];
     float *logits = NULL;
@@ -2510,9 +2496,8 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
     return logits;
 }
 // ---- [5.2] chat format and likelihood -----------------------------------------------------------
-// How a conversation is written down for the model (prompt_turn), how its tokens are drawn and
-// written out (sampler_new, output_token), how likely a text is (likelihood_window). It keeps
-// nothing. Calls: encode, decode, forward.
+// How a conversation is written down for the model (prompt_turn), how tokens are drawn and written
+// (sampler_new, output_token), how likely a text is (likelihood_window). It keeps nothing.
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
 // `saved`, and of which `keep` stay when the context is full.
@@ -2883,8 +2868,7 @@ static void decoder_commit(Machine *w, Decoder *d) {
         session_commit(&w->session, &d->c, d->c.done / PAGE_POSITIONS * PAGE_POSITIONS, d->s.rng);
 }
 
-// Leaves the first `keep` tokens and the newest ones. These have new positions and new neighbours:
-// they are computed again.
+// Leaves the first `keep` tokens and the newest ones; these, in new places, are computed again.
 static void decoder_cut(Machine *w, Decoder *d, int keep, int newest) {
     Context *c = &d->c;
     int *ids = c->ids.ids, n = (int)c->ids.n;
@@ -3018,9 +3002,8 @@ static void machine_draw(void *context, int i) {
     }
 }
 
-// Runs n decoders, the first of which may be sequence 0, until all have ended, or Ctrl-C: a step
-// computes the logits of all that still draw in one batch, and each draws one token, or as many as
-// were guessed right.
+// Runs n decoders until all have ended, or Ctrl-C: a step computes the logits of all that go on in
+// one batch, and each draws one token, or as many as were guessed right.
 static void machine_run(Machine *w, Decoder *all, int n) {
     Slot batch[MAX_SAMPLES + MAX_DRAFT];
     w->all = all;
@@ -3296,8 +3279,7 @@ static void chat_command(Machine *w, Decoder *d, char *line) {
     }
 }
 
-// The next line of stdin without its end; one with s NULL at the end of stdin. Ctrl-C drops the
-// line; a second one ends the program.
+// The next line of stdin; s is NULL at its end. Ctrl-C drops the line, twice it ends the program.
 static Text chat_line(bool prompt) {
     char *s = NULL;
     size_t capacity = 0;
@@ -3389,8 +3371,7 @@ typedef struct {
 } Explain;
 
 // Writes a token as it is stored; control tokens have a text here. Escapes stand for the bytes of
-// what a terminal would obey or hide, and in the page for what cannot stand in a string of its
-// script.
+// what a terminal would obey or hide, and of what cannot stand in a string of the page's script.
 static void explain_put(const Explain *e, int id) {
     const Tokenizer *t = e->w.t;
     Text text = id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
@@ -3445,8 +3426,7 @@ static void explain_watch(void *context, const Pass *f, const char *stage) {
     e->lens[f->layer] = (Candidate){logits[best], best};
 }
 
-// With --trace, a line for each array: what was computed, how many numbers it is, their norm
-// sqrt(sum of x^2), and the first of them.
+// With --trace, a line for each array: what it is, its width, norm sqrt(sum of x^2), first numbers.
 static void explain_trace(void *context, const Pass *f, const char *stage) {
     const Explain *e = context;
     const Config *c = &f->m->c;
@@ -3514,8 +3494,7 @@ static void explain_choice(const Explain *e, int chosen, bool given) {
     else fprintf(e->f, "> the number %.4f was drawn; its part is %.4f to %.4f of the %d kept\n",
                  (double)s->coin, (double)(from / sum), (double)((from + p) / sum), n);
 }
-// Where the pass was, what got most attention (it is taken out of the mean), and where the layers'
-// answer changed.
+// Where the pass was, what got most attention (taken out of the mean), where the answer changed.
 static void explain_inside(const Explain *e) {
     const Model *m = e->w.m;
     const float *freqs = vec(&m->rope_freqs), pos = (float)(e->n - 1);
@@ -3609,8 +3588,7 @@ static void explain_item(const Explain *e, int id, bool given) {
     fprintf(e->f, "\",id:%d,given:%d},\n", id, given);
 }
 
-// Computes a pass and shows it; the token that follows is given, or drawn and put behind the text.
-// Returns whether the text goes on.
+// Computes a pass and shows it; what follows is given, or drawn. Returns whether the text goes on.
 static bool explain_pass(Explain *e) {
     Ids *ids = &e->d.c.ids;
     Sampler *s = &e->d.s;
@@ -3727,8 +3705,7 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
 }
 
 // Strided windows: a window of W tokens starts every W/2 tokens; each token is predicted once, in
-// the first window that holds it, so all but the first window's tokens see at least W/2 tokens
-// before them.
+// the first window that holds it, with at least W/2 tokens before it but in the first window.
 static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     int start = t->h.bos >= 0 ? t->h.bos : t->h.eos, ctx = context_of(o, m), scored = 0;
     int window = o->context || ctx < 2048 ? ctx : 2048;
@@ -3742,13 +3719,11 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     Cache kv;
     cache_open(&kv, m, window, 1);
     double sum = 0, ln_2 = 0.69314718055994531;
-    Progress progress = progress_begin(o);
     for (int from = 0, end; scored < n && !interrupted; from += window - window / 2, scored = end) {
         end = from + window < n ? from + window : n;
         sum += likelihood_window(m, &kv, all.ids + twice, from, end, scored);
-        progress_show(&progress, (double)end / n, (double)o->input.len * end / n);
+        progress_show(o, (double)end / n);
     }
-    progress_end(&progress);
     char report[1200];  // (a perplexity can have 310 digits)
     int length = snprintf(report, sizeof report, "bits_per_byte: %.6f\nbits_per_token: %.6f\n"
                           "perplexity: %.4f\ntokens: %d\nbytes: %zu\nwindow: %d\n",
@@ -3789,14 +3764,14 @@ typedef struct {
     const Model *m;
     const Tokenizer *t;
     Cache kv;                // sequence 0 has the prefix, 1 + s segment s
-    Progress progress;
-    Text in;                 // decoding: the coded bytes that are left, and then zeros
+    const Options *o;
+    Text in;                 // decoding: the coded bytes that are left, and then 8 zeros
     Output out;              // the result: a file or a text
     uint64_t low, range, code;
     int width, start;        // how many symbols there are; the token before the text
     Ids symbols;             // of the text
     size_t all, done;        // how many it has; those before the wave
-    size_t bytes;            // of the input
+    int missing;             // bytes of the input behind its end that were needed
     int prefix;              // tokens of it, at most
     int n, steps, step;      // segments; symbols of each; the one that is coded
     float *bias, *squares;   // (width) of symbols; the sums of their squared gradients
@@ -3810,12 +3785,12 @@ typedef struct {
 // moves up (carryless, after D. Subbotin). The decoder knows the number's next 64 bits: code.
 static void zip_shift(Zip *z) {
     if (!z->in.s) output_byte(&z->out, (char)(z->low >> 56));
-    else z->code = z->code << 8 | (z->in.len ? z->in.len--, (uint8_t)*z->in.s++ : 0);
+    else if (z->in.len) z->code = z->code << 8 | (uint8_t)*z->in.s++, z->in.len--;
+    else z->code <<= 8, z->missing++;
     z->low <<= 8, z->range <<= 8;
 }
 static uint32_t zip_share(float p) { return (uint32_t)(int32_t)(p * 0x1p30f) + 1; }
-// Codes a symbol, and returns it. All have probabilities, and thus shares of the interval (the sum
-// is below 2^32).
+// Codes a symbol, and returns it. Each has a share of the interval; their sum is below 2^32.
 static int zip_code(Zip *z, const float *p, int symbol) {
     const uint64_t top = 1ull << 56, bottom = 1ull << 48;
     uint32_t total = zip_share(p[0]), start = 0;
@@ -3885,7 +3860,7 @@ static void zip_step(Zip *z) {
 // wave has as few segments as have room for the rest.
 static void zip_text(Zip *z) {
     int ids[ZIP_PREFIX], prefix = 0, most = z->in.s ? 1 : likelihood_batch(z->m);
-    for (size_t end; z->done < z->all; z->done = end, prefix = z->prefix) {
+    for (size_t end; z->done < z->all && z->missing <= 8; z->done = end, prefix = z->prefix) {
         size_t longest = (size_t)(z->done ? z->kv.ctx - prefix : z->prefix);
         size_t left = z->all - z->done, segments = z->done ? (left - 1) / longest + 1 : 1;
         z->n = segments < ZIP_SEGMENTS ? (int)segments : ZIP_SEGMENTS;
@@ -3897,7 +3872,7 @@ static void zip_text(Zip *z) {
         for (int i = 0; i < prefix; i++) ids[i] = zip_before(z, 0, i - prefix);
         prefill(z->m, &z->kv, 0, ids, 0, prefix);
         for (int s = 0; s < z->n; s++) cache_branch(&z->kv, 0, 1 + s, prefix);
-        for (z->step = 0; z->step < z->steps;) {
+        for (z->step = 0; z->step < z->steps && z->missing <= 8;) {
             Slot batch[MAX_BATCH];
             int n = 0, done = z->step;
             if (interrupted) exit(130);
@@ -3906,8 +3881,7 @@ static void zip_text(Zip *z) {
                     batch[n++] = (Slot){zip_before(z, s, done), prefix + done, 1 + s, true};
             z->logits = forward(z->m, &z->kv, batch, n);
             for (; z->step < done; z->step++) zip_step(z);
-            double part = (double)(z->done + (size_t)(done * z->n)) / (double)z->all;
-            progress_show(&z->progress, part, part * (double)z->bytes);
+            progress_show(z->o, (double)(z->done + (size_t)(done * z->n)) / (double)z->all);
         }
     }
 }
@@ -3961,8 +3935,7 @@ static void zip_open(Zip *z, uint64_t context, Text coded) {
     cache_open(&z->kv, z->m, (int)context, 1 + ZIP_SEGMENTS);
 }
 
-// Data of which a byte in 64 or more is a control character that no text has is stored: it would
-// take hours, for nothing.
+// Data with a byte in 64 that no text has is stored: it would take hours, for nothing.
 static void zip_shrink(Zip *z, ZipHeader *h, Text text) {
     Output *out = &z->out;
     size_t strange = 0;
@@ -4007,19 +3980,17 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
     bool back = !strcmp(o->mode, "decompress");
     int context = context_of(o, m);
     if (!o->context && context > ZIP_CONTEXT) context = ZIP_CONTEXT;
-    Zip z = {.m = m, .t = t, .progress = progress_begin(o), .bytes = o->input.len,
-             .out = output_memory()};
+    Zip z = {.o = o, .m = m, .t = t, .out = output_memory()};
     ZipHeader h = {"lmzc", .model = mix64(model_hash(m)) + hash64(t->file, t->file_size),
                    .context = (uint64_t)context};
     const char *wrong = back ? zip_expand(&z, &h, o->input) : NULL;
     if (!back) zip_shrink(&z, &h, o->input);
-    progress_end(&z.progress);
     if (wrong) die("%s %s", input_name(o), wrong);
-    size_t n = z.out.n;
+    size_t n = z.out.n, bytes = o->input.len;
     if (!o->quiet)
-        fprintf(stderr, "%zu bytes -> %zu bytes: %.4f bits per byte, %.1f s\n", z.bytes, n,
-                8 * (double)(back ? z.bytes : n) / fmax((double)(back ? n : z.bytes), 1),
-                seconds() - z.progress.began);
+        fprintf(stderr, "%zu bytes -> %zu bytes: %.4f bits per byte, %.1f s\n", bytes, n,
+                8 * (double)(back ? bytes : n) / fmax((double)(back ? n : bytes), 1),
+                seconds() - o->started);
     output_write(out, z.out.memory, n);
     free(z.bias), free(z.first_pair), free(z.pairs);
     free(z.symbols.ids), free(z.out.memory);
@@ -4118,8 +4089,7 @@ static void check_model(const Options *o, const Model *m, const Tokenizer *t, Ou
     output_write(out, "ok\n", 3);
 }
 // ---- [5.12] bench -------------------------------------------------------------------------------
-// `-m bench`: how fast this machine runs the model, beside how fast its memory lets it. Enter at
-// bench. It keeps nothing. Calls: forward, cache_branch.
+// `-m bench`: how fast this machine runs the model, and its memory would let it. Enter at bench.
 
 enum { BENCH_WORDS = 1 << 19, BENCH_ITEMS = 64, BENCH_TEXTS = 16 };  // together 256 MiB
 
@@ -4133,8 +4103,7 @@ static void bench_read(void *memory, int item) {
     *p = sums[0];  // or the compiler could leave all of it out
 }
 
-// Tokens per second of n texts, sequences seq, seq + 1, ...: of each the positions from..to, `step`
-// at a time.
+// Tokens per second of n texts, sequences seq, seq + 1, ...: positions from..to, `step` at once.
 static double bench_texts(Cache *kv, int seq, int n, int from, int to, int step) {
     Slot batch[MAX_BATCH];
     double start = seconds();

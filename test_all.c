@@ -2317,7 +2317,7 @@ static const struct { const char *command, *says; } failing[] = {
     {"e -i a -d nothing.bin", "cannot open nothing.bin"},
     {"e -i a -d llama.bin", "another tokenizer"},
     {"e -i a -e nothing.bin", "cannot open nothing.bin"},
-    {"e -f hundreds -n 5 -e other.bin", "other.bin"}, {"t -m decompress -f text", "text"},
+    {"e -q -f hundreds -n 5 -e other.bin", "other.bin"}, {"t -m decompress -f text", "text"},
     {"t -m decompress -f small.bad -o out", "small.bad"}, {"e -m decompress -f small", "small"}};
 
 // Pairs of commands that print the same bytes.
