@@ -2251,10 +2251,12 @@ static void attend_task(void *context, int item) {
 static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
     int group = c->n_heads / c->n_kv_heads, most = group <= 4 ? 8 : group <= 32 ? 32 / group : 1;
-    int longest = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
-    int tiles = ((f->n - 1) / most + 1) * c->n_kv_heads;  // or more, of several sequences
-    for (int i = 0; i < f->n; i++)
+    int longest = 0, tiles = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
+    for (int i = 0; i < f->n; i++) {
         if (f->batch[i].pos >= longest) longest = f->batch[i].pos + 1;
+        bool joined = i % most && f->batch[i].seq == f->batch[i - 1].seq;
+        tiles += joined ? 0 : c->n_kv_heads;
+    }
     bool split = threads > 1 && longest > PAGE_POSITIONS;
     Tile t = {.f = f, .group = group, .most = most, .width = round_up(longest, BLOCK),
               .parts = split ? (4 * threads - 1) / tiles + 1 : 1};
