@@ -635,10 +635,10 @@ static float largest(const float *x, int n) {
     int32_t max = INT32_MIN;
     for (int i = 0; i < n; i++) {
         int32_t u = (int32_t)bits_of(x[i]);
-        u ^= u >> 31 & INT32_MAX;
+        u ^= u < 0 ? INT32_MAX : 0;
         max = u > max ? u : max;
     }
-    return float_of((uint32_t)(max ^ (max >> 31 & INT32_MAX)));
+    return float_of((uint32_t)(max ^ (max < 0 ? INT32_MAX : 0)));
 }
 static int argmax(const float *x, int n) {
     float max = largest(x, n);
@@ -668,8 +668,8 @@ static int sample_candidates(Sampler *s) {
     qsort(c, (size_t)n, sizeof *c, by_probability);
     if (s->top_k && n > s->top_k) n = s->top_k;
     for (s->kept = 0; s->kept < n && !(nucleus && sum > s->top_p); s->kept++) sum += c[s->kept].p;
-    n = 0;
-    for (float cdf = c[0].p; n < s->kept - 1 && s->coin * sum >= cdf; cdf += c[n].p) n++;
+    float cdf = c[0].p;
+    for (n = 0; n < s->kept - 1 && s->coin * sum >= cdf;) cdf += c[++n].p;
     return c[n].token;
 }
 
@@ -1144,8 +1144,8 @@ enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25, NEEDED = 1 };
 static void tensor_rules(const Config *c, TensorRule rules[N_TENSORS]) {
     int dim = c->dim, hidden = c->hidden_dim, hd = c->head_dim, vocab = c->vocab_size;
     int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
-#define TENSOR(of, name) \
-    #name, offsetof(of, name), _Generic((of *)0, Layer *: c->n_layers, Model *: 0)
+#define TENSOR(of, name)                                                                           \
+    #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
     const TensorRule all[N_TENSORS] = {
         {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim},
         {TENSOR(Layer, attn_norm), NEEDED, VECTOR, 1, dim},
@@ -1229,7 +1229,7 @@ static uint32_t load_tensor(Model *m, const TensorRule *rule, int l) {
 static void load_v4(Model *m) {
     TensorRule rules[N_TENSORS];
     uint32_t found = 0;
-    const Header *h = m->header = (Header *)(uintptr_t)m->file;
+    const Header none = {0}, *h = m->header = (Header *)(uintptr_t)m->file;
     if (m->file_size < sizeof *h || m->file_size != h->file_size)
         die("%s is truncated or damaged: it has %zu bytes, not as many as its header says",
             m->path, m->file_size);
@@ -1238,7 +1238,7 @@ static void load_v4(Model *m) {
         file_hash(m, end) != h->header_hash)
         die("%s: damaged: its header does not have the hash that it states", m->path);
     if (h->zero || h->c.flags || h->name[sizeof h->name - 1] ||
-        memcmp(h->reserved, (Header){0}.reserved, sizeof h->reserved))
+        memcmp(h->reserved, none.reserved, sizeof h->reserved))
         die("%s needs a newer version of this program: its header has fields that this one does "
             "not know", m->path);
     m->c = h->c;
@@ -1688,7 +1688,7 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool text_s
         bool space = i > start && prefix && t->h.flags & ADD_SPACE_PREFIX;
         if (space) copy[start] = ' ';  // over the end of what is encoded already
         Text part = {copy + start + !space, i - start + space};
-        for (Text word = part; part.len; part.s += word.len, part.len -= word.len) {
+        for (Text word; part.len; part.s += word.len, part.len -= word.len) {
             word = (Text){part.s, words ? word_next(t, part) : part.len};
             int whole = t->h.flags & IGNORE_MERGES ? token_normal(t, word) : -1;
             if (whole >= 0) push(out, whole);
@@ -1752,7 +1752,7 @@ static void work(void) {
         int left = (int)(uint32_t)was, take = (left - 1) / (2 * pool.n_threads) + 1;
         if (!atomic_compare_exchange_weak(&pool.left, &was, was - (uint64_t)take)) continue;
         for (int item = pool.n_items - left, end = item + take; item < end; item++)
-            pool.task(pool.context, item);
+            pool.task(pool.context, item);  // NOLINT: it is set where there are items
         atomic_fetch_add(&pool.done, take);
         was = atomic_load(&pool.left);
     }
@@ -2874,7 +2874,7 @@ static void decoder_commit(Machine *w, Decoder *d) {
 static void decoder_cut(Machine *w, Decoder *d, int keep, int newest) {
     Context *c = &d->c;
     int *ids = c->ids.ids, n = (int)c->ids.n;
-    for (int i = 0; i < newest; i++) ids[keep + i] = ids[n - newest + i];
+    for (int i = 0; i < newest; i++) ids[keep + i] = ids[n - newest + i];  // NOLINT: there are n
     c->ids.n = (size_t)(keep + newest);
     if (c->done > keep) c->done = keep;
     if (c->saved > keep) c->saved = keep;
