@@ -1738,7 +1738,7 @@ static struct {
     _Alignas(LINES) Task *task;             // these are set while no job has items
     void *context;
     int n_items, n_threads;
-    double alone_until;                     // until when the first thread works alone
+    double alone_until, penalty;            // until when the first thread works alone; how long
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 } pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -1779,7 +1779,7 @@ static void *worker(void *argument) {
 }
 
 // Where a thread with items is not running, as another program has its core, the first one has to
-// wait; it then works alone for 20 times as long, so that waiting costs a twentieth at most.
+// wait; it then works alone for 4 milliseconds, and for longer if that happens again soon after.
 static void parallel(Task *task, void *context, int n) {
     double since = 0;
     if (n < 2 || pool.n_threads == 1 || (pool.alone_until > 0 && seconds() < pool.alone_until)) {
@@ -1789,13 +1789,13 @@ static void parallel(Task *task, void *context, int n) {
     pool.task = task, pool.context = context, pool.n_items = n;
     atomic_store(&pool.done, 0);
     atomic_store(&pool.left, ((atomic_load(&pool.left) >> 32) + 1) << 32 | (uint32_t)n);
-    pthread_mutex_lock(&pool.mutex);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.mutex);
+    pthread_cond_broadcast(&pool.wake);  // a thread that is about to sleep may miss one job
     work();
     while (atomic_load(&pool.done) != n) if (!spin(&since)) usleep(20);
-    double waited = since > 0 ? seconds() - since : 0;
-    pool.alone_until = waited > 5e-4 ? since + 21 * waited : 0;
+    if (since == 0 || seconds() - since < 5e-4) return;
+    bool again = since < pool.alone_until + 2 * pool.penalty;
+    pool.penalty = again ? fmin(2 * pool.penalty, 0.1) : 4e-3;
+    pool.alone_until = seconds() + pool.penalty;
 }
 
 // ---- [4.2] large pages --------------------------------------------------------------------------
