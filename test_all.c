@@ -2974,6 +2974,7 @@ static Buffer explained(const Model *m, const Tokenizer *t, Options o) {
     Output out = output_memory();
     o.input = input_read(&o);
     explain(&o, m, t, &out);
+    free((char *)(uintptr_t)o.input.s);
     Buffer b = bytes_of(out.memory, out.n);
     free(out.memory);
     return b;
@@ -3120,6 +3121,7 @@ static Buffer coded(const Model *m, const Tokenizer *t, const Buffer *b, bool ba
     Output out = output_memory();
     o.input = input_read(&o);
     compress(&o, m, t, &out);
+    free((char *)(uintptr_t)o.input.s);
     Buffer result = bytes_of(out.memory, out.n);
     free(out.memory);
     return result;
