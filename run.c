@@ -1467,6 +1467,7 @@ static bool read_tokens(Tokenizer *t, Bytes *file) {
         Text text = {bytes_take(file, len), len};
         if (!text.s) return false;
         int type = !t->llama2c ? start[4] : id < 3 ? CONTROL : NORMAL;
+        if (type > UNUSED) return false;
         if (t->llama2c && id >= 3 && id < 259 && len == 6 && !memcmp(text.s, "<0x", 3)) {
             type = BYTE;
             bytes[id - 3] = (char)(id - 3);
@@ -1534,8 +1535,8 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     uint32_t n = (uint32_t)h->vocab_size;
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
     if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
-        h->unk + 1u > n || h->kind > SENTENCEPIECE || h->split > 2 || h->n_chat > N_CHAT ||
-        !read_tokens(t, &file) || !read_tables(t, &file))
+        h->unk + 1u > n || h->kind > SENTENCEPIECE || h->flags > 15 || h->split > 2 ||
+        h->n_chat > N_CHAT || !read_tokens(t, &file) || !read_tables(t, &file))
         return "is damaged, or not this model's tokenizer";
     return NULL;
 }
@@ -2738,7 +2739,7 @@ typedef struct { char none; } Session;
 #ifndef NO_TOOLS
 // Runs CMD with the question and a newline as its input. Returns its answer, under 4000 bytes,
 // without white space at its end; or an empty one, after a word on stderr. Question and answer lie
-// in files, so that no one waits for a pipe, and what CMD started may go on.
+// in files, so that no one waits for a pipe; what CMD started ends with it.
 static Text tool_ask(const char *command, Text question) {
     static char answer[4000];
     FILE *in = tmpfile(), *out = tmpfile();
@@ -4016,7 +4017,7 @@ static void check_texts(const Options *o, const Model *m, const Tokenizer *t) {
         const struct { uint32_t is_chat, len, n; } *head = bytes_take(&cases, sizeof *head);
         const char *s = bytes_take(&cases, head ? ((uint64_t)head->len + 3) / 4 * 4 : 0);
         const int *expected = bytes_take(&cases, head ? 4ull * head->n : 0);
-        if (!head || !expected) die("check failed: damaged stored texts");
+        if (!head || !expected || head->is_chat > 1) die("check failed: damaged stored texts");
         Text text = {s, head->len};
         Prompt prompt = {0};
         Ids ids = {0};

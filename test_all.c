@@ -2851,6 +2851,7 @@ static void test_refused_sessions(void) {
     refused(1, "no/kv", "run endless.bin -S no/kv -i a -n 3 -q");
     refused(1, "prompt", "rm -f new; run endless.bin -S new -c 4 -i 'a bad cab, a dab'");
     refused(1, "nothing", "run endless.bin -S new -d nothing -i a");
+    refused(2, "overwrite", "rm -f kv2; run endless.bin -S ./kv2 -o $PWD/kv2 -i a -n 3 -q");
     survived("run endless.bin -S new -i a -n 3 -q");  // what is left of it is an empty file
     int fd = open("kv", O_RDWR);  // another program has it open: here the tests themselves
     if (fcntl(fd, F_SETLK, &(struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET})) abort();
