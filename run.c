@@ -881,11 +881,12 @@ static Quantized new_quantized(int n, int cols) {  // to be freed: its q
     return quantized_in(zeros(blocks, BLOCK + 12), n, cols);
 }
 
-static double seconds(void) {
+static double seconds_of(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+static double seconds(void) { return seconds_of(CLOCK_MONOTONIC); }
 
 // Maps a file for reading. A missing, unreadable or empty one ends the program.
 static const uint8_t *map_file(const char *path, size_t *size) {
@@ -1739,7 +1740,8 @@ static struct {
     _Alignas(LINES) Task *task;             // these are set while no job has items
     void *context;
     int n_items, n_threads;
-    double alone_until, penalty;            // until when the first thread works alone; how long
+    double measured, ran;                   // when was looked at how long the first thread ran
+    double alone_until, penalty;            // until when it works alone; how long
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 } pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -1779,11 +1781,24 @@ static void *worker(void *argument) {
     return NULL;
 }
 
-// Where a thread with items is not running, as another program has its core, the first one has to
-// wait; it then works alone for 4 milliseconds, and for longer if that happens again soon after.
+// Where another program has a core, a thread with items may not be running, for which the first one
+// waits, or it is not running itself. If it lost a quarter of some milliseconds so, it works alone
+// for a while, and for longer if that happens again soon after. (Long jobs even that out.)
+static bool pool_alone(void) {
+    double now = seconds(), wall = now - pool.measured;
+    if (now < pool.alone_until || wall < 2e-3) return now < pool.alone_until;
+    double ran = seconds_of(CLOCK_THREAD_CPUTIME_ID), lost = wall - (ran - pool.ran);
+    pool.measured = now, pool.ran = ran;
+    if (wall > 0.05 || lost < wall / 4) return false;
+    bool again = now < pool.alone_until + 2 * pool.penalty + 0.02;
+    pool.penalty = again ? fmin(2 * pool.penalty, 0.4) : 4e-3;
+    pool.alone_until = now + pool.penalty;
+    return true;
+}
+
 static void parallel(Task *task, void *context, int n) {
     double since = 0;
-    if (n < 2 || pool.n_threads == 1 || (pool.alone_until > 0 && seconds() < pool.alone_until)) {
+    if (n < 2 || pool.n_threads == 1 || pool_alone()) {
         for (int i = 0; i < n; i++) task(context, i);
         return;
     }
@@ -1793,10 +1808,6 @@ static void parallel(Task *task, void *context, int n) {
     pthread_cond_broadcast(&pool.wake);  // a thread that is about to sleep may miss one job
     work();
     while (atomic_load(&pool.done) != n) if (!spin(&since)) usleep(20);
-    if (since == 0 || seconds() - since < 5e-4) return;
-    bool again = since < pool.alone_until + 2 * pool.penalty;
-    pool.penalty = again ? fmin(2 * pool.penalty, 0.1) : 4e-3;
-    pool.alone_until = seconds() + pool.penalty;
 }
 
 // ---- [4.2] large pages --------------------------------------------------------------------------
@@ -1834,7 +1845,6 @@ static const uint8_t *map_weights(const char *path, size_t *size) {
     madvise((void *)(uintptr_t)file, *size, MADV_WILLNEED);
     parallel(copy_task, &job, (int)((*size + LARGE_PAGE - 1) / LARGE_PAGE));
     munmap((void *)(uintptr_t)file, *size);
-    mprotect(space, *size, PROT_READ);
     return space;
 }
 #endif
@@ -1986,9 +1996,7 @@ typedef struct {
 enum { UNPACKED = Q4A - Q4 + 1, UNPACKED_Q4 = Q4 + UNPACKED, UNPACKED_Q4A = Q4A + UNPACKED };
 typedef struct { float scales[PANEL], minima[PANEL]; uint8_t quants[512]; } Unpacked;  // of a block
 
-// A single token waits for the weights: they are fetched so far ahead, into the second-level cache,
-// which can wait for more of the memory at once than the first.
-enum { AHEAD = 3072 };
+enum { AHEAD = 8192 };  // bytes: of blocks so far ahead a line is fetched, and the others follow
 
 // Adds the products of a block and the inputs at a place to acc: number t * H + h.
 INLINE void add_block(vf *acc, const int T, const int dtype, const Work *w, const uint8_t *block,
@@ -2004,8 +2012,6 @@ INLINE void add_block(vf *acc, const int T, const int dtype, const Work *w, cons
     for (int i = 0; i < T * H; i++)
         sum[i] = splat_i(bias8 && !late ? w->xq->minus8[at + (size_t)(i / H)] * bias8 : 0);
     UNROLL for (int g = 0; g < steps; g++) {
-        for (int i = g * 64; !unpacked && i < block_bytes(dtype) && !w->token; i += steps * 64)
-            __builtin_prefetch(block + AHEAD + i, 0, 2);  // a line between products
         vu v = (vu)load(block + quants + g * W * 4), high = v >> 4 & 0x0f0f0f0f;
         if (nibbles) v &= 0x0f0f0f0f;
         else if (dtype == Q8 && BIAS8 != 0) v ^= 0x80808080;
@@ -2032,7 +2038,6 @@ INLINE void add_column(vf *acc, const int T, const int dtype, const Work *w, con
                        size_t at) {
     const float *x = w->x + at;
     vf v[H];
-    if (!w->token) __builtin_prefetch(column + AHEAD, 0, 2);
     for (int h = 0; h < H; h++, column += panel_bytes(dtype, 1) / H)
         v[h] = dtype == F32 ? load(column) : dtype == HALF ? load_half(column)
                                                            : (vf)(load_16bit(column) << 16);
@@ -2059,6 +2064,8 @@ INLINE void kernel(const int T, const int dtype, const Work *w) {
         UNROLL for (int i = 0; i < T * H; i++)
             acc[i] = w->column ? load(out + i / H * w->stride + i % H * W) : (vf){0};
         for (int c = 0; c < w->cols; c += step, from += size, at += integers ? TILE : 1) {
+            for (size_t i = 0; !w->token && i < (T > 1 ? size : 1); i += 64)  // (1: all is slower)
+                __builtin_prefetch(from + AHEAD + i, 0, 2);
             if (integers) add_block(acc, T, dtype, w, from, at);
             else add_column(acc, T, dtype, w, from, at);
         }
@@ -2078,7 +2085,6 @@ FOR_ALL(KERNEL)
 static void (*const kernels[][17])(const Work *) = {FOR_ALL(ENTRY)};  // [dtype + 1][tokens at once]
 
 static void unpack(Unpacked *u, int dtype, const uint8_t *block) {
-    for (int i = 0; i < block_bytes(dtype); i += 64) __builtin_prefetch(block + AHEAD + i, 0, 2);
     for (int i = 0; i < 256; i += 4 * W) {
         vu v = (vu)load(block + scale_bytes(dtype) + i);
         store(u->quants + i, (vf)(v & 0x0f0f0f0f));
@@ -2130,13 +2136,12 @@ static void panel_task(void *context, int item) {
 static void matmul_fast(const Product *p, int n_products, const float *x, const Quantized *xq,
                         int n) {
     int items = 0;
-    bool panels = true;
-    for (int i = 0; i < n_products; i++)
-        items += panels_of(p[i].w), panels &= p[i].w->dtype != ROWS;
-    if (panels) {
+    for (int i = 0; i < n_products; i++) items += panels_of(p[i].w);
+    if (p->w->dtype == ROWS) matmul_plain(p, n_products, x, xq, n);  // then all are
+    else {
         quantize_all(p, n_products, x, xq, n);
         parallel(panel_task, &(ProductJob){p, x, xq, n}, items);
-    } else matmul_plain(p, n_products, x, xq, n);
+    }
 }
 
 // ---- [4.6] attention ----------------------------------------------------------------------------
@@ -2253,14 +2258,13 @@ static void attention_fast(const Pass *f) {
     const Config *c = &f->m->c;
     int group = c->n_heads / c->n_kv_heads, most = group <= 4 ? 8 : group <= 32 ? 32 / group : 1;
     int longest = 0, tiles = 0, threads = pool.n_threads, items = f->n * c->n_kv_heads;
+    Tile t = {.f = f, .group = group, .most = most, .parts = 1};
     for (int i = 0; i < f->n; i++) {
         if (f->batch[i].pos >= longest) longest = f->batch[i].pos + 1;
-        bool joined = i % most && f->batch[i].seq == f->batch[i - 1].seq;
-        tiles += joined ? 0 : c->n_kv_heads;
+        if (!attend_joined(&t, i)) tiles += c->n_kv_heads;
     }
-    bool split = threads > 1 && longest > PAGE_POSITIONS;
-    Tile t = {.f = f, .group = group, .most = most, .width = round_up(longest, BLOCK),
-              .parts = split ? (4 * threads - 1) / tiles + 1 : 1};
+    if (threads > 1 && longest > PAGE_POSITIONS) t.parts = (4 * threads - 1) / tiles + 1;
+    t.width = round_up(longest, BLOCK);
     t.area = (size_t)(2 * round_up(group, TILE)) * (size_t)t.width;  // more than are used
     make_room(&f->s->scores, &f->s->scores_room,
               t.area * (size_t)(t.parts > 1 ? items : threads * most));
@@ -2355,7 +2359,6 @@ static const char *file_replace(const char *path, const void *data, size_t n) {
     return wrong;
 }
 
-static Output output_memory(void) { return (Output){.fd = -1}; }
 // Makes the file of -o, if it is one; without data only tries.
 static void output_file(const Output *out, const void *data) {
     const char *wrong = out->path && out->fd < 0 ? file_replace(out->path, data, out->n) : NULL;
@@ -2459,7 +2462,7 @@ static const char *input_name(const Options *o) {
 static Text input_read(const Options *o) {
     const char *path = o->prompt_file;
     char part[1 << 16];
-    Output in = output_memory();
+    Output in = {.fd = -1};
     if (!path && o->prompt) output_write(&in, o->prompt, strlen(o->prompt));
     int fd = path && strcmp(path, "-") ? open(path, O_RDONLY) : 0;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
@@ -2536,8 +2539,7 @@ static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system
 }
 
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
-    // Without a seed it is the time; 0 would stay 0.
-    uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;
+    uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;  // not 0
     Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
                  .repeat_penalty = (float)o->repeat_penalty, .vocab_size = m->c.vocab_size,
                  .temperature = (float)o->temperature, .top_p = (float)o->top_p};
@@ -2567,8 +2569,7 @@ static double likelihood_of(const float *logits, int n, int target) {
 
 // How many slots may want logits at once, so that these stay near 16 MiB.
 static int likelihood_batch(const Model *m) {
-    int n = (1 << 22) / m->c.vocab_size;
-    return n < 1 ? 1 : n > MAX_BATCH ? MAX_BATCH : n;
+    return (int)fmax(1, fmin(MAX_BATCH, (1 << 22) / m->c.vocab_size));
 }
 
 // The sum of -ln p(ids[i + 1]) for `scored` <= i < end, where ids[from..i] come before.
@@ -2945,7 +2946,7 @@ static int draft_propose(Machine *w, const Decoder *d) {
 }
 
 static Output decoder_text(const Machine *w, const Decoder *d) {  // to be freed
-    Output text = output_memory();
+    Output text = {.fd = -1};
     for (int i = 0; i < (int)d->c.ids.n; i++) {
         Text token = decode(w->t, i ? d->c.ids.ids[i - 1] : -1, d->c.ids.ids[i]);
         output_write(&text, token.s, token.len);
@@ -3194,12 +3195,12 @@ static double ensemble_bits(const Options *o, const Member *e, Text answer) {
 // All models answer the prompt; each scores each answer; the one with the lowest average of bits
 // per byte is printed.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Member all[1 + MAX_OTHERS] = {{*m, *t, output_memory()}}, *best = all, *end = all + 1;
+    Member all[1 + MAX_OTHERS] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
     double lowest = INFINITY;
     for (; end <= all + o->n_others; end++) {
         load_model(&end->m, o->others[end - all - 1]);
         find_tokenizer(&end->t, NULL, &end->m);
-        end->answer = output_memory();
+        end->answer = (Output){.fd = -1};
     }
     for (Member *e = all; e < end && !interrupted; e++) {
         if (!o->quiet) fprintf(stderr, "%s answers\n", e->m.path);
@@ -3983,7 +3984,7 @@ static void compress(const Options *o, const Model *m, const Tokenizer *t, Outpu
     bool back = !strcmp(o->mode, "decompress");
     int context = context_of(o, m);
     if (!o->context && context > ZIP_CONTEXT) context = ZIP_CONTEXT;
-    Zip z = {.o = o, .m = m, .t = t, .out = output_memory()};
+    Zip z = {.o = o, .m = m, .t = t, .out = {.fd = -1}};
     ZipHeader h = {"lmzc", .model = mix64(model_hash(m)) + hash64(t->file, t->file_size),
                    .context = (uint64_t)context};
     const char *wrong = back ? zip_expand(&z, &h, o->input) : NULL;

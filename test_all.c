@@ -2639,7 +2639,7 @@ static void test_tools(void) {
     find_tokenizer(&t, NULL, &m);
     Options o = {.steps = 5, .threads = 1, .context = 500, .mode = "generate",
                  .tool = "echo '<s> 7'", .quiet = true};
-    Output out = output_memory();
+    Output out = {.fd = -1};
     Machine w;
     Decoder d;
     machine_open(&w, &d, &o, &m, &t, &out);
@@ -2722,7 +2722,7 @@ static void test_display(void) {
     for (size_t i = 0; i < 20 * sizeof cases / sizeof *cases; i++) {
         const char *s = cases[i / 20].text, *expected = cases[i / 20].expected;
         Options o = {.think = cases[i / 20].think};
-        Output out = output_memory();
+        Output out = {.fd = -1};
         out.terminal = cases[i / 20].terminal;
         output_begin(&out, &o, true, (Text){cases[i / 20].prompt, strlen(cases[i / 20].prompt)});
         for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
@@ -2972,7 +2972,7 @@ static void test_characters(void) {
 static Buffer explained(const Model *m, const Tokenizer *t, Options o) {
     o.temperature = 1, o.top_p = 0.9, o.repeat_penalty = 1, o.seed = 5, o.threads = 1;
     o.layer = o.head = -1, o.quiet = true;
-    Output out = output_memory();
+    Output out = {.fd = -1};
     o.input = input_read(&o);
     explain(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
@@ -3119,7 +3119,7 @@ static Buffer letters_of(size_t n) {
 static Buffer coded(const Model *m, const Tokenizer *t, const Buffer *b, bool back, int context) {
     Options o = {.mode = back ? "decompress" : "compress", .prompt_file = keep("in", b),
                  .context = context, .threads = 1, .quiet = true};
-    Output out = output_memory();
+    Output out = {.fd = -1};
     o.input = input_read(&o);
     compress(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
@@ -3569,7 +3569,7 @@ static void fuzz_checkpoint(const uint8_t *data, size_t n) {
     for (int i = 0; i < ctx; i++) batch[i] = (Slot){i * 7 % m.c.vocab_size, i, 0, true};
     forward(&m, &kv, batch, ctx);
     cache_close(&kv);
-    Output out = output_memory();
+    Output out = {.fd = -1};
     check_model(&(Options){.quiet = true, .mode = "check"}, &m, &fuzz_tokenizer, &out);
     free(out.memory);
     free_model(&m);
