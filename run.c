@@ -1739,7 +1739,7 @@ static struct {
     _Alignas(LINES) _Atomic int done;
     _Alignas(LINES) Task *task;             // these are set while no job has items
     void *context;
-    int n_items, n_threads;
+    _Atomic int n_items, n_threads;
     double measured, ran;                   // when was looked at how long the first thread ran
     double alone_until, penalty;            // until when it works alone; how long
     pthread_mutex_t mutex;
@@ -2018,7 +2018,7 @@ INLINE void add_block(vf *acc, const int T, const int dtype, const Work *w, cons
         for (int t = 0; t < T; t++) {
             const int8_t *from = x + t * BLOCK + g / H * 4;
             vi *to = &sum[t * H + g % H];
-            *to = dtype == Q8 ? dot(*to, v, from) : dot_4bit(*to, v, from);
+            *to = dtype == Q8 ? dot(*to, v, from) : dot_4bit(*to, v, from);  // NOLINT: or one
             if (nibbles) *to = dot_4bit(*to, high, from + 16);
         }
     }
@@ -2569,7 +2569,7 @@ static double likelihood_of(const float *logits, int n, int target) {
 
 // How many slots may want logits at once, so that these stay near 16 MiB.
 static int likelihood_batch(const Model *m) {
-    return (int)fmax(1, fmin(MAX_BATCH, (1 << 22) / m->c.vocab_size));
+    return (int)fmax(1, fmin(MAX_BATCH, 0x1p22 / m->c.vocab_size));
 }
 
 // The sum of -ln p(ids[i + 1]) for `scored` <= i < end, where ids[from..i] come before.
