@@ -2293,11 +2293,12 @@ static void start_threads(int n) {
 // (input_read). Results stream (stdout, a device) or are collected in memory, for -o until
 // output_file makes its file. It keeps what a signal must know. Calls: forward, by prefill.
 
-enum { MAX_OTHERS = 15 };
+enum { MAX_LIST = 15 };
+typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *others[MAX_OTHERS];
-    int n_others;
+    const char *tool;
+    List others, stops;
     long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
     double min_p, repeat_penalty;
@@ -2316,6 +2317,8 @@ typedef struct {
     size_t start, thought;  // where in the memory the model's own text begins, and its open thought
     bool terminal;     // control characters are shown instead of sent
     bool filter, thinking;  // <think> is looked for; is open
+    const List *stops; // the model's text ends before the first of these; NULL: of none
+    bool stopped;      // it did
 } Output;
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
@@ -2415,25 +2418,37 @@ static void output_think(Output *out, size_t tag) {
     if (out->terminal && out->fd >= 0) dimmed = out->thinking ? out->fd : 0;
 }
 
-// Adds text and sends it. A beginning of what may be a tag, or of a character, waits for the rest.
+// What the model's own text may end with next: a tag, or (i from 0) a stop; NULL: no more.
+static const char *output_end_at(const Output *out, int i) {
+    if (i < 0) return out->filter ? output_tags[out->thinking] : "";
+    return out->stops && i < out->stops->n ? out->stops->of[i] : NULL;
+}
+// Adds text and sends it, up to a stop. A beginning of one, of a tag or of a character waits.
 static void output_text(Output *out, Text text) {
+    const char *end;
     size_t keep = 0;
-    for (size_t i = 0; i < text.len; i++) {
-        const char *tag = output_tags[out->thinking];
+    for (size_t i = 0; i < text.len && !out->stopped; i++) {
         output_byte(out, text.s[i]);
-        if (out->filter && text_ends(out->memory + out->start, out->n - out->start, tag))
-            output_think(out, strlen(tag));
+        for (int k = -1; (end = output_end_at(out, k)) && !out->stopped; k++) {
+            if (!*end || !text_ends(out->memory + out->start, out->n - out->start, end)) continue;
+            out->stopped = k >= 0;
+            if (k < 0) output_think(out, strlen(end));
+            else out->n -= strlen(end);
+        }
     }
-    for (size_t n = 1; n < 8 && n <= out->n; n++) {  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
-        uint8_t last = (uint8_t)out->memory[out->n - n];
-        if (last >= 256 - (128 >> n) || (out->filter && last == '<')) keep = n;
-    }
+    for (int k = -1; (end = output_end_at(out, k)) && !out->stopped; k++)
+        for (size_t n = strlen(end), own = out->n - out->start; n > keep; n--)
+            if (n <= own && end[n] && !memcmp(out->memory + out->n - n, end, n)) keep = n;
+    for (size_t n = 1; n < 4 && n <= out->n; n++)  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
+        if ((uint8_t)out->memory[out->n - n] >= 256 - (128 >> n) && keep < n) keep = n;
     output_put(out, NULL, 0, out->thinking && !out->terminal ? out->n - out->thought : keep);
 }
 
 // Begins the model's text behind a prompt, which may have opened a thought.
 static void output_begin(Output *out, const Options *o, bool filter, Text prompt) {
     out->filter = filter && (out->terminal || !o->think);
+    out->stops = &o->stops;
+    out->stopped = false;
     out->start = out->n;
     for (size_t n = 1; out->filter && n <= prompt.len; n++)
         if (text_ends(prompt.s, n, output_tags[out->thinking])) output_think(out, 0);
@@ -3002,7 +3017,8 @@ static void machine_draw(void *context, int i) {
         d->c.done += agreed;
         push(ids, next);
         output_token(d->out, w->t, previous, next);
-        if (tool_use(w, d)) agreed = false;  // what follows is no guess
+        if (d->out->stopped) d->budget = 0;
+        else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
 }
 
@@ -3195,10 +3211,10 @@ static double ensemble_bits(const Options *o, const Member *e, Text answer) {
 // All models answer the prompt; each scores each answer; the one with the lowest average of bits
 // per byte is printed.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Member all[1 + MAX_OTHERS] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
+    Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
     double lowest = INFINITY;
-    for (; end <= all + o->n_others; end++) {
-        load_model(&end->m, o->others[end - all - 1]);
+    for (; end <= all + o->others.n; end++) {
+        load_model(&end->m, o->others.of[end - all - 1]);
         find_tokenizer(&end->t, NULL, &end->m);
         end->answer = (Output){.fd = -1};
     }
@@ -3229,9 +3245,9 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
 #ifndef NO_ENSEMBLE
-    if (o->n_others) ensemble(o, m, t, out);
+    if (o->others.n) ensemble(o, m, t, out);
 #endif
-    if (!o->n_others) generate_text(o, m, t, out);
+    if (!o->others.n) generate_text(o, m, t, out);
 }
 // ---- [5.7] chat ---------------------------------------------------------------------------------
 // `-m chat`: a conversation. Its keys and values stay in the cache, and in a session's file, from
@@ -3615,8 +3631,10 @@ static bool explain_pass(Explain *e) {
     explain_choice(e, next, given);
     if (!trace) explain_inside(e);
     if (e->page) explain_item(e, next, given);
-    if (!given) push(ids, next);
-    return given || !is_stop(e->w.t, next);
+    if (given) return true;
+    push(ids, next);
+    output_token(&e->d.own, e->w.t, last, next);
+    return !is_stop(e->w.t, next) && !e->d.own.stopped;
 }
 
 static void explain(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
@@ -3632,6 +3650,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     const Ids *ids = &e.d.c.ids;
     const Sampler *s = &e.d.s;
     long long budget = start_text(o, m, t, &e.d.c.ids);
+    output_begin(&e.d.own, o, false, (Text){"", 0});
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
@@ -4199,7 +4218,7 @@ enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS =
 // One table parses, checks and explains the options. The type of the field says what one can be.
 enum { FLAG, WORD, LIST, INTEGER, DECIMAL };
 #define TO(field) offsetof(Options, field), _Generic(((Options *)0)->field, bool: FLAG,            \
-    const char *: WORD, const char **: LIST, double: DECIMAL, default: INTEGER)
+    const char *: WORD, List: LIST, double: DECIMAL, default: INTEGER)
 static const struct Option {
     const char *name;  // and behind it its argument
     size_t field;      // where in Options its value goes
@@ -4226,6 +4245,7 @@ static const struct Option {
     {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
     {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
     {"-T, --tool CMD", TO(tool), 1, 0, TOOLS, "answers arithmetic and tool calls on its stdin"},
+    {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
     {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
     {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens; 0: from all"},
@@ -4249,11 +4269,12 @@ static void option_set(Options *o, const struct Option *option, const char *a, c
     char *end = NULL;
     if (flag ? s != NULL : !s || (!*s && !empty))
         usage_error("%s %s value", a, flag ? "takes no" : "needs a");
-    if (option->kind == LIST && o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
+    List *list = option->kind == LIST ? field : NULL;
+    if (list && list->n == MAX_LIST) usage_error("%s is given too often", a);
     o->given |= 1ull << (option - options);
     if (option->kind == FLAG) *(bool *)field = true;
     if (option->kind == WORD) *(const char **)field = s;
-    if (option->kind == LIST) ((const char **)field)[o->n_others++] = s;
+    if (list) list->of[list->n++] = s;
     if (option->kind < INTEGER) return;
     double number = strtod(s, &end);
     errno = 0;
@@ -4292,7 +4313,7 @@ static int option_check(const Options *o) {
     }
     bool k = o->samples > 1, layer = o->layer >= 0;
     if (o->prompt && o->prompt_file) usage_error("-i and -f cannot be used together");
-    if (o->n_others && (k || o->draft || o->session || o->receipt))
+    if (o->others.n && (k || o->draft || o->session || o->receipt))
         usage_error("-e cannot be used with -k, -d, -S or --receipt");
     if (k && o->draft) usage_error("-k and -d cannot be used together");
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
@@ -4306,10 +4327,10 @@ static int option_check(const Options *o) {
 
 // An output that is also an input would be lost: it is refused.
 static void refuse_overwriting(const Options *o, const Tokenizer *t) {
-    const char *inputs[6 + MAX_OTHERS] = {o->model, t->path, o->prompt_file, o->session, o->draft,
+    const char *inputs[6 + MAX_LIST] = {o->model, t->path, o->prompt_file, o->session, o->draft,
                                           "/dev/stdin"};
-    memcpy(inputs + 6, o->others, sizeof o->others);
-    for (int i = 0; i < 6 + MAX_OTHERS; i++)
+    memcpy(inputs + 6, o->others.of, sizeof o->others.of);
+    for (int i = 0; i < 6 + MAX_LIST; i++)
         if (same_file(o->output, inputs[i]))
             usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }

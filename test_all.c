@@ -2737,9 +2737,47 @@ static void test_display(void) {
     }
 }
 
+// Text that streams in pieces of random lengths ends before the first of some texts, and nothing of
+// that is ever sent. (A stop that begins in another one, or over again; in a thought, which is hidden.)
+static void test_stops(void) {
+    static const struct { const char *text, *stops[3], *expected; } cases[] = {
+        {"one two three", {"two"}, "one "}, {"one two three", {"three", "two "}, "one "},
+        {"aaab", {"aab"}, "a"}, {"abcabcabd!", {"abcabd"}, "abc"}, {"abcd", {"bcde", "cd"}, "ab"},
+        {"no stop, but a par", {"part"}, "no stop, but a par"}, {"x", {"x"}, ""},
+        {"\xe2\x82\xac\xe2\x82\xacuro", {"\xacu"}, "\xe2\x82\xac\xe2\x82"},
+        {"a<think>bc</think>cd\nc", {"b"}, "a"}, {"a<think>b</think>c\n\nd", {"\n\n"}, "ac"}};
+    for (size_t i = 0; i < 50 * sizeof cases / sizeof *cases; i++) {
+        const char *s = cases[i / 50].text, *expected = cases[i / 50].expected;
+        Options o = {0};
+        while (o.stops.n < 3 && cases[i / 50].stops[o.stops.n])
+            o.stops.of[o.stops.n] = cases[i / 50].stops[o.stops.n], o.stops.n++;
+        FILE *file = tmpfile();
+        Output out = {.fd = i % 2 ? fileno(file) : -1};
+        char sent[100];
+        size_t len = strlen(s), whole = strlen(expected);
+        output_begin(&out, &o, true, (Text){"", 0});
+        for (size_t at = 0, n; at < len; at += n) {
+            n = 1 + (size_t)below(i % 10 ? 5 : 1);
+            if (n > len - at) n = len - at;
+            output_text(&out, (Text){s + at, n});
+            ssize_t got = pread(fileno(file), sent, sizeof sent, 0);
+            CHECK(got >= 0 && (size_t)got <= whole && !memcmp(sent, expected, (size_t)got),
+                  "\"%.*s\" was sent of \"%s\"", (int)got, sent, s);
+        }
+        output_end(&out);
+        if (i % 2) out.n = (size_t)pread(out.fd, out.memory, whole + 1, 0);
+        CHECK(out.n == whole + 1 && !memcmp(out.memory, expected, whole) &&
+              out.memory[whole] == '\n',
+              "\"%s\" is \"%.*s\", not \"%s\"", s, (int)out.n, out.memory, expected);
+        fclose(file);
+        free(out.memory);
+    }
+}
+
 static void test_decoders(void) {
     if (no_program()) return;
     test_display();
+    test_stops();
     test_generate();
     test_full_contexts();
     test_guesses();
