@@ -15,7 +15,7 @@
  *     [5] Modes                [5.1] text in and out  [5.2] chat format and likelihood
  *                              [5.3] sessions  [5.4] tools  [5.5] decoders  [5.6] generate
  *                              [5.7] chat  [5.8] explain  [5.9] tokenize, logits, eval
- *                              [5.10] compress  [5.11] check  [5.12] bench
+ *                              [5.10] compress  [5.11] check  [5.12] bench  [5.13] each
  *     [6] The command line     options, modes, signals, main
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -2297,14 +2297,15 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool;
+    const char *tool, *each;
     List others, stops;
+    long long at_once, skip;
     long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
     double min_p, repeat_penalty;
     unsigned long long seed;
-    bool quiet, receipt, best, think, trace, help, version;
-    Text input;        // not an option: the text of -i or -f
+    bool quiet, receipt, best, think, trace, quote, help, version;
+    Text input, lines; // not options: the text of -i or -f, and of --each
     double started;    // nor this: when the program was
     uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
@@ -2317,6 +2318,7 @@ typedef struct {
     size_t start, thought;  // where in the memory the model's own text begins, and its open thought
     bool terminal;     // control characters are shown instead of sent
     bool filter, thinking;  // <think> is looked for; is open
+    bool line;         // white space before the model's text is left out; it ends with its line
     const List *stops; // the model's text ends before the first of these; NULL: of none
     bool stopped;      // it did
 } Output;
@@ -2326,6 +2328,7 @@ static volatile sig_atomic_t interrupted;  // by a signal; a second one ends the
 static volatile sig_atomic_t idle = 1;     // nothing is under way: the first one does
 static volatile sig_atomic_t dimmed;       // a terminal that writes dimmed text: set back at exit
 static volatile pid_t running_tool;        // ends with the program
+static bool unfinished;                    // a part of the work could not be done: status 1
 
 // What must not outlive the program; a signal may call it.
 static void output_leave(void) {
@@ -2428,7 +2431,11 @@ static void output_text(Output *out, Text text) {
     const char *end;
     size_t keep = 0;
     for (size_t i = 0; i < text.len && !out->stopped; i++) {
-        output_byte(out, text.s[i]);
+        bool line = out->line && !out->thinking;
+        bool blank = text.s[i] && strchr(" \t\r\n", text.s[i]);
+        if (line && blank && out->n == out->start) continue;
+        out->stopped = line && text.s[i] == '\n';
+        if (!out->stopped) output_byte(out, text.s[i]);
         for (int k = -1; (end = output_end_at(out, k)) && !out->stopped; k++) {
             if (!*end || !text_ends(out->memory + out->start, out->n - out->start, end)) continue;
             out->stopped = k >= 0;
@@ -2442,6 +2449,23 @@ static void output_text(Output *out, Text text) {
     for (size_t n = 1; n < 4 && n <= out->n; n++)  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
         if ((uint8_t)out->memory[out->n - n] >= 256 - (128 >> n) && keep < n) keep = n;
     output_put(out, NULL, 0, out->thinking && !out->terminal ? out->n - out->thought : keep);
+}
+
+// Adds a text as a string of JSON. What is not UTF-8 becomes U+FFFD.
+static void output_json(Output *out, Text text) {
+    static const char special[] = "\"\\\n\t\r\b\f", names[] = "\"\\ntrbf";
+    char escape[8];
+    output_put(out, "\"", 1, SIZE_MAX);
+    for (size_t used; text.len; text.s += used, text.len -= used) {
+        uint32_t c = next_char(text.s, text.len, &used);
+        const char *at = c && c < 128 ? strchr(special, (int)c) : NULL;
+        if (at) snprintf(escape, sizeof escape, "\\%c", names[at - special]);
+        else if (c < 32) snprintf(escape, sizeof escape, "\\u%04x", c);
+        else snprintf(escape, sizeof escape, "%.*s", c == 0xfffd ? 3 : (int)used,
+                      c == 0xfffd ? "\xef\xbf\xbd" : text.s);
+        output_put(out, escape, strlen(escape), SIZE_MAX);
+    }
+    output_put(out, "\"", 1, SIZE_MAX);
 }
 
 // Begins the model's text behind a prompt, which may have opened a thought.
@@ -2473,17 +2497,16 @@ static const char *input_name(const Options *o) {
     return strcmp(path, "-") ? path : "stdin";
 }
 
-// The text of -i, of -f or of stdin ("-" as the file), and a zero byte; empty without any.
-static Text input_read(const Options *o) {
-    const char *path = o->prompt_file;
+// What is in a file, or stdin ("-"), or without a path the text, and a zero byte.
+static Text input_read(const char *path, const char *text) {
     char part[1 << 16];
     Output in = {.fd = -1};
-    if (!path && o->prompt) output_write(&in, o->prompt, strlen(o->prompt));
+    if (!path && text) output_write(&in, text, strlen(text));
     int fd = path && strcmp(path, "-") ? open(path, O_RDONLY) : 0;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     for (ssize_t got = path != NULL; got; output_write(&in, part, (size_t)got)) {
         got = read(fd, part, sizeof part);
-        if (got < 0) die("cannot read %s: %s", input_name(o), strerror(errno));
+        if (got < 0) die("cannot read %s: %s", fd ? path : "stdin", strerror(errno));
     }
     if (fd) close(fd);
     output_write(&in, "", 1);
@@ -2587,16 +2610,16 @@ static int likelihood_batch(const Model *m) {
     return (int)fmax(1, fmin(MAX_BATCH, 0x1p22 / m->c.vocab_size));
 }
 
-// The sum of -ln p(ids[i + 1]) for `scored` <= i < end, where ids[from..i] come before.
-static double likelihood_window(const Model *m, Cache *kv, const int *ids, int from, int end,
-                                int scored) {
+// The sum of -ln p(ids[i + 1]) for `scored` <= i < end. A sequence has the first `done` already.
+static double likelihood_window(const Model *m, Cache *kv, int seq, const int *ids, int done,
+                                int scored, int end) {
     Slot batch[MAX_BATCH];
     int vocab = m->c.vocab_size;
     double sum = 0;
-    prefill(m, kv, 0, ids + from, 0, scored - from);
+    prefill(m, kv, seq, ids, done, scored);
     for (int i = scored, n; i < end && !interrupted; i += n) {
         for (n = 0; n < likelihood_batch(m) && i + n < end; n++)
-            batch[n] = (Slot){ids[i + n], i + n - from, 0, true};
+            batch[n] = (Slot){ids[i + n], i + n, seq, true};
         float *logits = forward(m, kv, batch, n);
         for (int j = 0; j < n; j++)
             sum += likelihood_of(row_of(logits, j, vocab), vocab, ids[i + j + 1]);
@@ -3022,29 +3045,33 @@ static void machine_draw(void *context, int i) {
     }
 }
 
-// Runs n decoders until all have ended, or Ctrl-C: a step computes the logits of all that go on in
-// one batch, and each draws one token, or as many as were guessed right.
-static void machine_run(Machine *w, Decoder *all, int n) {
+// A step of n decoders: the logits of all that go on are computed in one batch, and each draws one
+// token, or as many as were guessed right. False: none goes on, or it was Ctrl-C.
+static bool machine_step(Machine *w, Decoder *all, int n) {
     Slot batch[MAX_SAMPLES + MAX_DRAFT];
+    int n_slots = 0;
     w->all = all;
-    for (;;) {
-        int n_slots = 0;
-        for (Decoder *d = all; d < all + n; d++) {
-            if (d->budget <= 0) continue;
-            decoder_settle(w, d, 1);
-            int n_guesses = w->o->draft ? draft_propose(w, d) : 0, pos = (int)d->c.ids.n - 1;
-            d->first = n_slots;
-            batch[n_slots++] = (Slot){d->c.ids.ids[pos], pos, d->seq, true};
-            for (int i = 1; i <= n_guesses; i++)
-                batch[n_slots++] = (Slot){w->draft.text.ids[pos + i], pos + i, d->seq, true};
-        }
-        if (interrupted || !n_slots) break;
-        w->logits = forward(w->m, &w->kv, batch, n_slots);
-        if (!w->steps++) w->first_logits = seconds();
-        if (!w->o->tool) parallel(machine_draw, w, n);
-        for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
-        decoder_commit(w, all);
+    for (Decoder *d = all; d < all + n; d++) {
+        if (d->budget <= 0) continue;
+        decoder_settle(w, d, 1);
+        int n_guesses = w->o->draft ? draft_propose(w, d) : 0, pos = (int)d->c.ids.n - 1;
+        d->first = n_slots;
+        batch[n_slots++] = (Slot){d->c.ids.ids[pos], pos, d->seq, true};
+        for (int i = 1; i <= n_guesses; i++)
+            batch[n_slots++] = (Slot){w->draft.text.ids[pos + i], pos + i, d->seq, true};
     }
+    if (interrupted || !n_slots) return false;
+    w->logits = forward(w->m, &w->kv, batch, n_slots);
+    if (!w->steps++) w->first_logits = seconds();
+    if (!w->o->tool) parallel(machine_draw, w, n);
+    for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
+    decoder_commit(w, all);
+    return true;
+}
+
+// Runs n decoders until all have ended.
+static void machine_run(Machine *w, Decoder *all, int n) {
+    while (machine_step(w, all, n)) {}
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
         if (w->o->receipt) fprintf(stderr, "receipt: %016llx\n", d->receipt);
@@ -3062,7 +3089,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
     d->s.p = w->p, d->s.candidates = w->candidates;
-    cache_open(&w->kv, m, w->ctx, o->samples > 1 ? 1 + (int)o->samples : 1);
+    int n = o->each ? (int)o->at_once : o->samples > 1 ? (int)o->samples : 0;
+    cache_open(&w->kv, m, w->ctx, 1 + n);
     if (o->draft && strcmp(o->draft, "lookup")) {
         load_model(small, o->draft);
         if (small->c.vocab_size != m->c.vocab_size ||
@@ -3142,11 +3170,12 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
 // `-m generate` continues a text; with -e several models do, and judge each other's answers. Enter
 // with generate. It keeps nothing. Calls: machine_open, decoder_continue, likelihood_window.
 
-// Appends the prompt's tokens and returns how many may be drawn after them.
-static long long start_text(const Options *o, const Model *m, const Tokenizer *t, Ids *ids) {
+// Appends a prompt's tokens and returns how many may be drawn after them.
+static long long start_text(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
+                            Ids *ids) {
     long long before = (long long)ids->n, left;
     int ctx = context_of(o, m), start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
-    encode(t, o->input, NULL, before == 0, ids);
+    encode(t, prompt, NULL, before == 0, ids);
     if ((long long)ids->n - before > ctx)
         die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
             ids->n - (size_t)before, m->path, ctx);
@@ -3170,7 +3199,7 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     machine_open(&w, &d, o, m, t, out);
     const Ids *ids = &d.c.ids;
     size_t before = ids->n;
-    d.budget = start_text(o, m, t, &d.c.ids);
+    d.budget = start_text(o, m, t, o->input, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
     for (size_t i = before; i < ids->n && t->llama2c; i++)
@@ -3198,11 +3227,11 @@ typedef struct { Model m; Tokenizer t; Output answer; } Member;
 static double ensemble_bits(const Options *o, const Member *e, Text answer) {
     Ids ids = {0};
     Cache kv;
-    start_text(o, &e->m, &e->t, &ids);
+    start_text(o, &e->m, &e->t, o->input, &ids);
     int n_prompt = (int)ids.n;
     encode(&e->t, answer, NULL, false, &ids);
     cache_open(&kv, &e->m, (int)ids.n, 1);
-    double sum = likelihood_window(&e->m, &kv, ids.ids, 0, (int)ids.n - 1, n_prompt - 1);
+    double sum = likelihood_window(&e->m, &kv, 0, ids.ids, 0, n_prompt - 1, (int)ids.n - 1);
     cache_close(&kv);
     free(ids.ids);
     return sum / 0.69314718055994531 / (double)answer.len;
@@ -3649,7 +3678,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
     const Sampler *s = &e.d.s;
-    long long budget = start_text(o, m, t, &e.d.c.ids);
+    long long budget = start_text(o, m, t, o->input, &e.d.c.ids);
     output_begin(&e.d.own, o, false, (Text){"", 0});
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
@@ -3744,7 +3773,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     double sum = 0, ln_2 = 0.69314718055994531;
     for (int from = 0, end; scored < n && !interrupted; from += window - window / 2, scored = end) {
         end = from + window < n ? from + window : n;
-        sum += likelihood_window(m, &kv, all.ids + twice, from, end, scored);
+        sum += likelihood_window(m, &kv, 0, all.ids + twice + from, 0, scored - from, end - from);
         progress_show(o, (double)end / n);
     }
     char report[1200];  // (a perplexity can have 310 digits)
@@ -4183,6 +4212,170 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
     free(memory);
     cache_close(&kv);
 }
+// ---- [5.13] each --------------------------------------------------------------------------------
+// `--each FILE` runs the prompt for every line of a file, many lines at once: {} in it stands for
+// the line. Enter with each_run. It keeps a Machine, whose sequence 0 has the first line's prompt:
+// what others have in common with it is branched. A line's answer is that of a run of its own, up
+// to its first line break. Calls: start_text, machine_step, likelihood_window.
+
+#ifndef NO_EACH
+enum { EACH_AHEAD = 1024 };  // lines that may be under way, or done before their turn
+
+typedef struct {
+    Machine w;
+    Decoder trunk;           // the first line's prompt
+    Decoder *all;            // (at_once) their lines are those of
+    long long *lines;        // (at_once); -1: none
+    Text rest;               // of the file
+    long long begun, printed, n_tokens;
+    double shown;            // when progress was
+    Output answers[EACH_AHEAD];  // those that wait for lines before them have memory
+} Each;
+
+// The prompt, with a line in the place of each {}; without a prompt the line. To be freed.
+static Text each_prompt(const Options *o, Text line) {
+    Output p = {.fd = -1};
+    Text rest = o->prompt || o->prompt_file ? o->input : (Text){"{}", 2};
+    for (size_t n = 1; rest.len; rest.s += n, rest.len -= n) {
+        bool here = rest.len > 1 && !memcmp(rest.s, "{}", 2);
+        n = here ? 2 : 1;
+        output_put(&p, here ? line.s : rest.s, here ? line.len : 1, SIZE_MAX);
+    }
+    output_put(&p, "", 1, SIZE_MAX);
+    return (Text){p.memory, p.n - 1};
+}
+
+// Makes a sequence begin with what the tokens have in common with the trunk's. Returns how many.
+static int each_branch(Each *e, const Ids *ids, int seq) {
+    Context *c = &e->trunk.c;
+    int same = 0;
+    for (size_t i = 0; c->ids.n < ids->n && !c->done; i++) push(&c->ids, ids->ids[i]);
+    decoder_settle(&e->w, &e->trunk, 1);
+    while (same < c->done && same + 1 < (int)ids->n && ids->ids[same] == c->ids.ids[same]) same++;
+    cache_branch(&e->w.kv, 0, seq, same);
+    return same;
+}
+
+// With -m eval: a line's log-probability in nats behind what stands before {}, its tokens, and its
+// bits per byte.
+static void each_measure(Each *e, Text line, Text prompt, Output *answer) {
+    const Machine *w = &e->w;
+    const char *here = strstr(w->o->input.s, "{}");
+    Ids ids = {0};
+    char said[100];
+    prompt.len = here ? (size_t)(here - w->o->input.s) : 0;
+    start_text(w->o, w->m, w->t, prompt, &ids);
+    int before = (int)ids.n;
+    encode(w->t, line, NULL, false, &ids);
+    int n = (int)ids.n - before;
+    double nats = likelihood_window(w->m, &e->w.kv, 1, ids.ids, each_branch(e, &ids, 1), before - 1,
+                                    (int)ids.n - 1);
+    int length = snprintf(said, sizeof said, "%.6f\t%d\t%.6f\n", 0 - nats, n,
+                          line.len ? nats / 0.69314718055994531 / (double)line.len : 0.0);
+    output_put(answer, said, (size_t)length, SIZE_MAX);
+    e->n_tokens += n;
+    free(ids.ids);
+}
+
+// Begins the next line, with a decoder that is free.
+static void each_begin(Each *e, Decoder *d) {
+    const Machine *w = &e->w;
+    const char *end = memchr(e->rest.s, '\n', e->rest.len);
+    long long number = e->begun++;
+    Text line = {e->rest.s, end ? (size_t)(end - e->rest.s) : e->rest.len}, prompt;
+    Output *answer = &e->answers[number % EACH_AHEAD];
+    *answer = (Output){.fd = -1};
+    e->rest.s += line.len + (end != NULL);
+    e->rest.len -= line.len + (end != NULL);
+    line.len -= line.len && line.s[line.len - 1] == '\r';
+    if (number < w->o->skip) {
+        e->printed++;
+        return;
+    }
+    prompt = each_prompt(w->o, line);
+    Ids ids = {0};
+    encode(w->t, prompt, NULL, true, &ids);
+    if ((int)ids.n >= w->ctx) {
+        fprintf(stderr, "run: line %lld has %zu tokens with its prompt, too many for the context "
+                "of %d: it has no answer\n", number + 1, ids.n, w->ctx);
+        output_put(answer, "\n", 1, SIZE_MAX);
+        unfinished = true;
+    } else if (!strcmp(w->o->mode, "eval")) each_measure(e, line, prompt, answer);
+    else {
+        *d = (Decoder){.seq = 1 + (int)(d - e->all), .s = e->trunk.s, .out = &d->own,
+                       .own = {.fd = -1, .line = !w->o->quote}};
+        d->s.rng += (uint64_t)number * 0x9E3779B97F4A7C15u;
+        d->budget = start_text(w->o, w->m, w->t, prompt, &d->c.ids);
+        d->c.keep = (int)fmin((double)d->c.ids.n, 4);
+        d->c.done = each_branch(e, &d->c.ids, d->seq);
+        output_begin(&d->own, w->o, !w->t->llama2c, prompt);
+        e->lines[d - e->all] = number;
+    }
+    free(ids.ids);
+    free((char *)(uintptr_t)prompt.s);
+}
+
+// Ends a line whose answer is complete.
+static void each_end(Each *e, Decoder *d) {
+    Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
+    if (d->own.thinking) output_think(&d->own, 0);
+    if (e->w.o->quote) output_json(answer, (Text){d->own.memory, d->own.n});
+    else output_put(answer, d->own.memory, d->own.n, SIZE_MAX);
+    output_put(answer, "\n", 1, SIZE_MAX);
+    e->n_tokens += d->n_new;
+    e->lines[d - e->all] = -1;
+    free(d->own.memory);
+    free(d->c.ids.ids);
+    *d = (Decoder){0};
+}
+
+// Writes the answers whose turn it is, and on a terminal's stderr how far the work is.
+static void each_print(Each *e, bool last) {
+    const Options *o = e->w.o;
+    double took = seconds() - o->started, part = 1 - (double)e->rest.len / (double)o->lines.len;
+    for (Output *a; (a = &e->answers[e->printed % EACH_AHEAD])->memory; e->printed++) {
+        output_write(e->w.out, a->memory, a->n);
+        free(a->memory);
+        *a = (Output){0};
+    }
+    if (o->quiet || (!last && (!isatty(2) || took < e->shown + 0.5))) return;
+    e->shown = took;
+    fprintf(stderr, "%s%lld lines, %.1f tok/s", isatty(2) ? "\r" : "", e->printed - o->skip,
+            (double)e->n_tokens / took);
+    if (last) fprintf(stderr, "%20s\n", "");
+    else fprintf(stderr, ", %.0f s left   ", took / part - took);
+}
+
+static void each_run(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+    size_t n = (size_t)o->at_once;
+    Each *e = zeros(1, sizeof *e);
+    Options own = *o;
+    e->rest = o->lines;
+    e->all = zeros(n, sizeof *e->all);
+    e->lines = memset(zeros(n, sizeof *e->lines), -1, n * sizeof *e->lines);
+    machine_open(&e->w, &e->trunk, &own, m, t, out);
+    if (!o->quiet && !o->seed && e->trunk.s.temperature > 0 && strcmp(o->mode, "eval"))
+        fprintf(stderr, "seed: %llu\n", e->trunk.seed);
+    own.seed = e->trunk.seed;  // it is said now, and not at the end
+    for (bool more = true; more && !interrupted;) {
+        for (size_t i = 0; i < n; i++)
+            while (e->lines[i] < 0 && e->rest.len && e->begun < e->printed + EACH_AHEAD) {
+                each_begin(e, &e->all[i]);
+                each_print(e, false);
+            }
+        more = machine_step(&e->w, e->all, (int)n) || e->rest.len;
+        for (size_t i = 0; i < n && !interrupted; i++)
+            if (e->lines[i] >= 0 && e->all[i].budget <= 0) each_end(e, &e->all[i]);
+        each_print(e, !more || interrupted);
+    }
+    for (size_t i = 0; i < n; i++) free(e->all[i].c.ids.ids), free(e->all[i].own.memory);
+    for (size_t i = 0; i < EACH_AHEAD; i++) free(e->answers[i].memory);
+    machine_close(&e->w, &e->trunk);
+    free(e->all);
+    free(e->lines);
+    free(e);
+}
+#endif
 
 // =================================================================================================
 // [6] The command line
@@ -4213,6 +4406,7 @@ static const struct { const char *name; Mode *run; const char *help; } modes[] =
 enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE,
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
+       EACH = !DEFINED(NO_EACH) * (TEXTS | 1 << EVAL),
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
 // One table parses, checks and explains the options. The type of the field says what one can be.
@@ -4245,6 +4439,10 @@ static const struct Option {
     {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
     {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
     {"-T, --tool CMD", TO(tool), 1, 0, TOOLS, "answers arithmetic and tool calls on its stdin"},
+    {"    --each FILE", TO(each), 1, 0, EACH, "run the prompt for each line, in the place of {}"},
+    {"    --at-once N", TO(at_once), 1, MAX_SAMPLES, EACH, "with --each: how many together (16)"},
+    {"    --skip N", TO(skip), 0, 1e15, EACH, "with --each: without the first N lines"},
+    {"    --quote", TO(quote), 0, 0, EACH, "with --each: whole answers, as strings of JSON"},
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
     {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
@@ -4319,6 +4517,12 @@ static int option_check(const Options *o) {
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
     if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
+    if (o->each && (k || o->draft || o->others.n || o->session || o->tool || o->receipt))
+        usage_error("--each cannot be used with -k, -d, -e, -S, -T or --receipt");
+    if (!o->each && (o->quote || o->skip || o->at_once != 16))
+        usage_error("--at-once, --skip and --quote need --each");
+    if (o->each && !strcmp(o->each, "-") && o->prompt_file && !strcmp(o->prompt_file, "-"))
+        usage_error("stdin cannot be both the prompt and the lines of --each");
     if (layer && o->output && !o->trace) usage_error("--layer means nothing in a page: it has all");
     if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
         usage_error("mode %s writes no text for a terminal: use -o or a pipe", o->mode);
@@ -4327,10 +4531,10 @@ static int option_check(const Options *o) {
 
 // An output that is also an input would be lost: it is refused.
 static void refuse_overwriting(const Options *o, const Tokenizer *t) {
-    const char *inputs[6 + MAX_LIST] = {o->model, t->path, o->prompt_file, o->session, o->draft,
-                                          "/dev/stdin"};
-    memcpy(inputs + 6, o->others.of, sizeof o->others.of);
-    for (int i = 0; i < 6 + MAX_LIST; i++)
+    const char *inputs[7 + MAX_LIST] = {o->model, t->path, o->prompt_file, o->session, o->draft,
+                                        o->each, "/dev/stdin"};
+    memcpy(inputs + 7, o->others.of, sizeof o->others.of);
+    for (int i = 0; i < 7 + MAX_LIST; i++)
         if (same_file(o->output, inputs[i]))
             usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }
@@ -4382,7 +4586,7 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 int main(int argc, char **argv) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
-                 .repeat_penalty = 1, .layer = -1, .head = -1, .started = seconds(),
+                 .repeat_penalty = 1, .layer = -1, .head = -1, .at_once = 16, .started = seconds(),
                  .threads = cores < 1 ? 1 : cores > 256 ? 256 : cores};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
@@ -4408,14 +4612,22 @@ int main(int argc, char **argv) {
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(&o, &t);
     Output out = output_open(o.output);
-    o.input = input_read(&o);               // which may wait for long
+    o.input = input_read(o.prompt_file, o.prompt);  // which may wait for long
+    o.lines = input_read(o.each, NULL);
+    if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))
+        usage_error("the prompt has no {} for the lines of --each");
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal
-    modes[mode].run(&o, &m, &t, &out);
+#ifndef NO_EACH
+    if (o.each) each_run(&o, &m, &t, &out);
+#endif
+    if (!o.each) modes[mode].run(&o, &m, &t, &out);
     refuse_overwriting(&o, &t);  // a session may have been made only now
-    if (!interrupted || (out.n && mode != LOGITS)) output_file(&out, out.n ? out.memory : "");
+    bool part = out.n && mode != LOGITS && !o.each;  // what was interrupted may be worth keeping
+    if (!interrupted || part) output_file(&out, out.n ? out.memory : "");
     free(out.memory);
     free((char *)(uintptr_t)o.input.s);
+    free((char *)(uintptr_t)o.lines.s);
     free_tokenizer(&t);
     free_model(&m);
-    return interrupted ? 130 : 0;
+    return interrupted ? 130 : unfinished;
 }

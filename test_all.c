@@ -2738,7 +2738,7 @@ static void test_display(void) {
 }
 
 // Text that streams in pieces of random lengths ends before the first of some texts, and nothing of
-// that is ever sent. (A stop that begins in another one, or over again; in a thought, which is hidden.)
+// that is ever sent. (A stop begins in another one, or over again, or in a thought, which is hidden.)
 static void test_stops(void) {
     static const struct { const char *text, *stops[3], *expected; } cases[] = {
         {"one two three", {"two"}, "one "}, {"one two three", {"three", "two "}, "one "},
@@ -2774,8 +2774,67 @@ static void test_stops(void) {
     }
 }
 
+#ifndef NO_EACH
+// The answer to each line is that of a run of its own with the seed that a sample would have, from
+// its first character that is no white space to the end of its line, however many run at once.
+static void test_each(void) {
+    static const char *const texts[] = {"ab", "", "cad", "a bad cab", "d", "abc", "abd"};
+    static const char *const ways_[] = {"-t 0", "-t 0.8", "-t 2 --stop ab", "-t 2 --top-k 3"};
+    static const int at_once[] = {1, 3, 16};
+    for (int way = 0; way < 4; way++) {
+        Buffer own = {0}, file = {0}, quoted = bytes_of("", 0);
+        for (uint64_t i = 0; i < 7; i++) {
+            put_text(&file, text("%s\n", texts[i]));
+            Ran r = SH("run endless.bin -q -n 20 %s -s %llu -i 'ab %s'", ways_[way],
+                       (unsigned long long)(5 + i * 0x9E3779B97F4A7C15u), texts[i]);
+            const char *answer = (char *)r.out.p + 3 + strlen(texts[i]);
+            const char *shown = answer + strspn(answer, " \t\r\n");
+            size_t n = (size_t)((char *)r.out.p + r.out.n - 1 - answer);
+            const char *end = memchr(shown, '\n', (size_t)(answer + n - shown) + 1);
+            put(&own, shown, shown < end ? (size_t)(end - shown) : 0);
+            put_text(&own, "\n");
+            bool plain = true;  // else escapes are needed, or it is not UTF-8
+            for (size_t k = 0; k < n; k++)
+                plain &= answer[k] >= ' ' && answer[k] < 127 && !strchr("\"\\", answer[k]);
+            if (plain) put_text(&quoted, text("\"%.*s\"\n", (int)n, answer));
+        }
+        keep("lines", &file);
+        for (int k = 0; k < 3; k++) {
+            const char *each_ = text("run endless.bin -q -n 20 %s -s 5 --at-once %d -i 'ab {}' "
+                                     "--each", ways_[way], at_once[k]);
+            prints_bytes("lines", &own, text("%s lines", each_));
+            prints_bytes("lines of stdin", &own, text("%s - <lines", each_));
+            prints_bytes("a job goes on", &own,
+                         text("%s lines | head -n 3 >a; %s lines --skip 3 >b; cat a b", each_,
+                              each_));
+            if (lines(&quoted) == 7)
+                prints_bytes("quoted answers", &quoted, text("%s lines --quote", each_));
+        }
+    }
+    Ran r = SH("run endless.bin -q -c 8 -n 2 -t 0 --each lines >a; s=$?; wc -l <a; exit $s");
+    CHECK(r.status == 1 && atoi((char *)r.out.p) == 7 && one_line(&r) &&
+              strstr((char *)r.err.p, "line 4 has 9 tokens"),
+          "a line that is too long has no answer: %s%s", r.out.p, r.err.p);
+    double nats, bits;
+    int n;
+    Buffer cab = bytes_of("a bad cab", 9);
+    r = SH("run tiny.bin -q -m eval -i 'ab{}' --each lines | sed -n 4p");
+    CHECK(sscanf((char *)r.out.p, "%lf\t%d\t%lf", &nats, &n, &bits) == 3 && n == 9 &&
+              fabs(bits - bits_per_byte("tiny.bin", "ab", &cab)) < 1e-4 &&
+              fabs(-nats / 9 / log(2) - bits) < 1e-4, "eval of each line: %s", r.out.p);
+    refused(2, "the prompt has no {}", "run endless.bin -i ab --each lines");
+    refused(2, "--each cannot be used", "run endless.bin -k 2 --each lines");
+    refused(2, "need --each", "run endless.bin -i a --skip 3");
+    refused(2, "both the prompt and the lines", "run endless.bin -f - --each -");
+    refused(1, "cannot open none", "run endless.bin --each none");
+}
+#endif
+
 static void test_decoders(void) {
     if (no_program()) return;
+#ifndef NO_EACH
+    test_each();
+#endif
     test_display();
     test_stops();
     test_generate();
@@ -3011,7 +3070,7 @@ static Buffer explained(const Model *m, const Tokenizer *t, Options o) {
     o.temperature = 1, o.top_p = 0.9, o.repeat_penalty = 1, o.seed = 5, o.threads = 1;
     o.layer = o.head = -1, o.quiet = true;
     Output out = {.fd = -1};
-    o.input = input_read(&o);
+    o.input = input_read(o.prompt_file, o.prompt);
     explain(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
     Buffer b = bytes_of(out.memory, out.n);
@@ -3158,7 +3217,7 @@ static Buffer coded(const Model *m, const Tokenizer *t, const Buffer *b, bool ba
     Options o = {.mode = back ? "decompress" : "compress", .prompt_file = keep("in", b),
                  .context = context, .threads = 1, .quiet = true};
     Output out = {.fd = -1};
-    o.input = input_read(&o);
+    o.input = input_read(o.prompt_file, o.prompt);
     compress(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
     Buffer result = bytes_of(out.memory, out.n);
