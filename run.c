@@ -2299,7 +2299,7 @@ typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
     const char *tool, *each;
     List others, stops;
-    long long at_once, skip;
+    long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
     double min_p, repeat_penalty;
@@ -2318,6 +2318,7 @@ typedef struct {
     size_t start, thought;  // where in the memory the model's own text begins, and its open thought
     bool terminal;     // control characters are shown instead of sent
     bool filter, thinking;  // <think> is looked for; is open
+    bool mute;         // text is not written: there is something else instead
     bool line;         // white space before the model's text is left out; it ends with its line
     const List *stops; // the model's text ends before the first of these; NULL: of none
     bool stopped;      // it did
@@ -2430,6 +2431,7 @@ static const char *output_end_at(const Output *out, int i) {
 static void output_text(Output *out, Text text) {
     const char *end;
     size_t keep = 0;
+    if (out->mute) return;
     for (size_t i = 0; i < text.len && !out->stopped; i++) {
         bool line = out->line && !out->thinking;
         bool blank = text.s[i] && strchr(" \t\r\n", text.s[i]);
@@ -2480,7 +2482,7 @@ static void output_begin(Output *out, const Options *o, bool filter, Text prompt
 // Ends it: with what is held back, and a newline.
 static void output_end(Output *out) {
     if (out->thinking) output_think(out, 0);
-    output_write(out, "\n", 1);
+    if (!out->mute) output_write(out, "\n", 1);
 }
 
 // Whether two paths name one file, or, where there is none yet, are the same words.
@@ -2541,7 +2543,7 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 }
 // ---- [5.2] chat format and likelihood -----------------------------------------------------------
 // How a conversation is written down for the model (prompt_turn), how tokens are drawn and written
-// (sampler_new, output_token), how likely a text is (likelihood_window). It keeps nothing.
+// (sampler_new, output_token), how likely a text is (given_likelihood). It keeps nothing.
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
 // `saved`, and of which `keep` stay when the context is full.
@@ -2605,25 +2607,78 @@ static double likelihood_of(const float *logits, int n, int target) {
     return log_(sum) - (double)(logits[target] - max);
 }
 
+// Writes a token as a member of a line of JSON: its text, id and log-probability.
+static void output_logprob_token(Output *out, const Tokenizer *t, int previous, int id, double lp) {
+    Text text = decode(t, previous, id);
+    char number[40];
+    bool valid = true;
+    output_put(out, "\"token\": ", 9, SIZE_MAX);
+    output_json(out, text);
+    for (size_t i = 0, used; i < text.len; i += used)
+        valid &= next_char(text.s + i, text.len - i, &used) != 0xfffd || used > 1;
+    for (size_t i = 0; i < text.len && !valid; i++) {
+        int n = snprintf(number, sizeof number, "%s%d%s", i ? ", " : ", \"bytes\": [",
+                         (uint8_t)text.s[i], i + 1 < text.len ? "" : "]");
+        output_put(out, number, (size_t)n, SIZE_MAX);
+    }
+    int n = snprintf(number, sizeof number, ", \"id\": %d, \"logprob\": %.6f", id, lp);
+    output_put(out, number, (size_t)n, SIZE_MAX);
+}
+// With --logprobs N: a line of JSON for the second of two tokens, and the N likeliest in its place.
+static void output_logprob(Output *out, const Options *o, const Tokenizer *t, const float *logits,
+                           int vocab, const int *ids) {
+    double sum = likelihood_of(logits, vocab, ids[1]) + (double)logits[ids[1]];  // ln of e^x summed
+    float *rest = resize(NULL, (size_t)vocab, sizeof(float));
+    memcpy(rest, logits, (size_t)vocab * sizeof(float));
+    output_put(out, "{", 1, SIZE_MAX);
+    output_logprob_token(out, t, ids[0], ids[1], (double)logits[ids[1]] - sum);
+    output_put(out, ", \"top\": [", 10, SIZE_MAX);
+    for (int i = 0; i < o->logprobs && i < vocab; i++) {
+        int best = argmax(rest, vocab);
+        output_put(out, i ? ", {" : "{", i ? 3 : 1, SIZE_MAX);
+        output_logprob_token(out, t, ids[0], best, (double)logits[best] - sum);
+        output_put(out, "}", 1, SIZE_MAX);
+        rest[best] = -INFINITY;
+    }
+    output_write(out, "]}\n", 3);
+    free(rest);
+}
+
 // How many slots may want logits at once, so that these stay near 16 MiB.
 static int likelihood_batch(const Model *m) {
     return (int)fmax(1, fmin(MAX_BATCH, 0x1p22 / m->c.vocab_size));
 }
 
-// The sum of -ln p(ids[i + 1]) for `scored` <= i < end. A sequence has the first `done` already.
-static double likelihood_window(const Model *m, Cache *kv, int seq, const int *ids, int done,
-                                int scored, int end) {
+// A text whose tokens are given: of a sequence the first `done` are computed, `end` shall be.
+typedef struct {
+    const Model *m;
+    Cache *kv;
+    int seq;
+    const int *ids;
+    int done, end;
+    float *logits;  // of the last ones that were computed together,
+    int first;      // from this one on
+} Given;
+
+// The logits of what follows ids[i], which is not before the last one that was asked for.
+static const float *given_logits(Given *g, int i) {
     Slot batch[MAX_BATCH];
-    int vocab = m->c.vocab_size;
-    double sum = 0;
-    prefill(m, kv, seq, ids, done, scored);
-    for (int i = scored, n; i < end && !interrupted; i += n) {
-        for (n = 0; n < likelihood_batch(m) && i + n < end; n++)
-            batch[n] = (Slot){ids[i + n], i + n, seq, true};
-        float *logits = forward(m, kv, batch, n);
-        for (int j = 0; j < n; j++)
-            sum += likelihood_of(row_of(logits, j, vocab), vocab, ids[i + j + 1]);
+    if (i >= g->done) {
+        prefill(g->m, g->kv, g->seq, g->ids, g->done, i);
+        int n = likelihood_batch(g->m);
+        if (n > g->end - i) n = g->end - i;
+        for (int j = 0; j < n; j++) batch[j] = (Slot){g->ids[i + j], i + j, g->seq, true};
+        g->logits = forward(g->m, g->kv, batch, n);
+        g->first = i;
+        g->done = i + n;
     }
+    return row_of(g->logits, i - g->first, g->m->c.vocab_size);
+}
+// The sum of -ln p(ids[i + 1]) for `scored` <= i < end.
+static double given_likelihood(Given *g, int scored) {
+    double sum = 0;
+    for (int i = scored; i < g->end && !interrupted; i++)
+        sum += likelihood_of(given_logits(g, i), g->m->c.vocab_size, g->ids[i + 1]);
     return sum;
 }
 // ---- [5.3] sessions -----------------------------------------------------------------------------
@@ -3039,7 +3094,8 @@ static void machine_draw(void *context, int i) {
         if (is_stop(w->t, next)) break;
         d->c.done += agreed;
         push(ids, next);
-        output_token(d->out, w->t, previous, next);
+        if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
+        else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
         if (d->out->stopped) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
@@ -3168,7 +3224,7 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
 }
 // ---- [5.6] generate -----------------------------------------------------------------------------
 // `-m generate` continues a text; with -e several models do, and judge each other's answers. Enter
-// with generate. It keeps nothing. Calls: machine_open, decoder_continue, likelihood_window.
+// with generate. It keeps nothing. Calls: machine_open, decoder_continue, given_likelihood.
 
 // Appends a prompt's tokens and returns how many may be drawn after them.
 static long long start_text(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
@@ -3231,7 +3287,8 @@ static double ensemble_bits(const Options *o, const Member *e, Text answer) {
     int n_prompt = (int)ids.n;
     encode(&e->t, answer, NULL, false, &ids);
     cache_open(&kv, &e->m, (int)ids.n, 1);
-    double sum = likelihood_window(&e->m, &kv, 0, ids.ids, 0, n_prompt - 1, (int)ids.n - 1);
+    Given g = {.m = &e->m, .kv = &kv, .ids = ids.ids, .end = (int)ids.n - 1};
+    double sum = given_likelihood(&g, n_prompt - 1);
     cache_close(&kv);
     free(ids.ids);
     return sum / 0.69314718055994531 / (double)answer.len;
@@ -3712,7 +3769,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
 // ---- [5.9] tokenize, logits, eval ---------------------------------------------------------------
 // For scripts: a text's token ids (`-m tokenize`), the logits of given ids (`-m logits`, with -S
 // behind a session's), how well the model predicts a text (`-m eval`). Enter at tokenize,
-// write_logits, evaluate. They keep nothing. Calls: encode, machine_open, likelihood_window.
+// write_logits, evaluate. They keep nothing. Calls: encode, machine_open, given_likelihood.
 
 static void tokenize(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     Ids ids = {0};
@@ -3731,7 +3788,6 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     Text text = o->input;
     Machine w;
     Decoder d;
-    Slot batch[MAX_BATCH];
     char *end;
     machine_open(&w, &d, o, m, none, out);
     Ids *ids = &d.c.ids;
@@ -3746,12 +3802,10 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     if ((int)ids->n == d.c.done) die("no token ids: give them with -i or -f (- is stdin)");
     if (ids->n > (size_t)w.ctx) die("%zu tokens are more than the context of %d", ids->n, w.ctx);
     if (!d.c.done) d.c.keep = ids->n < 4 ? (int)ids->n : 4;
-    for (int n; d.c.done < (int)ids->n && !interrupted; d.c.done += n) {
-        for (n = 0; n < likelihood_batch(m) && d.c.done + n < (int)ids->n; n++)
-            batch[n] = (Slot){ids->ids[d.c.done + n], d.c.done + n, 0, true};
-        const float *logits = forward(m, &w.kv, batch, n);
-        output_write(out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
-    }
+    Given g = {.m = m, .kv = &w.kv, .ids = ids->ids, .done = d.c.done, .end = (int)ids->n};
+    for (int i = g.done; i < g.end && !interrupted; i++)
+        output_write(out, given_logits(&g, i), (size_t)m->c.vocab_size * sizeof(float));
+    d.c.done = g.done;
     ids->n = (size_t)d.c.done;  // what was not computed is no part of the session
     machine_close(&w, &d);
 }
@@ -3773,7 +3827,10 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     double sum = 0, ln_2 = 0.69314718055994531;
     for (int from = 0, end; scored < n && !interrupted; from += window - window / 2, scored = end) {
         end = from + window < n ? from + window : n;
-        sum += likelihood_window(m, &kv, 0, all.ids + twice + from, 0, scored - from, end - from);
+        Given g = {.m = m, .kv = &kv, .ids = all.ids + twice + from, .end = end - from};
+        if (o->logprobs < 0) sum += given_likelihood(&g, scored - from);
+        for (int i = scored - from; o->logprobs >= 0 && i < g.end && !interrupted; i++)
+            output_logprob(out, o, t, given_logits(&g, i), m->c.vocab_size, g.ids + i);
         progress_show(o, (double)end / n);
     }
     char report[1200];  // (a perplexity can have 310 digits)
@@ -3781,7 +3838,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
                           "perplexity: %.4f\ntokens: %d\nbytes: %zu\nwindow: %d\n",
                           sum / ln_2 / (double)o->input.len, sum / ln_2 / n, exp_double(sum / n), n,
                           o->input.len, window);
-    if (!interrupted) output_write(out, report, (size_t)length);
+    if (!interrupted && o->logprobs < 0) output_write(out, report, (size_t)length);
     free(all.ids);
     cache_close(&kv);
 }
@@ -4216,7 +4273,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
 // `--each FILE` runs the prompt for every line of a file, many lines at once: {} in it stands for
 // the line. Enter with each_run. It keeps a Machine, whose sequence 0 has the first line's prompt:
 // what others have in common with it is branched. A line's answer is that of a run of its own, up
-// to its first line break. Calls: start_text, machine_step, likelihood_window.
+// to its first line break. Calls: start_text, machine_step, given_likelihood.
 
 #ifndef NO_EACH
 enum { EACH_AHEAD = 1024 };  // lines that may be under way, or done before their turn
@@ -4245,13 +4302,14 @@ static Text each_prompt(const Options *o, Text line) {
     return (Text){p.memory, p.n - 1};
 }
 
-// Makes a sequence begin with what the tokens have in common with the trunk's. Returns how many.
-static int each_branch(Each *e, const Ids *ids, int seq) {
+// Makes a sequence begin with what the first tokens, up to `most`, have in common with the trunk's.
+// Returns how many these are.
+static int each_branch(Each *e, const Ids *ids, int most, int seq) {
     Context *c = &e->trunk.c;
     int same = 0;
     for (size_t i = 0; c->ids.n < ids->n && !c->done; i++) push(&c->ids, ids->ids[i]);
     decoder_settle(&e->w, &e->trunk, 1);
-    while (same < c->done && same + 1 < (int)ids->n && ids->ids[same] == c->ids.ids[same]) same++;
+    while (same < c->done && same < most && ids->ids[same] == c->ids.ids[same]) same++;
     cache_branch(&e->w.kv, 0, seq, same);
     return same;
 }
@@ -4268,8 +4326,9 @@ static void each_measure(Each *e, Text line, Text prompt, Output *answer) {
     int before = (int)ids.n;
     encode(w->t, line, NULL, false, &ids);
     int n = (int)ids.n - before;
-    double nats = likelihood_window(w->m, &e->w.kv, 1, ids.ids, each_branch(e, &ids, 1), before - 1,
-                                    (int)ids.n - 1);
+    Given g = {.m = w->m, .kv = &e->w.kv, .seq = 1, .ids = ids.ids, .end = (int)ids.n - 1};
+    g.done = each_branch(e, &ids, before - 1, 1);
+    double nats = given_likelihood(&g, before - 1);
     int length = snprintf(said, sizeof said, "%.6f\t%d\t%.6f\n", 0 - nats, n,
                           line.len ? nats / 0.69314718055994531 / (double)line.len : 0.0);
     output_put(answer, said, (size_t)length, SIZE_MAX);
@@ -4307,7 +4366,7 @@ static void each_begin(Each *e, Decoder *d) {
         d->s.rng += (uint64_t)number * 0x9E3779B97F4A7C15u;
         d->budget = start_text(w->o, w->m, w->t, prompt, &d->c.ids);
         d->c.keep = (int)fmin((double)d->c.ids.n, 4);
-        d->c.done = each_branch(e, &d->c.ids, d->seq);
+        d->c.done = each_branch(e, &d->c.ids, (int)d->c.ids.n - 1, d->seq);
         output_begin(&d->own, w->o, !w->t->llama2c, prompt);
         e->lines[d - e->all] = number;
     }
@@ -4406,7 +4465,7 @@ static const struct { const char *name; Mode *run; const char *help; } modes[] =
 enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE,
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
-       EACH = !DEFINED(NO_EACH) * (TEXTS | 1 << EVAL),
+       PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * (TEXTS | 1 << EVAL),
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
 // One table parses, checks and explains the options. The type of the field says what one can be.
@@ -4443,6 +4502,7 @@ static const struct Option {
     {"    --at-once N", TO(at_once), 1, MAX_SAMPLES, EACH, "with --each: how many together (16)"},
     {"    --skip N", TO(skip), 0, 1e15, EACH, "with --each: without the first N lines"},
     {"    --quote", TO(quote), 0, 0, EACH, "with --each: whole answers, as strings of JSON"},
+    {"    --logprobs N", TO(logprobs), 0, 1 << 24, PROBS, "instead: JSON, tokens and N likeliest"},
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
     {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
@@ -4519,6 +4579,8 @@ static int option_check(const Options *o) {
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
     if (o->each && (k || o->draft || o->others.n || o->session || o->tool || o->receipt))
         usage_error("--each cannot be used with -k, -d, -e, -S, -T or --receipt");
+    if (o->logprobs >= 0 && (k || o->each || o->others.n || o->tool || o->stops.n))
+        usage_error("--logprobs cannot be used with -k, -e, -T, --each or --stop");
     if (!o->each && (o->quote || o->skip || o->at_once != 16))
         usage_error("--at-once, --skip and --quote need --each");
     if (o->each && !strcmp(o->each, "-") && o->prompt_file && !strcmp(o->prompt_file, "-"))
@@ -4586,7 +4648,8 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 int main(int argc, char **argv) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
-                 .repeat_penalty = 1, .layer = -1, .head = -1, .at_once = 16, .started = seconds(),
+                 .repeat_penalty = 1, .layer = -1, .head = -1, .at_once = 16, .logprobs = -1,
+                 .started = seconds(),
                  .threads = cores < 1 ? 1 : cores > 256 ? 256 : cores};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
@@ -4612,6 +4675,7 @@ int main(int argc, char **argv) {
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(&o, &t);
     Output out = output_open(o.output);
+    out.mute = o.logprobs >= 0;
     o.input = input_read(o.prompt_file, o.prompt);  // which may wait for long
     o.lines = input_read(o.each, NULL);
     if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))

@@ -2738,7 +2738,8 @@ static void test_display(void) {
 }
 
 // Text that streams in pieces of random lengths ends before the first of some texts, and nothing of
-// that is ever sent. (A stop begins in another one, or over again, or in a thought, which is hidden.)
+// that is ever sent. (A stop begins in another one, or over again, or in a thought, which is not
+// shown.)
 static void test_stops(void) {
     static const struct { const char *text, *stops[3], *expected; } cases[] = {
         {"one two three", {"two"}, "one "}, {"one two three", {"three", "two "}, "one "},
@@ -2830,8 +2831,50 @@ static void test_each(void) {
 }
 #endif
 
+// --logprobs: a line for each token; the ids are those of the text, the sum is its likelihood, and
+// the first of the likeliest is the greedy choice.
+static void test_logprobs(void) {
+    static const char *const runs[] = {
+        "run tiny.bin -q -m eval -i 'a bad cab' --logprobs 2", "run tiny.bin -q -i 'ab' -n 9 -t 0 "
+        "--logprobs 1", "run endless.bin -q -i 'ab' -n 9 -s 3 --logprobs 0 -d lookup"};
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, "tiny.bin");
+    find_tokenizer(&t, NULL, &m);
+    Buffer cab = bytes_of("a bad cab", 9);
+    for (int i = 0; i < 3; i++) {
+        Ran r = ran(runs[i]);
+        int ids[16] = {0}, n = 0, top, tops = 0;
+        double sum = 0, logprob;
+        for (char *at = (char *)r.out.p; n < 16 && at && *at; n++) {
+            char *id = strstr(at, "\"id\": "), *first = strstr(at, "\"top\": [{");
+            CHECK(at[0] == '{' && id && sscanf(id, "\"id\": %d, \"logprob\": %lf", &ids[n],
+                                               &logprob) == 2, "a line of JSON: %s", at);
+            at = strchr(at, '\n');
+            if (first && first < at) first = strstr(first, "\"id\": ");
+            tops += first && first < at && sscanf(first, "\"id\": %d", &top) == 1 && top == ids[n];
+            sum += logprob;
+            at += at != NULL;
+        }
+        CHECK(n == 9 && lines(&r.out) == 9 && r.status == 0, "%d lines of %s", n, runs[i]);
+        if (i == 0)
+            CHECK(fabs(-sum / 9 / log(2) - bits_per_byte("tiny.bin", "<s>", &cab)) < 1e-4 &&
+                      count(&r.out, "logprob") == 27, "log-probabilities add up: %s", r.out.p);
+        if (i == 1) CHECK(tops == 9, "%d of 9 tokens are the likeliest", tops);
+        if (i == 0) continue;
+        Buffer b = decoded(&t, ids, 9);
+        Ran plain = SH("run %s.bin -q -i 'ab' -n 9 %s", i == 1 ? "tiny" : "endless",
+                       i == 1 ? "-t 0" : "-s 3");
+        CHECK(plain.out.n == b.n + 3 && !memcmp(plain.out.p + 2, b.p, b.n), "%s is not %s", b.p,
+              plain.out.p);
+    }
+    free_tokenizer(&t), free_model(&m);
+    refused(2, "--logprobs cannot be used", "run endless.bin -k 2 --logprobs 2");
+}
+
 static void test_decoders(void) {
     if (no_program()) return;
+    test_logprobs();
 #ifndef NO_EACH
     test_each();
 #endif
