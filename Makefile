@@ -73,7 +73,7 @@ test-rooms: test_all.c run.c
 	@for room in $(ROOMS); do \
 		build="$(CC) -O1 $(MACHINE) $(WARN) -Wno-unused-function -Werror $(EXACT) -D$$room -o test-$$room"; \
 		$$build-run run.c -lm && $$build test_all.c -lm || { echo "$$room: does not build"; continue; }; \
-		RUN=./test-$$room-run ./test-$$room $(ROOM_TESTS) >test-room.log || cat test-room.log >&2; \
+		PATIENCE=3 RUN=./test-$$room-run ./test-$$room $(ROOM_TESTS) >test-room.log || cat test-room.log >&2; \
 		echo "$$room: $$(tail -n 1 test-room.log)"; rm -f test-$$room test-$$room-run test-room.log; \
 	done | tee test-rooms.log
 	@$(SUM) test-rooms.log
