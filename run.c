@@ -480,6 +480,8 @@ typedef struct {
     int top_k;              // of the k likeliest; 0: off
     float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
     float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
+    int repeat_last;        // of so many of its last tokens; 0: of all
+    float dry;              // how much worse is what would go on repeating a passage; 0: off
     uint64_t rng;           // state of the random generator
     float coin;             // the random number of the last draw
     int kept;               // how many candidates it drew from; 0: all tokens, in order of ids
@@ -499,6 +501,7 @@ static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8
 // The limits: draws only from the likeliest tokens, those that every limit allows. The many others
 // are unlikely each, but together they would be drawn now and then, and spoil the text.
 static int sample_candidates(Sampler *s);
+static void sample_dry(Sampler *s, const int *text, int n);  // what --dry asks for
 
 // Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
 // Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum. Two tokens
@@ -506,11 +509,13 @@ static int sample_candidates(Sampler *s);
 // 12%; at T = 2 with 62% and 38%. So a low temperature sharpens, a high one levels.
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
+    int recent = s->repeat_last && s->repeat_last < n ? s->repeat_last : n;
     if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
-        for (int i = 0; i < n; i++) {
+        for (int i = n - recent; i < n; i++) {
             float l = logits[text[i]];
             s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
         }
+    if (s->dry > 0) sample_dry(s, text, n);
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
     float max = s->p[best], cdf = 0;
@@ -658,8 +663,10 @@ static int sample_candidates(Sampler *s) {
     Candidate *c = s->candidates;
     bool nucleus = s->top_p > 0 && s->top_p < 1;
     int n = 0, counts[256] = {0}, exponent = 255, vocab = s->vocab_size;
-    float max = largest(s->p, vocab), cutoff = s->min_p * max, sum = 0;
-    if (nucleus) cutoff = fmaxf(cutoff, fminf((1.0f - s->top_p) / (float)(vocab - 1), max));
+    float max = largest(s->p, vocab), least = s->min_p * max, sum = 0, all = 1;
+    float cutoff = s->top_k ? 0 : least;
+    if (nucleus && !s->top_k)
+        cutoff = fmaxf(cutoff, fminf((1.0f - s->top_p) / (float)(vocab - 1), max));
     for (int i = 0; i < vocab && s->top_k; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
     for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
     if (s->top_k) cutoff = fmaxf(cutoff, float_of((uint32_t)exponent << 23));
@@ -667,10 +674,33 @@ static int sample_candidates(Sampler *s) {
         if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
     qsort(c, (size_t)n, sizeof *c, by_probability);
     if (s->top_k && n > s->top_k) n = s->top_k;
-    for (s->kept = 0; s->kept < n && !(nucleus && sum > s->top_p); s->kept++) sum += c[s->kept].p;
+    if (s->top_k) all = 0;  // top-p is a part of what top-k has left
+    for (int i = 0; i < n && s->top_k; i++) all += c[i].p;
+    for (s->kept = 0; s->kept < n && !(nucleus && sum > s->top_p * all); s->kept++) {
+        if (c[s->kept].p < least) break;
+        sum += c[s->kept].p;
+    }
     float cdf = c[0].p;
     for (n = 0; n < s->kept - 1 && s->coin * sum >= cdf;) cdf += c[++n].p;
     return c[n].token;
+}
+
+// DRY, "don't repeat yourself" (p-e-w, 2024): where the text's last L tokens, two or more, have
+// occurred before, the logit of the token that followed then is lowered by dry * 1.75^(L - 2).
+static void sample_dry(Sampler *s, const int *text, int n) {
+    Candidate *less = s->candidates;  // (vocab_size) of each token
+    for (int i = 1; i < n; i++) less[text[i]].p = 0;
+    for (int i = n - 1; i > 1; i--) {
+        int same = 0;
+        float by = s->dry;
+        while (same < 50 && same < i && text[i - 1 - same] == text[n - 1 - same]) same++;
+        for (int k = 2; k < same; k++) by *= 1.75f;
+        if (same >= 2) less[text[i]].p = fmaxf(less[text[i]].p, by);
+    }
+    for (int i = 1; i < n; i++) {
+        s->p[text[i]] -= less[text[i]].p;
+        less[text[i]].p = 0;
+    }
 }
 
 // 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first`
@@ -2302,7 +2332,8 @@ typedef struct {
     long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
-    double min_p, repeat_penalty;
+    double min_p, repeat_penalty, dry;
+    long long repeat_last;
     unsigned long long seed;
     bool quiet, receipt, best, think, trace, quote, help, version;
     Text input, lines; // not options: the text of -i or -f, and of --each
@@ -2581,7 +2612,8 @@ static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;  // not 0
     Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
-                 .repeat_penalty = (float)o->repeat_penalty, .vocab_size = m->c.vocab_size,
+                 .repeat_penalty = (float)o->repeat_penalty, .dry = (float)o->dry,
+                 .repeat_last = (int)o->repeat_last, .vocab_size = m->c.vocab_size,
                  .temperature = (float)o->temperature, .top_p = (float)o->top_p};
     if (o->temperature < 0) s.temperature = t->h.temperature >= 0 ? t->h.temperature : 1;
     if (o->top_p < 0) s.top_p = t->h.top_p >= 0 ? t->h.top_p : 0.9f;
@@ -4509,6 +4541,8 @@ static const struct Option {
     {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens; 0: from all"},
     {"    --min-p P", TO(min_p), 0, 1, ALL, "from those at least P times as likely as the first"},
     {"    --repeat-penalty R", TO(repeat_penalty), 1e-3, 1e3, ALL, "over 1: repeat less (1: off)"},
+    {"    --repeat-last N", TO(repeat_last), 0, 1 << 24, ALL, "its last N tokens (64); 0: all"},
+    {"    --dry M", TO(dry), 0, 1e3, ALL, "against repeating passages: 0.8 is usual (0: off)"},
     {"    --receipt", TO(receipt), 0, 0, TALK, "print a hash of all logits that were sampled from"},
     {"    --layer L", TO(layer), 0, MAX_LAYERS - 1, SHOW, "explain: attention of layer 0, 1, ..."},
     {"    --head H", TO(head), 0, 1 << 14, SHOW, "explain: ... and of its head 0, 1, ..."},
@@ -4605,7 +4639,8 @@ static void option_help(void) {
     puts("usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
     for (int i = 0; i < N_OPTIONS; i++)
         if (options[i].modes) printf("  %-26s %s\n", options[i].name, options[i].help);
-    puts("\nmodes:");
+    puts("\nTokens are drawn in this order: repeat-penalty, dry, temperature, top-k, top-p, min-p."
+         "\n\nmodes:");
     for (int i = 0; i < N_MODES; i++)
         if (modes[i].name) printf("  %-10s %s\n", modes[i].name, modes[i].help);
     puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped");
@@ -4648,8 +4683,8 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 int main(int argc, char **argv) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
-                 .repeat_penalty = 1, .layer = -1, .head = -1, .at_once = 16, .logprobs = -1,
-                 .started = seconds(),
+                 .repeat_penalty = 1, .repeat_last = 64, .layer = -1, .head = -1, .at_once = 16,
+                 .logprobs = -1, .started = seconds(),
                  .threads = cores < 1 ? 1 : cores > 256 ? 256 : cores};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);

@@ -1185,6 +1185,8 @@ static int draw(const double *p, int n, const Sampler *s, double coin, double *m
     }
     *margin = 1;
     if (s->top_k && used > s->top_k) used = s->top_k;
+    if (s->top_k) top_p *= 0;
+    for (int i = 0; i < used && s->top_k; i++) top_p += (double)s->top_p * p[order[i]];
     for (int i = 0; i < used && sorted; i++) {
         double p_i = p[order[i]], least = min_p * p[order[0]];
         if (min_p > 0 && i) *margin = fmin(*margin, fabs(p_i - least));
@@ -1281,8 +1283,18 @@ static void test_repeat_penalty(void) {
     logits[3] = logits[4] = -5, logits[8] = -1.4f;
     CHECK(sample(&s, logits, text_so_far, 3) == 8,
           "a repeated token with a negative logit is multiplied");
-    s.repeat_penalty = 1;
+    s.repeat_last = 2, logits[3] = 3;
+    CHECK(sample(&s, logits, (int[]){3, 8, 7}, 3) == 3, "tokens before the last ones are not");
+    s.repeat_penalty = 1, logits[3] = -5;
     CHECK(sample(&s, logits, text_so_far, 3) == 7, "a penalty of 1 is off");
+    logits[1] = 2, logits[2] = 2 - 1.7f, logits[3] = 2 - 1.8f;
+    int again[] = {9, 5, 6, 4, 1, 0, 5, 6, 4}, other[] = {5, 6, 4, 1, 0, 6, 6, 4};
+    s.dry = 1;
+    CHECK(sample(&s, logits, again, 9) == 2, "what followed three tokens loses 1.75");
+    s.dry = 1.05f;
+    CHECK(sample(&s, logits, again, 9) == 2 && sample(&s, logits, other, 8) == 1,
+          "what followed two tokens loses less");
+    CHECK(sample(&s, logits, again, 2) == 1, "what did not occur loses nothing");
 }
 
 static void test_sampler(void) {
