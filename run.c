@@ -32,6 +32,7 @@
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -4522,7 +4523,7 @@ static const struct Option {
     {"-s, --seed N", TO(seed), 0, 0x1p64, ALL, "makes a run repeatable; 0 (default): the clock"},
     {"-z, --tokenizer PATH", TO(tokenizer), 1, 0, ALL, "its file (MODEL's .tok, or tokenizer.bin)"},
     {"-c, --context N", TO(context), 0, 1 << 24, ALL, "tokens to make room for (the model's most)"},
-    {"-j, --threads N", TO(threads), 1, 256, ALL, "threads (the number of cores)"},
+    {"-j, --threads N", TO(threads), 1, 256, ALL, "threads (the processors that it may use)"},
     {"-y, --system TEXT", TO(system), 0, 0, TURNS, "tells the model in a chat how to answer"},
     {"-k, --samples N", TO(samples), 1, MAX_SAMPLES, TALK, "write N different texts at once"},
     {"-b, --best", TO(best), 0, 0, TALK, "with -k: print only the text that is likeliest"},
@@ -4680,12 +4681,25 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 }
 #endif
 
+// How many processors the program may use: those of its affinity mask, within its group's quota.
+static int processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    long long quota, period;  // of microseconds; without a quota there is a word
+    cpu_set_t mask;
+    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (!sched_getaffinity(0, sizeof mask, &mask)) n = CPU_COUNT(&mask);
+    if (f && fscanf(f, "%lld %lld", &quota, &period) == 2 && period > 0 && quota / period < n)
+        n = (long)(quota / period);
+    if (f) fclose(f);
+#endif
+    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+}
+
 int main(int argc, char **argv) {
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
                  .repeat_penalty = 1, .repeat_last = 64, .layer = -1, .head = -1, .at_once = 16,
-                 .logprobs = -1, .started = seconds(),
-                 .threads = cores < 1 ? 1 : cores > 256 ? 256 : cores};
+                 .logprobs = -1, .started = seconds(), .threads = processors()};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
     volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;

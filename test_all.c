@@ -2487,7 +2487,22 @@ static void test_ways(void) {
     unsetenv("S");
 }
 
+// Threads are as many as the processors that the program may use.
+static void test_processors(void) {
+#ifdef __linux__
+    cpu_set_t all, one;
+    int usual = processors();
+    sched_getaffinity(0, sizeof all, &all);
+    CPU_ZERO(&one);
+    for (int i = 0; !CPU_COUNT(&one); i++) if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+    sched_setaffinity(0, sizeof one, &one);
+    CHECK(processors() == 1 && usual <= CPU_COUNT(&all), "the affinity mask counts");
+    sched_setaffinity(0, sizeof all, &all);
+#endif
+}
+
 static void test_commands(void) {
+    test_processors();
     if (no_program()) return;
     refused(2, "no model is named", "run");
     refused(2, "no model is named", "run -n 5");
