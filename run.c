@@ -352,7 +352,7 @@ static void (*attention)(const Pass *f) = attention_plain;  // or a function of 
 
 static State *get_state(Cache *kv, int wanted);  // with room for the logits of so many slots
 static void cache_prepare(Cache *kv, const Slot *batch, int n);  // memory for what will be written
-static void check_logits(const Model *m, const float *logits, int n);  // dies if one is NaN or huge
+static void check_numbers(const Cache *kv, const float *logits, int n);  // NaN, infinite? dies
 
 // A token becomes a vector: its row of the embedding matrix. The angles of its position are
 // computed here too, for use in every layer.
@@ -467,7 +467,7 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
         f.batch = batch + i, f.n = n - i < MAX_BATCH ? n - i : MAX_BATCH;
         done += forward_batch(&f, f.s->logits + (size_t)done * (size_t)m->c.vocab_size);
     }
-    check_logits(m, f.s->logits, wanted);
+    check_numbers(kv, f.s->logits, wanted);
     return f.s->logits;
 }
 
@@ -577,7 +577,8 @@ static inline uint16_t float_to_half(float x) {
 }
 
 // e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial, written
-// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits.
+// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits. (+ x - x: of NaN
+// it is NaN.)
 static inline float exp_(float x) {
     float most = x > 88.0f ? 88.0f : x;  // (To change x twice takes GCC 12 twice the steps.)
     x = x < -87.0f ? -87.0f : most;
@@ -586,7 +587,8 @@ static inline float exp_(float x) {
     float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r2 +
                (8.3334519073e-3f * r + 4.1665795894e-2f)) * r2 +
               (1.6666665459e-1f * r + 5.0000001201e-1f);
-    return float_of(bits_of(p * r2 + r + 1.0f) + ((bits_of(shifted) - 0x4b400000u) << 23));
+    uint32_t power = (bits_of(shifted) - 0x4b400000u) << 23;
+    return float_of(bits_of(p * r2 + r + 1.0f) + power) + (x - x);
 }
 static void exp_all(float *x, int n, float minus) {
     for (int i = 0; i < n; i++) x[i] = exp_(x[i] - minus);
@@ -808,7 +810,7 @@ static Quantized quantized_in(uint8_t *memory, int n, int cols) {  // laid out i
 }
 
 // The scale with which the largest |x| becomes 127. Instead of a subnormal one it is 0; of an
-// infinity or NaN it is NaN, so that the logits show it (but the KV cache then holds zeros).
+// infinity or NaN it is NaN, so that the logits show it.
 static inline float scale_of(const float *x, int n) {
     uint32_t max = 0;
     for (int i = 0; i < n; i++) {
@@ -959,6 +961,7 @@ struct Cache {
     int dtype;            // how keys and values are stored
     int n_pages;          // the most that a sequence has
     size_t head_bytes, page_bytes;
+    _Atomic bool damaged; // a key or a value was infinite or NaN
     uint8_t **pages;      // (n_seqs, n_pages), NULL: none yet; behind each how many others have it
     State state;          // the activations of forward
 };
@@ -1057,13 +1060,14 @@ static void cache_put(const CacheHead *h, int pos, const float *k, const float *
     const uint8_t *data = head_at(h, pos);
     Matrix keys = cache_keys(kv, data), values = cache_values(kv, data);
     int at = pos % PAGE_POSITIONS, hd = kv->m->c.head_dim;
+    float d_key = scale_of(k, hd), d_value = scale_of(v, hd);
+    if (d_key != d_key || d_value != d_value) h->kv->damaged = true;
     for (int i = 0; i < hd && kv->dtype != Q8; i++) {
         put_number(&keys, at, i, k[i]);
         put_number(&values, i, at, v[i]);
     }
     if (kv->dtype != Q8) return;
     int8_t q[2][BLOCK];  // keys and values
-    float d_value = scale_of(v, hd);
     value_scales(kv, data)[at] = d_value > 0 ? d_value : 0;
     for (int b = 0; b < hd; b += BLOCK, k += BLOCK, v += BLOCK) {
         int n = hd - b < BLOCK ? hd - b : BLOCK;
@@ -1125,9 +1129,11 @@ static void get_scores(const Pass *f) {
               (size_t)(f->n * f->m->c.n_heads) * (size_t)s->scores_width);
 }
 
-// A damaged weight shows in the logits, as NaN or a number over 1e18.
-static void check_logits(const Model *m, const float *logits, int n) {
-    int bad = 0;
+// A damaged weight shows in the logits, as NaN or a number over 1e18, or in keys and values, which
+// may not hold what it has become.
+static void check_numbers(const Cache *kv, const float *logits, int n) {
+    const Model *m = kv->m;
+    int bad = kv->damaged;
     size_t all = (size_t)n * (size_t)m->c.vocab_size;
     for (size_t i = 0; i < all; i++) bad |= !(fabsf(logits[i]) < 1e18f);
     if (bad)

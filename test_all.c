@@ -2268,6 +2268,19 @@ static void test_files(void) {
         b = version_4(&m);
         damaged(&b, i % 3 == 2 && i > 2, "a model with a weight that is no number, %d", i);
     }
+    // NaN with a payload, and infinity, in a matrix: of F32, of BF16, as a half-precision scale.
+    static const int tensors[] = {WQ, WK, WV, WO, GATE, UP, DOWN};
+    static const uint32_t odd[][3] = {{0x7fc00180, 0x7fc1, 0x7e01}, {0xff800000, 0x7f80, 0x7c00}};
+    for (int dtype = F32; dtype <= Q4A; dtype++)
+        for (int i = 0; i < 14; i++) {
+            Made m = tiny_model(LLAMA, dtype);
+            const uint32_t *bits = odd[i / 7];
+            uint32_t put_ = bits[dtype == F32 ? 0 : dtype == BF16 ? 1 : 2];
+            memcpy(m.layer[0][tensors[i % 7]].bytes, &put_, dtype == F32 ? 4 : 2);
+            b = version_4(&m);
+            damaged(&b, false, "a model of %s with %x in %s", dtype_names[dtype], put_,
+                    tensor_names[tensors[i % 7]]);
+        }
 }
 
 // ==== 8. Commands ================================================================================
