@@ -48,8 +48,13 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#if defined PORTABLE && defined __x86_64__
+#include <cpuid.h>
+#elif defined PORTABLE
+#include <sys/auxv.h>
+#endif
 
-#define VERSION "1.0"
+#define VERSION "0.9"
 
 // (16: like 0, on machines that have half-precision arithmetic as well.)
 #if defined __FAST_MATH__ || (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16)
@@ -4676,7 +4681,7 @@ static void catch_signals(void) {
 
 // A binary built for another machine's instructions says so instead of dying of an illegal one. It
 // runs before anything else, and is itself compiled for the oldest machine.
-#if defined __x86_64__ && !defined PLAIN
+#if defined __x86_64__ && !defined PLAIN && !defined main
 #define HAS(macro, name) (!DEFINED(macro) || __builtin_cpu_supports(name))
 __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) {
     __builtin_cpu_init();
@@ -4684,6 +4689,35 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
         HAS(__AVX512VNNI__, "avx512vnni") && HAS(__AVX512VBMI__, "avx512vbmi")) return;
     fputs("run: built for a newer processor: build it here, or with ARCH=x86-64\n", stderr);
     _exit(1);
+}
+#endif
+
+#ifdef PORTABLE
+// `make portable` compiles this file for several kinds of processors, each but the oldest with a
+// main of another name, and links them. Which one runs: the best that this processor can, or
+// RUN_ISA. NULL: the oldest kind.
+typedef int Main(int argc, char **argv);
+Main run_avx512vnni, run_avxvnni, run_avx2, run_dotprod;
+static Main *portable_main(void) {
+#ifdef __x86_64__
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    const struct { const char *name; Main *run; bool can; } kinds[] = {
+        {"avx512vnni", run_avx512vnni, vnni},
+        {"avxvnni", run_avxvnni, avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1},
+        {"avx2", run_avx2, avx2}, {"baseline", NULL, true}};
+#else
+    const struct { const char *name; Main *run; bool can; } kinds[] = {
+        {"dotprod", run_dotprod, getauxval(AT_HWCAP) >> 20 & 1},  // HWCAP_ASIMDDP
+        {"baseline", NULL, true}};
+#endif
+    const char *wanted = getenv("RUN_ISA");
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (kinds[i].can && (!wanted || !strcmp(wanted, kinds[i].name))) return kinds[i].run;
+    usage_error("RUN_ISA=%s: this program or this processor has no such kind", wanted);
+    return NULL;
 }
 #endif
 
@@ -4703,6 +4737,10 @@ static int processors(void) {
 }
 
 int main(int argc, char **argv) {
+#ifdef PORTABLE
+    Main *better = portable_main();
+    if (better) return better(argc, argv);
+#endif
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
                  .repeat_penalty = 1, .repeat_last = 64, .layer = -1, .head = -1, .at_once = 16,
                  .logprobs = -1, .started = seconds(), .threads = processors()};
