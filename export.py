@@ -11,9 +11,10 @@ SOURCE is one of
     file.bin            a llama2.c checkpoint, version 0, 1 or 2
     random:dim=..,hidden=..,layers=..,heads=..,kv=..[,vocab=..,ctx=..]   random weights, for timing
 
-The dtype defaults to the one closest to the source's: GGUF Q4_1 -> q4a, Q4_0 -> q4, other quantized
-GGUFs and llama2.c version 2 -> q8, bfloat16 -> bf16, float16 and float32 -> f32 (both lossless).
-With q4 and q4a the token embedding and the classifier are stored as q8.
+Without --dtype each matrix is stored as it comes, in the dtype that loses nothing or least: GGUF's
+Q4_K and Q4_1 -> q4a, Q4_0 -> q4, all other quantized ones and llama2.c's version 2 -> q8, bfloat16
+-> bf16, float16 and float32 -> f32 (in a file that is mostly quantized, float16 and bfloat16 -> q8).
+With --dtype all are of that one, but for q4 and q4a the token embedding and the classifier are q8.
 
 The file is in six parts: quantization, the checkpoint, the sources, the tokenizer, the reference
 forward (the model once more, in numpy, to read beside run.c), and the command line. Everything
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -396,8 +398,25 @@ def write_weights(file, tensors, source):
                 progress.update(t.n_bytes * (last - first) // t.rows)
 
 
+def choose_dtypes(tensors, source):
+    """Stores each matrix in the dtype nearest to the source's, and says where that takes more."""
+    grown, before, after = set(), 0, 0
+    for t in tensors:
+        if t.dtype != ROWS:
+            t.dtype, raw = source.nearest(t.key), source.tensors.get(t.key)
+            grown |= {raw.kind} if raw and t.n_bytes > 1.2 * raw.n_bytes else set()
+            before, after = before + (raw.n_bytes if raw else t.n_bytes), after + t.n_bytes
+    if after > 1.2 * before:
+        note(f"run.c has no dtype like {', '.join(sorted(grown))}: what holds them takes "
+             f"{after / 1e6:.1f} MB instead of {before / 1e6:.1f} (--dtype rounds them again, to "
+             "fewer bits)")
+
+
 def write_checkpoint(file, source, dtype, fingerprint):
-    """Writes the checkpoint to an open file; without a vocabulary, without reference values."""
+    """Writes the checkpoint to an open file; without a vocabulary, without reference values.
+
+    Without a dtype each matrix is stored as it comes.
+    """
     c, vocab = source.config, source.vocab
     own = {"rope_freqs": c.rope_freqs}      # the tensors that are not the source's
     if c.rope_freqs_local is not None:
@@ -408,8 +427,11 @@ def write_checkpoint(file, source, dtype, fingerprint):
                    check_norms=np.zeros(c.n_layers + 1, np.float32),
                    check_logits=np.zeros(c.vocab_size, np.float32),
                    check_cases=np.frombuffer(check_cases(vocab), np.uint8))
-    tensors = weights(c, dtype) + [Tensor((name, -1), BYTES if a.dtype == np.uint8 else ROWS, 1,
-                                          len(a)) for name, a in own.items()]
+    tensors = weights(c, F32 if dtype is None else dtype)
+    if dtype is None:
+        choose_dtypes(tensors, source)
+    tensors += [Tensor((name, -1), BYTES if a.dtype == np.uint8 else ROWS, 1, len(a))
+                for name, a in own.items()]
     end = HEADER_SIZE + ENTRY_SIZE * len(tensors)
     for t in tensors:
         t.offset = end
@@ -438,13 +460,14 @@ def write_checkpoint(file, source, dtype, fingerprint):
 # ------------------------------------------------------------------------------------------------
 # 3. The sources
 #
-# A source has a config, a vocab (part 4) and a natural dtype, and gives rows of its tensors under
-# run.c's names: (name, layer).
+# A source has a config and a vocab (part 4), and gives rows of its tensors under run.c's names:
+# (name, layer).
 
 Raw = namedtuple("Raw", "label path kind shape offset n_bytes")     # a tensor in a file
 
 PERMUTED = {"wq", "wk", "bq", "bk"} | QK_NORM
-KINDS = {"F32": F32, "F16": F32, "BF16": BF16, "Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
+HALVES, SAME = {"F16": F32, "BF16": BF16}, {"Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
+NEAREST = {"F32": F32, **HALVES, **SAME, "Q4_K": Q4A}      # of all others q8
 
 
 def view(path, offset, dtype, shape):
@@ -472,8 +495,44 @@ def read_raw(raw, index=slice(None)):
                           "read") from None
 
 
+def as_blocks(kind, dtype, data):
+    """Rows of ggml's blocks, uint8 [rows, bytes], as Blocks of a dtype with the same numbers.
+
+    None where there are none. A block of Q4_K is eight of q4a, whose scales and minima, products of
+    an fp16 and a 6-bit number, are rounded to fp16.
+    """
+    import gguf
+    if SAME.get(kind) == dtype:
+        blocks = split_blocks(dtype, 1, data)
+        # -128 is not among our quants
+        return None if dtype == Q8 and (blocks.quants == 128).any() else blocks
+    n_rows, exact = len(data), {"Q4_K": Q4A, "Q5_0": Q8, "IQ4_NL": Q8, "MXFP4": Q8}
+    if exact.get(kind) != dtype:
+        return None
+    ggml_type = gguf.GGMLQuantizationType[kind]
+    blocks = data.reshape(-1, gguf.GGML_QUANT_SIZES[ggml_type][1])
+    if kind == "Q4_K":
+        integers = np.stack(gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16]), axis=-1)   # [n, 8, 2]
+        scales = blocks[:, :4].copy().view("<f2").astype(np.float32)[:, None] * integers
+        q = blocks[:, 16:].reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8) & 15
+        params, q = scales * np.float32((1, -1)), q.reshape(n_rows, -1, BLOCK)
+        return Blocks(params.reshape(n_rows, -1, 2).astype(np.float16),
+                      q[..., :16] | q[..., 16:] << 4)
+    # Others are a scale times integers, which a scale of 1 shows.
+    if kind == "MXFP4":
+        head, one = 1, 128
+        scale = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - one)
+    else:
+        head, one = 2, np.array([1], "<f2").view(np.uint8)
+        scale = blocks[:, :2].copy().view("<f2")
+    ones = blocks.copy()
+    ones[:, :head] = one
+    q = gguf.dequantize(ones, ggml_type).astype(np.int8).view(np.uint8)
+    return Blocks(scale.astype(np.float16).reshape(n_rows, -1, 1), q.reshape(n_rows, -1, BLOCK))
+
+
 class Source:
-    """The base of all sources. Subclasses set config, dtype, vocab and tensors."""
+    """The base of all sources. Subclasses set config, vocab and tensors."""
     halves = False      # do RoPE pairs come as (i, i + head_dim/2)?
     norm_offset = 0.0   # to be added to norm weights
     lora = {}           # key -> Update
@@ -490,11 +549,19 @@ class Source:
 
     def read_blocks(self, key, dtype, index):
         raw = self.tensors[key]
-        if KINDS.get(raw.kind) != dtype:
-            return None
-        blocks = split_blocks(dtype, 1, raw_bytes(raw, index))
-        # -128 is not among our quants
-        return None if dtype == Q8 and (blocks.quants == 128).any() else blocks
+        return as_blocks(raw.kind, dtype, raw_bytes(raw, index))
+
+    @functools.cached_property
+    def mostly_quantized(self):
+        sizes = Counter()
+        for raw in self.tensors.values():
+            sizes[NEAREST.get(raw.kind, Q8) in QUANTIZE] += math.prod(raw.shape)
+        return sizes[True] > sizes[False]
+
+    def nearest(self, key):
+        """The dtype that keeps a matrix as it is, or loses least."""
+        kind = self.tensors[key].kind
+        return Q8 if kind in HALVES and self.mostly_quantized else NEAREST.get(kind, Q8)
 
     def index(self, key, first, last, halves):
         """Which rows of the source are the checkpoint's rows first..last.
@@ -713,9 +780,6 @@ class GGUF(Source):
         if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
             self.config.rope_freqs /= read_raw(stored["rope_freqs.weight"])[0]
         self.find(path, stored, "gguf", lambda name: name == "rope_freqs.weight")
-        kinds = Counter(raw.kind for (_, layer), raw in self.tensors.items()
-                        if layer >= 0 and len(raw.shape) == 2)
-        self.dtype = KINDS.get(kinds.most_common(1)[0][0], Q8)  # nearest to that of most matrices
         self.vocab = gguf_vocab(meta, self.path, self.config.vocab_size)
 
     def describe(self, family, key, stored):
@@ -791,7 +855,6 @@ class HuggingFace(Source):
             return len({hashlib.sha256(raw_bytes(raw, slice(None))).digest() for raw in both}) == 1
 
         self.find(folder, stored, "hugging_face", harmless)
-        self.dtype = BF16 if self.tensors["token_embedding", -1].kind == "BF16" else F32
         self.vocab = folder_vocab(self.folder, config, self.config.vocab_size)
 
     def files(self):
@@ -843,7 +906,6 @@ class Llama2c(Source):
                 == 0, f"{path} is not a model file of a known format")
         self.config = Config(dim, hidden_dim, layers, heads, kv_heads, abs(vocab_size), seq_len,
                              name=self.path.stem, optional=set() if tied else {"classifier"})
-        self.dtype = Q8 if self.group else F32
         self.place(version, start)
         self.vocab = llama2c_vocab(self.path, vocab_path, self.config.vocab_size)
 
@@ -886,7 +948,7 @@ class Llama2c(Source):
 
 class RandomWeights(Source):
     """A model of any shape with random weights, to time run.c with."""
-    dtype, vocab = Q8, None
+    vocab = None
 
     def __init__(self, text):
         c = {"vocab": 49152, "ctx": 8192}
@@ -903,6 +965,9 @@ class RandomWeights(Source):
 
     def label(self, key):
         return key[0]
+
+    def nearest(self, key):
+        return Q8
 
     def read(self, key, index):
         if key[0].endswith("norm"):
@@ -1622,7 +1687,7 @@ def head_attention(q, k, v, scale, window, kind):
 
 def attention(model, x, layer):
     """x [T, dim] (normed) -> [T, dim]; heads share keys and values (arXiv:2305.13245)."""
-    c, kind = model.config, model.tensors["wq", layer].dtype
+    c, kind = model.config, model.tensors["token_embedding", -1].dtype
     local, scale = c.sliding_window and c.local_layers[layer], np.float32(c.attn_scale)
     q, k, v = (model.matmul(x, name, layer) for name in ("wq", "wk", "wv"))
     if QKV_BIAS <= c.optional:
@@ -1784,7 +1849,7 @@ def export(args):
             data, fingerprint = tokenizer_bytes(source.vocab)
             files.enter_context(replacing(tokenizer)).write(data)
         write_checkpoint(files.enter_context(replacing(model)), source,
-                         DTYPES.get(args.dtype, source.dtype), fingerprint)
+                         DTYPES.get(args.dtype), fingerprint)
     note(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)"
          + (f" and {tokenizer}" if source.vocab else ""))
 
@@ -1795,7 +1860,8 @@ def main():
                         "folder or id, smollm2, gemma3, or random:dim=...")
     parser.add_argument("model", metavar="model.bin", help="the checkpoint to write")
     parser.add_argument("--dtype", metavar="|".join(DTYPES), choices=DTYPES,
-                        help="how to store matrices (default: nearest to the source)")
+                        help="how to store all matrices (default: each as it comes, in the nearest "
+                        "dtype: a GGUF's k-quants stay what they are)")
     parser.add_argument("--tokenizer", metavar="PATH", help="the tokenizer to write (model.tok)")
     parser.add_argument("--vocab", metavar="PATH", help="the tokenizer.bin, .model or .json of a "
                         "llama2.c checkpoint (default: the one beside it)")
