@@ -304,6 +304,7 @@ static Tensor matrix(int dtype, int rows, int cols) {
     return t;
 }
 
+enum { ASSORTED = BYTES };  // the dtype of a model whose matrices have each another one
 enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, SANDWICH = 8, LOCAL_FREQS = 16 };  // features
 typedef struct {
     const char *name;
@@ -328,6 +329,7 @@ typedef struct {
     uint64_t tokenizer_hash;
 } Made;
 
+static int dtype_of(const Shape *s, int i) { return s->dtype == ASSORTED ? F32 + i % 5 : s->dtype; }
 static Made make_weights(const Shape *s) {
     Made m = {.s = *s, .eps = 1e-5f, .attn_scale = (float)(1 / sqrt(s->head_dim))};
     int qd = s->heads * s->head_dim, kvd = s->kv_heads * s->head_dim, half = s->head_dim / 2;
@@ -342,17 +344,17 @@ static Made make_weights(const Shape *s) {
         int norms[] = {ATTN_NORM, FFN_NORM, POST_ATTN, POST_FFN};
         for (int i = 0; i < (s->features & SANDWICH ? 4 : 2); i++)
             t[norms[i]] = vector(s->dim, 1, 0.1);
-        t[WQ] = matrix(s->dtype, qd, s->dim);
-        t[WK] = matrix(s->dtype, kvd, s->dim);
-        t[WV] = matrix(s->dtype, kvd, s->dim);
+        t[WQ] = matrix(dtype_of(s, l), qd, s->dim);
+        t[WK] = matrix(dtype_of(s, l + 1), kvd, s->dim);
+        t[WV] = matrix(dtype_of(s, l + 2), kvd, s->dim);
         for (int i = BQ; i <= BV && s->features & BIASES; i++)
             t[i] = vector(i == BQ ? qd : kvd, 0, 0.3);
         for (int i = Q_NORM; i <= K_NORM && s->features & HEAD_NORMS; i++)
             t[i] = vector(s->head_dim, 1.2, 0.1);
-        t[WO] = matrix(s->dtype, s->dim, qd);
-        t[GATE] = matrix(s->dtype, s->hidden, s->dim);
-        t[UP] = matrix(s->dtype, s->hidden, s->dim);
-        t[DOWN] = matrix(s->dtype, s->dim, s->hidden);
+        t[WO] = matrix(dtype_of(s, l + 3), s->dim, qd);
+        t[GATE] = matrix(dtype_of(s, l + 4), s->hidden, s->dim);
+        t[UP] = matrix(dtype_of(s, l + 5), s->hidden, s->dim);
+        t[DOWN] = matrix(dtype_of(s, l + 6), s->dim, s->hidden);
     }
     m.final_norm = vector(s->dim, 1, 0.1);
     if (!(s->features & TIED)) m.classifier = matrix(s->embedding, s->vocab, s->dim);
@@ -455,7 +457,7 @@ static Shape family(int which, int dtype) {
     s.embedding = dtype >= Q4 ? Q8 : dtype;
     return s;
 }
-static const char *const formats[] = {"rows", "f32", "bf16", "q8", "q4", "q4a"};
+static const char *const formats[] = {"rows", "f32", "bf16", "q8", "q4", "q4a", "assorted"};
 
 static Model open_made(const Made *made, const char *name) {
     Buffer b = version_4(made);
@@ -1138,7 +1140,7 @@ static void test_pages(const Made *made, const Model *m) {
 static void test_forward(void) {
     static const int places[] = {0, 1, 15, 16, 17, 40, 255, 256, 257};
     for (int which = 0; which < N_FAMILIES; which++)
-        for (int dtype = F32; dtype <= Q4A; dtype++) {
+        for (int dtype = F32; dtype <= ASSORTED; dtype++) {
             Shape s = family(which, dtype);
             if ((which + dtype) % 2) s.embedding = F32;  // then the cache is float32 too
             Made made = make_weights(&s);
