@@ -13,8 +13,8 @@ SOURCE is one of
 
 Without --dtype each matrix is stored as it comes, in the dtype that loses nothing or least: GGUF's
 Q4_K and Q4_1 -> q4a, Q4_0 -> q4, all other quantized ones and llama2.c's version 2 -> q8, bfloat16
--> bf16, float16 and float32 -> f32 (in a file that is mostly quantized, float16 and bfloat16 -> q8).
-With --dtype all are of that one, but for q4 and q4a the token embedding and the classifier are q8.
+-> bf16, float16 and float32 -> f32 (where most are quantized, float16 and bfloat16 -> q8). With
+--dtype all are of that one, but for q4 and q4a the token embedding and the classifier are q8.
 
 The file is in six parts: quantization, the checkpoint, the sources, the tokenizer, the reference
 forward (the model once more, in numpy, to read beside run.c), and the command line. Everything
@@ -463,7 +463,8 @@ def write_checkpoint(file, source, dtype, fingerprint):
 # A source has a config and a vocab (part 4), and gives rows of its tensors under run.c's names:
 # (name, layer).
 
-Raw = namedtuple("Raw", "label path kind shape offset n_bytes")     # a tensor in a file
+# A tensor in a file; what is packed in several tensors has them as parts.
+Raw = namedtuple("Raw", "label path kind shape offset n_bytes parts", defaults=(None,))
 
 PERMUTED = {"wq", "wk", "bq", "bk"} | QK_NORM
 HALVES, SAME = {"F16": F32, "BF16": BF16}, {"Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
@@ -488,6 +489,8 @@ def raw_bytes(raw, index):
 def read_raw(raw, index=slice(None)):
     """Rows as float32 [rows, cols]; index is a slice or an array of row numbers."""
     import gguf
+    if raw.parts:
+        return PACKED[raw.kind](raw, index)
     try:
         return gguf.dequantize(raw_bytes(raw, index), gguf.GGMLQuantizationType[raw.kind])
     except (KeyError, NotImplementedError):
@@ -531,6 +534,73 @@ def as_blocks(kind, dtype, data):
     return Blocks(scale.astype(np.float16).reshape(n_rows, -1, 1), q.reshape(n_rows, -1, BLOCK))
 
 
+def fp8_rows(raw, index):
+    """Rows of 8-bit floats (E4M3, or E5M2), with a scale for a rectangle of them."""
+    weight, scale = raw.parts["weight"], raw.parts["scale"]
+    bits = np.arange(256, dtype=np.uint16)
+    if weight.kind == "F8_E5M2":
+        table = (bits << 8).view(np.float16).astype(np.float32)
+    else:
+        table = ((bits & 128) << 8 | (bits & 127) << 7).view(np.float16) * np.float32(256)
+        table[[127, 255]] = np.nan
+    scales = read_raw(scale) if len(scale.shape) > 1 else read_raw(scale).T
+    block = raw.parts["block"] or [1 if n > 1 else size for n, size in zip(scales.shape, raw.shape)]
+    rows, cols = np.arange(raw.shape[0])[index], np.arange(raw.shape[1])
+    return table[raw_bytes(weight, index)] * scales[rows // block[0]][:, cols // block[1]]
+
+
+def unpack_4bit(raw, index):
+    """Rows of a GPTQ or AWQ matrix, w = scale * (q - zero): q [rows, cols], and scales and zeros
+    [rows, groups]. Eight numbers are in 32 bits: of eight rows, or (GPTQ's q) of eight columns."""
+    rows, cols = np.arange(raw.shape[0])[index], np.arange(raw.shape[1])
+    order = np.array([0, 4, 1, 5, 2, 6, 3, 7] if raw.kind == "AWQ" else range(8), np.uint32) * 4
+
+    def words(name):
+        part = raw.parts[name]
+        return view(part.path, part.offset, "<u4", part.shape)
+
+    def across(name):
+        return (words(name)[:, rows // 8] >> order[rows % 8] & 15).T.astype(np.float32)
+
+    scales, zeros = read_raw(raw.parts["scales"]).T[rows], across("qzeros") + raw.parts["more"]
+    if raw.kind == "AWQ":
+        return across("qweight"), scales, zeros
+    q = words("qweight")[:, rows][cols // 8].T >> order[cols % 8] & 15
+    return q.astype(np.float32), scales, zeros % 16
+
+
+def group_index(raw):
+    """Which group each of the columns is of."""
+    part = raw.parts.get("g_idx")
+    if part:
+        return view(part.path, part.offset, "<i4", part.shape)
+    return np.arange(raw.shape[1]) // (raw.shape[1] // raw.parts["scales"].shape[0])
+
+
+def read_4bit(raw, index):
+    q, scales, zeros = unpack_4bit(raw, index)
+    group = group_index(raw)
+    return scales[:, group] * (q - zeros[:, group])
+
+
+def has_blocks(raw):
+    """Are all columns of a block of the same group?"""
+    group = group_index(raw)
+    return len(group) % BLOCK == 0 and (group.reshape(-1, BLOCK) == group[::BLOCK, None]).all()
+
+
+def blocks_4bit(raw, index):
+    """The same as Blocks of q4a."""
+    group = group_index(raw)
+    q, scales, zeros = unpack_4bit(raw, index)
+    q = q.astype(np.uint8).reshape(len(q), -1, BLOCK)
+    params = np.stack((scales, -scales * zeros), axis=-1)[:, group[::BLOCK]]
+    return Blocks(params.astype(np.float16), q[..., :16] | q[..., 16:] << 4)
+
+
+PACKED = {"GPTQ": read_4bit, "AWQ": read_4bit, "FP8": fp8_rows}
+
+
 class Source:
     """The base of all sources. Subclasses set config, vocab and tensors."""
     halves = False      # do RoPE pairs come as (i, i + head_dim/2)?
@@ -549,6 +619,8 @@ class Source:
 
     def read_blocks(self, key, dtype, index):
         raw = self.tensors[key]
+        if raw.parts:
+            return blocks_4bit(raw, index) if dtype == Q4A == self.nearest(key) else None
         return as_blocks(raw.kind, dtype, raw_bytes(raw, index))
 
     @functools.cached_property
@@ -560,7 +632,9 @@ class Source:
 
     def nearest(self, key):
         """The dtype that keeps a matrix as it is, or loses least."""
-        kind = self.tensors[key].kind
+        kind, parts = self.tensors[key].kind, self.tensors[key].parts
+        if parts and kind != "FP8":
+            return Q4A if has_blocks(self.tensors[key]) else Q8
         return Q8 if kind in HALVES and self.mostly_quantized else NEAREST.get(kind, Q8)
 
     def index(self, key, first, last, halves):
@@ -608,15 +682,52 @@ class Source:
 
 # The families, in the words of Hugging Face's config.json, into which a GGUF's keys are put
 
+QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 FAMILIES = {  # model_type: what it has of OPTIONAL; what config.json may leave out
-    "llama": (set(), {}), "mistral": (set(), {}), "qwen2": (QKV_BIAS, {}),
-    "qwen3": (QK_NORM, {"head_dim": 128}),
+    "llama": (set(), {}),
+    "mistral": (set(), {"num_key_value_heads": 8, "sliding_window": 4096,
+                        "max_position_embeddings": 131072}),
+    "qwen2": (QKV_BIAS, QWEN), "qwen3": (QK_NORM, {**QWEN, "head_dim": 128}),
     "gemma3_text": (QK_NORM | SANDWICH_NORM, {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
         "rms_norm_eps": 1e-6, "rope_theta": 1e6, "query_pre_attn_scalar": 256,
         "tie_word_embeddings": True, "max_position_embeddings": 131072, "sliding_window": 4096,
         "hidden_activation": "gelu_pytorch_tanh"}),
 }
+# What config.json may also say: it changes nothing here, or only together with what is read.
+HARMLESS = re.compile("|".join((
+    r".*(dropout|_pdrop|_token_id|_token_index|_tokens_per_image)", r"(text|vision|audio)_config",
+    "model_type|_name_or_path|architectures|auto_map|dtype|torch_dtype|use_cache|tokenizer_class",
+    "_?attn_implementation(_autoset|_internal)?|transformers(_version|.js_config)",
+    "cache_implementation|initializer_range|initializer_factor|is_decoder|gradient_checkpointing",
+    "return_dict|chunk_size_feed_forward|output_(attentions|hidden_states|router_logits)",
+    "router_aux_loss_coef|id2label|label2id|problem_type|task_specific_params|summary_.*",
+    "pretraining_tp|unsloth_.*|layer_types|use_sliding_window|max_window_layers",
+    "_?sliding_window_pattern")))
+
+
+class Settings(dict):
+    """A config.json's content, which notes what is asked of it, and refuses what never was."""
+
+    def __init__(self, where, values):
+        super().__init__(values)
+        self.where, self.asked = where, set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        require(key in self, f"{self.where}: its config.json has no {key}")
+        return self.get(key)
+
+    def refuse_unread(self):
+        for key, value in self.items():
+            require(key in self.asked or not value or HARMLESS.fullmatch(key),
+                    f"{self.where}: {key} = {textwrap.shorten(str(value), 60)} in its config.json "
+                    "is not understood")
+
+
 ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH}
 UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping",
                "use_bidirectional_attention", "expert_count")
@@ -632,6 +743,9 @@ GGUF_KEYS = {  # config.json: GGUF; the first six must be there
     "sliding_window_pattern": "attention.sliding_window_pattern",
     **{name: name for name in UNSUPPORTED},
 }
+GGUF_HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal",
+                 "attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
+                 "rope.dimension_count_swa"}
 GGUF_ROPE = {  # the same for rope_scaling
     "rope_type": "rope.scaling.type", "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
@@ -645,7 +759,9 @@ def read_config(where, c, name):
     require(family in FAMILIES, f"{where}: model_type '{family}' is not supported "
             f"({', '.join(FAMILIES)} are)")
     optional, defaults = FAMILIES[family]
-    c = {**defaults, **c}
+    c = Settings(where, {**defaults, **c})
+    for key in "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads":
+        require(type(c[key]) is int and c[key] > 0, f"{where}: {key} = {c[key]} in its config.json")
     activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
     require(activation in ACTIVATIONS, f"{where}: hidden_act '{activation}' is not supported")
     for key in UNSUPPORTED:
@@ -656,13 +772,13 @@ def read_config(where, c, name):
         optional = optional | {"classifier"}
     heads, dim, gemma = c["num_attention_heads"], c["hidden_size"], family == "gemma3_text"
     head_dim = c.get("head_dim") or dim // heads
-    rope, local_rope = rope_settings(c)
+    rope, local_rope = rope_settings(where, c, gemma)
     freqs, factor = inverse_frequencies(head_dim, rope)
     local = local_layers(where, c, family)
     length = c.get("max_position_embeddings", 2048)
     if (rope.get("rope_type") or rope.get("type")) == "yarn":   # it may be the one before scaling
         length = max(length, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    return Config(
+    config = Config(
         dim=dim, hidden_dim=c["intermediate_size"], n_layers=c["num_hidden_layers"],
         n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim,
         vocab_size=c["vocab_size"], seq_len=length, norm_eps=c.get("rms_norm_eps", 1e-6),
@@ -672,17 +788,36 @@ def read_config(where, c, name):
         embed_scale=math.sqrt(dim) if gemma else 1.0,
         attn_scale=c.get("query_pre_attn_scalar", head_dim) ** -0.5 * factor ** 2,
         sliding_window=c["sliding_window"] if any(local) else 0, local_layers=local, name=name)
+    c.refuse_unread()
+    return config
 
 
-def rope_settings(c):
-    """RoPE's settings for global and for local layers, from either form of config.json."""
-    both = c.get("rope_parameters") or {
-        "full_attention": c.get("rope_scaling") or {},
-        "sliding_attention": {"rope_theta": c.get("rope_local_base_freq", 10000.0)}}
-    rope, local = (both.get(kind, both) for kind in ("full_attention", "sliding_attention"))
-    return {"rope_theta": c.get("rope_theta", 10000.0),
+ROPE_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings",
+             "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+             "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor", "finetuned"}
+
+
+def rope_settings(where, c, by_layer_type):
+    """RoPE's settings for global and for local layers, from either form of config.json.
+
+    Where both forms are there, transformers takes the older one, rope_scaling.
+    """
+    both, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
+    rope = local = scaling or both
+    if by_layer_type:
+        require(both.keys() <= {"full_attention", "sliding_attention"}, f"{where}: rope_parameters "
+                f"has {', '.join(both)}, and not full_attention and sliding_attention")
+        rope = {**(both.get("full_attention") or {}), **scaling}
+        local = {"rope_theta": c.get("rope_local_base_freq", 10000.0),
+                 **(both.get("sliding_attention") or {})}
+    for key, value in [*rope.items(), *local.items()]:
+        require(key in ROPE_KEYS or not value, f"{where}: RoPE's {key} = {value} is not understood")
+    rope = {"rope_theta": c.get("rope_theta", 10000.0),
             "original_max_position_embeddings": c.get("max_position_embeddings"),
-            "partial_rotary_factor": c.get("partial_rotary_factor", 1), **rope}, local
+            "partial_rotary_factor": c.get("partial_rotary_factor", 1), **rope}
+    if c.get("original_max_position_embeddings"):       # beside them it counts more
+        rope["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+    return rope, local
 
 
 def local_layers(where, c, family):
@@ -692,6 +827,7 @@ def local_layers(where, c, family):
             qwen and not c.get("use_sliding_window")):
         return [False] * n
     if types := c.get("layer_types"):
+        require(len(types) == n, f"{where}: layer_types has {len(types)} layers, not {n}")
         for kind in types:
             require(kind in ("sliding_attention", "full_attention"),
                     f"{where}: layer type '{kind}' is not supported")
@@ -763,29 +899,55 @@ class GGUF(Source):
     def __init__(self, path):
         import gguf
         self.path = Path(path)
-        reader = gguf.GGUFReader(path)
+        readers = [(part, gguf.GGUFReader(part)) for part in self.parts()]
+        fields, asked = readers[0][1].fields, set()
+        require(readers[0][1].endianess == gguf.GGUFEndian.LITTLE, f"{path} is big-endian: convert "
+                "it with gguf-convert-endian, of the Python package gguf")
 
         def meta(key, default=None):
-            return reader.fields[key].contents() if key in reader.fields else default
+            asked.add(key)
+            return fields[key].contents() if key in fields else default
 
+        count = meta("split.count", 1)
+        require(count in (0, len(readers)), f"{path} is one of {count} files, which must be there "
+                f"as name-00001-of-{count:05}.gguf and so on")
         arch = meta("general.architecture")
         require(arch in GGUF_FAMILIES, f"{path}: architecture '{arch}' is not supported "
                 f"({', '.join(GGUF_FAMILIES)} are)")
         self.halves = arch != "llama"
-        stored = {t.name: Raw(t.name, self.path, t.tensor_type.name,
+        stored = {t.name: Raw(t.name, part, t.tensor_type.name,
                               tuple(int(n) for n in t.shape[::-1]), int(t.data_offset),
-                              int(t.n_bytes)) for t in reader.tensors}
+                              int(t.n_bytes)) for part, reader in readers for t in reader.tensors}
         c = self.describe(GGUF_FAMILIES[arch], lambda key: meta(f"{arch}.{key}"), stored)
         self.config = read_config(path, c, meta("general.name", self.path.stem))
+        for key in fields:
+            name = key.partition(".")[2]
+            require(key in asked or not key.startswith(f"{arch}.") or name in GGUF_HARMLESS
+                    or not fields[key].contents(),
+                    f"{path}: {key} = {fields[key].contents()} is not understood")
         if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
             self.config.rope_freqs /= read_raw(stored["rope_freqs.weight"])[0]
         self.find(path, stored, "gguf", lambda name: name == "rope_freqs.weight")
         self.vocab = gguf_vocab(meta, self.path, self.config.vocab_size)
 
+    def parts(self):
+        """All files of a split one, in order; the first has the metadata."""
+        split = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.gguf)", self.path.name)
+        return [self.path.with_name(f"{split[1]}{i:05}{split[2]}")
+                for i in range(1, int(split[3]) + 1)] if split else [self.path]
+
     def describe(self, family, key, stored):
         """The metadata in config.json's words, completed as llama.cpp does."""
         def translate(keys):
-            return {ours: key(theirs) for ours, theirs in keys.items() if key(theirs)}
+            return {ours: one(theirs) for ours, theirs in keys.items() if key(theirs)}
+
+        def one(name):      # what is given for each layer is the same in all
+            value = key(name)
+            if not isinstance(value, list) or name.endswith("pattern"):
+                return value
+            require(len(set(value)) == 1, f"{self.path}: {name} differs from layer to layer, which "
+                    "is not supported")
+            return value[0]
 
         c = translate(GGUF_KEYS)
         for name in list(GGUF_KEYS)[:6]:
@@ -811,15 +973,19 @@ class GGUF(Source):
                 "sliding_window": 0, "use_sliding_window": True, "max_window_layers": 0, **c}
 
 
-def open_safetensors(paths):
-    """The tensors of safetensors files, {name: Raw}."""
+def open_safetensors(paths, index={}):
+    """The tensors of safetensors files, {name: Raw}: those that an index says are in that file."""
     from gguf.utility import SafetensorsLocal   # (the safetensors library has no bfloat16 in numpy)
     stored = {}
     for path in paths:
         for name, t in SafetensorsLocal(path).tensors.items():
-            size, width = t.data_range.size, {"F32": 4, "F16": 2, "BF16": 2}.get(t.dtype)
+            size, kind = t.data_range.size, t.dtype.partition("_")[0]
+            width = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8": 1}.get(kind)
             require(not width or size == width * math.prod(t.shape),
                     f"{path}: damaged: {name} has {size} bytes, not those of its shape")
+            if index.get(name, path.name) != path.name:
+                continue
+            require(name not in stored, f"{path}: {name} is in another file, too")
             stored[name] = Raw(name, path, t.dtype, t.shape, t.data_range.offset, size)
     return stored
 
@@ -839,10 +1005,16 @@ class HuggingFace(Source):
         require((self.folder / "config.json").exists(),
                 f"{folder} has no config.json: not a Hugging Face model folder")
         config = read_json(self.folder / "config.json")
+        quantization = config.pop("quantization_config", None)
         self.config = read_config(self.folder, {**config, **config.get("text_config", {})},
                                   self.folder.resolve().name)
         self.norm_offset = 1.0 if SANDWICH_NORM <= self.config.optional else 0.0    # Gemma's 1 + w
-        stored = {text_name(name): raw for name, raw in open_safetensors(self.files()).items()}
+        stored = join_packed(folder, open_safetensors(*self.files()), quantization or {})
+        for name in [n for n in stored if text_name(n) != n]:
+            require(text_name(name) not in stored, f"{folder}: {name} is there twice")
+            stored[text_name(name)] = stored.pop(name)
+        if "model.embed_tokens.weight" not in stored and "classifier" not in self.config.optional:
+            stored["model.embed_tokens.weight"] = stored.pop("lm_head.weight")      # tied
         vision = [n for n in stored
                   if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", n)]
         if vision:
@@ -850,7 +1022,8 @@ class HuggingFace(Source):
 
         def harmless(name):     # tables, and a copy of the embedding that is tied
             if name != "lm_head.weight":
-                return name in vision or name.endswith("rotary_emb.inv_freq")
+                return (name in vision or name.endswith("rotary_emb.inv_freq")
+                        or name.endswith(".bias") and not read_raw(stored[name]).any())
             both = stored[name], stored["model.embed_tokens.weight"]
             return len({hashlib.sha256(raw_bytes(raw, slice(None))).digest() for raw in both}) == 1
 
@@ -858,21 +1031,55 @@ class HuggingFace(Source):
         self.vocab = folder_vocab(self.folder, config, self.config.vocab_size)
 
     def files(self):
-        """One file, or the parts that an index lists."""
-        index = self.folder / "model.safetensors.index.json"
-        parts = read_json(index, {"weight_map": {"": "model.safetensors"}})["weight_map"].values()
+        """One file, or the parts that an index lists, and the index {tensor: part}."""
+        index = {"": "model.safetensors"}
+        if not (self.folder / index[""]).exists():      # beside it an index is a left-over
+            index = read_json(self.folder / "model.safetensors.index.json",
+                              {"weight_map": index})["weight_map"]
         pickles = [f" ({path.name} is a pickle, which could run code, and is not read: convert it "
                    "to safetensors)" for path in self.folder.glob("*.bin")]
-        paths = [self.folder / Path(name).name for name in sorted(set(parts))]
+        paths = [self.folder / Path(name).name for name in sorted(set(index.values()))]
         for path in paths:
             require(path.exists(), f"{path} is missing{''.join(pickles[:1])}")
-        return paths
+        return paths, index
 
 
 def text_name(name):
-    """A tensor's name without the prefixes that multimodal models put before the text model's."""
-    return re.sub(r"^(model\.)?language_model\.(model\.)?(lm_head)?",
-                  lambda m: m[3] or "model.", name)
+    """A tensor's name as in a plain model of text, saved with torch_compile or not."""
+    name = re.sub(r"^(model\.)?language_model\.(model\.)?(lm_head)?",
+                  lambda m: m[3] or "model.", name.replace("_orig_mod.", ""))
+    return re.sub(r"^(?=(layers|embed_tokens|norm)\.)", "model.", name)
+
+
+def join_packed(where, stored, q):
+    """With the weights of GPTQ, AWQ and fp8, in two to four tensors each, made one Raw.
+
+    q: config.json's quantization_config.
+    """
+    method, layout = q.get("quant_method"), q.get("version", q.get("checkpoint_format", "gptq"))
+    require(method in (None, "fp8", "fbgemm_fp8", "gptq", "awq") or q.get("format") ==
+            "float-quantized", f"{where}: quantization_config: quant_method = {method} is not "
+            "supported (fp8, gptq and awq are)")
+    if method in ("gptq", "awq"):
+        require(q.get("bits") == 4 and layout.lower() in ("gemm", "gptq", "gptq_v2"), f"{where}: "
+                f"{method} of {q.get('bits')} bits, {layout}, is not supported (4 bits are)")
+    for name in [n for n in stored if n.endswith((".qweight", ".weight_scale", "_scale_inv"))]:
+        base = name.rpartition(".")[0]
+        if name.endswith(".qweight"):
+            parts = {k: stored.pop(f"{base}.{k}") for k in ("qweight", "qzeros", "scales", "g_idx")
+                     if f"{base}.{k}" in stored}
+            parts["more"] = int(layout == "gptq")
+            (a, b), kind = parts["qweight"].shape, method.upper()
+            shape = (b * 8, a) if kind == "AWQ" else (b, a * 8)
+        else:
+            parts = {"weight": stored.pop(base + ".weight"), "scale": stored.pop(name)}
+            stored.pop(base + ".input_scale", None)
+            parts["block"] = q.get("weight_block_size")
+            shape, kind = parts["weight"].shape, "FP8"
+        size = sum(part.n_bytes for part in parts.values() if isinstance(part, Raw))
+        stored[base + ".weight"] = Raw(base, next(iter(parts.values())).path, kind, shape, 0, size,
+                                       parts)
+    return stored
 
 
 class Llama2c(Source):
@@ -902,8 +1109,10 @@ class Llama2c(Source):
             tied = sizes[5] > 0
         dim, hidden_dim, layers, heads, kv_heads, vocab_size, seq_len = sizes
         group = self.group or 1
-        require(heads > 0 and dim % heads == 0 and group > 0 and dim % group == hidden_dim % group
-                == 0, f"{path} is not a model file of a known format")
+        require(heads > 0 and dim % heads == 0 and group > 0,
+                f"{path} is not a model file of a known format")
+        require(dim % group == hidden_dim % group == 0, f"{path}: groups of {group} weights do not "
+                f"fit into rows of {dim} and {hidden_dim}, which is not supported")
         self.config = Config(dim, hidden_dim, layers, heads, kv_heads, abs(vocab_size), seq_len,
                              name=self.path.stem, optional=set() if tied else {"classifier"})
         self.place(version, start)
@@ -998,15 +1207,25 @@ def open_lora(folder, source):
     c = read_json(folder / "adapter_config.json")
     for key, plain in (("peft_type", "LORA"), ("bias", "none"),
                        ("use_dora", False), ("use_qalora", False),
-                       ("fan_in_fan_out", False), ("modules_to_save", None),
+                       ("fan_in_fan_out", False), ("modules_to_save", None), ("lora_bias", False),
+                       ("target_parameters", None), ("trainable_token_indices", None),
                        ("layer_replication", None), ("alora_invocation_tokens", None)):
         require(c.get(key) in (plain, None, []), f"{folder}: {key} = {c.get(key)} is not supported")
     start = str(c.get("init_lora_weights"))
     require(not re.match("pissa|olora|corda|loftq", start), f"{folder}: init_lora_weights = "
             f"{start} changes the base model, and is not supported")
     targets = {t.hugging_face: t for t in weights(source.config) if t.dtype != ROWS}
-    found = defaultdict(dict)
-    for name, raw in open_safetensors([folder / "adapter_model.safetensors"]).items():
+    found, path = defaultdict(dict), folder / "adapter_model.safetensors"
+    require(path.exists() or not path.with_suffix(".bin").exists(), f"{path} is missing "
+            "(adapter_model.bin is a pickle, which could run code, and is not read)")
+    if any(folder.glob("tokenizer*")) or any(folder.glob("chat_template*")):
+        note(f"{folder}: the adapter's tokenizer and chat template are ignored")
+    for name, raw in open_safetensors([path]).items():
+        for part, what in (("embed", "an update of the token embedding"),
+                           ("lora_magnitude_vector", "DoRA"), ("bias", "an update of a bias"),
+                           ("lm_head", "an update of the classifier, which is the embedding, too")):
+            require(part not in name or part == "lm_head" and "lm_head.weight" in targets,
+                    f"{folder}: {name}: {what} is not supported")
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])(\.default)?\.weight", name)
         require(match and text_name(match[1]) + ".weight" in targets,
                 f"{folder}: {name} does not fit this model")
