@@ -1302,8 +1302,7 @@ class Vocab:
     add_bos: bool = False
     ignore_merges: bool = False
     space_prefix: int = 0           # 0, SPACE_PREFIX, or SPACE_PREFIX | PREFIX_FIRST
-    temperature: float = -1.0
-    top_p: float = -1.0
+    sampling: tuple = (-1.0, -1.0, 0, 0.0, 0.0)     # temperature, top-p; top-k, min-p, penalty
     stops: list = ()
     chat: list = ()                 # 10 pieces, or none
     render: object = None         # (messages, add_generation_prompt) -> text
@@ -1353,9 +1352,8 @@ def tokenizer_bytes(v):
             runs = Split(Regex(regex), "removed", invert=True).pre_tokenize_str(text)
             ranges += [(ord(run[0]), ord(run[-1]), number) for run, _ in runs]
     flags = ADD_BOS * v.add_bos | v.space_prefix | IGNORE_MERGES * v.ignore_merges
-    body = struct.pack("<I4iI4B4I2f", v.kind, len(v.tokens), v.bos, v.eos, v.unk, flags, *v.rule,
-                       0, len(v.merges), len(ranges), len(v.stops), len(v.chat), v.temperature,
-                       v.top_p)
+    body = struct.pack("<I4iI4B4I2fi2f", v.kind, len(v.tokens), v.bos, v.eos, v.unk, flags, *v.rule,
+                       0, len(v.merges), len(ranges), len(v.stops), len(v.chat), *v.sampling)
     parts = [body.ljust(64, b"\0")]
     for token, kind, score in zip(v.tokens, v.types, v.scores):
         parts.append(struct.pack("<fBBH", score, kind, 0, len(token)) + token)
@@ -1590,8 +1588,8 @@ def gguf_vocab(meta, path, vocab_size):
         vocab.add_bos, vocab.unk = llama3, unk
     vocab.bos, vocab.eos = of("bos_token_id", -1), of("eos_token_id", -1)
     vocab.add_bos = bool(of("add_bos_token", vocab.add_bos)) and vocab.bos >= 0
-    vocab.temperature = meta("general.sampling.temp", -1.0)
-    vocab.top_p = meta("general.sampling.top_p", -1.0)
+    vocab.sampling = tuple(meta("general.sampling." + name, none) for name, none in zip(
+        ("temp", "top_p", "top_k", "min_p", "penalty_repeat"), vocab.sampling))
     ends = of("eot_token_id", -1), of("eom_token_id", -1)
     return vocab.finish(path, vocab_size, meta("tokenizer.chat_template"), ends)
 
@@ -1623,8 +1621,11 @@ def folder_vocab(folder, config, vocab_size):
     vocab.eos = named("eos_token", (*ends[:1], vocab.eos))
     add_bos = settings.get("add_bos_token")
     vocab.add_bos = bool(vocab.add_bos if add_bos is None else add_bos) and vocab.bos >= 0
-    vocab.temperature = float(generation.get("temperature") or -1)
-    vocab.top_p = float(generation.get("top_p") or -1)
+    if generation.get("do_sample") is False:
+        generation["temperature"] = 0
+    vocab.sampling = tuple(none if generation.get(name) is None else generation[name]
+                           for name, none in zip(("temperature", "top_p", "top_k", "min_p",
+                                                  "repetition_penalty"), vocab.sampling))
     template = settings.get("chat_template")
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}.get("default")

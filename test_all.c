@@ -1299,7 +1299,27 @@ static void test_repeat_penalty(void) {
     CHECK(sample(&s, logits, again, 2) == 1, "what did not occur loses nothing");
 }
 
+// What a tokenizer's file recommends holds in a chat, where the command line says nothing else.
+static void test_recommended(void) {
+    Model m = {.c.vocab_size = 9};
+    Tokenizer t = {.h = {.temperature = 0, .top_p = 0.5f, .top_k = 7, .min_p = 0.25f,
+                         .repeat_penalty = 1.5f}};
+    Options o = {.mode = "chat", .temperature = -1, .top_p = -1, .top_k = -1, .min_p = -1,
+                 .repeat_penalty = -1};
+    for (int i = 0; i < 3; i++) {
+        const char *says[] = {"0 0.5 7 0.25 1.5", "1 0.9 0 0 1", "0.75 1 0 0 1"};
+        if (i == 1) o.mode = "generate";
+        if (i == 2) o = (Options){.mode = "chat", .temperature = 0.75, .top_p = 1,
+                                  .repeat_penalty = 1};
+        Sampler s = sampler_new(&o, &m, &t);
+        const char *found = text("%g %g %d %g %g", (double)s.temperature, (double)s.top_p, s.top_k,
+                                 (double)s.min_p, (double)s.repeat_penalty);
+        CHECK(!strcmp(found, says[i]), "sampling is %s, not %s", found, says[i]);
+    }
+}
+
 static void test_sampler(void) {
+    test_recommended();
     static const double temperatures[] = {0.3, 0.8, 1, 2}, top_ps[] = {0, 0.1, 0.5, 0.9, 0.99, 1};
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 6; j++) test_draws(temperatures[i], top_ps[j], 0, 0);
