@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -400,23 +399,21 @@ def write_weights(file, tensors, source):
 
 def choose_dtypes(tensors, source):
     """Stores each matrix in the dtype nearest to the source's, and says where that takes more."""
-    grown, before, after = set(), 0, 0
-    for t in tensors:
-        if t.dtype != ROWS:
-            t.dtype, raw = source.nearest(t.key), source.tensors.get(t.key)
-            grown |= {raw.kind} if raw and t.n_bytes > 1.2 * raw.n_bytes else set()
-            before, after = before + (raw.n_bytes if raw else t.n_bytes), after + t.n_bytes
+    matrices = [(t, source.tensors[t.key]) for t in tensors if t.dtype != ROWS]
+    for t, raw in matrices:
+        t.dtype = NEAREST.get(raw.kind, Q8)
+    quantized = sum((1 if t.dtype in QUANTIZE else -1) * t.rows * t.cols for t, _ in matrices) > 0
+    for t, raw in matrices:
+        t.dtype = Q8 if quantized and raw.kind in HALVES else t.dtype
+    after, before = (sum(x.n_bytes for x in xs) for xs in zip(*matrices))
     if after > 1.2 * before:
-        note(f"run.c has no dtype like {', '.join(sorted(grown))}: what holds them takes "
-             f"{after / 1e6:.1f} MB instead of {before / 1e6:.1f} (--dtype rounds them again, to "
-             "fewer bits)")
+        kinds = {raw.kind for t, raw in matrices if t.n_bytes > 1.2 * raw.n_bytes}
+        note(f"run.c has no dtype like {', '.join(sorted(kinds))}: the matrices take "
+             f"{after / 1e6:.1f} MB, not {before / 1e6:.1f} (--dtype rounds all to fewer bits)")
 
 
 def write_checkpoint(file, source, dtype, fingerprint):
-    """Writes the checkpoint to an open file; without a vocabulary, without reference values.
-
-    Without a dtype each matrix is stored as it comes.
-    """
+    """Writes the checkpoint to an open file; without a vocabulary, without reference values."""
     c, vocab = source.config, source.vocab
     own = {"rope_freqs": c.rope_freqs}      # the tensors that are not the source's
     if c.rope_freqs_local is not None:
@@ -463,12 +460,12 @@ def write_checkpoint(file, source, dtype, fingerprint):
 # A source has a config and a vocab (part 4), and gives rows of its tensors under run.c's names:
 # (name, layer).
 
-# A tensor in a file; what is packed in several tensors has them as parts.
+# A tensor in a file; one that is stored in several tensors has them as parts.
 Raw = namedtuple("Raw", "label path kind shape offset n_bytes parts", defaults=(None,))
 
 PERMUTED = {"wq", "wk", "bq", "bk"} | QK_NORM
 HALVES, SAME = {"F16": F32, "BF16": BF16}, {"Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
-NEAREST = {"F32": F32, **HALVES, **SAME, "Q4_K": Q4A}      # of all others q8
+NEAREST = {"F32": F32, **HALVES, **SAME, "Q4_K": Q4A, "GPTQ": Q4A, "AWQ": Q4A}     # others: q8
 
 
 def view(path, offset, dtype, shape):
@@ -490,7 +487,7 @@ def read_raw(raw, index=slice(None)):
     """Rows as float32 [rows, cols]; index is a slice or an array of row numbers."""
     import gguf
     if raw.parts:
-        return PACKED[raw.kind](raw, index)
+        return (rows_4bit if "q" in raw.parts else fp8_rows)(raw, index)
     try:
         return gguf.dequantize(raw_bytes(raw, index), gguf.GGMLQuantizationType[raw.kind])
     except (KeyError, NotImplementedError):
@@ -498,107 +495,68 @@ def read_raw(raw, index=slice(None)):
                           "read") from None
 
 
-def as_blocks(kind, dtype, data):
-    """Rows of ggml's blocks, uint8 [rows, bytes], as Blocks of a dtype with the same numbers.
+def q4a_blocks(q, params):
+    """q uint8 [rows, nb, 32], params (scale, what is subtracted) [rows, nb, 2] -> Blocks."""
+    return Blocks((params * np.float32((1, -1))).astype(np.float16), q[..., :16] | q[..., 16:] << 4)
 
-    None where there are none. A block of Q4_K is eight of q4a, whose scales and minima, products of
-    an fp16 and a 6-bit number, are rounded to fp16.
+
+def as_blocks(kind, dtype, data):
+    """ggml's blocks uint8 [rows, bytes] as Blocks of a dtype with the same numbers, or None.
+
+    A block of Q4_K is eight of q4a, whose scales and minima, fp16 times 6 bits, become fp16.
     """
     import gguf
     if SAME.get(kind) == dtype:
         blocks = split_blocks(dtype, 1, data)
         # -128 is not among our quants
         return None if dtype == Q8 and (blocks.quants == 128).any() else blocks
-    n_rows, exact = len(data), {"Q4_K": Q4A, "Q5_0": Q8, "IQ4_NL": Q8, "MXFP4": Q8}
-    if exact.get(kind) != dtype:
+    if {"Q4_K": Q4A, "Q5_0": Q8, "IQ4_NL": Q8, "MXFP4": Q8}.get(kind) != dtype:
         return None
-    ggml_type = gguf.GGMLQuantizationType[kind]
+    n_rows, ggml_type = len(data), gguf.GGMLQuantizationType[kind]
     blocks = data.reshape(-1, gguf.GGML_QUANT_SIZES[ggml_type][1])
     if kind == "Q4_K":
         integers = np.stack(gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16]), axis=-1)   # [n, 8, 2]
         scales = blocks[:, :4].copy().view("<f2").astype(np.float32)[:, None] * integers
         q = blocks[:, 16:].reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8) & 15
-        params, q = scales * np.float32((1, -1)), q.reshape(n_rows, -1, BLOCK)
-        return Blocks(params.reshape(n_rows, -1, 2).astype(np.float16),
-                      q[..., :16] | q[..., 16:] << 4)
-    # Others are a scale times integers, which a scale of 1 shows.
+        return q4a_blocks(q.reshape(n_rows, -1, 32), scales.reshape(n_rows, -1, 2))
     if kind == "MXFP4":
-        head, one = 1, 128
-        scale = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - one)
+        scale = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
     else:
-        head, one = 2, np.array([1], "<f2").view(np.uint8)
-        scale = blocks[:, :2].copy().view("<f2")
-    ones = blocks.copy()
-    ones[:, :head] = one
-    q = gguf.dequantize(ones, ggml_type).astype(np.int8).view(np.uint8)
-    return Blocks(scale.astype(np.float16).reshape(n_rows, -1, 1), q.reshape(n_rows, -1, BLOCK))
+        scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    q = np.rint(divide(gguf.dequantize(blocks, ggml_type), scale)).astype(np.int8)
+    return Blocks(scale.astype(np.float16).reshape(n_rows, -1, 1),
+                  q.view(np.uint8).reshape(n_rows, -1, BLOCK))
 
 
 def fp8_rows(raw, index):
-    """Rows of 8-bit floats (E4M3, or E5M2), with a scale for a rectangle of them."""
-    weight, scale = raw.parts["weight"], raw.parts["scale"]
+    """Rows of 8-bit floats (4 bits of exponent), with a scale for all, for a row or a rectangle."""
     bits = np.arange(256, dtype=np.uint16)
-    if weight.kind == "F8_E5M2":
-        table = (bits << 8).view(np.float16).astype(np.float32)
-    else:
-        table = ((bits & 128) << 8 | (bits & 127) << 7).view(np.float16) * np.float32(256)
-        table[[127, 255]] = np.nan
+    table = ((bits & 128) << 8 | (bits & 127) << 7).view(np.float16) * np.float32(256)
+    table[[127, 255]] = np.nan
+    scale = raw.parts["scale"]
     scales = read_raw(scale) if len(scale.shape) > 1 else read_raw(scale).T
     block = raw.parts["block"] or [1 if n > 1 else size for n, size in zip(scales.shape, raw.shape)]
     rows, cols = np.arange(raw.shape[0])[index], np.arange(raw.shape[1])
-    return table[raw_bytes(weight, index)] * scales[rows // block[0]][:, cols // block[1]]
+    return (table[raw_bytes(raw.parts["weight"], index)]
+            * scales[rows // block[0]][:, cols // block[1]])
 
 
-def unpack_4bit(raw, index):
-    """Rows of a GPTQ or AWQ matrix, w = scale * (q - zero): q [rows, cols], and scales and zeros
-    [rows, groups]. Eight numbers are in 32 bits: of eight rows, or (GPTQ's q) of eight columns."""
+def rows_4bit(raw, index, as_blocks=False):
+    """Rows of a GPTQ or AWQ matrix, w = scale * (q - zero): float32, or Blocks of q4a.
+
+    Eight numbers are in 32 bits: of eight rows, or (GPTQ's q) of eight columns.
+    """
+    parts, awq, group = raw.parts, raw.kind == "AWQ", raw.parts["group"]
     rows, cols = np.arange(raw.shape[0])[index], np.arange(raw.shape[1])
-    order = np.array([0, 4, 1, 5, 2, 6, 3, 7] if raw.kind == "AWQ" else range(8), np.uint32) * 4
-
-    def words(name):
-        part = raw.parts[name]
-        return view(part.path, part.offset, "<u4", part.shape)
-
-    def across(name):
-        return (words(name)[:, rows // 8] >> order[rows % 8] & 15).T.astype(np.float32)
-
-    scales, zeros = read_raw(raw.parts["scales"]).T[rows], across("qzeros") + raw.parts["more"]
-    if raw.kind == "AWQ":
-        return across("qweight"), scales, zeros
-    q = words("qweight")[:, rows][cols // 8].T >> order[cols % 8] & 15
-    return q.astype(np.float32), scales, zeros % 16
-
-
-def group_index(raw):
-    """Which group each of the columns is of."""
-    part = raw.parts.get("g_idx")
-    if part:
-        return view(part.path, part.offset, "<i4", part.shape)
-    return np.arange(raw.shape[1]) // (raw.shape[1] // raw.parts["scales"].shape[0])
-
-
-def read_4bit(raw, index):
-    q, scales, zeros = unpack_4bit(raw, index)
-    group = group_index(raw)
-    return scales[:, group] * (q - zeros[:, group])
-
-
-def has_blocks(raw):
-    """Are all columns of a block of the same group?"""
-    group = group_index(raw)
-    return len(group) % BLOCK == 0 and (group.reshape(-1, BLOCK) == group[::BLOCK, None]).all()
-
-
-def blocks_4bit(raw, index):
-    """The same as Blocks of q4a."""
-    group = group_index(raw)
-    q, scales, zeros = unpack_4bit(raw, index)
-    q = q.astype(np.uint8).reshape(len(q), -1, BLOCK)
-    params = np.stack((scales, -scales * zeros), axis=-1)[:, group[::BLOCK]]
-    return Blocks(params.astype(np.float16), q[..., :16] | q[..., 16:] << 4)
-
-
-PACKED = {"GPTQ": read_4bit, "AWQ": read_4bit, "FP8": fp8_rows}
+    order = np.array([0, 4, 1, 5, 2, 6, 3, 7] if awq else range(8), np.uint32)[:, None] * 4
+    q, zeros = (view(x.path, x.offset, "<u4", x.shape) for x in (parts["q"], parts["zeros"]))
+    across = [words[:, rows // 8].T >> order[rows % 8] & 15 for words in (q, zeros)[not awq:]]
+    q = across[0] if awq else (q[:, rows][cols // 8] >> order[cols % 8] & 15).T
+    scales, zeros = read_raw(parts["scales"]).T[rows], (across[-1] + parts["more"]) % 16
+    if as_blocks:
+        params = np.stack((scales, scales * zeros), axis=-1)[:, group[::BLOCK]]
+        return q4a_blocks(q.reshape(len(q), -1, BLOCK).astype(np.uint8), params)
+    return scales[:, group] * (q.astype(np.float32) - zeros[:, group].astype(np.float32))
 
 
 class Source:
@@ -620,22 +578,8 @@ class Source:
     def read_blocks(self, key, dtype, index):
         raw = self.tensors[key]
         if raw.parts:
-            return blocks_4bit(raw, index) if dtype == Q4A == self.nearest(key) else None
+            return rows_4bit(raw, index, True) if dtype == NEAREST.get(raw.kind) == Q4A else None
         return as_blocks(raw.kind, dtype, raw_bytes(raw, index))
-
-    @functools.cached_property
-    def mostly_quantized(self):
-        sizes = Counter()
-        for raw in self.tensors.values():
-            sizes[NEAREST.get(raw.kind, Q8) in QUANTIZE] += math.prod(raw.shape)
-        return sizes[True] > sizes[False]
-
-    def nearest(self, key):
-        """The dtype that keeps a matrix as it is, or loses least."""
-        kind, parts = self.tensors[key].kind, self.tensors[key].parts
-        if parts and kind != "FP8":
-            return Q4A if has_blocks(self.tensors[key]) else Q8
-        return Q8 if kind in HALVES and self.mostly_quantized else NEAREST.get(kind, Q8)
 
     def index(self, key, first, last, halves):
         """Which rows of the source are the checkpoint's rows first..last.
@@ -702,12 +646,16 @@ HARMLESS = re.compile("|".join((
     "cache_implementation|initializer_range|initializer_factor|is_decoder|gradient_checkpointing",
     "return_dict|chunk_size_feed_forward|output_(attentions|hidden_states|router_logits)",
     "router_aux_loss_coef|id2label|label2id|problem_type|task_specific_params|summary_.*",
-    "pretraining_tp|unsloth_.*|layer_types|use_sliding_window|max_window_layers",
-    "_?sliding_window_pattern")))
+    "pretraining_tp|unsloth_.*|layer_types|use_sliding_window|max_window_layers|is_llama_config",
+    "_?sliding_window_pattern|(_|use_)flash_att.*|max_sequence_length",
+    "type|factor|(low|high)_freq_factor|attention_factor|original_max_position_embeddings",  # RoPE's
+    "beta_(fast|slow)|mscale(_all_dim)?|truncate|finetuned",
+    "vocab_size|tensor_data_layout|attention.(causal|(key|value)_length(_swa)?)",   # of GGUF
+    "rope.(scaling.finetuned|dimension_count_swa)")))
 
 
 class Settings(dict):
-    """A config.json's content, which notes what is asked of it, and refuses what never was."""
+    """What a source says of its model; it notes what is asked, and refuses what never was."""
 
     def __init__(self, where, values):
         super().__init__(values)
@@ -721,11 +669,11 @@ class Settings(dict):
         require(key in self, f"{self.where}: its config.json has no {key}")
         return self.get(key)
 
-    def refuse_unread(self):
+    def refuse_unread(self, prefix=""):
         for key, value in self.items():
-            require(key in self.asked or not value or HARMLESS.fullmatch(key),
-                    f"{self.where}: {key} = {textwrap.shorten(str(value), 60)} in its config.json "
-                    "is not understood")
+            require(key in self.asked or not value or not key.startswith(prefix)
+                    or HARMLESS.fullmatch(key.removeprefix(prefix)),
+                    f"{self.where}: {key} = {textwrap.shorten(str(value), 60)} is not understood")
 
 
 ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH}
@@ -743,9 +691,6 @@ GGUF_KEYS = {  # config.json: GGUF; the first six must be there
     "sliding_window_pattern": "attention.sliding_window_pattern",
     **{name: name for name in UNSUPPORTED},
 }
-GGUF_HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal",
-                 "attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
-                 "rope.dimension_count_swa"}
 GGUF_ROPE = {  # the same for rope_scaling
     "rope_type": "rope.scaling.type", "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
@@ -788,13 +733,9 @@ def read_config(where, c, name):
         embed_scale=math.sqrt(dim) if gemma else 1.0,
         attn_scale=c.get("query_pre_attn_scalar", head_dim) ** -0.5 * factor ** 2,
         sliding_window=c["sliding_window"] if any(local) else 0, local_layers=local, name=name)
-    c.refuse_unread()
+    for settings in c, rope, local_rope:
+        settings.refuse_unread()
     return config
-
-
-ROPE_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings",
-             "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
-             "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor", "finetuned"}
 
 
 def rope_settings(where, c, by_layer_type):
@@ -803,21 +744,19 @@ def rope_settings(where, c, by_layer_type):
     Where both forms are there, transformers takes the older one, rope_scaling.
     """
     both, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
-    rope = local = scaling or both
+    length = c.get("original_max_position_embeddings")
     if by_layer_type:
         require(both.keys() <= {"full_attention", "sliding_attention"}, f"{where}: rope_parameters "
                 f"has {', '.join(both)}, and not full_attention and sliding_attention")
-        rope = {**(both.get("full_attention") or {}), **scaling}
         local = {"rope_theta": c.get("rope_local_base_freq", 10000.0),
                  **(both.get("sliding_attention") or {})}
-    for key, value in [*rope.items(), *local.items()]:
-        require(key in ROPE_KEYS or not value, f"{where}: RoPE's {key} = {value} is not understood")
-    rope = {"rope_theta": c.get("rope_theta", 10000.0),
-            "original_max_position_embeddings": c.get("max_position_embeddings"),
-            "partial_rotary_factor": c.get("partial_rotary_factor", 1), **rope}
-    if c.get("original_max_position_embeddings"):       # beside them it counts more
-        rope["original_max_position_embeddings"] = c["original_max_position_embeddings"]
-    return rope, local
+        both, scaling = {}, {**(both.get("full_attention") or {}), **scaling}
+    rope = Settings(where, {"rope_theta": c.get("rope_theta", 10000.0),
+                            "original_max_position_embeddings": c.get("max_position_embeddings"),
+                            "partial_rotary_factor": c.get("partial_rotary_factor", 1),
+                            **(scaling or both),
+                            **({"original_max_position_embeddings": length} if length else {})})
+    return rope, Settings(where, local) if by_layer_type else rope
 
 
 def local_layers(where, c, family):
@@ -900,35 +839,26 @@ class GGUF(Source):
         import gguf
         self.path = Path(path)
         readers = [(part, gguf.GGUFReader(part)) for part in self.parts()]
-        fields, asked = readers[0][1].fields, set()
+        meta = Settings(path, {k: f.contents() for k, f in readers[0][1].fields.items()})
         require(readers[0][1].endianess == gguf.GGUFEndian.LITTLE, f"{path} is big-endian: convert "
                 "it with gguf-convert-endian, of the Python package gguf")
-
-        def meta(key, default=None):
-            asked.add(key)
-            return fields[key].contents() if key in fields else default
-
-        count = meta("split.count", 1)
+        count = meta.get("split.count", 1)
         require(count in (0, len(readers)), f"{path} is one of {count} files, which must be there "
                 f"as name-00001-of-{count:05}.gguf and so on")
-        arch = meta("general.architecture")
+        arch = meta.get("general.architecture")
         require(arch in GGUF_FAMILIES, f"{path}: architecture '{arch}' is not supported "
                 f"({', '.join(GGUF_FAMILIES)} are)")
         self.halves = arch != "llama"
         stored = {t.name: Raw(t.name, part, t.tensor_type.name,
                               tuple(int(n) for n in t.shape[::-1]), int(t.data_offset),
                               int(t.n_bytes)) for part, reader in readers for t in reader.tensors}
-        c = self.describe(GGUF_FAMILIES[arch], lambda key: meta(f"{arch}.{key}"), stored)
-        self.config = read_config(path, c, meta("general.name", self.path.stem))
-        for key in fields:
-            name = key.partition(".")[2]
-            require(key in asked or not key.startswith(f"{arch}.") or name in GGUF_HARMLESS
-                    or not fields[key].contents(),
-                    f"{path}: {key} = {fields[key].contents()} is not understood")
+        c = self.describe(GGUF_FAMILIES[arch], lambda key: meta.get(f"{arch}.{key}"), stored)
+        self.config = read_config(path, c, meta.get("general.name", self.path.stem))
+        meta.refuse_unread(arch + ".")
         if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
             self.config.rope_freqs /= read_raw(stored["rope_freqs.weight"])[0]
         self.find(path, stored, "gguf", lambda name: name == "rope_freqs.weight")
-        self.vocab = gguf_vocab(meta, self.path, self.config.vocab_size)
+        self.vocab = gguf_vocab(meta.get, self.path, self.config.vocab_size)
 
     def parts(self):
         """All files of a split one, in order; the first has the metadata."""
@@ -939,15 +869,13 @@ class GGUF(Source):
     def describe(self, family, key, stored):
         """The metadata in config.json's words, completed as llama.cpp does."""
         def translate(keys):
-            return {ours: one(theirs) for ours, theirs in keys.items() if key(theirs)}
-
-        def one(name):      # what is given for each layer is the same in all
-            value = key(name)
-            if not isinstance(value, list) or name.endswith("pattern"):
-                return value
-            require(len(set(value)) == 1, f"{self.path}: {name} differs from layer to layer, which "
-                    "is not supported")
-            return value[0]
+            found = {ours: key(theirs) for ours, theirs in keys.items() if key(theirs)}
+            for ours, values in found.items():
+                if isinstance(values, list) and not ours.endswith("pattern"):
+                    require(len(set(values)) == 1, f"{self.path}: {keys[ours]} differs from layer "
+                            "to layer, which is not supported")
+                    found[ours] = values[0]
+            return found
 
         c = translate(GGUF_KEYS)
         for name in list(GGUF_KEYS)[:6]:
@@ -1013,8 +941,8 @@ class HuggingFace(Source):
         for name in [n for n in stored if text_name(n) != n]:
             require(text_name(name) not in stored, f"{folder}: {name} is there twice")
             stored[text_name(name)] = stored.pop(name)
-        if "model.embed_tokens.weight" not in stored and "classifier" not in self.config.optional:
-            stored["model.embed_tokens.weight"] = stored.pop("lm_head.weight")      # tied
+        if "lm_head.weight" in stored and "classifier" not in self.config.optional:     # tied
+            stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
         vision = [n for n in stored
                   if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", n)]
         if vision:
@@ -1066,19 +994,24 @@ def join_packed(where, stored, q):
     for name in [n for n in stored if n.endswith((".qweight", ".weight_scale", "_scale_inv"))]:
         base = name.rpartition(".")[0]
         if name.endswith(".qweight"):
-            parts = {k: stored.pop(f"{base}.{k}") for k in ("qweight", "qzeros", "scales", "g_idx")
-                     if f"{base}.{k}" in stored}
-            parts["more"] = int(layout == "gptq")
-            (a, b), kind = parts["qweight"].shape, method.upper()
+            parts = {"q": stored.pop(name), "zeros": stored.pop(base + ".qzeros"),
+                     "scales": stored.pop(base + ".scales"), "more": int(layout == "gptq")}
+            (a, b), kind = parts["q"].shape, method.upper()
             shape = (b * 8, a) if kind == "AWQ" else (b, a * 8)
+            parts["group"] = np.arange(shape[1]) // (shape[1] // parts["scales"].shape[0])
+            if order := stored.pop(base + ".g_idx", None):
+                order = view(order.path, order.offset, "<i4", order.shape)
+                kind = "GPTQ" if (order == parts["group"]).all() else "GPTQ in act-order"
+                parts["group"] = order
         else:
-            parts = {"weight": stored.pop(base + ".weight"), "scale": stored.pop(name)}
+            parts = {"weight": stored.pop(base + ".weight"), "scale": stored.pop(name),
+                     "block": q.get("weight_block_size")}
             stored.pop(base + ".input_scale", None)
-            parts["block"] = q.get("weight_block_size")
-            shape, kind = parts["weight"].shape, "FP8"
-        size = sum(part.n_bytes for part in parts.values() if isinstance(part, Raw))
-        stored[base + ".weight"] = Raw(base, next(iter(parts.values())).path, kind, shape, 0, size,
-                                       parts)
+            shape, kind = parts["weight"].shape, parts["weight"].kind
+            require(kind == "F8_E4M3", f"{where}: {base} has type {kind}, which cannot be read")
+        raws = [x for x in parts.values() if isinstance(x, Raw)]
+        stored[base + ".weight"] = Raw(base, raws[0].path, kind, shape, 0,
+                                       sum(x.n_bytes for x in raws), parts)
     return stored
 
 
@@ -1158,6 +1091,7 @@ class Llama2c(Source):
 class RandomWeights(Source):
     """A model of any shape with random weights, to time run.c with."""
     vocab = None
+    tensors = defaultdict(lambda: Raw("random", "", "Q8_0", (), 0, math.inf))
 
     def __init__(self, text):
         c = {"vocab": 49152, "ctx": 8192}
@@ -1174,9 +1108,6 @@ class RandomWeights(Source):
 
     def label(self, key):
         return key[0]
-
-    def nearest(self, key):
-        return Q8
 
     def read(self, key, index):
         if key[0].endswith("norm"):
@@ -1221,14 +1152,10 @@ def open_lora(folder, source):
     if any(folder.glob("tokenizer*")) or any(folder.glob("chat_template*")):
         note(f"{folder}: the adapter's tokenizer and chat template are ignored")
     for name, raw in open_safetensors([path]).items():
-        for part, what in (("embed", "an update of the token embedding"),
-                           ("lora_magnitude_vector", "DoRA"), ("bias", "an update of a bias"),
-                           ("lm_head", "an update of the classifier, which is the embedding, too")):
-            require(part not in name or part == "lm_head" and "lm_head.weight" in targets,
-                    f"{folder}: {name}: {what} is not supported")
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])(\.default)?\.weight", name)
         require(match and text_name(match[1]) + ".weight" in targets,
-                f"{folder}: {name} does not fit this model")
+                f"{folder}: {name} is not supported (LoRA of matrices is, but not of the embedding "
+                "or what is tied to it; no DoRA, no biases)")
         found[match[1]][match[2]] = raw
     updates = {}
     for module, raws in found.items():
@@ -1597,6 +1524,8 @@ def gguf_vocab(meta, path, vocab_size):
 def folder_vocab(folder, config, vocab_size):
     """The Vocab of a Hugging Face folder."""
     settings = read_json(folder / "tokenizer_config.json", {})
+    if "added_tokens_decoder" not in settings:      # as transformers does
+        settings.update(read_json(folder / "special_tokens_map.json", {}))
     generation = read_json(folder / "generation_config.json", {})
     if (path := folder / "tokenizer.json").exists():
         vocab = json_vocab(path, read_json(path))
