@@ -398,7 +398,7 @@ def write_weights(file, tensors, source):
 
 
 def choose_dtypes(tensors, source):
-    """Stores each matrix in the dtype nearest to the source's, and says where that takes more."""
+    """The tensors, each matrix in the dtype nearest to the source's; says where that takes more."""
     matrices = [(t, source.tensors[t.key]) for t in tensors if t.dtype != ROWS]
     for t, raw in matrices:
         t.dtype = NEAREST.get(raw.kind, Q8)
@@ -410,6 +410,7 @@ def choose_dtypes(tensors, source):
         kinds = {raw.kind for t, raw in matrices if t.n_bytes > 1.2 * raw.n_bytes}
         note(f"run.c has no dtype like {', '.join(sorted(kinds))}: the matrices take "
              f"{after / 1e6:.1f} MB, not {before / 1e6:.1f} (--dtype rounds all to fewer bits)")
+    return tensors
 
 
 def write_checkpoint(file, source, dtype, fingerprint):
@@ -424,9 +425,7 @@ def write_checkpoint(file, source, dtype, fingerprint):
                    check_norms=np.zeros(c.n_layers + 1, np.float32),
                    check_logits=np.zeros(c.vocab_size, np.float32),
                    check_cases=np.frombuffer(check_cases(vocab), np.uint8))
-    tensors = weights(c, F32 if dtype is None else dtype)
-    if dtype is None:
-        choose_dtypes(tensors, source)
+    tensors = weights(c, dtype) if dtype else choose_dtypes(weights(c), source)
     tensors += [Tensor((name, -1), BYTES if a.dtype == np.uint8 else ROWS, 1, len(a))
                 for name, a in own.items()]
     end = HEADER_SIZE + ENTRY_SIZE * len(tensors)
@@ -507,8 +506,7 @@ def as_blocks(kind, dtype, data):
     """
     import gguf
     if SAME.get(kind) == dtype:
-        blocks = split_blocks(dtype, 1, data)
-        # -128 is not among our quants
+        blocks = split_blocks(dtype, 1, data)       # -128 is not among our quants
         return None if dtype == Q8 and (blocks.quants == 128).any() else blocks
     if {"Q4_K": Q4A, "Q5_0": Q8, "IQ4_NL": Q8, "MXFP4": Q8}.get(kind) != dtype:
         return None
@@ -542,10 +540,8 @@ def fp8_rows(raw, index):
 
 
 def rows_4bit(raw, index, as_blocks=False):
-    """Rows of a GPTQ or AWQ matrix, w = scale * (q - zero): float32, or Blocks of q4a.
-
-    Eight numbers are in 32 bits: of eight rows, or (GPTQ's q) of eight columns.
-    """
+    """Rows of a GPTQ or AWQ matrix, w = scale * (q - zero): float32, or Blocks of q4a."""
+    # Eight numbers are in 32 bits: of eight rows, or (GPTQ's q) of eight columns.
     parts, awq, group = raw.parts, raw.kind == "AWQ", raw.parts["group"]
     rows, cols = np.arange(raw.shape[0])[index], np.arange(raw.shape[1])
     order = np.array([0, 4, 1, 5, 2, 6, 3, 7] if awq else range(8), np.uint32)[:, None] * 4
@@ -642,14 +638,13 @@ FAMILIES = {  # model_type: what it has of OPTIONAL; what config.json may leave 
 HARMLESS = re.compile("|".join((
     r".*(dropout|_pdrop|_token_id|_token_index|_tokens_per_image)", r"(text|vision|audio)_config",
     "model_type|_name_or_path|architectures|auto_map|dtype|torch_dtype|use_cache|tokenizer_class",
-    "_?attn_implementation(_autoset|_internal)?|transformers(_version|.js_config)",
-    "cache_implementation|initializer_range|initializer_factor|is_decoder|gradient_checkpointing",
-    "return_dict|chunk_size_feed_forward|output_(attentions|hidden_states|router_logits)",
-    "router_aux_loss_coef|id2label|label2id|problem_type|task_specific_params|summary_.*",
-    "pretraining_tp|unsloth_.*|layer_types|use_sliding_window|max_window_layers|is_llama_config",
-    "_?sliding_window_pattern|(_|use_)flash_att.*|max_sequence_length",
-    "type|factor|(low|high)_freq_factor|attention_factor|original_max_position_embeddings",  # RoPE's
-    "beta_(fast|slow)|mscale(_all_dim)?|truncate|finetuned",
+    "_?attn_implementation.*|transformers(_version|.js_config)|initializer_.*|is_decoder",
+    "cache_implementation|gradient_checkpointing|return_dict|chunk_size_feed_forward|id2label",
+    "output_(attentions|hidden_states|router_logits)|router_aux_loss_coef|label2id|problem_type",
+    "task_specific_params|summary_.*|pretraining_tp|unsloth_.*|layer_types|use_sliding_window",
+    "is_llama_config|max_(window_layers|sequence_length)|_?sliding_window_pattern|.*flash_att.*",
+    "type|factor|(low|high)_freq_factor|attention_factor|original_max_position_embeddings",
+    "beta_(fast|slow)|mscale(_all_dim)?|truncate|finetuned",                # of RoPE
     "vocab_size|tensor_data_layout|attention.(causal|(key|value)_length(_swa)?)",   # of GGUF
     "rope.(scaling.finetuned|dimension_count_swa)")))
 
@@ -739,10 +734,7 @@ def read_config(where, c, name):
 
 
 def rope_settings(where, c, by_layer_type):
-    """RoPE's settings for global and for local layers, from either form of config.json.
-
-    Where both forms are there, transformers takes the older one, rope_scaling.
-    """
+    """RoPE's settings for global and for local layers; rope_scaling counts more, the older form."""
     both, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
     length = c.get("original_max_position_embeddings")
     if by_layer_type:
@@ -980,14 +972,12 @@ def text_name(name):
 
 
 def join_packed(where, stored, q):
-    """With the weights of GPTQ, AWQ and fp8, in two to four tensors each, made one Raw.
-
-    q: config.json's quantization_config.
-    """
-    method, layout = q.get("quant_method"), q.get("version", q.get("checkpoint_format", "gptq"))
+    """With the several tensors of each GPTQ, AWQ or fp8 matrix made one; q: quantization_config."""
+    method, layout = q.get("quant_method"), q.get("version", q.get("checkpoint_format", "gemm"))
     require(method in (None, "fp8", "fbgemm_fp8", "gptq", "awq") or q.get("format") ==
             "float-quantized", f"{where}: quantization_config: quant_method = {method} is not "
             "supported (fp8, gptq and awq are)")
+    more = method == "gptq" and layout != "gptq_v2"     # its zeros are stored less one
     if method in ("gptq", "awq"):
         require(q.get("bits") == 4 and layout.lower() in ("gemm", "gptq", "gptq_v2"), f"{where}: "
                 f"{method} of {q.get('bits')} bits, {layout}, is not supported (4 bits are)")
@@ -995,7 +985,7 @@ def join_packed(where, stored, q):
         base = name.rpartition(".")[0]
         if name.endswith(".qweight"):
             parts = {"q": stored.pop(name), "zeros": stored.pop(base + ".qzeros"),
-                     "scales": stored.pop(base + ".scales"), "more": int(layout == "gptq")}
+                     "scales": stored.pop(base + ".scales"), "more": int(more)}
             (a, b), kind = parts["q"].shape, method.upper()
             shape = (b * 8, a) if kind == "AWQ" else (b, a * 8)
             parts["group"] = np.arange(shape[1]) // (shape[1] // parts["scales"].shape[0])
@@ -1105,9 +1095,6 @@ class RandomWeights(Source):
                               "optionally vocab=,ctx=") from None
         self.cols = {t.key: t.cols for t in weights(self.config)}
         self.rng = np.random.default_rng(1)
-
-    def label(self, key):
-        return key[0]
 
     def read(self, key, index):
         if key[0].endswith("norm"):

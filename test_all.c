@@ -3928,7 +3928,7 @@ static const struct { const char *what, *code, *says; } exports[] = {
      "quant_method = bitsandbytes is not supported"},
     {"GPTQ of 8 bits",
      "C['quantization_config'] = {'quant_method': 'gptq', 'bits': 8}",
-     "gptq of 8 bits, gptq, is not supported"},
+     "gptq of 8 bits, gemm, is not supported"},
     {"rope_scaling beside rope_parameters counts",
      "C.update(rope_parameters={'rope_type': 'linear', 'factor': 4.0}, rope_scaling={\n"
      "         'rope_type': 'linear', 'factor': 2.0})\n"
