@@ -1406,8 +1406,9 @@ typedef struct {
     uint32_t flags;
     uint8_t split, digits, isolate_digits, zero;  // the rule that cuts words: see word_next
     uint32_t n_merges, n_ranges, n_stops, n_chat;
-    float temperature, top_p;  // the model's own defaults; -1: none
-    uint8_t zero2[12];
+    float temperature, top_p;  // the model's own defaults, for a chat; -1: none
+    int32_t top_k;             // 0: none
+    float min_p, repeat_penalty;  // 0: none
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 bytes");
 
@@ -2623,12 +2624,17 @@ static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system
 
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;  // not 0
+    const TokenizerHeader none = {.temperature = -1, .top_p = -1}, *h = &none;
+    if (o->mode && !strcmp(o->mode, "chat")) h = &t->h;
     Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
                  .repeat_penalty = (float)o->repeat_penalty, .dry = (float)o->dry,
                  .repeat_last = (int)o->repeat_last, .vocab_size = m->c.vocab_size,
                  .temperature = (float)o->temperature, .top_p = (float)o->top_p};
-    if (o->temperature < 0) s.temperature = t->h.temperature >= 0 ? t->h.temperature : 1;
-    if (o->top_p < 0) s.top_p = t->h.top_p >= 0 ? t->h.top_p : 0.9f;
+    if (o->temperature < 0) s.temperature = h->temperature >= 0 ? h->temperature : 1;
+    if (o->top_p < 0) s.top_p = h->top_p >= 0 ? h->top_p : 0.9f;
+    if (o->top_k < 0) s.top_k = h->top_k > 0 ? h->top_k : 0;
+    if (o->min_p < 0) s.min_p = h->min_p > 0 ? h->min_p : 0;
+    if (o->repeat_penalty < 0) s.repeat_penalty = h->repeat_penalty > 0 ? h->repeat_penalty : 1;
     return s;
 }
 
@@ -4742,8 +4748,9 @@ int main(int argc, char **argv) {
     if (better) return better(argc, argv);
 #endif
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
-                 .repeat_penalty = 1, .repeat_last = 64, .layer = -1, .head = -1, .at_once = 16,
-                 .logprobs = -1, .started = seconds(), .threads = processors()};
+                 .top_k = -1, .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1,
+                 .head = -1, .at_once = 16, .logprobs = -1, .started = seconds(),
+                 .threads = processors()};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
     volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
