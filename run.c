@@ -3210,7 +3210,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
 }
 
 static void machine_close(Machine *w, Decoder *d) {
-    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0)
+    bool drawn = w->steps || d->s.rng != d->seed;
+    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0 && drawn)
         fprintf(stderr, "seed: %llu\n", d->seed);
     if (w->o->session && !interrupted) decoder_settle(w, d, 1);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
