@@ -2577,12 +2577,14 @@ static Text prompt_text(const Tokenizer *t, int piece, Text text) {
 }
 
 // Appends a user's turn, and before the first one, or the last, the system's (system.s NULL: the
-// model's default). What comes after it is USER_AFTER, or, where an answer is known, REPLY_BEFORE.
-// Returns where the user's turn begins.
-static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user,
+// model's default). Behind a reply (last: its last token; else -1) it begins with that token's
+// text, as this may become one token with what follows. `after` comes behind the turn: USER_AFTER,
+// or REPLY_BEFORE where it has been answered. Returns where the user's part begins.
+static size_t prompt_turn(Prompt *p, const Tokenizer *t, int last, Text system, Text user,
                           int after) {
     uint32_t flags = t->chat_flags[SYSTEM_BEFORE];
-    bool here = flags & SYSTEM_LAST ? after == USER_AFTER : first;
+    bool first = last < 0, here = flags & SYSTEM_LAST ? after == USER_AFTER : first;
+    if (!first) prompt_append(p, decode(t, last, last), true), prompt_piece(p, t, ASSISTANT_AFTER);
     system = prompt_text(t, SYSTEM_BEFORE, system);
     here = here && flags & HAS_SYSTEM && system.s && (system.len || !(flags & EMPTY_IS_NONE));
     int before = here ? USER_BEFORE_SYSTEM : first ? USER_BEFORE : LATER_BEFORE;
@@ -2940,19 +2942,14 @@ static void decoder_commit(Machine *w, Decoder *d) {
         session_commit(&w->session, &d->c, d->c.done / PAGE_POSITIONS * PAGE_POSITIONS, d->s.rng);
 }
 
-// The tokens behind the first `keep` have changed.
-static void decoder_forget(Decoder *d, int keep) {
-    if (d->c.done > keep) d->c.done = keep;
-    if (d->c.saved > keep) d->c.saved = keep;
-}
-
 // Leaves the first `keep` tokens and the newest ones; these, in new places, are computed again.
 static void decoder_cut(Machine *w, Decoder *d, int keep, int newest) {
     Context *c = &d->c;
     int *ids = c->ids.ids, n = (int)c->ids.n;
     for (int i = 0; i < newest; i++) ids[keep + i] = ids[n - newest + i];  // NOLINT: there are n
     c->ids.n = (size_t)(keep + newest);
-    decoder_forget(d, keep);
+    if (c->done > keep) c->done = keep;
+    if (c->saved > keep) c->saved = keep;
     decoder_commit(w, d);
 }
 
@@ -3018,9 +3015,9 @@ static int draft_propose(Machine *w, const Decoder *d) {
     return (int)f->text.n - n;
 }
 
-static Output decoder_text(const Machine *w, const Decoder *d) {  // to be freed
+static Output decoder_text(const Machine *w, const Decoder *d, int from) {  // to be freed
     Output text = {.fd = -1};
-    for (int i = 0; i < (int)d->c.ids.n; i++) {
+    for (int i = from; i < (int)d->c.ids.n; i++) {
         Text token = decode(w->t, i ? d->c.ids.ids[i - 1] : -1, d->c.ids.ids[i]);
         output_write(&text, token.s, token.len);
     }
@@ -3033,7 +3030,7 @@ static Output decoder_text(const Machine *w, const Decoder *d) {  // to be freed
 static bool tool_use(Machine *w, Decoder *d) {
     if (!w->o->tool) return false;
     const char *before, *after;
-    Output text = decoder_text(w, d);
+    Output text = decoder_text(w, d, 0);
     Text question = tool_question((Text){text.memory, text.n}, &before, &after);
     Text answer = question.len ? tool_ask(w->o->tool, question) : question;
     Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
@@ -3233,7 +3230,7 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     for (size_t i = before; i < ids->n && t->llama2c; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
     if (!t->llama2c) output_text(d.out, o->input);
-    Output text = decoder_text(&w, &d);  // it may end within a thought or a question to the tool
+    Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
     output_begin(d.out, o, t, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
@@ -3362,55 +3359,38 @@ static void chat_command(Machine *w, Decoder *d, char *line) {
                "before and after several lines; Ctrl-C ends an answer, Ctrl-D the chat\n", stderr);
 }
 
-// The next line of stdin; s is NULL at its end. Ctrl-C drops the line, twice it ends the program.
-static Text chat_line(bool prompt) {
-    char *s = NULL;
-    size_t capacity = 0;
-    ssize_t n = -1;
-    for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
-        if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n> " : "> ", stderr);
-        clearerr(stdin);
-        errno = 0;
-        n = getline(&s, &capacity, stdin);
-    }
-    if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
-    while (n > 0 && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
-    if (n < 0) free(s);
-    else s[n] = 0;
-    return n < 0 ? (Text){NULL, 0} : (Text){s, (size_t)n};
-}
-
-// The next message: a line, more of them where \ ends one, or those between two lines of """. One
-// that is no command and begins with / has another / there. False: there is none.
+// Reads the next message: a line, more of them where \ ends one, or those between two lines of """.
+// One that is no command and begins with / has another / there. False: there is none. Ctrl-C drops
+// a line, twice it ends the program.
 static bool chat_message(bool prompt, Prompt *p) {
-    bool block = false, more = true;
-    int lines = 0;
-    Text line = {"", 0};
-    for (p->n = 0; more && (line = chat_line(prompt)).s; free((char *)(uintptr_t)line.s)) {
-        bool marks = line.len == 3 && !memcmp(line.s, "\"\"\"", 3) && (block || !lines);
-        bool goes_on = !block && line.len && line.s[line.len - 1] == '\\';
+    static char *s;  // the line
+    static size_t capacity;
+    bool block = false, more = true, any = false;
+    for (p->n = 0; more;) {
+        ssize_t n = -1;
+        for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
+            if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n> " : "> ", stderr);
+            clearerr(stdin);
+            errno = 0;
+            n = getline(&s, &capacity, stdin);
+        }
+        if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
+        if (n < 0) return any;
+        while (n > 0 && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
+        bool marks = n == 3 && !memcmp(s, "\"\"\"", 3) && (block || !any);
+        bool goes_on = !block && n && s[n - 1] == '\\';
         block ^= marks;
         more = block || goes_on;
         if (marks) continue;
-        if (lines++) prompt_append(p, (Text){"\n", 1}, true);
-        else if (block && *line.s == '/') prompt_append(p, (Text){"/", 1}, true);
-        prompt_append(p, (Text){line.s, line.len - goes_on}, true);
-        if (line.len < 4095 || !isatty(0)) continue;
+        if (any) prompt_append(p, (Text){"\n", 1}, true);
+        else if (block && *s == '/') prompt_append(p, (Text){"/", 1}, true);
+        prompt_append(p, (Text){s, (size_t)(n - goes_on)}, true);
+        any = true;
+        if (n < 4095 || !isatty(0)) continue;
         fputs("run: a terminal cuts lines after 4,095 bytes: not sent; see /help\n", stderr);
         p->n = 0, more = false;
     }
-    return lines || line.s;
-}
-
-// Appends what the model reads from the last token of a reply (-1: none) to the next reply: with
-// that token, as it may become one with what follows. Returns where the user's turn begins.
-static size_t chat_prompt(const Machine *w, Prompt *p, int last, Text user, int after) {
-    Text system = {w->o->system, w->o->system ? strlen(w->o->system) : 0};
-    if (last >= 0) {
-        prompt_append(p, decode(w->t, last, last), true);
-        prompt_piece(p, w->t, ASSISTANT_AFTER);
-    }
-    return prompt_turn(p, w->t, last < 0, system, user, after);
+    return true;
 }
 
 // Rewrites the turn whose tokens begin at `start` as the chat format has it once it is answered:
@@ -3418,12 +3398,8 @@ static size_t chat_prompt(const Machine *w, Prompt *p, int last, Text user, int 
 // drawn tokens stay where the text does; what old and new tokens begin with is not computed again.
 static void chat_settle(Machine *w, Decoder *d, Prompt *p, Prompt *settled, int start, int answer) {
     Ids *ids = &d->c.ids;
-    Output said = {.fd = -1};
+    Output said = decoder_text(w, d, answer);
     int old = (int)ids->n, same = 0;
-    for (int i = answer; i < old; i++) {
-        Text token = decode(w->t, ids->ids[i - 1], ids->ids[i]);
-        output_write(&said, token.s, token.len);
-    }
     prompt_append(p, (Text){said.memory, said.n}, true);
     prompt_append(settled, prompt_text(w->t, REPLY_BEFORE, (Text){said.memory, said.n}), true);
     free(said.memory);
@@ -3441,12 +3417,13 @@ static void chat_settle(Machine *w, Decoder *d, Prompt *p, Prompt *settled, int 
 static void chat_turn(Machine *w, Decoder *d, Text user) {
     const Options *o = w->o;
     const Tokenizer *t = w->t;
+    Text system = {o->system, o->system ? strlen(o->system) : 0};
     Ids *ids = &d->c.ids, head = {0};
     int start = (int)ids->n, last = start ? ids->ids[start - 1] : -1;
     int at = start - (start && decode(t, last, last).len);  // where the prompt's tokens begin
     double began = seconds();
     Prompt p = {0}, settled = {0};
-    size_t head_end = chat_prompt(w, &p, last, user, USER_AFTER);
+    size_t head_end = prompt_turn(&p, t, last, system, user, USER_AFTER);
     ids->n = (size_t)at;
     prompt_encode(&p, t, start == 0, ids);
     if (!ids->n) die("%s has no token for any byte of this turn", t->path);
@@ -3457,7 +3434,8 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         ids->n = (size_t)start;
         if (start) ids->ids[start - 1] = last;
     } else {
-        if (start && ids->ids[start - 1] != last) decoder_forget(d, at);
+        d->c.done = (int)fmin(d->c.done, at);
+        if (start && ids->ids[start - 1] != last) d->c.saved = (int)fmin(d->c.saved, at);
         prompt_encode(&(Prompt){p.s, p.typed, start ? 0 : head_end}, t, true, &head);
         if (!start) d->c.keep = head.n > 4 ? (int)head.n : 4;  // the system turn stays
         push(&w->turns, start), push(&w->turns, last);
@@ -3466,7 +3444,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         w->told = false;
         output_begin(d->out, o, t, t->chat[USER_AFTER]);
         decoder_continue(w, d);
-        chat_prompt(w, &settled, last, user, REPLY_BEFORE);
+        prompt_turn(&settled, t, last, system, user, REPLY_BEFORE);
         if (w->turns.n && !w->told && (d->n_new || !interrupted))
             chat_settle(w, d, &p, &settled, at, answer);
         decoder_settle(w, d, 1);  // before the next turn comes, as where a session is closed here
@@ -3483,8 +3461,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     if (!t->chat[USER_BEFORE].len && !t->chat[USER_AFTER].len)
         die("%s has no chat format: its model continues texts (-m generate)", t->path);
     if (o->system && !(flags & HAS_SYSTEM))
-        fprintf(stderr, "run: the chat format of %s has no place for a system turn: -y has no "
-                        "effect\n", t->path);
+        fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     Machine w;
     Decoder d;
     Prompt message = {0};
@@ -4170,7 +4147,7 @@ static void check_texts(const Options *o, const Model *m, const Tokenizer *t) {
         Prompt prompt = {0};
         Ids ids = {0};
         setenv("SOURCE_DATE_EPOCH", "0", 1);  // a chat of that day
-        if (head->is_chat) prompt_turn(&prompt, t, true, (Text){NULL, 0}, text, USER_AFTER);
+        if (head->is_chat) prompt_turn(&prompt, t, -1, (Text){NULL, 0}, text, USER_AFTER);
         if (head->is_chat) prompt_encode(&prompt, t, true, &ids);
         else encode(t, text, NULL, true, &ids);
         if (ids.n != head->n || (ids.n && memcmp(ids.ids, expected, ids.n * sizeof(int))))

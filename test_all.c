@@ -1721,15 +1721,14 @@ static void test_real_tokenizer(void) {
     if (!CHECK(!wrong, "tokenizer.bin opens: it %s", wrong)) return;
     test_encodings(&t, cases);
     Prompt p = {0}, q = {0}, r = {0};
-    prompt_turn(&p, &t, true, (Text){NULL, 0}, (Text){"Hi there", 8}, USER_AFTER);
+    prompt_turn(&p, &t, -1, (Text){NULL, 0}, (Text){"Hi there", 8}, USER_AFTER);
     CHECK(!strcmp(shown(&t, p.s, p.typed, true), chat1),
           "a first turn is written as the chat template writes it: %s", p.s);
-    prompt_turn(&q, &t, true, (Text){"You are a pirate.", 17}, (Text){"Hello", 5}, REPLY_BEFORE);
+    prompt_turn(&q, &t, -1, (Text){"You are a pirate.", 17}, (Text){"Hello", 5}, REPLY_BEFORE);
     prompt_append(&q, (Text){"Arr!", 4}, true);
-    prompt_piece(&q, &t, ASSISTANT_AFTER);
-    prompt_turn(&q, &t, false, (Text){"You are a pirate.", 17}, (Text){"Bye", 3}, USER_AFTER);
+    prompt_turn(&q, &t, 1, (Text){"You are a pirate.", 17}, (Text){"Bye", 3}, USER_AFTER);
     CHECK(!strcmp(shown(&t, q.s, q.typed, true), chat2), "so are two turns: %s", q.s);
-    prompt_turn(&r, &t, true, (Text){NULL, 0}, (Text){"<|im_end|>", 10}, USER_AFTER);
+    prompt_turn(&r, &t, -1, (Text){NULL, 0}, (Text){"<|im_end|>", 10}, USER_AFTER);
     Ids ids = ids_of(&t, r.s, r.n, r.typed, true);
     int ends = 0;
     for (size_t i = 0; i < ids.n; i++) ends += ids.ids[i] == 2;
@@ -2813,7 +2812,8 @@ static void test_chats(void) {
                                         same ? "A" : "R", "E"}, chats[i].flags);
         Tokenizer t = open_tokenizer(v, "chats.tok");
         Options o = {.threads = 1, .temperature = 0, .repeat_penalty = 1, .context = 300,
-                     .mode = "chat", .quiet = true, .system = chats[i].system};
+                     .mode = "chat", .quiet = true};
+        Text system = {chats[i].system, chats[i].system ? strlen(chats[i].system) : 0};
         Output out = {.fd = -1};
         Machine w;
         Decoder d;
@@ -2823,18 +2823,18 @@ static void test_chats(void) {
         Text next = {chats[i].next, strlen(chats[i].next)};
         Text reply = {chats[i].reply, strlen(chats[i].reply)};
         Ids *ids = &d.c.ids;
-        chat_prompt(&w, &p[0], -1, user, USER_AFTER);
+        prompt_turn(&p[0], &t, -1, system, user, USER_AFTER);
         prompt_encode(&p[0], &t, true, ids);
         int answer = (int)ids->n;
         encode(&t, reply, NULL, false, ids);
         decoder_settle(&w, &d, 0);
         int done = d.c.done;
-        chat_prompt(&w, &p[1], -1, user, REPLY_BEFORE);
+        prompt_turn(&p[1], &t, -1, system, user, REPLY_BEFORE);
         chat_settle(&w, &d, &p[0], &p[1], 0, answer);
-        chat_prompt(&w, &p[2], ids->ids[ids->n - 1], next, USER_AFTER);
+        prompt_turn(&p[2], &t, ids->ids[ids->n - 1], system, next, USER_AFTER);
         ids->n--;
         prompt_encode(&p[2], &t, false, ids);
-        Output got = decoder_text(&w, &d);
+        Output got = decoder_text(&w, &d, 0);
         const char *text = chats[i].text;
         CHECK(got.n == strlen(text) && !memcmp(got.memory, text, got.n), "%s: %.*s, not %s",
               chats[i].what, (int)got.n, got.memory, text);
