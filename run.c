@@ -3309,11 +3309,11 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 // turns start. Calls: prompt_turn, decoder_continue, session_save, session_read.
 
 #ifndef NO_CHAT
-#ifndef NO_SESSIONS
 // What is wrong is said. The chat goes on; but if nobody types in it, it ends with status 1.
 #define chat_wrong(w, ...) (fprintf(stderr, "run: " __VA_ARGS__), fputs("\n", stderr),            \
                             (void)((w)->failed |= !isatty(0)))
 
+#ifndef NO_SESSIONS
 // Runs /save or /load. Only a session is written over.
 static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
     Session s = {.path = path, .fd = -1, .kv = &w->kv};
