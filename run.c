@@ -31,6 +31,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -43,9 +44,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <wchar.h>
 #include <unistd.h>
@@ -583,8 +586,8 @@ static inline uint16_t float_to_half(float x) {
 }
 
 // e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial, written
-// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits. (+ x - x: of NaN
-// it is NaN.)
+// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits. (+ (x - x): of
+// NaN it is NaN.)
 static inline float exp_(float x) {
     float most = x > 88.0f ? 88.0f : x;  // (To change x twice takes GCC 12 twice the steps.)
     x = x < -87.0f ? -87.0f : most;
@@ -2387,8 +2390,22 @@ static volatile sig_atomic_t dimmed;       // a terminal that writes dimmed text
 static volatile pid_t running_tool;        // ends with the program
 static bool unfinished;                    // a part of the work could not be done: status 1
 
+// Sets a terminal's modes for chat: keys come one by one and are not shown, pastes are marked; or
+// sets back what they were.
+static struct termios terminal_modes;
+static volatile sig_atomic_t terminal_raw;
+static void terminal_set(bool raw) {
+    struct termios t = terminal_modes;
+    if (raw == terminal_raw || (raw && tcgetattr(0, &t))) return;
+    if (raw) terminal_modes = t, t.c_lflag &= (tcflag_t)~(ICANON | ECHO);
+    terminal_raw = raw;
+    tcsetattr(0, TCSADRAIN, &t);
+    if (write(2, raw ? "\033[?2004h" : "\033[?2004l", 8) < 0) {}
+}
+
 // What must not outlive the program; a signal may call it.
 static void output_leave(void) {
+    terminal_set(false);
     if (running_tool > 0) kill(-running_tool, SIGKILL);
     if (dimmed && write(dimmed, "\033[0m", 4) < 0) {}
 }
@@ -2558,8 +2575,8 @@ static const char *input_name(const Options *o) {
     return strcmp(path, "-") ? path : "stdin";
 }
 
-// What is in a file, or stdin ("-"), or without a path the text, and a zero byte. A prompt's file may
-// begin with a byte order mark, which is no part of it.
+// What is in a file, or stdin ("-"), or without a path the text, and a zero byte. A prompt's file
+// may begin with a byte order mark, which is no part of it.
 static Text input_read(const char *path, const char *text, bool is_prompt) {
     char part[1 << 16];
     Output in = {.fd = -1};
@@ -2694,16 +2711,18 @@ static void prompt_encode(const Prompt *p, const Tokenizer *t, bool text_start, 
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;  // not 0
     const TokenizerHeader none = {.temperature = -1, .top_p = -1}, *h = &none;
-    if (o->mode && !strcmp(o->mode, "chat")) h = &t->h;
+    bool talk = o->mode && !strcmp(o->mode, "chat"), calm = talk && t->h.temperature < 0;
+    if (talk) h = &t->h;
     Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
                  .repeat_penalty = (float)o->repeat_penalty, .dry = (float)o->dry,
                  .repeat_last = (int)o->repeat_last, .vocab_size = m->c.vocab_size,
                  .temperature = (float)o->temperature, .top_p = (float)o->top_p};
-    if (o->temperature < 0) s.temperature = h->temperature >= 0 ? h->temperature : 1;
+    if (o->temperature < 0) s.temperature = h->temperature >= 0 ? h->temperature : calm ? 0.7f : 1;
     if (o->top_p < 0) s.top_p = h->top_p >= 0 ? h->top_p : 0.9f;
     if (o->top_k < 0) s.top_k = h->top_k > 0 ? h->top_k : 0;
     if (o->min_p < 0) s.min_p = h->min_p > 0 ? h->min_p : 0;
-    if (o->repeat_penalty < 0) s.repeat_penalty = h->repeat_penalty > 0 ? h->repeat_penalty : 1;
+    if (o->repeat_penalty < 0)
+        s.repeat_penalty = h->repeat_penalty > 0 ? h->repeat_penalty : calm ? 1.1f : 1;
     return s;
 }
 
@@ -3076,6 +3095,7 @@ typedef struct {
     int steps;              // batches that were computed,
     double first_logits;    // and when the first one was
     Ids turns;              // of a chat, that can be taken back: their start, the token before it
+    const char *system;     // of a chat: the text of its system turn, or NULL
     bool told;              // in this turn of a chat a tool had one of its own
     double rate;            // tokens per second of the last one
 } Machine;
@@ -3487,29 +3507,215 @@ static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
 #define chat_file(w, d, save, path) chat_wrong("this program was built without sessions")
 #endif
 
-// Runs a command that was typed.
-static void chat_command(Machine *w, Decoder *d, char *line) {
+// Takes the last turn back, or all of them.
+static void chat_undo(Machine *w, Decoder *d, bool all) {
+    w->turns.n = all || !w->turns.n ? 0 : w->turns.n - 2;
+    const int *turn = w->turns.ids + w->turns.n;
+    bool part = !all && turn[0];  // the token before it may have become another one
+    if (part) push(&d->c.ids, turn[1]);
+    decoder_cut(w, d, part ? turn[0] - 1 : 0, part);
+}
+
+// /set NAME VALUE: how the next answers are drawn. Returns whether there is such a name and value.
+static bool chat_set(Sampler *s, const char *words) {
+    const struct { const char *name; float *f; int *i; double most; } all[] = {
+        {"temperature", &s->temperature, NULL, 1e9}, {"top-p", &s->top_p, NULL, 1},
+        {"min-p", &s->min_p, NULL, 1}, {"repeat-penalty", &s->repeat_penalty, NULL, 1e3},
+        {"dry", &s->dry, NULL, 1e3}, {"top-k", NULL, &s->top_k, 1 << 24},
+        {"repeat-last", NULL, &s->repeat_last, 1 << 24}};
+    size_t n = strcspn(words, " \t");
+    char *end;
+    double value = strtod(words + n, &end);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (n != strlen(all[i].name) || strncmp(words, all[i].name, n)) continue;
+        bool right = end > words + n && !*end && value >= 0 && value <= all[i].most &&
+                     (value > 0 || all[i].f != &s->repeat_penalty);
+        if (right && all[i].f) *all[i].f = (float)value;
+        else if (right) *all[i].i = (int)value;
+        return right;
+    }
+    return false;
+}
+
+// Runs a command that was typed; `asked` is the last turn's text. False: it ends the chat.
+static void chat_turn(Machine *w, Decoder *d, Text user);
+static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked) {
+    static const char help[] = "/again: another answer, /undo the last turn, /clear the "
+        "conversation, /system TEXT: a new one with this system turn, /set temperature 0.5 (or "
+        "top-p, top-k, min-p, repeat-penalty, repeat-last, dry), /save FILE, /load FILE, /stats, "
+        "/exit; //TEXT sends /TEXT; \\ at a line's end: the next one, too; \"\"\" before and after "
+        "several lines; Ctrl-C ends an answer, Ctrl-D the chat\n";
+    static char system_turn[1 << 16];
     for (size_t n = strlen(line); strchr(" \t", line[n - 1]); n--) line[n - 1] = 0;
-    char *path = line + strcspn(line, " \t");
-    if (*path) *path++ = 0;
-    path += strspn(path, " \t");
+    char *rest = line + strcspn(line, " \t");
+    if (*rest) *rest++ = 0;
+    rest += strspn(rest, " \t");
     bool save = !strcmp(line, "/save"), undo = !strcmp(line, "/undo");
-    if (*path && (save || !strcmp(line, "/load"))) chat_file(w, d, save, path);
+    bool again = !strcmp(line, "/again");
+    bool system = !strcmp(line, "/system") && w->t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM;
+    if (!strcmp(line, "/exit") || !strcmp(line, "/bye")) return false;
+    if (*rest && (save || !strcmp(line, "/load"))) chat_file(w, d, save, rest);
     else if (!strcmp(line, "/stats"))
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
                 d->c.ids.n, w->ctx, (double)w->kv.page_bytes * d->c.done / PAGE_POSITIONS / 1e6,
                 w->rate);
-    else if (undo && !w->turns.n) chat_wrong("there is no turn to take back");
-    else if (undo || !strcmp(line, "/clear")) {
-        w->turns.n = undo ? w->turns.n - 2 : 0;
-        const int *turn = w->turns.ids + w->turns.n;
-        if (undo && turn[0]) push(&d->c.ids, turn[1]);
-        decoder_cut(w, d, undo && turn[0] ? turn[0] - 1 : 0, undo && turn[0]);
-    } else if (strcmp(line, "/help"))
+    else if ((undo || again) && !w->turns.n) chat_wrong("there is no turn to take back");
+    else if (undo || again || system || !strcmp(line, "/clear")) {
+        chat_undo(w, d, !undo && !again);
+        if (system) snprintf(system_turn, sizeof system_turn, "%s", rest);
+        if (system) w->system = system_turn;
+        if (again) chat_turn(w, d, (Text){asked->s, asked->n});
+        else if (isatty(2)) fprintf(stderr, "(%zu tokens are left)\n", d->c.ids.n);
+    } else if (!strcmp(line, "/help")) fputs(help, stderr);
+    else if (strcmp(line, "/set"))
         chat_wrong("%s is not a command: see /help; // sends a text that begins with /", line);
-    else fputs("/clear the conversation, /undo its last turn, /save FILE, /load FILE, /stats: its "
-               "size and speed; //TEXT sends /TEXT; \\ at its end: the next line, too; \"\"\" "
-               "before and after several lines; Ctrl-C ends an answer, Ctrl-D the chat\n", stderr);
+    else if (!chat_set(&d->s, rest)) chat_wrong("/set %s: no such name or value; see /help", rest);
+    return true;
+}
+
+// Lines at a terminal, with the keys that shells have: arrows, Home, End, Ctrl-A E B F K U W L D P
+// N, and a history. What is pasted comes as one line, with its line breaks.
+enum { KEY_UP = 'A' + 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_END = 'F' + 256, KEY_HOME = 'H' + 256,
+       KEY_DELETE = 512 + 3, KEY_PASTE = 512 + 200, KEY_PASTED, NO_KEY = -1 };
+typedef struct {
+    const char *prompt;
+    Output text;        // the line
+    size_t at;          // the cursor's place in it
+    int row;            // of the cursor on the screen, from the line's first
+} Line;
+static struct { char **lines; int n; } line_history;
+
+// Columns that a character takes: 2 for the wide ones of East Asia and emoji, 0 for marks.
+static int line_width(uint32_t c) {
+    static const uint32_t ranges[][3] = {
+        {0x300, 0x36f, 0}, {0x1100, 0x115f, 2}, {0x200b, 0x200f, 0}, {0x20d0, 0x20ff, 0},
+        {0x2e80, 0xa4cf, 2}, {0xac00, 0xd7a3, 2}, {0xf900, 0xfaff, 2}, {0xfe00, 0xfe0f, 0},
+        {0xfe30, 0xfe6f, 2}, {0xff00, 0xff60, 2}, {0xffe0, 0xffe6, 2}, {0x1f300, 0x1faff, 2},
+        {0x20000, 0x3fffd, 2}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (c >= ranges[i][0] && c <= ranges[i][1]) return (int)ranges[i][2];
+    return 1;
+}
+
+// Shows the line: what was there goes, and rows are broken here, as terminals differ in that.
+static void line_draw(Line *e) {
+    struct winsize size = {.ws_col = 80};
+    Output out = {.fd = 2, .terminal = true};
+    char move[40];
+    int row = 0, column = 0, cursor_row = 0, cursor_column = 0;
+    if (ioctl(2, TIOCGWINSZ, &size) || size.ws_col < 2) size.ws_col = 80;
+    int n = snprintf(move, sizeof move, e->row ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
+    output_put(&out, move, (size_t)n, SIZE_MAX);
+    size_t head = strlen(e->prompt), end = head + e->text.n;
+    for (size_t i = 0, used = 1; i <= end; i += used) {
+        const char *s = i < head ? e->prompt + i : e->text.memory + (i - head);
+        uint32_t c = i < end ? next_char(s, (i < head ? head : end) - i, &used) : ' ';
+        int width = c == '\n' ? 0 : c != '\t' && (c < 32 || c == 127) ? 2 : line_width(c);
+        if (column + width > size.ws_col) {
+            output_put(&out, "\r\n", 2, SIZE_MAX);
+            row++, column = 0;
+        }
+        if (i == head + e->at) cursor_row = row, cursor_column = column;
+        column += width;
+        for (size_t k = 0; k < used && i < end && c != '\n'; k++)
+            output_byte(&out, c == '\t' ? ' ' : s[k]);
+        if (c != '\n') continue;
+        output_put(&out, "\r\n", 2, SIZE_MAX);
+        row++, column = 0;
+    }
+    n = snprintf(move, sizeof move, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
+    output_put(&out, move, (size_t)n, SIZE_MAX);
+    n = snprintf(move, sizeof move, "\033[%dC", cursor_column);
+    output_put(&out, move, cursor_column ? (size_t)n : 0, 0);
+    e->row = cursor_row;
+    free(out.memory);
+}
+
+// The next key: a byte, or one of those above; NO_KEY: the end, or errno is EINTR.
+static int line_key(void) {
+    uint8_t c = 0;
+    int number = 0, sequence = 0;
+    errno = 0;
+    do {
+        if (read(0, &c, 1) != 1) return NO_KEY;
+        if (!sequence) sequence = c == 27;
+        else if (sequence == 1) sequence = c == '[' || c == 'O' ? 2 : 0;
+        else if (c >= '0' && c <= '9' && number < 1000) number = 10 * number + c - '0';
+        else if (c == '~') return number == 1 || number == 7   ? KEY_HOME
+                                  : number == 4 || number == 8 ? KEY_END : 512 + number;
+        else if (c >= '@') return 256 + c;
+    } while (sequence);
+    return c;
+}
+
+// Replaces n bytes at a place by others; the cursor stands behind these.
+static void line_replace(Line *e, size_t at, size_t n, const char *by, size_t len) {
+    output_put(&e->text, by, len, SIZE_MAX);  // room for them
+    memmove(e->text.memory + at + len, e->text.memory + at + n, e->text.n - len - at - n);
+    memcpy(e->text.memory + at, by, len);
+    e->text.n -= n;
+    e->at = at + len;
+}
+// The place of the character before a place or behind it.
+static size_t line_step(const Line *e, size_t at, int by) {
+    do at = by < 0 ? at - (at > 0) : at + (at < e->text.n);
+    while (at && at < e->text.n && ((uint8_t)e->text.memory[at] & 0xc0) == 0x80);
+    return at;
+}
+
+// Does what a key says. False: the line is complete.
+static bool line_press(Line *e, int key, int *shown, bool *pasting) {
+    size_t word = e->at, left = line_step(e, e->at, -1), right = line_step(e, e->at, 1);
+    char c = (char)key;
+    const char *old = NULL;
+    while (word && e->text.memory[word - 1] == ' ') word--;
+    while (word && e->text.memory[word - 1] != ' ') word--;
+    if (key == KEY_PASTE || key == KEY_PASTED) *pasting = key == KEY_PASTE;
+    else if ((key == '\n' || key == '\r') && !*pasting) return false;
+    else if (key == '\r') line_replace(e, e->at, 0, "\n", 1);
+    else if (key == 127 || key == 8) line_replace(e, left, e->at - left, "", 0);
+    else if (key == KEY_DELETE || key == 4) line_replace(e, e->at, right - e->at, "", 0);
+    else if (key == 23) line_replace(e, word, e->at - word, "", 0);             // Ctrl-W
+    else if (key == 21) line_replace(e, 0, e->at, "", 0);                       // Ctrl-U
+    else if (key == 11) line_replace(e, e->at, e->text.n - e->at, "", 0);       // Ctrl-K
+    else if (key == 1 || key == KEY_HOME) e->at = 0;
+    else if (key == 5 || key == KEY_END) e->at = e->text.n;
+    else if (key == 2 || key == KEY_LEFT) e->at = left;
+    else if (key == 6 || key == KEY_RIGHT) e->at = right;
+    else if (key == 12) e->row = write(2, "\033[H\033[2J", 7) < 0;              // Ctrl-L
+    else if ((key == 16 || key == KEY_UP) && *shown > 0) old = line_history.lines[--*shown];
+    else if ((key == 14 || key == KEY_DOWN) && *shown < line_history.n)
+        old = ++*shown < line_history.n ? line_history.lines[*shown] : "";
+    else if (key < 256 && (key >= 32 || key == '\t' || *pasting))
+        line_replace(e, e->at, 0, &c, 1);
+    if (old) line_replace(e, 0, e->text.n, old, strlen(old));
+    return true;
+}
+
+// Reads a line as getline does. Returns its length; -1: the input ends, or errno is EINTR.
+static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
+    Line e = {.prompt = prompt, .text = {.fd = -1}};
+    int key, shown = line_history.n;
+    bool pasting = false;
+    struct pollfd more = {.fd = 0, .events = POLLIN};
+    terminal_set(true);
+    do {  // pasted text, and what was typed ahead, is shown at once
+        if (!pasting && (e.text.n == 0 || poll(&more, 1, 0) <= 0)) line_draw(&e);
+        key = line_key();
+    } while (key != NO_KEY && (key != 4 || e.text.n) && line_press(&e, key, &shown, &pasting));
+    bool complete = key == '\n' || key == '\r', stopped = errno == EINTR;
+    e.at = e.text.n;
+    line_draw(&e);
+    if (!stopped && write(2, "\n", 1) < 0) {}
+    errno = stopped ? EINTR : 0;
+    output_put(&e.text, "", 1, SIZE_MAX);
+    free(*s);
+    *s = e.text.memory;
+    *capacity = e.text.capacity;
+    if (!complete || e.text.n == 1) return complete ? 0 : -1;
+    line_history.lines = resize(line_history.lines, (size_t)line_history.n + 1, sizeof(char *));
+    line_history.lines[line_history.n++] = strcpy(resize(NULL, e.text.n, 1), *s);
+    return (ssize_t)e.text.n - 1;
 }
 
 // Reads the next message: a line, more of them where \ ends one, or those between two lines of """.
@@ -3518,14 +3724,18 @@ static void chat_command(Machine *w, Decoder *d, char *line) {
 static bool chat_message(bool prompt, Prompt *p) {
     static char *s;  // the line
     static size_t capacity;
+    const char *term = getenv("TERM");
     bool block = false, more = true, any = false;
+    bool edited = prompt && isatty(2) && term && strcmp(term, "dumb");
     for (p->n = 0; more;) {
         ssize_t n = -1;
         for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
-            if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n> " : "> ", stderr);
+            if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n" : "", stderr);
+            if (prompt && !edited) fputs("> ", stderr);
             clearerr(stdin);
             errno = 0;
-            n = getline(&s, &capacity, stdin);
+            n = edited ? line_edit(&s, &capacity, any ? "  " : "> ")
+                       : getline(&s, &capacity, stdin);
         }
         if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
         if (n < 0) return any;
@@ -3539,7 +3749,7 @@ static bool chat_message(bool prompt, Prompt *p) {
         else if (block && *s == '/') prompt_append(p, (Text){"/", 1}, true);
         prompt_append(p, (Text){s, (size_t)(n - goes_on)}, true);
         any = true;
-        if (n < 4095 || !isatty(0)) continue;
+        if (n < 4095 || edited || !isatty(0)) continue;
         fputs("run: a terminal cuts lines after 4,095 bytes: not sent; see /help\n", stderr);
         p->n = 0, more = false;
     }
@@ -3570,7 +3780,7 @@ static void chat_settle(Machine *w, Decoder *d, Prompt *p, Prompt *settled, int 
 static void chat_turn(Machine *w, Decoder *d, Text user) {
     const Options *o = w->o;
     const Tokenizer *t = w->t;
-    Text system = {o->system, o->system ? strlen(o->system) : 0};
+    Text system = {w->system, w->system ? strlen(w->system) : 0};
     Ids *ids = &d->c.ids, head = {0};
     int start = (int)ids->n, last = start ? ids->ids[start - 1] : -1;
     int at = start - (start && decode(t, last, last).len);  // where the prompt's tokens begin
@@ -3617,17 +3827,26 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
         fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     Machine w;
     Decoder d;
-    Prompt message = {0};
+    Prompt message = {0}, asked = {0};
     machine_open(&w, &d, o, m, t, out);
+    w.system = o->system;
+    bool typed = isatty(0) && !o->quiet;
+    if (typed) fprintf(stderr, "%s; /help lists what else can be typed\n",
+                       m->header ? m->header->name : m->path);
     if (d.c.ids.n && o->system && !o->quiet && !(flags & SYSTEM_LAST))
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     if (o->input.len) chat_turn(&w, &d, o->input);
-    while (chat_message(isatty(0) && !o->quiet, &message)) {
+    prompt_append(&asked, o->input, true);
+    for (bool more = true; more && chat_message(typed, &message);) {
         bool command = message.n && message.s[0] == '/', text = command && message.s[1] == '/';
-        if (command && !text) chat_command(&w, &d, message.s);
-        else if (message.n) chat_turn(&w, &d, (Text){message.s + text, message.n - text});
+        if (command && !text) more = chat_command(&w, &d, message.s, &asked);
+        else if (message.n) {
+            asked.n = 0;
+            prompt_append(&asked, (Text){message.s + text, message.n - text}, true);
+            chat_turn(&w, &d, (Text){asked.s, asked.n});
+        }
     }
-    prompt_free(&message);
+    prompt_free(&message), prompt_free(&asked);
     machine_close(&w, &d);
     if (unfinished) exit(1);  // without the file of -o
 }
@@ -4661,7 +4880,7 @@ static const struct Option {
     {"-o, --output PATH", TO(output), 1, 0, ALL, "write there instead of to stdout"},
     {"-n, --steps N", TO(steps), 0, 1e9, DRAW, "new tokens (256, chat: 1024); 0: all that fit"},
     {"-m, --mode MODE", TO(mode), 1, 0, ALL, "what to do, see below"},
-    {"-t, --temperature T", TO(temperature), 0, 1e9, DRAW, "0: likeliest token; more: bolder (1)"},
+    {"-t, --temperature T", TO(temperature), 0, 1e9, DRAW, "0: likeliest; more: bolder (1)"},
     {"-p, --top-p P", TO(top_p), 0, 1, DRAW, "draw from the likeliest tokens, P in sum (0.9)"},
     {"-s, --seed N", TO(seed), 0, 0x1p64, ALL, "makes a run repeatable; 0 (default): the clock"},
     {"-z, --tokenizer PATH", TO(tokenizer), 1, 0, ALL, "its file (MODEL's .tok, or tokenizer.bin)"},

@@ -1791,7 +1791,8 @@ static const char *program(void) {
 // What commands can use: the program; a chat of short greedy replies; a text in which a tool
 // speaks; the seed of the best of several samples; what b has behind a's length.
 static const char prelude[] =
-    "run() { \"$RUN\" \"$@\"; }; chat() { run endless.bin -m chat -n 12 -t 0 -q -c 999 \"$@\"; }; "
+    "run() { \"$RUN\" \"$@\"; }; chat() { run endless.bin -m chat -n 12 -t 0 -q -c 999 "
+    "--repeat-penalty 1 \"$@\"; }; "
     "tooled() { run endless.bin -T \"yes 'a b c' | head -c 3000\" -i 1+1 -n 4 -c 4000 -t 9 -p 1 -q "
     "--receipt \"$@\"; }; best() { run \"$@\" 2>&1 >/dev/null | sed -n 's/.*seed \\([0-9]*\\),.*, "
     "the best$/\\1/p'; }; rest() { tail -c +$(($(wc -c <$1) + 1)) $2; }; E=endless.bin; "
@@ -2484,7 +2485,7 @@ static const struct { const char *what, *one, *other; } twins[] = {
     {"files in use stay as they are", "rm -f kv; cp $E before; printf 'abc\\n/save kv\\n/load "
      "kv\\n/save endless.bin\\ndef\\n' | chat -S kv; cmp before $E", "cat two"},
     {"the best of four in a chat is that of the rendered turn", "echo abc | e -m chat -n 12 -s 5 "
-     "-k 4 -b", "e -i '<s>abc<|end|>' -n 12 -s 5 -k 4 -b | tail -c +14"},
+     "-t 1 --repeat-penalty 1 -k 4 -b", "e -i '<s>abc<|end|>' -n 12 -s 5 -k 4 -b | tail -c +14"},
     {"a chat that is cut between turns, with room for 40 tokens", "for n in $(seq 1 40); do rm -f "
      "kv; echo abc | chat -n $n -c 40 -S kv; echo def | chat -n $n -c 40 -S kv; done",
      "for n in $(seq 1 40); do printf 'abc\\ndef\\n' | chat -n $n -c 40; done"},
@@ -3336,6 +3337,43 @@ static Buffer stripped(const Buffer *b) {
     return s;
 }
 
+#ifndef NO_CHAT
+// Lines of a chat that are edited at a terminal: keys that are pressed, and the lines they make.
+static void test_editing(void) {
+    static const struct { const char *keys, *lines; } cases[] = {
+        {"xbcd\x01\x1b[3~a\x05\x1b[D\x0b\n", "abc\\n"},
+        {"ab c d\x17\x17\x7f\x7f" "cab\n", "acab\\n"},
+        {"abc\n\x1b[A\x1b[H\x04\r", "abc\\nbc\\n"},
+        {"def\nx\x10\x0e\x15" "a\x02" "b\n", "def\\nba\\n"},
+        {"\x1b[200~ab\ncd\x1b[201~\n", "ab\\\\\\ncd\\n"}, {"ab\\\ncd\n", "ab\\\\\\ncd\\n"},
+        {"a\xc3\xa9\xe6\x97\xa5\x1b[D\x08" "b\n/exit\nabc\n", "ab\xe6\x97\xa5\\n"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) abort();
+        int other = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+        const char *argv[20] = {0};
+        char command[] = "run endless.bin -m chat -n 12 -t 0 -c 999 --repeat-penalty 1 -o edited";
+        words_of(command, argv);
+        setenv("TERM", "xterm", 1);
+        remove("edited");
+        pid_t pid = start(argv, (int[]){other, other, other}, 20);
+        close(other);
+        const char *keys = text("%s\x04", cases[i].keys);
+        char shown[4096] = "";
+        for (ssize_t got = 0; got >= 0 && !strstr(shown, "> ");) {  // now keys come one by one
+            got = read(terminal, shown, sizeof shown - 1);
+            shown[got < 0 ? 0 : got] = 0;
+        }
+        bool sent = write(terminal, keys, strlen(keys)) == (ssize_t)strlen(keys);
+        while (read(terminal, shown, sizeof shown) > 0) {}
+        close(terminal);
+        CHECK(sent && status_of(pid) == 0, "keys %zu end the chat", i);
+        same("edited lines", text("cat edited; cmp edited edited"),
+             text("printf '%s' | chat -o plain; cat plain", cases[i].lines));
+    }
+}
+#endif
+
 static void test_terminal(void) {
     const char *const prompts[] = {
         "abc bad cab", "\x1b[31m\x07\x7f\xc2\x9b \xff\xe4\xbd \xe2\x80\xae\n\n\t.",
@@ -3420,6 +3458,9 @@ static void test_explain(void) {
     if (no_program()) return;
     test_page();
     test_terminal();
+#ifndef NO_CHAT
+    test_editing();
+#endif
 #endif
 }
 
