@@ -2055,7 +2055,10 @@ def route(model, x, layer):
     """x [T, dim] -> [T, n_experts]: what each expert counts for a token, 0 if it is not visited."""
     c = model.config
     n = c.n_experts - c.n_shared
-    score = biased(model, model.matmul(x, "router", layer), "router_bias", layer)
+    t = model.tensors["router", layer]
+    w = model.panels(t, 0, t.rows)[:t.rows]     # [n_experts, dim]; the sum is in run.c's order
+    score = np.add.accumulate(x[:, None] * w, axis=2)[..., -1]
+    score = biased(model, score, "router_bias", layer)
     shared = 1 / (1 + exp(-score[:, n:]))
     if c.flags & SIGMOID_ROUTER:
         score = 1 / (1 + exp(-score[:, :n]))

@@ -113,42 +113,40 @@ typedef struct {
     float attn_scale;        // query times key is multiplied by it: 1 / sqrt(head_dim)
     int32_t sliding_window;  // local layers see this many positions, themselves included; 0: all
     uint8_t local_layers[32];  // bit l: layer l is local
-    float attn_cap, logit_cap;  // scores and logits stay below them (Gemma 2); 0: as they are
-    float query_growth;      // queries grow with the logarithm of pos / query_length (Ministral 3)
+    float attn_cap, logit_cap;  // scores and logits stay below (Gemma 2); 0: as they are
+    float query_growth;      // queries grow with log(pos / query_length) (Ministral 3)
     int32_t query_length;
-    float act_limit;         // numbers at the activation stay below it (GPT-OSS); 0: as they are
-    int32_t n_experts;       // feed-forward layers side by side; 0: one, which has hidden_dim
-    int32_t n_shared;        // the last of them, which every token visits
-    int32_t n_active;        // how many of the others a token visits
+    float act_limit;         // gate and up stay below (GPT-OSS); 0: as they are
+    int32_t n_experts, n_shared, n_active;  // all; the last, visited by all; visited of the others
     int32_t expert_hidden;   // width of an expert
 } Config;
 
 enum { SILU, GELU_TANH, GELU, RELU_SQUARED, GELU_SIGMOID, N_ACTIVATIONS };
 enum {                     // flags
-    CENTERED = 1,          // norms first subtract the mean: LayerNorm (GPT-2)
+    CENTERED = 1,          // norms first subtract the mean (GPT-2)
     PARALLEL = 2,          // the feed-forward layer reads the x that attention read (GPT-NeoX)
     WIDE_NORMS = 4,        // q_norm and k_norm are of all heads together (OLMo 2)
     NORM_AFTER_ROPE = 8,   // and come after RoPE (Hunyuan)
     SIGMOID_ROUTER = 16,   // experts are scored one by one, not against each other (GLM 4.5)
-    FULL_SHARES = 32,      // the shares of the experts that a token visits add up to 1
+    FULL_SHARES = 32,      // the shares of those that a token visits add up to 1 (Mixtral)
     ALL_FLAGS = 63
 };
 
 typedef struct {
-    Matrix attn_norm, ffn_norm;  // (dim); NULL: what comes in is not normed (OLMo 2)
+    Matrix attn_norm, ffn_norm;            // (dim); NULL: nothing is normed (OLMo 2)
     Matrix attn_norm_bias, ffn_norm_bias;  // (dim) (GPT-2)
     Matrix wq;              // (n_heads * head_dim, dim)
     Matrix wk, wv;          // (n_kv_heads * head_dim, dim)
-    Matrix bq, bk, bv, bo;  // biases of the three (Qwen2), and of wo
+    Matrix wo;              // (dim, n_heads * head_dim)
+    Matrix bq, bk, bv, bo;  // biases of the four (Qwen2)
     Matrix q_norm, k_norm;  // (head_dim), of each query and key (Qwen3, Gemma 3)
     Matrix sinks;           // (n_heads) (GPT-OSS)
-    Matrix wo;              // (dim, n_heads * head_dim)
-    Matrix router;          // (n_experts, dim); NULL: a layer without experts. In one with experts
-    Matrix router_bias, choice_bias;  // (n_experts)   n_experts of each of the next six lie in turn
-    Matrix w_gate, w_up;    // (hidden_dim or expert_hidden, dim); w_up NULL: no gate (GPT-2)
-    Matrix w_down;          // (dim, hidden_dim or expert_hidden)
-    Matrix b_gate, b_up, b_down;           // biases of the three
+    Matrix w_gate, w_up;    // (hidden_dim, dim); w_up NULL: nothing is gated (GPT-2). In a layer
+    Matrix w_down;          // (dim, hidden_dim)  with a router these six are (expert_hidden, dim)
+    Matrix b_gate, b_up, b_down;           // and so on, n_experts of each, one after the other
     Matrix post_attn_norm, post_ffn_norm;  // (dim) (Gemma 3)
+    Matrix router;                         // (n_experts, dim) (Mixtral)
+    Matrix router_bias, choice_bias;       // (n_experts)
 } Layer;
 
 typedef struct {
@@ -204,7 +202,7 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
     float scale = 1.0f / sqrtf(sum16(x, x, n) / (float)n + eps);
     for (int i = 0; i < n; i++) out[i] = w[i] * (scale * x[i]);
 }
-// LayerNorm (arXiv:1607.06450), which is older, first makes the mean of the numbers zero.
+// LayerNorm (arXiv:1607.06450), the older one, first makes the mean of the numbers zero.
 static void center(float *x, int n) {
     float mean = sum16(x, NULL, n) / (float)n;
     for (int i = 0; i < n; i++) x[i] -= mean;
@@ -253,18 +251,17 @@ static void rope(float *head, const float *table, int head_dim) {
 // near x for x > 0 and near 0 for x < 0, so a number of gate says whether a number of up counts:
 // an if, learned. Without a bend, two matrices in a row could as well be one.
 //     SiLU(x) = x / (1 + e^-x);  ReLU(x) = x or, if that is negative, 0
-//     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u) with
-//     u = sqrt(2/pi) (x + 0.044715 x^3), or x / (1 + e^-1.702x)
-// Older or simpler families (GPT-2) have no up: it counts as 1.
-static void gated_activation(float *gate, const float *up, int n, int activation) {
-    for (int i = 0; i < n && activation != GELU && activation != RELU_SQUARED; i++) {
+//     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u),
+//     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
+// Where nothing is gated (GPT-2), up counts as 1.
+static void gated_activation(float *gate, const float *up, int n, int kind) {
+    for (int i = 0; i < n && kind != GELU && kind != RELU_SQUARED; i++) {
         float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
-        u = activation == SILU ? x : activation == GELU_TANH ? 2.0f * u : 1.702f * x;
+        u = kind == SILU ? x : kind == GELU_TANH ? 2.0f * u : 1.702f * x;
         gate[i] = x / (1.0f + exp_(-u));
     }
-    for (int i = 0; i < n && activation == GELU; i++) gate[i] = gelu(gate[i]);
-    for (int i = 0; i < n && activation == RELU_SQUARED; i++)
-        gate[i] = gate[i] > 0 ? gate[i] * gate[i] : 0;
+    for (int i = 0; i < n && kind == GELU; i++) gate[i] = gelu(gate[i]);
+    for (int i = 0; i < n && kind == RELU_SQUARED; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
     for (int i = 0; i < n && up; i++) gate[i] *= up[i];
 }
 
@@ -277,9 +274,7 @@ static void add_bias(float *x, const Matrix *b) { if (b->data) add(x, vec(b), b-
 
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
-
-typedef struct { int token, expert; } Guest;  // token -1: an empty row
-
+typedef struct { int token, expert; } Guest;  // of a row; token -1: the row is empty
 typedef struct {           // the activations: row i of an array that is w wide begins at i * w
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
@@ -330,8 +325,8 @@ static void each(const Pass *f, const char *name, int n, Stage *stage) {
 }
 
 // Matrix products of n tokens, y (n, rows) = x (n, cols) W^T; xq has room for x, rounded. Each row
-// of a matrix is a piece of work. matmul can point to a faster function of part 4. n: of how many
-// rows, from `first` on; 0: of all.
+// of a matrix is a piece of work. matmul can point to a faster function of part 4. A product can be
+// of n rows of x only, from `first` on.
 typedef struct Product { Matrix w; float *y; int first, n; } Product;
 typedef void Matmul(const Product *p, int n_products, const float *x, const Quantized *xq, int n);
 typedef struct { const Product *p; const float *x; const Quantized *xq; int n; } ProductJob;
@@ -339,10 +334,9 @@ static Matmul quantize_all;  // only rounds x, if one of the matrices is quantiz
 static void row_task(void *context, int row) {
     const ProductJob *job = context;
     const Product *p = job->p;
-    const Matrix *w = &p->w;
     for (int t = p->first; t < p->first + (p->n ? p->n : job->n); t++)
-        row_of(p->y, t, w->rows)[row] =
-            row_times(0, w, row, job->x + (size_t)t * (size_t)w->cols, job->xq, t);
+        row_of(p->y, t, p->w.rows)[row] =
+            row_times(0, &p->w, row, job->x + (size_t)t * (size_t)p->w.cols, job->xq, t);
 }
 static void matmul_plain(const Product *p, int n_products, const float *x, const Quantized *xq,
                          int n) {
@@ -422,10 +416,9 @@ static void embed(const Pass *f, int i) {
     const Matrix *positions = &f->m->position_embedding;
     float *x = row_of(f->s->x, i, c->dim);
     int pos = f->batch[i].pos, hd = c->head_dim;
-    for (int j = 0; j < c->dim; j++) {
+    for (int j = 0; j < c->dim; j++)
         x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
-        if (positions->data) x[j] += weight(positions, pos, j);
-    }
+    for (int j = 0; j < c->dim && positions->data; j++) x[j] += weight(positions, pos, j);
     rope_angles(row_of(f->s->rope, i, 2 * hd), vec(&f->m->rope_freqs), pos, hd);
     rope_angles(row_of(f->s->rope_local, i, 2 * hd), vec(&f->m->rope_freqs_local), pos, hd);
 }
@@ -439,10 +432,11 @@ static void norm(const Config *c, float *out, const float *x, const Matrix *w, c
 }
 
 // x += xb: what a layer found is added to the residual stream (Gemma 3 brings it to a standard
-// length first). xb becomes what the next layer reads: x, or in a parallel one x as it was.
-static void add_to_stream(const Pass *f, int i, const Matrix *post_norm) {
+// length first). xb becomes what the next layer reads: x, or in parallel layers x as it was.
+static void add_to_stream(const Pass *f, int i, const Matrix *bias, const Matrix *post_norm) {
     const Config *c = &f->m->c;
     float *xb = row_of(f->s->xb, i, c->dim), *x = row_of(f->s->x, i, c->dim);
+    add_bias(xb, bias);
     if (post_norm->data) rmsnorm(xb, xb, vec(post_norm), c->dim, c->norm_eps);
     for (int j = 0; j < c->dim; j++) {
         float before = x[j];
@@ -451,8 +445,8 @@ static void add_to_stream(const Pass *f, int i, const Matrix *post_norm) {
     }
 }
 
-// Norm and position of queries, or keys. x (n): heads, one after the other.
-static void finish_heads(const Config *c, float *x, int n, const Matrix *w, const float *angles) {
+// Norm and position of queries, or keys: x (n), one head after the other.
+static void norm_and_rope(const Config *c, float *x, int n, const Matrix *w, const float *angles) {
     bool late = c->flags & NORM_AFTER_ROPE;
     for (int h = 0; h < n && late; h += c->head_dim) rope(x + h, angles, c->head_dim);
     for (int h = 0; h < n && w->data; h += w->cols)
@@ -465,29 +459,28 @@ static void position(const Pass *f, int i) {
     const Config *c = &f->m->c;
     const Layer *l = f->l;
     int hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
-    int pos = f->batch[i].pos;
     float *q = row_of(f->s->q, i, q_dim), *k = row_of(f->s->k, i, kv_dim);
     float *v = row_of(f->s->v, i, kv_dim);
     const float *angles = row_of(is_local(c, f->layer) ? f->s->rope_local : f->s->rope, i, 2 * hd);
     add_bias(q, &l->bq), add_bias(k, &l->bk), add_bias(v, &l->bv);
-    finish_heads(c, q, q_dim, &l->q_norm, angles);
-    finish_heads(c, k, kv_dim, &l->k_norm, angles);
-    if (c->query_growth > 0) {  // attention over a long text gets sharper
-        float growth = c->query_growth * (float)log_(1 + pos / c->query_length);
-        for (int j = 0; j < q_dim; j++) q[j] *= 1.0f + growth;
-    }
+    norm_and_rope(c, q, q_dim, &l->q_norm, angles);
+    norm_and_rope(c, k, kv_dim, &l->k_norm, angles);
+    int pos = f->batch[i].pos;  // attention over a long text may have to get sharper
+    float size = c->query_growth > 0 ? c->query_growth * (float)log_(1 + pos / c->query_length) : 0;
+    for (int j = 0; j < q_dim && size > 0; j++) q[j] *= 1.0f + size;
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd)
         cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, pos, k, v);
 }
-static void attention_in(const Pass *f, int i) {
+static void norm_of_stream(const Pass *f, int i, const Matrix *w, const Matrix *bias) {
     int dim = f->m->c.dim;
-    norm(&f->m->c, row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), &f->l->attn_norm,
-         &f->l->attn_norm_bias);
+    norm(&f->m->c, row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), w, bias);
+}
+static void attention_in(const Pass *f, int i) {
+    norm_of_stream(f, i, &f->l->attn_norm, &f->l->attn_norm_bias);
 }
 static void feed_forward_in(const Pass *f, int i) {
     float *xb = row_of(f->s->xb, i, f->m->c.dim);
-    add_bias(xb, &f->l->bo);
-    add_to_stream(f, i, &f->l->post_attn_norm);
+    add_to_stream(f, i, &f->l->bo, &f->l->post_attn_norm);
     norm(&f->m->c, xb, xb, &f->l->ffn_norm, &f->l->ffn_norm_bias);
 }
 // Number `expert` of those that lie in turn; without experts there is only number 0.
@@ -507,44 +500,17 @@ static void activate_row(const Pass *f, int row, int expert) {
 }
 static void activate(const Pass *f, int i) { activate_row(f, i, 0); }
 static void feed_forward_out(const Pass *f, int i) {
-    if (!f->l->router.data) add_bias(row_of(f->s->xb, i, f->m->c.dim), &f->l->b_down);
-    add_to_stream(f, i, &f->l->post_ffn_norm);
+    static const Matrix none;
+    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
 }
 static void last(const Pass *f, int i) {
-    int dim = f->m->c.dim;
-    norm(&f->m->c, row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), &f->m->final_norm,
-         &f->m->final_norm_bias);
+    norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
 }
 
 // Experts (arXiv:1701.06538): many feed-forward layers, of which each token visits a few, so that a
 // model can know much more than it reads for one token. A router, with a row for each expert like
-// the classifier for each token, scores how well they fit. The n_active best are visited, and their
-// answers added, each times its share: its score. (A bias for the choice alone can keep all of them
-// busy.) Those that are shared come last, are visited by all, and count by a sigmoid of their own.
-static void route(const Pass *f, int i) {
-    const Config *c = &f->m->c;
-    const Matrix *bias = &f->l->choice_bias;
-    int n = c->n_experts - c->n_shared, visited = 0;
-    float *score = row_of(f->s->route, i, c->n_experts), *share = row_of(f->s->share, i, c->n_experts);
-    float sum = 0;
-    add_bias(score, &f->l->router_bias);
-    for (int e = c->flags & SIGMOID_ROUTER ? 0 : n; e < c->n_experts; e++)
-        score[e] = 1.0f / (1.0f + exp_(-score[e]));
-    if (!(c->flags & SIGMOID_ROUTER)) softmax(score, n);
-    for (int e = 0; e < c->n_experts; e++) share[e] = e < n ? 0 : score[e];
-    for (; visited < c->n_active; visited++) {
-        int best = -1;
-        float most = 0;
-        for (int e = 0; e < n; e++) {
-            float fit = score[e] + (bias->data ? vec(bias)[e] : 0);
-            if (share[e] == 0 && (best < 0 || fit > most)) best = e, most = fit;
-        }
-        share[best] = fmaxf(score[best], 1e-30f);
-        sum += share[best];
-    }
-    for (int e = 0; e < n && c->flags & FULL_SHARES; e++) share[e] /= sum;
-}
-
+// the classifier for each token, scores how well they fit x. Those with the highest scores are
+// visited, and x gets the sum of their answers, each times its share: its score.
 static void experts(const Pass *f);  // xb = sum over e of share[e] * expert e of xb: [2.7]
 
 // Attention: tokens talk. What a token asks, offers and passes on is read off its x; what the heads
@@ -1520,10 +1486,35 @@ static void free_model(Model *m) {
 }
 
 // ---- [2.7] experts ------------------------------------------------------------------------------
-// The tokens of a batch are sorted by the experts that they visit (route in [1.5] chose), so that an
-// expert's matrices are read once for all its guests, and all products are dealt out together. An
-// expert's rows of guests begin at a multiple of TILE.
+// The tokens of a batch are sorted by the experts that they visit, so that an expert's matrices are
+// read once for all its guests, and all products are dealt out together. An expert's rows of guests
+// begin at a multiple of TILE.
 
+// Scores, and what each expert counts for a token: 0 if it is not visited. A bias for the choice
+// alone can have kept all of them busy in training. Those that are shared, the last ones, are
+// visited by all and count by a sigmoid of their own.
+static void route(const Pass *f, int i) {
+    const Config *c = &f->m->c;
+    const Matrix *bias = &f->l->choice_bias;
+    int n = c->n_experts - c->n_shared;
+    float sum = 0, *score = row_of(f->s->route, i, c->n_experts);
+    float *share = row_of(f->s->share, i, c->n_experts);
+    add_bias(score, &f->l->router_bias);
+    for (int e = c->flags & SIGMOID_ROUTER ? 0 : n; e < c->n_experts; e++)
+        score[e] = 1.0f / (1.0f + exp_(-score[e]));
+    if (!(c->flags & SIGMOID_ROUTER)) softmax(score, n);
+    for (int e = 0; e < c->n_experts; e++) share[e] = e < n ? 0 : score[e];
+    for (int chosen = 0, best; chosen < c->n_active; chosen++, sum += share[best]) {
+        float most = -INFINITY;
+        best = 0;
+        for (int e = 0; e < n; e++) {
+            float fit = score[e] + (bias->data ? vec(bias)[e] : 0);
+            if (share[e] == 0 && fit > most) best = e, most = fit;
+        }
+        share[best] = fmaxf(score[best], 1e-30f);
+    }
+    for (int e = 0; e < n && c->flags & FULL_SHARES; e++) share[e] /= sum;
+}
 static Matrix expert_matrix(const Matrix *w, int expert) {
     size_t bytes = w->data && expert ? matrix_bytes(w->dtype, w->rows, w->cols) : 0;
     return (Matrix){w->dtype, w->rows, w->cols, w->data + bytes * (size_t)expert};
