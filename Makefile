@@ -66,14 +66,14 @@ test-isa: test_all.c run.c
 	@$(SUM) test-isa.log
 
 # Without part 4, and with one room of part 5 cut out: what is left is as it was.
-ROOMS = PLAIN NO_EXPLAIN NO_COMPRESS NO_SESSIONS NO_CHAT NO_TOOLS NO_ENSEMBLE
+ROOMS = PLAIN NO_EXPLAIN NO_COMPRESS NO_SESSIONS NO_CHAT NO_TOOLS NO_ENSEMBLE NO_EACH
 ROOM_TESTS = commands decoders sessions explain compress signals
 
 test-rooms: test_all.c run.c
 	@for room in $(ROOMS); do \
 		build="$(CC) -O1 $(MACHINE) $(WARN) -Wno-unused-function -Werror $(EXACT) -D$$room -o test-$$room"; \
 		$$build-run run.c -lm && $$build test_all.c -lm || { echo "$$room: does not build"; continue; }; \
-		RUN=./test-$$room-run ./test-$$room $(ROOM_TESTS) >test-room.log || cat test-room.log >&2; \
+		PATIENCE=3 RUN=./test-$$room-run ./test-$$room $(ROOM_TESTS) >test-room.log || cat test-room.log >&2; \
 		echo "$$room: $$(tail -n 1 test-room.log)"; rm -f test-$$room test-$$room-run test-room.log; \
 	done | tee test-rooms.log
 	@$(SUM) test-rooms.log
@@ -159,6 +159,36 @@ debug: run.c
 	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined,float-cast-overflow \
 		-fno-sanitize-recover=undefined,float-cast-overflow -fno-omit-frame-pointer -o run-debug run.c -lm
 
+# One program for every processor of this kind: it takes the best of several builds of run.c at its start.
+portable: run-portable
+ifneq ($(filter x86_64%,$(shell $(CC) -dumpmachine)),)
+KINDS = avx2 avxvnni avx512vnni
+OLDEST = -march=x86-64
+else
+KINDS = dotprod
+OLDEST = -march=armv8-a
+endif
+avx2_KIND = -march=x86-64-v3
+avxvnni_KIND = -march=x86-64-v3 -mavxvnni
+avx512vnni_KIND = -march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512
+dotprod_KIND = -march=armv8.2-a+fp16+dotprod
+run-portable-%.o: run.c .built-with
+	$(CC) $(OPT) $($*_KIND) $(WARN) $(EXACT) -Dmain=run_$* -Dgenerate_tokens=generate_$* -c -o $@ run.c
+run-portable: run.c .built-with $(KINDS:%=run-portable-%.o)
+	$(CC) $(OPT) $(OLDEST) $(WARN) $(EXACT) -DPORTABLE $(STATIC) -o $@ run.c $(KINDS:%=run-portable-%.o) -lm
+
+# Every kind that this machine can run gives the same logits as ./run, and so do those of arm64 under qemu.
+test-portable: run run-portable test_all
+	@rm -rf test-tiny && mkdir test-tiny && ./test_all --tiny test-tiny
+	@for isa in "" baseline $(KINDS); do \
+		RUN_ISA=$$isa; [ -n "$$isa" ] && export RUN_ISA || unset RUN_ISA; \
+		version=$$(./run-portable -V 2>/dev/null) || { echo "$$isa: this machine has no such processor: skipped"; continue; }; \
+		for run in ./run-portable "env -u RUN_ISA ./run"; do \
+			$$run test-tiny/tiny.bin -m logits -i "1 2 3 4 5 6 7 8 9" | cksum; done | uniq | wc -l | \
+			sed "s|^ *1$$|$$isa, $$version: 1 passed, 0 failed|; s|^ *2$$|$$isa, $$version: 0 passed, 1 failed|"; \
+	done | tee test-portable.log
+	@$(SUM) test-portable.log
+
 bench: run model.bin
 	./run model.bin -m bench
 
@@ -167,7 +197,7 @@ install: run
 	install -m 755 run $(DESTDIR)$(PREFIX)/bin/run
 
 clean:
-	rm -rf run run-plain run-debug test_all test-*
+	rm -rf run run-plain run-debug run-portable* test_all test-*
 
 help:
 	@echo "make          build ./run for this machine (CC=clang and ARCH=x86-64-v3 work)"
@@ -180,10 +210,11 @@ help:
 	@echo "make test-faults, fuzz   functions that fail; random inputs"
 	@echo "make test-threads, test-valgrind   ThreadSanitizer; valgrind"
 	@echo "make lint     gcc -fanalyzer, cppcheck, clang-tidy"
+	@echo "make portable build run-portable, which runs at full speed on any processor of this kind"
 	@echo "make bench    measure this machine"
 	@echo "make plain    ./run-plain: without part 4 (SIMD and threads)"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test test-rooms test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install clean help
+.PHONY: demo test portable test-portable test-rooms test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install clean help

@@ -12,9 +12,10 @@ SOURCE is one of
     file.bin            a llama2.c checkpoint, version 0, 1 or 2
     random:dim=..,hidden=..,layers=..,heads=..,kv=..[,vocab=..,ctx=..]   random weights, for timing
 
-The dtype defaults to the one closest to the source's: GGUF Q4_1 -> q4a, Q4_0 -> q4, other quantized
-GGUFs and llama2.c version 2 -> q8, bfloat16 -> bf16, float16 and float32 -> f32 (both lossless).
-With q4 and q4a the token embedding and the classifier are stored as q8.
+Without --dtype each matrix is stored as it comes, in the dtype that loses nothing or least: GGUF's
+Q4_K and Q4_1 -> q4a, Q4_0 -> q4, all other quantized ones and llama2.c's version 2 -> q8, bfloat16
+-> bf16, float16 and float32 -> f32 (where most are quantized, float16 and bfloat16 -> q8). With
+--dtype all are of that one, but for q4 and q4a the token embedding and the classifier are q8.
 
 The file is in six parts: quantization, the checkpoint, the sources, the tokenizer, the reference
 forward (the model once more, in numpy, to read beside run.c), and the command line. Everything
@@ -455,6 +456,24 @@ def write_weights(file, tensors, source):
                     progress.update(t.n_bytes // t.count * (last - first) // t.rows)
 
 
+def choose_dtypes(tensors, source):
+    """The tensors, each matrix in the dtype nearest to the source's; says where that takes more."""
+    matrices = [(t, source.tensors[t.keys()[0]]) for t in tensors
+                if t.dtype != ROWS and t.key[0] != "router"]
+    for t, raw in matrices:
+        t.dtype = NEAREST.get(raw.kind, Q8)
+    quantized = sum((1 if t.dtype in QUANTIZE else -1) * t.rows * t.cols for t, _ in matrices) > 0
+    for t, raw in matrices:
+        t.dtype = Q8 if quantized and raw.kind in HALVES else t.dtype
+    after = sum(t.n_bytes for t, _ in matrices)
+    before = sum(source.tensors[key].n_bytes for t, _ in matrices for key in t.keys())
+    if after > 1.2 * before:
+        kinds = {raw.kind for t, raw in matrices if t.n_bytes > 1.2 * raw.n_bytes * t.count}
+        note(f"run.c has no dtype like {', '.join(sorted(kinds))}: the matrices take "
+             f"{after / 1e6:.1f} MB, not {before / 1e6:.1f} (--dtype rounds all to fewer bits)")
+    return tensors
+
+
 def write_checkpoint(file, source, dtype, fingerprint):
     """Writes the checkpoint to an open file; without a vocabulary, without reference values."""
     c, vocab = source.config, source.vocab
@@ -467,8 +486,9 @@ def write_checkpoint(file, source, dtype, fingerprint):
                    check_norms=np.zeros(c.n_layers + 1, np.float32),
                    check_logits=np.zeros(c.vocab_size, np.float32),
                    check_cases=np.frombuffer(check_cases(vocab), np.uint8))
-    tensors = weights(c, dtype) + [Tensor((name, -1), BYTES if a.dtype == np.uint8 else ROWS, 1,
-                                          len(a)) for name, a in own.items()]
+    tensors = weights(c, dtype) if dtype else choose_dtypes(weights(c), source)
+    tensors += [Tensor((name, -1), BYTES if a.dtype == np.uint8 else ROWS, 1, len(a))
+                for name, a in own.items()]
     end = HEADER_SIZE + ENTRY_SIZE * len(tensors)
     for t in tensors:
         t.offset = end
@@ -497,17 +517,17 @@ def write_checkpoint(file, source, dtype, fingerprint):
 # ------------------------------------------------------------------------------------------------
 # 3. The sources
 #
-# A source has a config, a vocab (part 4) and a natural dtype, and gives rows of its tensors under
-# run.c's names: (name, layer).
+# A source has a config and a vocab (part 4), and gives rows of its tensors under run.c's names:
+# (name, layer).
 
-# A tensor in a file, or of its rows those that `rows` picks, of its columns a slice.
-Raw = namedtuple("Raw", "label path kind shape offset n_bytes rows cols transposed",
-                 defaults=(None, slice(None), False))
+# A tensor in a file; one that is stored in several tensors has them as parts. Of its rows those are
+# meant that `rows` picks, of its columns `cols`.
+Raw = namedtuple("Raw", "label path kind shape offset n_bytes parts rows cols transposed",
+                 defaults=(None, None, slice(None), False))
 
 PERMUTED = {"wq", "wk", "bq", "bk"} | QK_NORM
-FUSED = {"wq": 0, "wk": 1, "wv": 2, "bq": 0, "bk": 1, "bv": 2, "w_gate": 0, "w_up": 1, "b_gate": 0,
-         "b_up": 1}     # the order of those that may lie in one tensor
-KINDS = {"F32": F32, "F16": F32, "BF16": BF16, "Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
+HALVES, SAME = {"F16": F32, "BF16": BF16}, {"Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
+NEAREST = {"F32": F32, **HALVES, **SAME, "Q4_K": Q4A, "GPTQ": Q4A, "AWQ": Q4A}     # others: q8
 
 
 def view(path, offset, dtype, shape):
@@ -530,6 +550,8 @@ def read_raw(raw, index=slice(None)):
     import gguf
     if raw.rows is not None:
         index = raw.rows[index]
+    if raw.parts:
+        return (rows_4bit if "q" in raw.parts else fp8_rows)(raw, index)[:, raw.cols]
     stored = slice(None) if raw.transposed else index
     try:
         a = gguf.dequantize(raw_bytes(raw, stored), gguf.GGMLQuantizationType[raw.kind])
@@ -539,8 +561,69 @@ def read_raw(raw, index=slice(None)):
     return (a.T[index] if raw.transposed else a)[:, raw.cols]
 
 
+def q4a_blocks(q, params):
+    """q uint8 [rows, nb, 32], params (scale, what is subtracted) [rows, nb, 2] -> Blocks."""
+    return Blocks((params * np.float32((1, -1))).astype(np.float16), q[..., :16] | q[..., 16:] << 4)
+
+
+def as_blocks(kind, dtype, data):
+    """ggml's blocks uint8 [rows, bytes] as Blocks of a dtype with the same numbers, or None.
+
+    A block of Q4_K is eight of q4a, whose scales and minima, fp16 times 6 bits, become fp16.
+    """
+    import gguf
+    if SAME.get(kind) == dtype:
+        blocks = split_blocks(dtype, 1, data)       # -128 is not among our quants
+        return None if dtype == Q8 and (blocks.quants == 128).any() else blocks
+    if {"Q4_K": Q4A, "Q5_0": Q8, "IQ4_NL": Q8, "MXFP4": Q8}.get(kind) != dtype:
+        return None
+    n_rows, ggml_type = len(data), gguf.GGMLQuantizationType[kind]
+    blocks = data.reshape(-1, gguf.GGML_QUANT_SIZES[ggml_type][1])
+    if kind == "Q4_K":
+        integers = np.stack(gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16]), axis=-1)   # [n, 8, 2]
+        scales = blocks[:, :4].copy().view("<f2").astype(np.float32)[:, None] * integers
+        q = blocks[:, 16:].reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8) & 15
+        return q4a_blocks(q.reshape(n_rows, -1, 32), scales.reshape(n_rows, -1, 2))
+    if kind == "MXFP4":
+        scale = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
+    else:
+        scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    q = np.rint(divide(gguf.dequantize(blocks, ggml_type), scale)).astype(np.int8)
+    return Blocks(scale.astype(np.float16).reshape(n_rows, -1, 1),
+                  q.view(np.uint8).reshape(n_rows, -1, BLOCK))
+
+
+def fp8_rows(raw, index):
+    """Rows of 8-bit floats (4 bits of exponent), with a scale for all, for a row or a rectangle."""
+    bits = np.arange(256, dtype=np.uint16)
+    table = ((bits & 128) << 8 | (bits & 127) << 7).view(np.float16) * np.float32(256)
+    table[[127, 255]] = np.nan
+    scale = raw.parts["scale"]
+    scales = read_raw(scale) if len(scale.shape) > 1 else read_raw(scale).T
+    block = raw.parts["block"] or [1 if n > 1 else size for n, size in zip(scales.shape, raw.shape)]
+    rows, cols = np.arange(raw.shape[0])[index], np.arange(raw.shape[1])
+    return (table[raw_bytes(raw.parts["weight"], index)]
+            * scales[rows // block[0]][:, cols // block[1]])
+
+
+def rows_4bit(raw, index, as_blocks=False):
+    """Rows of a GPTQ or AWQ matrix, w = scale * (q - zero): float32, or Blocks of q4a."""
+    # Eight numbers are in 32 bits: of eight rows, or (GPTQ's q) of eight columns.
+    parts, awq, group = raw.parts, raw.kind == "AWQ", raw.parts["group"]
+    rows, cols = np.arange(raw.shape[0])[index], np.arange(raw.shape[1])
+    order = np.array([0, 4, 1, 5, 2, 6, 3, 7] if awq else range(8), np.uint32)[:, None] * 4
+    q, zeros = (view(x.path, x.offset, "<u4", x.shape) for x in (parts["q"], parts["zeros"]))
+    across = [words[:, rows // 8].T >> order[rows % 8] & 15 for words in (q, zeros)[not awq:]]
+    q = across[0] if awq else (q[:, rows][cols // 8] >> order[cols % 8] & 15).T
+    scales, zeros = read_raw(parts["scales"]).T[rows], (across[-1] + parts["more"]) % 16
+    if as_blocks:
+        params = np.stack((scales, scales * zeros), axis=-1)[:, group[::BLOCK]]
+        return q4a_blocks(q.reshape(len(q), -1, BLOCK).astype(np.uint8), params)
+    return scales[:, group] * (q.astype(np.float32) - zeros[:, group].astype(np.float32))
+
+
 class Source:
-    """The base of all sources. Subclasses set config, dtype, vocab and tensors."""
+    """The base of all sources. Subclasses set config, vocab and tensors."""
     halves = False      # do RoPE pairs come as (i, i + head_dim/2)?
     norm_offset = 0.0   # to be added to norm weights
     made = frozenset()  # vectors that no file has
@@ -560,11 +643,11 @@ class Source:
 
     def read_blocks(self, key, dtype, index):
         raw = self.tensors[key]
-        if KINDS.get(raw.kind) != dtype:
+        if raw.rows is not None or raw.transposed:
             return None
-        blocks = split_blocks(dtype, 1, raw_bytes(raw, index))
-        # -128 is not among our quants
-        return None if dtype == Q8 and (blocks.quants == 128).any() else blocks
+        if raw.parts:
+            return rows_4bit(raw, index, True) if dtype == NEAREST.get(raw.kind) == Q4A else None
+        return as_blocks(raw.kind, dtype, raw_bytes(raw, index))
 
     def index(self, key, first, last, halves):
         """Which rows of the source are the checkpoint's rows first..last.
@@ -713,10 +796,14 @@ OSS_NAMES = {"router router_bias": "mlp.router", "w_gate w_up": "mlp.experts.gat
              "b_gate b_up": "mlp.experts.gate_up_proj_bias*",
              "w_down": "mlp.experts.down_proj*", "b_down": "mlp.experts.down_proj_bias*"}
 LAYER_NORM = {"has": NORM_BIAS, "flags": CENTERED, "lacks": {"w_up"}}
+QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 FAMILIES = {
-    "llama": Family(), "mistral": Family(window=0), "qwen2": Family(QKV_BIAS, window=0),
-    "qwen3": Family(QK_NORM, {"head_dim": 128}, window=0), "granite": Family(),
-    "smollm3": Family(defaults=TIED), "ministral3": Family(window=0), "seed_oss": Family(),
+    "llama": Family(), "mistral": Family(window=0, defaults={
+        "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}),
+    "qwen2": Family(QKV_BIAS, QWEN, window=0),
+    "qwen3": Family(QK_NORM, {**QWEN, "head_dim": 128}, window=0),
+    "granite": Family(), "smollm3": Family(defaults=TIED), "ministral3": Family(window=0),
+    "seed_oss": Family(),
     "gemma3_text": Family(QK_NORM | SANDWICH_NORM, {
         **GEMMA, "vocab_size": 262208, "rope_theta": 1e6, "max_position_embeddings": 131072},
         window=6),
@@ -756,12 +843,52 @@ ALIASES = {  # other names of config.json's keys
     "hidden_size": ("n_embd",), "num_hidden_layers": ("n_layer",), "num_attention_heads": (
         "n_head",), "intermediate_size": ("n_inner",), "max_position_embeddings": ("n_positions",),
     "rms_norm_eps": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
-    "hidden_act": ("activation_function", "hidden_activation"), "rope_theta": ("rotary_emb_base",),
+    "hidden_act": ("activation_function",), "rope_theta": ("rotary_emb_base",),
     "partial_rotary_factor": ("rotary_pct",),
     "num_experts": ("num_local_experts", "moe_num_experts", "n_routed_experts"),
     "num_experts_per_tok": ("moe_k",), "first_k_dense_replace": ("moe_layer_start_index",),
     "n_shared_experts": ("moe_num_shared_experts",), "decoder_sparse_step": ("moe_layer_interval",),
 }
+# What config.json may also say: it changes nothing here, or only together with what is read.
+HARMLESS = re.compile("|".join((
+    r".*(dropout|_pdrop|_token_id|_token_index|_tokens_per_image)", r"(text|vision|audio)_config",
+    "model_type|_name_or_path|architectures|auto_map|dtype|torch_dtype|use_cache|tokenizer_class",
+    "_?attn_implementation.*|transformers(_version|.js_config)|initializer_.*|is_decoder",
+    "cache_implementation|gradient_checkpointing|return_dict|chunk_size_feed_forward|id2label",
+    "output_(attentions|hidden_states|router_logits)|router_aux_loss_coef|label2id|problem_type",
+    "task_specific_params|summary_.*|pretraining_tp|unsloth_.*|layer_types|use_sliding_window",
+    "is_llama_config|max_(window_layers|sequence_length)|_?sliding_window_pattern|.*flash_att.*",
+    "type|factor|(low|high)_freq_factor|attention_factor|original_max_position_embeddings",
+    "beta_(fast|slow)|mscale(_all_dim)?|truncate|finetuned",                # of RoPE
+    "vocab_size|tensor_data_layout|attention.(causal|(key|value)_length(_swa)?)",   # of GGUF
+    "rope.(scaling.finetuned|dimension_count_swa)|context|length",
+    "moe_norm_min|topk_group|num_nextn_predict_layers|num_mtp_layers|num_local_experts",
+    "router_jitter_noise|eod_token_id|no_rope_layer.*|(short|long)_factor|llama_4_scaling_beta",
+    "embd_layer_norm|reorder_and_upcast_attn|scale_attn_weights")))
+
+
+class Settings(dict):
+    """What a source says of its model; it notes what is asked, and refuses what never was."""
+
+    def __init__(self, where, values):
+        super().__init__(values)
+        self.where, self.asked = where, set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        require(key in self, f"{self.where}: its config.json has no {key}")
+        return self.get(key)
+
+    def refuse_unread(self, prefix=""):
+        for key, value in self.items():
+            require(key in self.asked or not value or not key.startswith(prefix)
+                    or HARMLESS.fullmatch(key.removeprefix(prefix)),
+                    f"{self.where}: {key} = {textwrap.shorten(str(value), 60)} is not understood")
+
+
 ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TANH,
                "gelu_fast": GELU_TANH, "gelu": GELU, "relu2": RELU_SQUARED}
 UNSUPPORTED = ("quantization_config", "use_bidirectional_attention", "expert_count", "clip_qkv",
@@ -790,10 +917,17 @@ def read_config(where, c, name, found=frozenset()):
     kind = {"gemma3": "gemma3_text"}.get(c.get("model_type"), c.get("model_type"))
     require(kind in FAMILIES, f"{where}: model_type '{kind}' is not supported "
             f"({', '.join(FAMILIES)} are)")
-    family = FAMILIES[kind]
-    c = {**family.defaults, **{key: c[other] for key, others in ALIASES.items() for other in others
-                               if c.get(other) is not None}, **c}
-    activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
+    family, given = FAMILIES[kind], Settings(where, c)
+    aliases = {key: given[other] for key, others in ALIASES.items() for other in others
+               if given.get(other) is not None}
+    c = Settings(where, {**family.defaults, **aliases, **given})
+    c.asked = given.asked
+    if kind == "gpt2":
+        c["intermediate_size"] = c.get("intermediate_size") or 4 * c["hidden_size"]
+    for key in "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads":
+        require(type(c[key]) is int and c[key] > 0, f"{where}: {key} = {c[key]} in its config.json")
+    older, newer = c.get("hidden_act"), c.get("hidden_activation")
+    activation = newer or older or "silu"
     require(activation in ACTIVATIONS, f"{where}: hidden_act '{activation}' is not supported")
     for key in UNSUPPORTED:
         require(not c.get(key), f"{where}: {key} = {c.get(key)} is not supported")
@@ -806,7 +940,7 @@ def read_config(where, c, name, found=frozenset()):
     head_dim = c.get("head_dim") or dim // heads
     length = c.get("max_position_embeddings", 2048)
     c["context"] = min(c.get("context") or length, length)
-    rope, local_rope = rope_settings(c, kind)
+    rope, local_rope = rope_settings(where, c, kind)
     rotary, freqs, factor = inverse_frequencies(head_dim, rope)
     local, window = local_layers(where, c, kind)
     _, local_freqs, local_factor = inverse_frequencies(head_dim, local_rope)
@@ -832,7 +966,7 @@ def read_config(where, c, name, found=frozenset()):
     if "router_bias" in experts.pop("needs", ()):
         optional = optional | {"router_bias"}
     scales["experts"] = c.get("routed_scaling_factor", 1.0)
-    return Config(
+    config = Config(
         dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads,
         hidden_dim=experts.pop("hidden_dim", None) or c.get("intermediate_size") or 4 * dim,
         head_dim=head_dim, vocab_size=c["vocab_size"], seq_len=min(c["context"], length),
@@ -849,6 +983,9 @@ def read_config(where, c, name, found=frozenset()):
         if rope.get("llama_4_scaling_beta") else 0, act_limit=c.get("swiglu_limit") or 0.0,
         lacks=family.lacks, names=renamed(family.names), turned=family.turned, scales=scales,
         name=name, **experts)
+    for settings in c, rope, local_rope:
+        settings.refuse_unread()
+    return config
 
 
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "ernie4_5_moe", "glm4_moe",
@@ -875,20 +1012,27 @@ def read_experts(where, c, flags):
             "needs": {"router_bias"} if shared and not gated else ()}
 
 
-def rope_settings(c, kind):
-    """RoPE's settings for global and for local layers, from either form of config.json."""
-    given = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    length, theta = c.get("max_position_embeddings"), c.get("rope_theta", 10000.0)
-    original = c.get("original_max_position_embeddings")
-    common = {"rope_theta": theta, "partial_rotary_factor": c.get("partial_rotary_factor", 1),
-              "original_max_position_embeddings": length, "context": c["context"], "length": length}
-    plain = {"rope_theta": c.get("rope_local_base_freq", 10000.0) if kind == "gemma3_text"
-             else given.get("rope_theta", theta)}
-    rope = given.get("full_attention") or given
-    local = given.get("sliding_attention") or (
-        plain if kind in ("gemma3_text", "olmo3") else rope)
-    first = {"original_max_position_embeddings": original} if original else {}
-    return {**common, **rope, **first}, {**common, **local, **first}
+def rope_settings(where, c, kind):
+    """RoPE's settings for global and for local layers; rope_scaling counts more, the older form."""
+    both, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
+    length, first = c.get("max_position_embeddings"), c.get("original_max_position_embeddings")
+    common = {"rope_theta": c.get("rope_theta", 10000.0), "length": length, "context": c["context"],
+              "original_max_position_embeddings": length,
+              "partial_rotary_factor": c.get("partial_rotary_factor", 1)}
+    first = {"original_max_position_embeddings": first} if first else {}
+    nested = {"full_attention", "sliding_attention"} & both.keys()
+    require(kind != "gemma3_text" or both.keys() == nested, f"{where}: rope_parameters "
+            f"has {', '.join(both)}, and not full_attention and sliding_attention")
+    if not nested and kind not in ("gemma3_text", "olmo3"):
+        rope = Settings(where, {**common, **(scaling or both), **first})
+        return rope, rope
+    theta = both.get("rope_theta", common["rope_theta"])
+    if kind == "gemma3_text":
+        theta = c.get("rope_local_base_freq", 10000.0)
+    rope = (both.get("full_attention") or {}) if nested else both
+    rope = {**common, **rope, **scaling, **first}
+    local = {**common, "rope_theta": theta, **(both.get("sliding_attention") or {})}
+    return Settings(where, rope), Settings(where, local)
 
 
 def local_layers(where, c, kind):
@@ -906,6 +1050,7 @@ def local_layers(where, c, kind):
     local = [i >= c.get("max_window_layers", 28) for i in range(n)]
     given = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or pattern
     if types := c.get("layer_types"):
+        require(len(types) == n, f"{where}: layer_types has {len(types)} layers, not {n}")
         for one in types:
             require(one in ("sliding_attention", "full_attention"),
                     f"{where}: layer type '{one}' is not supported")
@@ -986,33 +1131,45 @@ class GGUF(Source):
     def __init__(self, path):
         import gguf
         self.path = Path(path)
-        reader = gguf.GGUFReader(path)
-
-        def meta(key, default=None):
-            return reader.fields[key].contents() if key in reader.fields else default
-
-        arch = meta("general.architecture")
+        readers = [(part, gguf.GGUFReader(part)) for part in self.parts()]
+        meta = Settings(path, {k: f.contents() for k, f in readers[0][1].fields.items()})
+        require(readers[0][1].endianess == gguf.GGUFEndian.LITTLE, f"{path} is big-endian: convert "
+                "it with gguf-convert-endian, of the Python package gguf")
+        count = meta.get("split.count", 1)
+        require(count in (0, len(readers)), f"{path} is one of {count} files, which must be there "
+                f"as name-00001-of-{count:05}.gguf and so on")
+        arch = meta.get("general.architecture")
         require(arch in GGUF_FAMILIES, f"{path}: architecture '{arch}' is not supported "
                 f"({', '.join(GGUF_FAMILIES)} are)")
         self.halves = arch != "llama"
-        stored = {t.name: Raw(t.name, self.path, t.tensor_type.name,
+        stored = {t.name: Raw(t.name, part, t.tensor_type.name,
                               tuple(int(n) for n in t.shape[::-1]), int(t.data_offset),
-                              int(t.n_bytes)) for t in reader.tensors}
-        c = self.describe(GGUF_FAMILIES[arch], lambda key: meta(f"{arch}.{key}"), stored)
+                              int(t.n_bytes)) for part, reader in readers for t in reader.tensors}
+        c = self.describe(GGUF_FAMILIES[arch], lambda key: meta.get(f"{arch}.{key}"), stored)
         found = {name for name in BIASES if f"blk.0.{LAYER[name][3]}.bias" in stored}
-        self.config = read_config(path, c, meta("general.name", self.path.stem), found)
+        self.config = read_config(path, c, meta.get("general.name", self.path.stem), found)
+        meta.refuse_unread(arch + ".")
         if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
             self.config.rope_freqs /= read_raw(stored["rope_freqs.weight"])[0]
         self.find(path, stored, "gguf", lambda name: name == "rope_freqs.weight")
-        kinds = Counter(raw.kind for (_, layer), raw in self.tensors.items()
-                        if layer >= 0 and len(raw.shape) == 2)
-        self.dtype = KINDS.get(kinds.most_common(1)[0][0], Q8)  # nearest to that of most matrices
-        self.vocab = gguf_vocab(meta, self.path, self.config.vocab_size)
+        self.vocab = gguf_vocab(meta.get, self.path, self.config.vocab_size)
+
+    def parts(self):
+        """All files of a split one, in order; the first has the metadata."""
+        split = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.gguf)", self.path.name)
+        return [self.path.with_name(f"{split[1]}{i:05}{split[2]}")
+                for i in range(1, int(split[3]) + 1)] if split else [self.path]
 
     def describe(self, family, key, stored):
         """The metadata in config.json's words, completed as llama.cpp does."""
         def translate(keys):
-            return {ours: key(theirs) for ours, theirs in keys.items() if key(theirs)}
+            found = {ours: key(theirs) for ours, theirs in keys.items() if key(theirs)}
+            for ours, values in found.items():
+                if isinstance(values, list) and not ours.endswith("pattern"):
+                    require(len(set(values)) == 1, f"{self.path}: {keys[ours]} differs from layer "
+                            "to layer, which is not supported")
+                    found[ours] = values[0]
+            return found
 
         c = translate(GGUF_KEYS)
         for name in list(GGUF_KEYS)[:6]:
@@ -1038,15 +1195,19 @@ class GGUF(Source):
                 "sliding_window": 0, "use_sliding_window": True, "max_window_layers": 0, **c}
 
 
-def open_safetensors(paths):
-    """The tensors of safetensors files, {name: Raw}."""
+def open_safetensors(paths, index={}):
+    """The tensors of safetensors files, {name: Raw}: those that an index says are in that file."""
     from gguf.utility import SafetensorsLocal   # (the safetensors library has no bfloat16 in numpy)
     stored = {}
     for path in paths:
         for name, t in SafetensorsLocal(path).tensors.items():
-            size, width = t.data_range.size, {"F32": 4, "F16": 2, "BF16": 2}.get(t.dtype)
+            size, kind = t.data_range.size, t.dtype.partition("_")[0]
+            width = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8": 1}.get(kind)
             require(not width or size == width * math.prod(t.shape),
                     f"{path}: damaged: {name} has {size} bytes, not those of its shape")
+            if index.get(name, path.name) != path.name:
+                continue
+            require(name not in stored, f"{path}: {name} is in another file, too")
             stored[name] = Raw(name, path, t.dtype, t.shape, t.data_range.offset, size)
     return stored
 
@@ -1066,16 +1227,22 @@ class HuggingFace(Source):
         require((self.folder / "config.json").exists(),
                 f"{folder} has no config.json: not a Hugging Face model folder")
         config = read_json(self.folder / "config.json")
+        quantization = config.pop("quantization_config", None)
         c = {**config, **config.get("text_config", {}), "context": context}
-        stored = {text_name(name): raw for name, raw in open_safetensors(self.files()).items()}
 
         def describe(found):
             return read_config(self.folder, c, self.folder.resolve().name, found)
 
+        every = weights(describe(BIASES))
+        stored = join_packed(folder, open_safetensors(*self.files()), quantization or {})
+        for name in [n for n in stored if text_name(n) != n]:
+            require(text_name(name) not in stored, f"{folder}: {name} is there twice")
+            stored[text_name(name)] = stored.pop(name)
         # Which biases there are is seen from the tensors.
-        found = {t.key[0] for t in weights(describe(BIASES)) if t.key[0] in BIASES
-                 and t.hugging_face.format(0).removesuffix("*") in stored}
-        self.config = describe(found)
+        self.config = describe({t.key[0] for t in every if t.key[0] in BIASES
+                                and t.hugging_face.format(0).removesuffix("*") in stored})
+        if "lm_head.weight" in stored and "classifier" not in self.config.optional:     # tied
+            stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
         family = FAMILIES[{"gemma3": "gemma3_text"}.get(c["model_type"], c["model_type"])]
         self.fused, self.transposed, self.made = family.fused, family.transposed, family.ones
         if self.config.n_shared:
@@ -1088,13 +1255,15 @@ class HuggingFace(Source):
 
         def harmless(name):     # tables, masks, and a copy of the embedding that is tied
             if name != "lm_head.weight":
-                return name in vision or name.endswith(TABLES)
+                layer = re.match(r"model\.layers\.(\d+)\.", name)     # or one that guesses ahead
+                return (name in vision or name.endswith(TABLES)
+                        or layer and int(layer[1]) >= self.config.n_layers
+                        or name.endswith(".bias") and not read_raw(stored[name]).any())
             both = stored[name], stored[self.config.names.get("token_embedding",
                                                               "model.embed_tokens.weight")]
             return len({hashlib.sha256(raw_bytes(raw, slice(None))).digest() for raw in both}) == 1
 
         self.find(folder, stored, "hugging_face", harmless)
-        self.dtype = BF16 if self.tensors["token_embedding", -1].kind == "BF16" else F32
         self.vocab = folder_vocab(self.folder, config, self.config.vocab_size)
 
     def find_shared(self, stored, form):
@@ -1130,15 +1299,17 @@ class HuggingFace(Source):
         return a
 
     def files(self):
-        """One file, or the parts that an index lists."""
-        index = self.folder / "model.safetensors.index.json"
-        parts = read_json(index, {"weight_map": {"": "model.safetensors"}})["weight_map"].values()
+        """One file, or the parts that an index lists, and the index {tensor: part}."""
+        index = {"": "model.safetensors"}
+        if not (self.folder / index[""]).exists():      # beside it an index is a left-over
+            index = read_json(self.folder / "model.safetensors.index.json",
+                              {"weight_map": index})["weight_map"]
         pickles = [f" ({path.name} is a pickle, which could run code, and is not read: convert it "
                    "to safetensors)" for path in self.folder.glob("*.bin")]
-        paths = [self.folder / Path(name).name for name in sorted(set(parts))]
+        paths = [self.folder / Path(name).name for name in sorted(set(index.values()))]
         for path in paths:
             require(path.exists(), f"{path} is missing{''.join(pickles[:1])}")
-        return paths
+        return paths, index
 
 
 TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
@@ -1146,11 +1317,46 @@ TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.
 
 
 def text_name(name):
-    """A tensor's name with the prefixes of a Llama, whatever those before it are."""
+    """A tensor's name as in a plain Llama, saved with torch_compile or not."""
     name = re.sub(r"^(model\.)?language_model\.(model\.)?(lm_head)?",
-                  lambda m: m[3] or "model.", name)
-    return re.sub(r"^(transformer\.|gpt_neox\.)?(h\.(?=\d)|layers\.|(?=wte|wpe|ln_f|embed_in|"
-                  r"final_layer_norm))", lambda m: "model." + ("layers." if m[2] else ""), name)
+                  lambda m: m[3] or "model.", name.replace("_orig_mod.", ""))
+    return re.sub(r"^(transformer\.|gpt_neox\.)?(h\.(?=\d)|layers\.|(?=(wte|wpe|ln_f|embed_in|"
+                  r"final_layer_norm|embed_tokens|norm)\.))",
+                  lambda m: "model." + ("layers." if m[2] else ""), name)
+
+
+def join_packed(where, stored, q):
+    """With the several tensors of each GPTQ, AWQ or fp8 matrix made one; q: quantization_config."""
+    method, layout = q.get("quant_method"), q.get("version", q.get("checkpoint_format", "gemm"))
+    require(method in (None, "fp8", "fbgemm_fp8", "gptq", "awq") or q.get("format") ==
+            "float-quantized", f"{where}: quantization_config: quant_method = {method} is not "
+            "supported (fp8, gptq and awq are)")
+    more = method == "gptq" and layout != "gptq_v2"     # its zeros are stored less one
+    if method in ("gptq", "awq"):
+        require(q.get("bits") == 4 and layout.lower() in ("gemm", "gptq", "gptq_v2"), f"{where}: "
+                f"{method} of {q.get('bits')} bits, {layout}, is not supported (4 bits are)")
+    for name in [n for n in stored if n.endswith((".qweight", ".weight_scale", "_scale_inv"))]:
+        base = name.rpartition(".")[0]
+        if name.endswith(".qweight"):
+            parts = {"q": stored.pop(name), "zeros": stored.pop(base + ".qzeros"),
+                     "scales": stored.pop(base + ".scales"), "more": int(more)}
+            (a, b), kind = parts["q"].shape, method.upper()
+            shape = (b * 8, a) if kind == "AWQ" else (b, a * 8)
+            parts["group"] = np.arange(shape[1]) // (shape[1] // parts["scales"].shape[0])
+            if order := stored.pop(base + ".g_idx", None):
+                order = view(order.path, order.offset, "<i4", order.shape)
+                kind = "GPTQ" if (order == parts["group"]).all() else "GPTQ in act-order"
+                parts["group"] = order
+        else:
+            parts = {"weight": stored.pop(base + ".weight"), "scale": stored.pop(name),
+                     "block": q.get("weight_block_size")}
+            stored.pop(base + ".input_scale", None)
+            shape, kind = parts["weight"].shape, parts["weight"].kind
+            require(kind == "F8_E4M3", f"{where}: {base} has type {kind}, which cannot be read")
+        raws = [x for x in parts.values() if isinstance(x, Raw)]
+        stored[base + ".weight"] = Raw(base, raws[0].path, kind, shape, 0,
+                                       sum(x.n_bytes for x in raws), parts)
+    return stored
 
 
 class Llama2c(Source):
@@ -1180,11 +1386,12 @@ class Llama2c(Source):
             tied = sizes[5] > 0
         dim, hidden_dim, layers, heads, kv_heads, vocab_size, seq_len = sizes
         group = self.group or 1
-        require(heads > 0 and dim % heads == 0 and group > 0 and dim % group == hidden_dim % group
-                == 0, f"{path} is not a model file of a known format")
+        require(heads > 0 and dim % heads == 0 and group > 0,
+                f"{path} is not a model file of a known format")
+        require(dim % group == hidden_dim % group == 0, f"{path}: groups of {group} weights do not "
+                f"fit into rows of {dim} and {hidden_dim}, which is not supported")
         self.config = Config(dim, hidden_dim, layers, heads, kv_heads, abs(vocab_size), seq_len,
                              name=self.path.stem, optional=set() if tied else {"classifier"})
-        self.dtype = Q8 if self.group else F32
         self.place(version, start)
         self.vocab = llama2c_vocab(self.path, vocab_path, self.config.vocab_size)
 
@@ -1227,7 +1434,8 @@ class Llama2c(Source):
 
 class RandomWeights(Source):
     """A model of any shape with random weights, to time run.c with."""
-    dtype, vocab = Q8, None
+    vocab = None
+    tensors = defaultdict(lambda: Raw("random", "", "Q8_0", (), 0, math.inf))
 
     def __init__(self, text):
         c = {"vocab": 49152, "ctx": 8192, "experts": 0, "active": 0, "expert_hidden": 0}
@@ -1243,9 +1451,6 @@ class RandomWeights(Source):
                               "optionally vocab=,ctx=,experts=,active=,expert_hidden=") from None
         self.cols = {t.key: t.cols for t in weights(self.config)}
         self.rng = np.random.default_rng(1)
-
-    def label(self, key):
-        return key[0]
 
     def read(self, key, index):
         if key[0].endswith("norm"):
@@ -1276,18 +1481,24 @@ def open_lora(folder, source):
     c = read_json(folder / "adapter_config.json")
     for key, plain in (("peft_type", "LORA"), ("bias", "none"),
                        ("use_dora", False), ("use_qalora", False),
-                       ("fan_in_fan_out", False), ("modules_to_save", None),
+                       ("fan_in_fan_out", False), ("modules_to_save", None), ("lora_bias", False),
+                       ("target_parameters", None), ("trainable_token_indices", None),
                        ("layer_replication", None), ("alora_invocation_tokens", None)):
         require(c.get(key) in (plain, None, []), f"{folder}: {key} = {c.get(key)} is not supported")
     start = str(c.get("init_lora_weights"))
     require(not re.match("pissa|olora|corda|loftq", start), f"{folder}: init_lora_weights = "
             f"{start} changes the base model, and is not supported")
     targets = {t.hugging_face: t for t in weights(source.config) if t.dtype != ROWS}
-    found = defaultdict(dict)
-    for name, raw in open_safetensors([folder / "adapter_model.safetensors"]).items():
+    found, path = defaultdict(dict), folder / "adapter_model.safetensors"
+    require(path.exists() or not path.with_suffix(".bin").exists(), f"{path} is missing "
+            "(adapter_model.bin is a pickle, which could run code, and is not read)")
+    if any(folder.glob("tokenizer*")) or any(folder.glob("chat_template*")):
+        note(f"{folder}: the adapter's tokenizer and chat template are ignored")
+    for name, raw in open_safetensors([path]).items():
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])(\.default)?\.weight", name)
         require(match and text_name(match[1]) + ".weight" in targets,
-                f"{folder}: {name} does not fit this model")
+                f"{folder}: {name} is not supported (LoRA of matrices is, but not of the embedding "
+                "or what is tied to it; no DoRA, no biases)")
         found[match[1]][match[2]] = raw
     updates = {}
     for module, raws in found.items():
@@ -1361,8 +1572,7 @@ class Vocab:
     add_bos: bool = False
     ignore_merges: bool = False
     space_prefix: int = 0           # 0, SPACE_PREFIX, or SPACE_PREFIX | PREFIX_FIRST
-    temperature: float = -1.0
-    top_p: float = -1.0
+    sampling: tuple = (-1.0, -1.0, 0, 0.0, 0.0)     # temperature, top-p; top-k, min-p, penalty
     stops: list = ()
     chat: list = ()                 # 10 pieces, or none
     render: object = None         # (messages, add_generation_prompt) -> text
@@ -1412,9 +1622,8 @@ def tokenizer_bytes(v):
             runs = Split(Regex(regex), "removed", invert=True).pre_tokenize_str(text)
             ranges += [(ord(run[0]), ord(run[-1]), number) for run, _ in runs]
     flags = ADD_BOS * v.add_bos | v.space_prefix | IGNORE_MERGES * v.ignore_merges
-    body = struct.pack("<I4iI4B4I2f", v.kind, len(v.tokens), v.bos, v.eos, v.unk, flags, *v.rule,
-                       0, len(v.merges), len(ranges), len(v.stops), len(v.chat), v.temperature,
-                       v.top_p)
+    body = struct.pack("<I4iI4B4I2fi2f", v.kind, len(v.tokens), v.bos, v.eos, v.unk, flags, *v.rule,
+                       0, len(v.merges), len(ranges), len(v.stops), len(v.chat), *v.sampling)
     parts = [body.ljust(64, b"\0")]
     for token, kind, score in zip(v.tokens, v.types, v.scores):
         parts.append(struct.pack("<fBBH", score, kind, 0, len(token)) + token)
@@ -1649,8 +1858,8 @@ def gguf_vocab(meta, path, vocab_size):
         vocab.add_bos, vocab.unk = llama3, unk
     vocab.bos, vocab.eos = of("bos_token_id", -1), of("eos_token_id", -1)
     vocab.add_bos = bool(of("add_bos_token", vocab.add_bos)) and vocab.bos >= 0
-    vocab.temperature = meta("general.sampling.temp", -1.0)
-    vocab.top_p = meta("general.sampling.top_p", -1.0)
+    vocab.sampling = tuple(meta("general.sampling." + name, none) for name, none in zip(
+        ("temp", "top_p", "top_k", "min_p", "penalty_repeat"), vocab.sampling))
     ends = of("eot_token_id", -1), of("eom_token_id", -1)
     return vocab.finish(path, vocab_size, meta("tokenizer.chat_template"), ends)
 
@@ -1658,6 +1867,8 @@ def gguf_vocab(meta, path, vocab_size):
 def folder_vocab(folder, config, vocab_size):
     """The Vocab of a Hugging Face folder."""
     settings = read_json(folder / "tokenizer_config.json", {})
+    if "added_tokens_decoder" not in settings:      # as transformers does
+        settings.update(read_json(folder / "special_tokens_map.json", {}))
     generation = read_json(folder / "generation_config.json", {})
     if (path := folder / "tokenizer.json").exists():
         vocab = json_vocab(path, read_json(path))
@@ -1682,8 +1893,11 @@ def folder_vocab(folder, config, vocab_size):
     vocab.eos = named("eos_token", (*ends[:1], vocab.eos))
     add_bos = settings.get("add_bos_token")
     vocab.add_bos = bool(vocab.add_bos if add_bos is None else add_bos) and vocab.bos >= 0
-    vocab.temperature = float(generation.get("temperature") or -1)
-    vocab.top_p = float(generation.get("top_p") or -1)
+    if generation.get("do_sample") is False:
+        generation["temperature"] = 0
+    vocab.sampling = tuple(none if generation.get(name) is None else generation[name]
+                           for name, none in zip(("temperature", "top_p", "top_k", "min_p",
+                                                  "repetition_penalty"), vocab.sampling))
     template = settings.get("chat_template")
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}.get("default")
@@ -2214,6 +2428,8 @@ def export(args):
     require(model.resolve() != tokenizer.resolve(),
             f"{model}: the checkpoint and the tokenizer need two names")
     source = open_source(args.source, args.vocab, args.context)
+    require(not args.context or args.context == source.config.seq_len, "--context is for folders, "
+            f"and at most what their model was made for: {source.config.seq_len}")
     source.lora = open_lora(args.lora, source) if args.lora else {}
     require(not args.vocab or isinstance(source, Llama2c),
             "--vocab is for llama2.c checkpoints; this source has its own")
@@ -2223,7 +2439,7 @@ def export(args):
             data, fingerprint = tokenizer_bytes(source.vocab)
             files.enter_context(replacing(tokenizer)).write(data)
         write_checkpoint(files.enter_context(replacing(model)), source,
-                         DTYPES.get(args.dtype, source.dtype), fingerprint)
+                         DTYPES.get(args.dtype), fingerprint)
     note(f"wrote {model} ({model.stat().st_size / 1e6:.1f} MB)"
          + (f" and {tokenizer}" if source.vocab else ""))
 
@@ -2234,7 +2450,8 @@ def main():
                         "folder or id, smollm2, gemma3, or random:dim=...")
     parser.add_argument("model", metavar="model.bin", help="the checkpoint to write")
     parser.add_argument("--dtype", metavar="|".join(DTYPES), choices=DTYPES,
-                        help="how to store matrices (default: nearest to the source)")
+                        help="how to store all matrices (default: each as it comes, in the nearest "
+                        "dtype: a GGUF's k-quants stay what they are)")
     parser.add_argument("--tokenizer", metavar="PATH", help="the tokenizer to write (model.tok)")
     parser.add_argument("--vocab", metavar="PATH", help="the tokenizer.bin, .model or .json of a "
                         "llama2.c checkpoint (default: the one beside it)")

@@ -16,7 +16,7 @@
  *     [5] Modes                [5.1] text in and out  [5.2] chat format and likelihood
  *                              [5.3] sessions  [5.4] tools  [5.5] decoders  [5.6] generate
  *                              [5.7] chat  [5.8] explain  [5.9] tokenize, logits, eval
- *                              [5.10] compress  [5.11] check  [5.12] bench
+ *                              [5.10] compress  [5.11] check  [5.12] bench  [5.13] each
  *     [6] The command line     options, modes, signals, main
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -33,6 +33,7 @@
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -48,8 +49,13 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#if defined PORTABLE && defined __x86_64__
+#include <cpuid.h>
+#elif defined PORTABLE
+#include <sys/auxv.h>
+#endif
 
-#define VERSION "1.0"
+#define VERSION "0.9"
 
 // (16: like 0, on machines that have half-precision arithmetic as well.)
 #if defined __FAST_MATH__ || (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16)
@@ -407,7 +413,7 @@ static void (*attention)(const Pass *f) = attention_plain;  // or a function of 
 
 static State *get_state(Cache *kv, int wanted);  // with room for the logits of so many slots
 static void cache_prepare(Cache *kv, const Slot *batch, int n);  // memory for what will be written
-static void check_logits(const Model *m, const float *logits, int n);  // dies if one is NaN or huge
+static void check_numbers(const Cache *kv, const float *logits, int n);  // NaN, infinite? dies
 
 // A token becomes a vector: its row of the embedding matrix. The angles of its position are
 // computed here too, for use in every layer.
@@ -573,7 +579,7 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
         f.batch = batch + i, f.n = n - i < MAX_BATCH ? n - i : MAX_BATCH;
         done += forward_batch(&f, f.s->logits + (size_t)done * (size_t)m->c.vocab_size);
     }
-    check_logits(m, f.s->logits, wanted);
+    check_numbers(kv, f.s->logits, wanted);
     return f.s->logits;
 }
 
@@ -587,6 +593,8 @@ typedef struct {
     int top_k;              // of the k likeliest; 0: off
     float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
     float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
+    int repeat_last;        // of so many of its last tokens; 0: of all
+    float dry;              // how much worse is what would go on repeating a passage; 0: off
     uint64_t rng;           // state of the random generator
     float coin;             // the random number of the last draw
     int kept;               // how many candidates it drew from; 0: all tokens, in order of ids
@@ -606,6 +614,7 @@ static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8
 // The limits: draws only from the likeliest tokens, those that every limit allows. The many others
 // are unlikely each, but together they would be drawn now and then, and spoil the text.
 static int sample_candidates(Sampler *s);
+static void sample_dry(Sampler *s, const int *text, int n);  // what --dry asks for
 
 // Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
 // Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum. Two tokens
@@ -613,11 +622,13 @@ static int sample_candidates(Sampler *s);
 // 12%; at T = 2 with 62% and 38%. So a low temperature sharpens, a high one levels.
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
+    int recent = s->repeat_last && s->repeat_last < n ? s->repeat_last : n;
     if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
-        for (int i = 0; i < n; i++) {
+        for (int i = n - recent; i < n; i++) {
             float l = logits[text[i]];
             s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
         }
+    if (s->dry > 0) sample_dry(s, text, n);
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
     float max = s->p[best], cdf = 0;
@@ -678,7 +689,8 @@ static inline uint16_t float_to_half(float x) {
 }
 
 // e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial, written
-// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits.
+// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits. (+ x - x: of NaN
+// it is NaN.)
 static inline float exp_(float x) {
     float most = x > 88.0f ? 88.0f : x;  // (To change x twice takes GCC 12 twice the steps.)
     x = x < -87.0f ? -87.0f : most;
@@ -687,7 +699,8 @@ static inline float exp_(float x) {
     float p = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r2 +
                (8.3334519073e-3f * r + 4.1665795894e-2f)) * r2 +
               (1.6666665459e-1f * r + 5.0000001201e-1f);
-    return float_of(bits_of(p * r2 + r + 1.0f) + ((bits_of(shifted) - 0x4b400000u) << 23));
+    uint32_t power = (bits_of(shifted) - 0x4b400000u) << 23;
+    return float_of(bits_of(p * r2 + r + 1.0f) + power) + (x - x);
 }
 static void exp_all(float *x, int n, float minus) {
     for (int i = 0; i < n; i++) x[i] = exp_(x[i] - minus);
@@ -771,8 +784,10 @@ static int sample_candidates(Sampler *s) {
     Candidate *c = s->candidates;
     bool nucleus = s->top_p > 0 && s->top_p < 1;
     int n = 0, counts[256] = {0}, exponent = 255, vocab = s->vocab_size;
-    float max = largest(s->p, vocab), cutoff = s->min_p * max, sum = 0;
-    if (nucleus) cutoff = fmaxf(cutoff, fminf((1.0f - s->top_p) / (float)(vocab - 1), max));
+    float max = largest(s->p, vocab), least = s->min_p * max, sum = 0, all = 1;
+    float cutoff = s->top_k ? 0 : least;
+    if (nucleus && !s->top_k)
+        cutoff = fmaxf(cutoff, fminf((1.0f - s->top_p) / (float)(vocab - 1), max));
     for (int i = 0; i < vocab && s->top_k; i++) counts[bits_of(s->p[i]) >> 23 & 255]++;
     for (int some = counts[255]; some < s->top_k && exponent; some += counts[--exponent]) {}
     if (s->top_k) cutoff = fmaxf(cutoff, float_of((uint32_t)exponent << 23));
@@ -780,10 +795,33 @@ static int sample_candidates(Sampler *s) {
         if (s->p[i] >= cutoff) c[n++] = (Candidate){s->p[i], i};
     qsort(c, (size_t)n, sizeof *c, by_probability);
     if (s->top_k && n > s->top_k) n = s->top_k;
-    for (s->kept = 0; s->kept < n && !(nucleus && sum > s->top_p); s->kept++) sum += c[s->kept].p;
+    if (s->top_k) all = 0;  // top-p is a part of what top-k has left
+    for (int i = 0; i < n && s->top_k; i++) all += c[i].p;
+    for (s->kept = 0; s->kept < n && !(nucleus && sum > s->top_p * all); s->kept++) {
+        if (c[s->kept].p < least) break;
+        sum += c[s->kept].p;
+    }
     float cdf = c[0].p;
     for (n = 0; n < s->kept - 1 && s->coin * sum >= cdf;) cdf += c[++n].p;
     return c[n].token;
+}
+
+// DRY, "don't repeat yourself" (p-e-w, 2024): where the text's last L tokens, two or more, have
+// occurred before, the logit of the token that followed then is lowered by dry * 1.75^(L - 2).
+static void sample_dry(Sampler *s, const int *text, int n) {
+    Candidate *less = s->candidates;  // (vocab_size) of each token
+    for (int i = 1; i < n; i++) less[text[i]].p = 0;
+    for (int i = n - 1; i > 1; i--) {
+        int same = 0;
+        float by = s->dry;
+        while (same < 50 && same < i && text[i - 1 - same] == text[n - 1 - same]) same++;
+        for (int k = 2; k < same; k++) by *= 1.75f;
+        if (same >= 2) less[text[i]].p = fmaxf(less[text[i]].p, by);
+    }
+    for (int i = 1; i < n; i++) {
+        s->p[text[i]] -= less[text[i]].p;
+        less[text[i]].p = 0;
+    }
 }
 
 // 64-bit hash of bytes, the sum of a mix (splitmix64) of each 8-byte word with its place. `first`
@@ -890,7 +928,7 @@ static Quantized quantized_in(uint8_t *memory, int n, int cols) {  // laid out i
 }
 
 // The scale with which the largest |x| becomes 127. Instead of a subnormal one it is 0; of an
-// infinity or NaN it is NaN, so that the logits show it (but the KV cache then holds zeros).
+// infinity or NaN it is NaN, so that the logits show it.
 static inline float scale_of(const float *x, int n) {
     uint32_t max = 0;
     for (int i = 0; i < n; i++) {
@@ -1043,6 +1081,7 @@ struct Cache {
     int dtype;            // how keys and values are stored
     int n_pages;          // the most that a sequence has
     size_t head_bytes, page_bytes;
+    _Atomic bool damaged; // a key or a value was infinite or NaN
     uint8_t **pages;      // (n_seqs, n_pages), NULL: none yet; behind each how many others have it
     State state;          // the activations of forward
 };
@@ -1152,13 +1191,14 @@ static void cache_put(const CacheHead *h, int pos, const float *k, const float *
     const uint8_t *data = head_at(h, pos);
     Matrix keys = cache_keys(kv, data), values = cache_values(kv, data);
     int at = pos % PAGE_POSITIONS, hd = kv->m->c.head_dim;
+    float d_key = scale_of(k, hd), d_value = scale_of(v, hd);
+    if (d_key != d_key || d_value != d_value) h->kv->damaged = true;
     for (int i = 0; i < hd && kv->dtype != Q8; i++) {
         put_number(&keys, at, i, k[i]);
         put_number(&values, i, at, v[i]);
     }
     if (kv->dtype != Q8) return;
     int8_t q[2][BLOCK];  // keys and values
-    float d_value = scale_of(v, hd);
     value_scales(kv, data)[at] = d_value > 0 ? d_value : 0;
     for (int b = 0; b < hd; b += BLOCK, k += BLOCK, v += BLOCK) {
         int n = hd - b < BLOCK ? hd - b : BLOCK;
@@ -1220,9 +1260,11 @@ static void get_scores(const Pass *f) {
               (size_t)(f->n * f->m->c.n_heads) * (size_t)s->scores_width);
 }
 
-// A damaged weight shows in the logits, as NaN or a number over 1e18.
-static void check_logits(const Model *m, const float *logits, int n) {
-    int bad = 0;
+// A damaged weight shows in the logits, as NaN or a number over 1e18, or in keys and values, which
+// may not hold what it has become.
+static void check_numbers(const Cache *kv, const float *logits, int n) {
+    const Model *m = kv->m;
+    int bad = kv->damaged;
     size_t all = (size_t)n * (size_t)m->c.vocab_size;
     for (size_t i = 0; i < all; i++) bad |= !(fabsf(logits[i]) < 1e18f);
     if (bad)
@@ -1596,8 +1638,9 @@ typedef struct {
     uint32_t flags;
     uint8_t split, digits, isolate_digits, zero;  // the rule that cuts words: see word_next
     uint32_t n_merges, n_ranges, n_stops, n_chat;
-    float temperature, top_p;  // the model's own defaults; -1: none
-    uint8_t zero2[12];
+    float temperature, top_p;  // the model's own defaults, for a chat; -1: none
+    int32_t top_k;             // 0: none
+    float min_p, repeat_penalty;  // 0: none
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 bytes");
 
@@ -2527,17 +2570,20 @@ static void start_threads(int n) {
 // (input_read). Results stream (stdout, a device) or are collected in memory, for -o until
 // output_file makes its file. It keeps what a signal must know. Calls: forward, by prefill.
 
-enum { MAX_OTHERS = 15 };
+enum { MAX_LIST = 15 };
+typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *others[MAX_OTHERS];
-    int n_others;
+    const char *tool, *each;
+    List others, stops;
+    long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
-    double min_p, repeat_penalty;
+    double min_p, repeat_penalty, dry;
+    long long repeat_last;
     unsigned long long seed;
-    bool quiet, receipt, best, think, trace, help, version;
-    Text input;        // not an option: the text of -i or -f
+    bool quiet, receipt, best, think, trace, quote, help, version;
+    Text input, lines; // not options: the text of -i or -f, and of --each
     double started;    // nor this: when the program was
     uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
@@ -2550,6 +2596,10 @@ typedef struct {
     size_t start, thought;  // where in the memory the model's own text begins, and its open thought
     bool terminal;     // control characters are shown instead of sent
     bool filter, thinking;  // <think> is looked for; is open
+    bool mute;         // text is not written: there is something else instead
+    bool line;         // white space before the model's text is left out; it ends with its line
+    const List *stops; // the model's text ends before the first of these; NULL: of none
+    bool stopped;      // it did
 } Output;
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
@@ -2557,6 +2607,7 @@ static volatile sig_atomic_t interrupted;  // by a signal; a second one ends the
 static volatile sig_atomic_t idle = 1;     // nothing is under way: the first one does
 static volatile sig_atomic_t dimmed;       // a terminal that writes dimmed text: set back at exit
 static volatile pid_t running_tool;        // ends with the program
+static bool unfinished;                    // a part of the work could not be done: status 1
 
 // What must not outlive the program; a signal may call it.
 static void output_leave(void) {
@@ -2649,25 +2700,59 @@ static void output_think(Output *out, size_t tag) {
     if (out->terminal && out->fd >= 0) dimmed = out->thinking ? out->fd : 0;
 }
 
-// Adds text and sends it. A beginning of what may be a tag, or of a character, waits for the rest.
+// What the model's own text may end with next: a tag, or (i from 0) a stop; NULL: no more.
+static const char *output_end_at(const Output *out, int i) {
+    if (i < 0) return out->filter ? output_tags[out->thinking] : "";
+    return out->stops && i < out->stops->n ? out->stops->of[i] : NULL;
+}
+// Adds text and sends it, up to a stop. A beginning of one, of a tag or of a character waits.
 static void output_text(Output *out, Text text) {
+    const char *end;
     size_t keep = 0;
-    for (size_t i = 0; i < text.len; i++) {
-        const char *tag = output_tags[out->thinking];
-        output_byte(out, text.s[i]);
-        if (out->filter && text_ends(out->memory + out->start, out->n - out->start, tag))
-            output_think(out, strlen(tag));
+    if (out->mute) return;
+    for (size_t i = 0; i < text.len && !out->stopped; i++) {
+        bool line = out->line && !out->thinking;
+        bool blank = text.s[i] && strchr(" \t\r\n", text.s[i]);
+        if (line && blank && out->n == out->start) continue;
+        out->stopped = line && text.s[i] == '\n';
+        if (!out->stopped) output_byte(out, text.s[i]);
+        for (int k = -1; (end = output_end_at(out, k)) && !out->stopped; k++) {
+            if (!*end || !text_ends(out->memory + out->start, out->n - out->start, end)) continue;
+            out->stopped = k >= 0;
+            if (k < 0) output_think(out, strlen(end));
+            else out->n -= strlen(end);
+        }
     }
-    for (size_t n = 1; n < 8 && n <= out->n; n++) {  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
-        uint8_t last = (uint8_t)out->memory[out->n - n];
-        if (last >= 256 - (128 >> n) || (out->filter && last == '<')) keep = n;
-    }
+    for (int k = -1; (end = output_end_at(out, k)) && !out->stopped; k++)
+        for (size_t n = strlen(end), own = out->n - out->start; n > keep; n--)
+            if (n <= own && end[n] && !memcmp(out->memory + out->n - n, end, n)) keep = n;
+    for (size_t n = 1; n < 4 && n <= out->n; n++)  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
+        if ((uint8_t)out->memory[out->n - n] >= 256 - (128 >> n) && keep < n) keep = n;
     output_put(out, NULL, 0, out->thinking && !out->terminal ? out->n - out->thought : keep);
+}
+
+// Adds a text as a string of JSON. What is not UTF-8 becomes U+FFFD.
+static void output_json(Output *out, Text text) {
+    static const char special[] = "\"\\\n\t\r\b\f", names[] = "\"\\ntrbf";
+    char escape[8];
+    output_put(out, "\"", 1, SIZE_MAX);
+    for (size_t used; text.len; text.s += used, text.len -= used) {
+        uint32_t c = next_char(text.s, text.len, &used);
+        const char *at = c && c < 128 ? strchr(special, (int)c) : NULL;
+        if (at) snprintf(escape, sizeof escape, "\\%c", names[at - special]);
+        else if (c < 32) snprintf(escape, sizeof escape, "\\u%04x", c);
+        else snprintf(escape, sizeof escape, "%.*s", c == 0xfffd ? 3 : (int)used,
+                      c == 0xfffd ? "\xef\xbf\xbd" : text.s);
+        output_put(out, escape, strlen(escape), SIZE_MAX);
+    }
+    output_put(out, "\"", 1, SIZE_MAX);
 }
 
 // Begins the model's text behind a prompt, which may have opened a thought.
 static void output_begin(Output *out, const Options *o, bool filter, Text prompt) {
     out->filter = filter && (out->terminal || !o->think);
+    out->stops = &o->stops;
+    out->stopped = false;
     out->start = out->n;
     for (size_t n = 1; out->filter && n <= prompt.len; n++)
         if (text_ends(prompt.s, n, output_tags[out->thinking])) output_think(out, 0);
@@ -2675,7 +2760,7 @@ static void output_begin(Output *out, const Options *o, bool filter, Text prompt
 // Ends it: with what is held back, and a newline.
 static void output_end(Output *out) {
     if (out->thinking) output_think(out, 0);
-    output_write(out, "\n", 1);
+    if (!out->mute) output_write(out, "\n", 1);
 }
 
 // Whether two paths name one file, or, where there is none yet, are the same words.
@@ -2692,17 +2777,16 @@ static const char *input_name(const Options *o) {
     return strcmp(path, "-") ? path : "stdin";
 }
 
-// The text of -i, of -f or of stdin ("-" as the file), and a zero byte; empty without any.
-static Text input_read(const Options *o) {
-    const char *path = o->prompt_file;
+// What is in a file, or stdin ("-"), or without a path the text, and a zero byte.
+static Text input_read(const char *path, const char *text) {
     char part[1 << 16];
     Output in = {.fd = -1};
-    if (!path && o->prompt) output_write(&in, o->prompt, strlen(o->prompt));
+    if (!path && text) output_write(&in, text, strlen(text));
     int fd = path && strcmp(path, "-") ? open(path, O_RDONLY) : 0;
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     for (ssize_t got = path != NULL; got; output_write(&in, part, (size_t)got)) {
         got = read(fd, part, sizeof part);
-        if (got < 0) die("cannot read %s: %s", input_name(o), strerror(errno));
+        if (got < 0) die("cannot read %s: %s", fd ? path : "stdin", strerror(errno));
     }
     if (fd) close(fd);
     output_write(&in, "", 1);
@@ -2737,7 +2821,7 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 }
 // ---- [5.2] chat format and likelihood -----------------------------------------------------------
 // How a conversation is written down for the model (prompt_turn), how tokens are drawn and written
-// (sampler_new, output_token), how likely a text is (likelihood_window). It keeps nothing.
+// (sampler_new, output_token), how likely a text is (given_likelihood). It keeps nothing.
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
 // `saved`, and of which `keep` stay when the context is full.
@@ -2774,11 +2858,17 @@ static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system
 
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;  // not 0
+    const TokenizerHeader none = {.temperature = -1, .top_p = -1}, *h = &none;
+    if (o->mode && !strcmp(o->mode, "chat")) h = &t->h;
     Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
-                 .repeat_penalty = (float)o->repeat_penalty, .vocab_size = m->c.vocab_size,
+                 .repeat_penalty = (float)o->repeat_penalty, .dry = (float)o->dry,
+                 .repeat_last = (int)o->repeat_last, .vocab_size = m->c.vocab_size,
                  .temperature = (float)o->temperature, .top_p = (float)o->top_p};
-    if (o->temperature < 0) s.temperature = t->h.temperature >= 0 ? t->h.temperature : 1;
-    if (o->top_p < 0) s.top_p = t->h.top_p >= 0 ? t->h.top_p : 0.9f;
+    if (o->temperature < 0) s.temperature = h->temperature >= 0 ? h->temperature : 1;
+    if (o->top_p < 0) s.top_p = h->top_p >= 0 ? h->top_p : 0.9f;
+    if (o->top_k < 0) s.top_k = h->top_k > 0 ? h->top_k : 0;
+    if (o->min_p < 0) s.min_p = h->min_p > 0 ? h->min_p : 0;
+    if (o->repeat_penalty < 0) s.repeat_penalty = h->repeat_penalty > 0 ? h->repeat_penalty : 1;
     return s;
 }
 
@@ -2801,25 +2891,78 @@ static double likelihood_of(const float *logits, int n, int target) {
     return log_(sum) - (double)(logits[target] - max);
 }
 
+// Writes a token as a member of a line of JSON: its text, id and log-probability.
+static void output_logprob_token(Output *out, const Tokenizer *t, int previous, int id, double lp) {
+    Text text = decode(t, previous, id);
+    char number[40];
+    bool valid = true;
+    output_put(out, "\"token\": ", 9, SIZE_MAX);
+    output_json(out, text);
+    for (size_t i = 0, used; i < text.len; i += used)
+        valid &= next_char(text.s + i, text.len - i, &used) != 0xfffd || used > 1;
+    for (size_t i = 0; i < text.len && !valid; i++) {
+        int n = snprintf(number, sizeof number, "%s%d%s", i ? ", " : ", \"bytes\": [",
+                         (uint8_t)text.s[i], i + 1 < text.len ? "" : "]");
+        output_put(out, number, (size_t)n, SIZE_MAX);
+    }
+    int n = snprintf(number, sizeof number, ", \"id\": %d, \"logprob\": %.6f", id, lp);
+    output_put(out, number, (size_t)n, SIZE_MAX);
+}
+// With --logprobs N: a line of JSON for the second of two tokens, and the N likeliest in its place.
+static void output_logprob(Output *out, const Options *o, const Tokenizer *t, const float *logits,
+                           int vocab, const int *ids) {
+    double sum = likelihood_of(logits, vocab, ids[1]) + (double)logits[ids[1]];  // ln of e^x summed
+    float *rest = resize(NULL, (size_t)vocab, sizeof(float));
+    memcpy(rest, logits, (size_t)vocab * sizeof(float));
+    output_put(out, "{", 1, SIZE_MAX);
+    output_logprob_token(out, t, ids[0], ids[1], (double)logits[ids[1]] - sum);
+    output_put(out, ", \"top\": [", 10, SIZE_MAX);
+    for (int i = 0; i < o->logprobs && i < vocab; i++) {
+        int best = argmax(rest, vocab);
+        output_put(out, i ? ", {" : "{", i ? 3 : 1, SIZE_MAX);
+        output_logprob_token(out, t, ids[0], best, (double)logits[best] - sum);
+        output_put(out, "}", 1, SIZE_MAX);
+        rest[best] = -INFINITY;
+    }
+    output_write(out, "]}\n", 3);
+    free(rest);
+}
+
 // How many slots may want logits at once, so that these stay near 16 MiB.
 static int likelihood_batch(const Model *m) {
     return (int)fmax(1, fmin(MAX_BATCH, 0x1p22 / m->c.vocab_size));
 }
 
-// The sum of -ln p(ids[i + 1]) for `scored` <= i < end, where ids[from..i] come before.
-static double likelihood_window(const Model *m, Cache *kv, const int *ids, int from, int end,
-                                int scored) {
+// A text whose tokens are given: of a sequence the first `done` are computed, `end` shall be.
+typedef struct {
+    const Model *m;
+    Cache *kv;
+    int seq;
+    const int *ids;
+    int done, end;
+    float *logits;  // of the last ones that were computed together,
+    int first;      // from this one on
+} Given;
+
+// The logits of what follows ids[i], which is not before the last one that was asked for.
+static const float *given_logits(Given *g, int i) {
     Slot batch[MAX_BATCH];
-    int vocab = m->c.vocab_size;
-    double sum = 0;
-    prefill(m, kv, 0, ids + from, 0, scored - from);
-    for (int i = scored, n; i < end && !interrupted; i += n) {
-        for (n = 0; n < likelihood_batch(m) && i + n < end; n++)
-            batch[n] = (Slot){ids[i + n], i + n - from, 0, true};
-        float *logits = forward(m, kv, batch, n);
-        for (int j = 0; j < n; j++)
-            sum += likelihood_of(row_of(logits, j, vocab), vocab, ids[i + j + 1]);
+    if (i >= g->done) {
+        prefill(g->m, g->kv, g->seq, g->ids, g->done, i);
+        int n = likelihood_batch(g->m);
+        if (n > g->end - i) n = g->end - i;
+        for (int j = 0; j < n; j++) batch[j] = (Slot){g->ids[i + j], i + j, g->seq, true};
+        g->logits = forward(g->m, g->kv, batch, n);
+        g->first = i;
+        g->done = i + n;
     }
+    return row_of(g->logits, i - g->first, g->m->c.vocab_size);
+}
+// The sum of -ln p(ids[i + 1]) for `scored` <= i < end.
+static double given_likelihood(Given *g, int scored) {
+    double sum = 0;
+    for (int i = scored; i < g->end && !interrupted; i++)
+        sum += likelihood_of(given_logits(g, i), g->m->c.vocab_size, g->ids[i + 1]);
     return sum;
 }
 // ---- [5.3] sessions -----------------------------------------------------------------------------
@@ -3235,34 +3378,40 @@ static void machine_draw(void *context, int i) {
         if (is_stop(w->t, next)) break;
         d->c.done += agreed;
         push(ids, next);
-        output_token(d->out, w->t, previous, next);
-        if (tool_use(w, d)) agreed = false;  // what follows is no guess
+        if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
+        else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
+        if (d->out->stopped) d->budget = 0;
+        else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
 }
 
-// Runs n decoders until all have ended, or Ctrl-C: a step computes the logits of all that go on in
-// one batch, and each draws one token, or as many as were guessed right.
-static void machine_run(Machine *w, Decoder *all, int n) {
+// A step of n decoders: the logits of all that go on are computed in one batch, and each draws one
+// token, or as many as were guessed right. False: none goes on, or it was Ctrl-C.
+static bool machine_step(Machine *w, Decoder *all, int n) {
     Slot batch[MAX_SAMPLES + MAX_DRAFT];
+    int n_slots = 0;
     w->all = all;
-    for (;;) {
-        int n_slots = 0;
-        for (Decoder *d = all; d < all + n; d++) {
-            if (d->budget <= 0) continue;
-            decoder_settle(w, d, 1);
-            int n_guesses = w->o->draft ? draft_propose(w, d) : 0, pos = (int)d->c.ids.n - 1;
-            d->first = n_slots;
-            batch[n_slots++] = (Slot){d->c.ids.ids[pos], pos, d->seq, true};
-            for (int i = 1; i <= n_guesses; i++)
-                batch[n_slots++] = (Slot){w->draft.text.ids[pos + i], pos + i, d->seq, true};
-        }
-        if (interrupted || !n_slots) break;
-        w->logits = forward(w->m, &w->kv, batch, n_slots);
-        if (!w->steps++) w->first_logits = seconds();
-        if (!w->o->tool) parallel(machine_draw, w, n);
-        for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
-        decoder_commit(w, all);
+    for (Decoder *d = all; d < all + n; d++) {
+        if (d->budget <= 0) continue;
+        decoder_settle(w, d, 1);
+        int n_guesses = w->o->draft ? draft_propose(w, d) : 0, pos = (int)d->c.ids.n - 1;
+        d->first = n_slots;
+        batch[n_slots++] = (Slot){d->c.ids.ids[pos], pos, d->seq, true};
+        for (int i = 1; i <= n_guesses; i++)
+            batch[n_slots++] = (Slot){w->draft.text.ids[pos + i], pos + i, d->seq, true};
     }
+    if (interrupted || !n_slots) return false;
+    w->logits = forward(w->m, &w->kv, batch, n_slots);
+    if (!w->steps++) w->first_logits = seconds();
+    if (!w->o->tool) parallel(machine_draw, w, n);
+    for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
+    decoder_commit(w, all);
+    return true;
+}
+
+// Runs n decoders until all have ended.
+static void machine_run(Machine *w, Decoder *all, int n) {
+    while (machine_step(w, all, n)) {}
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
         if (w->o->receipt) fprintf(stderr, "receipt: %016llx\n", d->receipt);
@@ -3280,7 +3429,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
     d->s.p = w->p, d->s.candidates = w->candidates;
-    cache_open(&w->kv, m, w->ctx, o->samples > 1 ? 1 + (int)o->samples : 1);
+    int n = o->each ? (int)o->at_once : o->samples > 1 ? (int)o->samples : 0;
+    cache_open(&w->kv, m, w->ctx, 1 + n);
     if (o->draft && strcmp(o->draft, "lookup")) {
         load_model(small, o->draft);
         if (small->c.vocab_size != m->c.vocab_size ||
@@ -3294,7 +3444,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
 }
 
 static void machine_close(Machine *w, Decoder *d) {
-    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0)
+    bool drawn = w->steps || d->s.rng != d->seed;
+    if (!w->o->quiet && !w->o->seed && d->s.temperature > 0 && drawn)
         fprintf(stderr, "seed: %llu\n", d->seed);
     if (w->o->session && !interrupted) decoder_settle(w, d, 1);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
@@ -3358,13 +3509,14 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
 }
 // ---- [5.6] generate -----------------------------------------------------------------------------
 // `-m generate` continues a text; with -e several models do, and judge each other's answers. Enter
-// with generate. It keeps nothing. Calls: machine_open, decoder_continue, likelihood_window.
+// with generate. It keeps nothing. Calls: machine_open, decoder_continue, given_likelihood.
 
-// Appends the prompt's tokens and returns how many may be drawn after them.
-static long long start_text(const Options *o, const Model *m, const Tokenizer *t, Ids *ids) {
+// Appends a prompt's tokens and returns how many may be drawn after them.
+static long long start_text(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
+                            Ids *ids) {
     long long before = (long long)ids->n, left;
     int ctx = context_of(o, m), start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
-    encode(t, o->input, NULL, before == 0, ids);
+    encode(t, prompt, NULL, before == 0, ids);
     if ((long long)ids->n - before > ctx)
         die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
             ids->n - (size_t)before, m->path, ctx);
@@ -3388,7 +3540,7 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     machine_open(&w, &d, o, m, t, out);
     const Ids *ids = &d.c.ids;
     size_t before = ids->n;
-    d.budget = start_text(o, m, t, &d.c.ids);
+    d.budget = start_text(o, m, t, o->input, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
     for (size_t i = before; i < ids->n && t->llama2c; i++)
@@ -3416,11 +3568,12 @@ typedef struct { Model m; Tokenizer t; Output answer; } Member;
 static double ensemble_bits(const Options *o, const Member *e, Text answer) {
     Ids ids = {0};
     Cache kv;
-    start_text(o, &e->m, &e->t, &ids);
+    start_text(o, &e->m, &e->t, o->input, &ids);
     int n_prompt = (int)ids.n;
     encode(&e->t, answer, NULL, false, &ids);
     cache_open(&kv, &e->m, (int)ids.n, 1);
-    double sum = likelihood_window(&e->m, &kv, ids.ids, 0, (int)ids.n - 1, n_prompt - 1);
+    Given g = {.m = &e->m, .kv = &kv, .ids = ids.ids, .end = (int)ids.n - 1};
+    double sum = given_likelihood(&g, n_prompt - 1);
     cache_close(&kv);
     free(ids.ids);
     return sum / 0.69314718055994531 / (double)answer.len;
@@ -3429,10 +3582,10 @@ static double ensemble_bits(const Options *o, const Member *e, Text answer) {
 // All models answer the prompt; each scores each answer; the one with the lowest average of bits
 // per byte is printed.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Member all[1 + MAX_OTHERS] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
+    Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
     double lowest = INFINITY;
-    for (; end <= all + o->n_others; end++) {
-        load_model(&end->m, o->others[end - all - 1]);
+    for (; end <= all + o->others.n; end++) {
+        load_model(&end->m, o->others.of[end - all - 1]);
         find_tokenizer(&end->t, NULL, &end->m);
         end->answer = (Output){.fd = -1};
     }
@@ -3463,9 +3616,9 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
 #ifndef NO_ENSEMBLE
-    if (o->n_others) ensemble(o, m, t, out);
+    if (o->others.n) ensemble(o, m, t, out);
 #endif
-    if (!o->n_others) generate_text(o, m, t, out);
+    if (!o->others.n) generate_text(o, m, t, out);
 }
 // ---- [5.7] chat ---------------------------------------------------------------------------------
 // `-m chat`: a conversation. Its keys and values stay in the cache, and in a session's file, from
@@ -3853,8 +4006,10 @@ static bool explain_pass(Explain *e) {
     explain_choice(e, next, given);
     if (!trace) explain_inside(e);
     if (e->page) explain_item(e, next, given);
-    if (!given) push(ids, next);
-    return given || !is_stop(e->w.t, next);
+    if (given) return true;
+    push(ids, next);
+    output_token(&e->d.own, e->w.t, last, next);
+    return !is_stop(e->w.t, next) && !e->d.own.stopped;
 }
 
 static void explain(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
@@ -3869,7 +4024,8 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
     const Sampler *s = &e.d.s;
-    long long budget = start_text(o, m, t, &e.d.c.ids);
+    long long budget = start_text(o, m, t, o->input, &e.d.c.ids);
+    output_begin(&e.d.own, o, false, (Text){"", 0});
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
@@ -3902,7 +4058,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
 // ---- [5.9] tokenize, logits, eval ---------------------------------------------------------------
 // For scripts: a text's token ids (`-m tokenize`), the logits of given ids (`-m logits`, with -S
 // behind a session's), how well the model predicts a text (`-m eval`). Enter at tokenize,
-// write_logits, evaluate. They keep nothing. Calls: encode, machine_open, likelihood_window.
+// write_logits, evaluate. They keep nothing. Calls: encode, machine_open, given_likelihood.
 
 static void tokenize(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     Ids ids = {0};
@@ -3921,7 +4077,6 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     Text text = o->input;
     Machine w;
     Decoder d;
-    Slot batch[MAX_BATCH];
     char *end;
     machine_open(&w, &d, o, m, none, out);
     Ids *ids = &d.c.ids;
@@ -3936,12 +4091,10 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     if ((int)ids->n == d.c.done) die("no token ids: give them with -i or -f (- is stdin)");
     if (ids->n > (size_t)w.ctx) die("%zu tokens are more than the context of %d", ids->n, w.ctx);
     if (!d.c.done) d.c.keep = ids->n < 4 ? (int)ids->n : 4;
-    for (int n; d.c.done < (int)ids->n && !interrupted; d.c.done += n) {
-        for (n = 0; n < likelihood_batch(m) && d.c.done + n < (int)ids->n; n++)
-            batch[n] = (Slot){ids->ids[d.c.done + n], d.c.done + n, 0, true};
-        const float *logits = forward(m, &w.kv, batch, n);
-        output_write(out, logits, (size_t)n * (size_t)m->c.vocab_size * sizeof(float));
-    }
+    Given g = {.m = m, .kv = &w.kv, .ids = ids->ids, .done = d.c.done, .end = (int)ids->n};
+    for (int i = g.done; i < g.end && !interrupted; i++)
+        output_write(out, given_logits(&g, i), (size_t)m->c.vocab_size * sizeof(float));
+    d.c.done = g.done;
     ids->n = (size_t)d.c.done;  // what was not computed is no part of the session
     machine_close(&w, &d);
 }
@@ -3963,7 +4116,10 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     double sum = 0, ln_2 = 0.69314718055994531;
     for (int from = 0, end; scored < n && !interrupted; from += window - window / 2, scored = end) {
         end = from + window < n ? from + window : n;
-        sum += likelihood_window(m, &kv, all.ids + twice, from, end, scored);
+        Given g = {.m = m, .kv = &kv, .ids = all.ids + twice + from, .end = end - from};
+        if (o->logprobs < 0) sum += given_likelihood(&g, scored - from);
+        for (int i = scored - from; o->logprobs >= 0 && i < g.end && !interrupted; i++)
+            output_logprob(out, o, t, given_logits(&g, i), m->c.vocab_size, g.ids + i);
         progress_show(o, (double)end / n);
     }
     char report[1200];  // (a perplexity can have 310 digits)
@@ -3971,7 +4127,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
                           "perplexity: %.4f\ntokens: %d\nbytes: %zu\nwindow: %d\n",
                           sum / ln_2 / (double)o->input.len, sum / ln_2 / n, exp_double(sum / n), n,
                           o->input.len, window);
-    if (!interrupted) output_write(out, report, (size_t)length);
+    if (!interrupted && o->logprobs < 0) output_write(out, report, (size_t)length);
     free(all.ids);
     cache_close(&kv);
 }
@@ -4408,6 +4564,172 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
     free(memory);
     cache_close(&kv);
 }
+// ---- [5.13] each --------------------------------------------------------------------------------
+// `--each FILE` runs the prompt for every line of a file, many lines at once: {} in it stands for
+// the line. Enter with each_run. It keeps a Machine, whose sequence 0 has the first line's prompt:
+// what others have in common with it is branched. A line's answer is that of a run of its own, up
+// to its first line break. Calls: start_text, machine_step, given_likelihood.
+
+#ifndef NO_EACH
+enum { EACH_AHEAD = 1024 };  // lines that may be under way, or done before their turn
+
+typedef struct {
+    Machine w;
+    Decoder trunk;           // the first line's prompt
+    Decoder *all;            // (at_once) their lines are those of
+    long long *lines;        // (at_once); -1: none
+    Text rest;               // of the file
+    long long begun, printed, n_tokens;
+    double shown;            // when progress was
+    Output answers[EACH_AHEAD];  // those that wait for lines before them have memory
+} Each;
+
+// The prompt, with a line in the place of each {}; without a prompt the line. To be freed.
+static Text each_prompt(const Options *o, Text line) {
+    Output p = {.fd = -1};
+    Text rest = o->prompt || o->prompt_file ? o->input : (Text){"{}", 2};
+    for (size_t n = 1; rest.len; rest.s += n, rest.len -= n) {
+        bool here = rest.len > 1 && !memcmp(rest.s, "{}", 2);
+        n = here ? 2 : 1;
+        output_put(&p, here ? line.s : rest.s, here ? line.len : 1, SIZE_MAX);
+    }
+    output_put(&p, "", 1, SIZE_MAX);
+    return (Text){p.memory, p.n - 1};
+}
+
+// Makes a sequence begin with what the first tokens, up to `most`, have in common with the trunk's.
+// Returns how many these are.
+static int each_branch(Each *e, const Ids *ids, int most, int seq) {
+    Context *c = &e->trunk.c;
+    int same = 0;
+    for (size_t i = 0; c->ids.n < ids->n && !c->done; i++) push(&c->ids, ids->ids[i]);
+    decoder_settle(&e->w, &e->trunk, 1);
+    while (same < c->done && same < most && ids->ids[same] == c->ids.ids[same]) same++;
+    cache_branch(&e->w.kv, 0, seq, same);
+    return same;
+}
+
+// With -m eval: a line's log-probability in nats behind what stands before {}, its tokens, and its
+// bits per byte.
+static void each_measure(Each *e, Text line, Text prompt, Output *answer) {
+    const Machine *w = &e->w;
+    const char *here = strstr(w->o->input.s, "{}");
+    Ids ids = {0};
+    char said[100];
+    prompt.len = here ? (size_t)(here - w->o->input.s) : 0;
+    start_text(w->o, w->m, w->t, prompt, &ids);
+    int before = (int)ids.n;
+    encode(w->t, line, NULL, false, &ids);
+    int n = (int)ids.n - before;
+    Given g = {.m = w->m, .kv = &e->w.kv, .seq = 1, .ids = ids.ids, .end = (int)ids.n - 1};
+    g.done = each_branch(e, &ids, before - 1, 1);
+    double nats = given_likelihood(&g, before - 1);
+    int length = snprintf(said, sizeof said, "%.6f\t%d\t%.6f\n", 0 - nats, n,
+                          line.len ? nats / 0.69314718055994531 / (double)line.len : 0.0);
+    output_put(answer, said, (size_t)length, SIZE_MAX);
+    e->n_tokens += n;
+    free(ids.ids);
+}
+
+// Begins the next line, with a decoder that is free.
+static void each_begin(Each *e, Decoder *d) {
+    const Machine *w = &e->w;
+    const char *end = memchr(e->rest.s, '\n', e->rest.len);
+    long long number = e->begun++;
+    Text line = {e->rest.s, end ? (size_t)(end - e->rest.s) : e->rest.len}, prompt;
+    Output *answer = &e->answers[number % EACH_AHEAD];
+    *answer = (Output){.fd = -1};
+    e->rest.s += line.len + (end != NULL);
+    e->rest.len -= line.len + (end != NULL);
+    line.len -= line.len && line.s[line.len - 1] == '\r';
+    if (number < w->o->skip) {
+        e->printed++;
+        return;
+    }
+    prompt = each_prompt(w->o, line);
+    Ids ids = {0};
+    encode(w->t, prompt, NULL, true, &ids);
+    if ((int)ids.n >= w->ctx) {
+        fprintf(stderr, "run: line %lld has %zu tokens with its prompt, too many for the context "
+                "of %d: it has no answer\n", number + 1, ids.n, w->ctx);
+        output_put(answer, "\n", 1, SIZE_MAX);
+        unfinished = true;
+    } else if (!strcmp(w->o->mode, "eval")) each_measure(e, line, prompt, answer);
+    else {
+        *d = (Decoder){.seq = 1 + (int)(d - e->all), .s = e->trunk.s, .out = &d->own,
+                       .own = {.fd = -1, .line = !w->o->quote}};
+        d->s.rng += (uint64_t)number * 0x9E3779B97F4A7C15u;
+        d->budget = start_text(w->o, w->m, w->t, prompt, &d->c.ids);
+        d->c.keep = (int)fmin((double)d->c.ids.n, 4);
+        d->c.done = each_branch(e, &d->c.ids, (int)d->c.ids.n - 1, d->seq);
+        output_begin(&d->own, w->o, !w->t->llama2c, prompt);
+        e->lines[d - e->all] = number;
+    }
+    free(ids.ids);
+    free((char *)(uintptr_t)prompt.s);
+}
+
+// Ends a line whose answer is complete.
+static void each_end(Each *e, Decoder *d) {
+    Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
+    if (d->own.thinking) output_think(&d->own, 0);
+    if (e->w.o->quote) output_json(answer, (Text){d->own.memory, d->own.n});
+    else output_put(answer, d->own.memory, d->own.n, SIZE_MAX);
+    output_put(answer, "\n", 1, SIZE_MAX);
+    e->n_tokens += d->n_new;
+    e->lines[d - e->all] = -1;
+    free(d->own.memory);
+    free(d->c.ids.ids);
+    *d = (Decoder){0};
+}
+
+// Writes the answers whose turn it is, and on a terminal's stderr how far the work is.
+static void each_print(Each *e, bool last) {
+    const Options *o = e->w.o;
+    double took = seconds() - o->started, part = 1 - (double)e->rest.len / (double)o->lines.len;
+    for (Output *a; (a = &e->answers[e->printed % EACH_AHEAD])->memory; e->printed++) {
+        output_write(e->w.out, a->memory, a->n);
+        free(a->memory);
+        *a = (Output){0};
+    }
+    if (o->quiet || (!last && (!isatty(2) || took < e->shown + 0.5))) return;
+    e->shown = took;
+    fprintf(stderr, "%s%lld lines, %.1f tok/s", isatty(2) ? "\r" : "", e->printed - o->skip,
+            (double)e->n_tokens / took);
+    if (last) fprintf(stderr, "%20s\n", "");
+    else fprintf(stderr, ", %.0f s left   ", took / part - took);
+}
+
+static void each_run(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+    size_t n = (size_t)o->at_once;
+    Each *e = zeros(1, sizeof *e);
+    Options own = *o;
+    e->rest = o->lines;
+    e->all = zeros(n, sizeof *e->all);
+    e->lines = memset(zeros(n, sizeof *e->lines), -1, n * sizeof *e->lines);
+    machine_open(&e->w, &e->trunk, &own, m, t, out);
+    if (!o->quiet && !o->seed && e->trunk.s.temperature > 0 && strcmp(o->mode, "eval"))
+        fprintf(stderr, "seed: %llu\n", e->trunk.seed);
+    own.seed = e->trunk.seed;  // it is said now, and not at the end
+    for (bool more = true; more && !interrupted;) {
+        for (size_t i = 0; i < n; i++)
+            while (e->lines[i] < 0 && e->rest.len && e->begun < e->printed + EACH_AHEAD) {
+                each_begin(e, &e->all[i]);
+                each_print(e, false);
+            }
+        more = machine_step(&e->w, e->all, (int)n) || e->rest.len;
+        for (size_t i = 0; i < n && !interrupted; i++)
+            if (e->lines[i] >= 0 && e->all[i].budget <= 0) each_end(e, &e->all[i]);
+        each_print(e, !more || interrupted);
+    }
+    for (size_t i = 0; i < n; i++) free(e->all[i].c.ids.ids), free(e->all[i].own.memory);
+    for (size_t i = 0; i < EACH_AHEAD; i++) free(e->answers[i].memory);
+    machine_close(&e->w, &e->trunk);
+    free(e->all);
+    free(e->lines);
+    free(e);
+}
+#endif
 
 // =================================================================================================
 // [6] The command line
@@ -4438,12 +4760,13 @@ static const struct { const char *name; Mode *run; const char *help; } modes[] =
 enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE,
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
+       PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * (TEXTS | 1 << EVAL),
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
 // One table parses, checks and explains the options. The type of the field says what one can be.
 enum { FLAG, WORD, LIST, INTEGER, DECIMAL };
 #define TO(field) offsetof(Options, field), _Generic(((Options *)0)->field, bool: FLAG,            \
-    const char *: WORD, const char **: LIST, double: DECIMAL, default: INTEGER)
+    const char *: WORD, List: LIST, double: DECIMAL, default: INTEGER)
 static const struct Option {
     const char *name;  // and behind it its argument
     size_t field;      // where in Options its value goes
@@ -4462,7 +4785,7 @@ static const struct Option {
     {"-s, --seed N", TO(seed), 0, 0x1p64, ALL, "makes a run repeatable; 0 (default): the clock"},
     {"-z, --tokenizer PATH", TO(tokenizer), 1, 0, ALL, "its file (MODEL's .tok, or tokenizer.bin)"},
     {"-c, --context N", TO(context), 0, 1 << 24, ALL, "tokens to make room for (the model's most)"},
-    {"-j, --threads N", TO(threads), 1, 256, ALL, "threads (the number of cores)"},
+    {"-j, --threads N", TO(threads), 1, 256, ALL, "threads (the processors that it may use)"},
     {"-y, --system TEXT", TO(system), 0, 0, TURNS, "tells the model in a chat how to answer"},
     {"-k, --samples N", TO(samples), 1, MAX_SAMPLES, TALK, "write N different texts at once"},
     {"-b, --best", TO(best), 0, 0, TALK, "with -k: print only the text that is likeliest"},
@@ -4470,11 +4793,19 @@ static const struct Option {
     {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
     {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
     {"-T, --tool CMD", TO(tool), 1, 0, TOOLS, "answers arithmetic and tool calls on its stdin"},
+    {"    --each FILE", TO(each), 1, 0, EACH, "run the prompt for each line, in the place of {}"},
+    {"    --at-once N", TO(at_once), 1, MAX_SAMPLES, EACH, "with --each: how many together (16)"},
+    {"    --skip N", TO(skip), 0, 1e15, EACH, "with --each: without the first N lines"},
+    {"    --quote", TO(quote), 0, 0, EACH, "with --each: whole answers, as strings of JSON"},
+    {"    --logprobs N", TO(logprobs), 0, 1 << 24, PROBS, "instead: JSON, tokens and N likeliest"},
+    {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
     {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
     {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens; 0: from all"},
     {"    --min-p P", TO(min_p), 0, 1, ALL, "from those at least P times as likely as the first"},
     {"    --repeat-penalty R", TO(repeat_penalty), 1e-3, 1e3, ALL, "over 1: repeat less (1: off)"},
+    {"    --repeat-last N", TO(repeat_last), 0, 1 << 24, ALL, "its last N tokens (64); 0: all"},
+    {"    --dry M", TO(dry), 0, 1e3, ALL, "against repeating passages: 0.8 is usual (0: off)"},
     {"    --receipt", TO(receipt), 0, 0, TALK, "print a hash of all logits that were sampled from"},
     {"    --layer L", TO(layer), 0, MAX_LAYERS - 1, SHOW, "explain: attention of layer 0, 1, ..."},
     {"    --head H", TO(head), 0, 1 << 14, SHOW, "explain: ... and of its head 0, 1, ..."},
@@ -4493,11 +4824,12 @@ static void option_set(Options *o, const struct Option *option, const char *a, c
     char *end = NULL;
     if (flag ? s != NULL : !s || (!*s && !empty))
         usage_error("%s %s value", a, flag ? "takes no" : "needs a");
-    if (option->kind == LIST && o->n_others == MAX_OTHERS) usage_error("%s is given too often", a);
+    List *list = option->kind == LIST ? field : NULL;
+    if (list && list->n == MAX_LIST) usage_error("%s is given too often", a);
     o->given |= 1ull << (option - options);
     if (option->kind == FLAG) *(bool *)field = true;
     if (option->kind == WORD) *(const char **)field = s;
-    if (option->kind == LIST) ((const char **)field)[o->n_others++] = s;
+    if (list) list->of[list->n++] = s;
     if (option->kind < INTEGER) return;
     double number = strtod(s, &end);
     errno = 0;
@@ -4536,12 +4868,20 @@ static int option_check(const Options *o) {
     }
     bool k = o->samples > 1, layer = o->layer >= 0;
     if (o->prompt && o->prompt_file) usage_error("-i and -f cannot be used together");
-    if (o->n_others && (k || o->draft || o->session || o->receipt))
+    if (o->others.n && (k || o->draft || o->session || o->receipt))
         usage_error("-e cannot be used with -k, -d, -S or --receipt");
     if (k && o->draft) usage_error("-k and -d cannot be used together");
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
     if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
+    if (o->each && (k || o->draft || o->others.n || o->session || o->tool || o->receipt))
+        usage_error("--each cannot be used with -k, -d, -e, -S, -T or --receipt");
+    if (o->logprobs >= 0 && (k || o->each || o->others.n || o->tool || o->stops.n))
+        usage_error("--logprobs cannot be used with -k, -e, -T, --each or --stop");
+    if (!o->each && (o->quote || o->skip || o->at_once != 16))
+        usage_error("--at-once, --skip and --quote need --each");
+    if (o->each && !strcmp(o->each, "-") && o->prompt_file && !strcmp(o->prompt_file, "-"))
+        usage_error("stdin cannot be both the prompt and the lines of --each");
     if (layer && o->output && !o->trace) usage_error("--layer means nothing in a page: it has all");
     if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
         usage_error("mode %s writes no text for a terminal: use -o or a pipe", o->mode);
@@ -4550,10 +4890,10 @@ static int option_check(const Options *o) {
 
 // An output that is also an input would be lost: it is refused.
 static void refuse_overwriting(const Options *o, const Tokenizer *t) {
-    const char *inputs[6 + MAX_OTHERS] = {o->model, t->path, o->prompt_file, o->session, o->draft,
-                                          "/dev/stdin"};
-    memcpy(inputs + 6, o->others, sizeof o->others);
-    for (int i = 0; i < 6 + MAX_OTHERS; i++)
+    const char *inputs[7 + MAX_LIST] = {o->model, t->path, o->prompt_file, o->session, o->draft,
+                                        o->each, "/dev/stdin"};
+    memcpy(inputs + 7, o->others.of, sizeof o->others.of);
+    for (int i = 0; i < 7 + MAX_LIST; i++)
         if (same_file(o->output, inputs[i]))
             usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }
@@ -4562,7 +4902,8 @@ static void option_help(void) {
     puts("usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
     for (int i = 0; i < N_OPTIONS; i++)
         if (options[i].modes) printf("  %-26s %s\n", options[i].name, options[i].help);
-    puts("\nmodes:");
+    puts("\nTokens are drawn in this order: repeat-penalty, dry, temperature, top-k, top-p, min-p."
+         "\n\nmodes:");
     for (int i = 0; i < N_MODES; i++)
         if (modes[i].name) printf("  %-10s %s\n", modes[i].name, modes[i].help);
     puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped");
@@ -4591,7 +4932,7 @@ static void catch_signals(void) {
 
 // A binary built for another machine's instructions says so instead of dying of an illegal one. It
 // runs before anything else, and is itself compiled for the oldest machine.
-#if defined __x86_64__ && !defined PLAIN
+#if defined __x86_64__ && !defined PLAIN && !defined main
 #define HAS(macro, name) (!DEFINED(macro) || __builtin_cpu_supports(name))
 __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) {
     __builtin_cpu_init();
@@ -4602,11 +4943,59 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 }
 #endif
 
+#ifdef PORTABLE
+// `make portable` compiles this file for several kinds of processors, each but the oldest with a
+// main of another name, and links them. Which one runs: the best that this processor can, or
+// RUN_ISA. NULL: the oldest kind.
+typedef int Main(int argc, char **argv);
+Main run_avx512vnni, run_avxvnni, run_avx2, run_dotprod;
+static Main *portable_main(void) {
+#ifdef __x86_64__
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    const struct { const char *name; Main *run; bool can; } kinds[] = {
+        {"avx512vnni", run_avx512vnni, vnni},
+        {"avxvnni", run_avxvnni, avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1},
+        {"avx2", run_avx2, avx2}, {"baseline", NULL, true}};
+#else
+    const struct { const char *name; Main *run; bool can; } kinds[] = {
+        {"dotprod", run_dotprod, getauxval(AT_HWCAP) >> 20 & 1},  // HWCAP_ASIMDDP
+        {"baseline", NULL, true}};
+#endif
+    const char *wanted = getenv("RUN_ISA");
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (kinds[i].can && (!wanted || !strcmp(wanted, kinds[i].name))) return kinds[i].run;
+    usage_error("RUN_ISA=%s: this program or this processor has no such kind", wanted);
+    return NULL;
+}
+#endif
+
+// How many processors the program may use: those of its affinity mask, within its group's quota.
+static int processors(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    long long quota, period;  // of microseconds; without a quota there is a word
+    cpu_set_t mask;
+    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (!sched_getaffinity(0, sizeof mask, &mask)) n = CPU_COUNT(&mask);
+    if (f && fscanf(f, "%lld %lld", &quota, &period) == 2 && period > 0 && quota / period < n)
+        n = (long)(quota / period);
+    if (f) fclose(f);
+#endif
+    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+}
+
 int main(int argc, char **argv) {
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef PORTABLE
+    Main *better = portable_main();
+    if (better) return better(argc, argv);
+#endif
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
-                 .repeat_penalty = 1, .layer = -1, .head = -1, .started = seconds(),
-                 .threads = cores < 1 ? 1 : cores > 256 ? 256 : cores};
+                 .top_k = -1, .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1,
+                 .head = -1, .at_once = 16, .logprobs = -1, .started = seconds(),
+                 .threads = processors()};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
     volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
@@ -4631,14 +5020,23 @@ int main(int argc, char **argv) {
         find_tokenizer(&t, o.tokenizer, &m);
     refuse_overwriting(&o, &t);
     Output out = output_open(o.output);
-    o.input = input_read(&o);               // which may wait for long
+    out.mute = o.logprobs >= 0;
+    o.input = input_read(o.prompt_file, o.prompt);  // which may wait for long
+    o.lines = input_read(o.each, NULL);
+    if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))
+        usage_error("the prompt has no {} for the lines of --each");
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal
-    modes[mode].run(&o, &m, &t, &out);
+#ifndef NO_EACH
+    if (o.each) each_run(&o, &m, &t, &out);
+#endif
+    if (!o.each) modes[mode].run(&o, &m, &t, &out);
     refuse_overwriting(&o, &t);  // a session may have been made only now
-    if (!interrupted || (out.n && mode != LOGITS)) output_file(&out, out.n ? out.memory : "");
+    bool part = out.n && mode != LOGITS && !o.each;  // what was interrupted may be worth keeping
+    if (!interrupted || part) output_file(&out, out.n ? out.memory : "");
     free(out.memory);
     free((char *)(uintptr_t)o.input.s);
+    free((char *)(uintptr_t)o.lines.s);
     free_tokenizer(&t);
     free_model(&m);
-    return interrupted ? 130 : 0;
+    return interrupted ? 130 : unfinished;
 }

@@ -10,7 +10,7 @@
  * the program does is tested with command lines, in tables: "these two print the same bytes", "this
  * one is refused, and its line says that". Models and tokenizers are made here, small and random,
  * in a temporary folder, the working directory. What needs ./run (RUN is another), model.bin,
- * ../shared or MODELS=folder says so without it.
+ * .venv, ../shared or MODELS=folder says so without it.
  */
 #pragma GCC diagnostic ignored "-Wunused-function"
 #define _GNU_SOURCE
@@ -304,6 +304,7 @@ static Tensor matrix(int dtype, int rows, int cols) {
     return t;
 }
 
+enum { ASSORTED = BYTES };  // the dtype of a model whose matrices have each another one
 enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, SANDWICH = 8, LOCAL_FREQS = 16, ALL_BIASES = 32,
        NO_NORMS = 64, NO_GATE = 128, POSITIONS = 256, SINKS = 512, CAPS = 1024, GROWTH = 2048,
        LIMIT = 4096, EXPERTS = 8192, ROUTER_BIAS = 16384, CHOICE_BIAS = 32768 };  // features
@@ -337,6 +338,7 @@ typedef struct {
     uint64_t tokenizer_hash;
 } Made;
 
+static int dtype_of(const Shape *s, int i) { return s->dtype == ASSORTED ? F32 + i % 5 : s->dtype; }
 // Some such matrices, one after the other.
 static Tensor matrices(int count, int dtype, int rows, int cols) {
     Tensor all = matrix(dtype, rows, cols);
@@ -364,9 +366,9 @@ static bool has_experts(const Shape *s, int l) {
 // The feed-forward part of a layer, and what else the newer features need.
 static void make_feed_forward(const Shape *s, int l, Tensor *t) {
     int count = has_experts(s, l) ? N_EXPERTS : 1, hidden = count > 1 ? EXPERT_HIDDEN : s->hidden;
-    t[GATE] = matrices(count, s->dtype, hidden, s->dim);
-    if (!(s->features & NO_GATE)) t[UP] = matrices(count, s->dtype, hidden, s->dim);
-    t[DOWN] = matrices(count, s->dtype, s->dim, hidden);
+    t[GATE] = matrices(count, dtype_of(s, l + 4), hidden, s->dim);
+    if (!(s->features & NO_GATE)) t[UP] = matrices(count, dtype_of(s, l + 5), hidden, s->dim);
+    t[DOWN] = matrices(count, dtype_of(s, l + 6), s->dim, hidden);
     if (s->features & ALL_BIASES) {
         t[BO] = vector(s->dim, 0, 0.3);
         t[B_GATE] = vectors(count, hidden, 0, 0.3);
@@ -396,14 +398,14 @@ static Made make_weights(const Shape *s) {
         int norms[] = {ATTN_NORM, FFN_NORM, POST_ATTN, POST_FFN};
         int first = s->features & NO_NORMS ? 2 : 0, end = s->features & SANDWICH ? 4 : 2;
         for (int i = first; i < end; i++) t[norms[i]] = vector(s->dim, 1, 0.1);
-        t[WQ] = matrix(s->dtype, qd, s->dim);
-        t[WK] = matrix(s->dtype, kvd, s->dim);
-        t[WV] = matrix(s->dtype, kvd, s->dim);
+        t[WQ] = matrix(dtype_of(s, l), qd, s->dim);
+        t[WK] = matrix(dtype_of(s, l + 1), kvd, s->dim);
+        t[WV] = matrix(dtype_of(s, l + 2), kvd, s->dim);
         for (int i = BQ; i <= BV && s->features & (BIASES | ALL_BIASES); i++)
             t[i] = vector(i == BQ ? qd : kvd, 0, 0.3);
         for (int i = Q_NORM; i <= K_NORM && s->features & HEAD_NORMS; i++)
             t[i] = vector(s->flags & WIDE_NORMS ? i == Q_NORM ? qd : kvd : s->head_dim, 1.2, 0.1);
-        t[WO] = matrix(s->dtype, s->dim, qd);
+        t[WO] = matrix(dtype_of(s, l + 3), s->dim, qd);
         make_feed_forward(s, l, t);
     }
     m.final_norm = vector(s->dim, 1, 0.1);
@@ -526,7 +528,7 @@ static Shape family(int which, int dtype) {
     s.embedding = dtype >= Q4 ? Q8 : dtype;
     return s;
 }
-static const char *const formats[] = {"rows", "f32", "bf16", "q8", "q4", "q4a"};
+static const char *const formats[] = {"rows", "f32", "bf16", "q8", "q4", "q4a", "assorted"};
 
 static Model open_made(const Made *made, const char *name) {
     Buffer b = version_5(made);
@@ -1314,7 +1316,7 @@ static void test_pages(const Made *made, const Model *m) {
 static void test_forward(void) {
     static const int places[] = {0, 1, 15, 16, 17, 40, 255, 256, 257};
     for (int which = 0; which < N_FAMILIES; which++)
-        for (int dtype = F32; dtype <= Q4A; dtype++) {
+        for (int dtype = F32; dtype <= ASSORTED; dtype++) {
             Shape s = family(which, dtype);
             if ((which + dtype) % 2) s.embedding = F32;  // then the cache is float32 too
             Made made = make_weights(&s);
@@ -1361,6 +1363,8 @@ static int draw(const double *p, int n, const Sampler *s, double coin, double *m
     }
     *margin = 1;
     if (s->top_k && used > s->top_k) used = s->top_k;
+    if (s->top_k) top_p *= 0;
+    for (int i = 0; i < used && s->top_k; i++) top_p += (double)s->top_p * p[order[i]];
     for (int i = 0; i < used && sorted; i++) {
         double p_i = p[order[i]], least = min_p * p[order[0]];
         if (min_p > 0 && i) *margin = fmin(*margin, fabs(p_i - least));
@@ -1457,11 +1461,41 @@ static void test_repeat_penalty(void) {
     logits[3] = logits[4] = -5, logits[8] = -1.4f;
     CHECK(sample(&s, logits, text_so_far, 3) == 8,
           "a repeated token with a negative logit is multiplied");
-    s.repeat_penalty = 1;
+    s.repeat_last = 2, logits[3] = 3;
+    CHECK(sample(&s, logits, (int[]){3, 8, 7}, 3) == 3, "tokens before the last ones are not");
+    s.repeat_penalty = 1, logits[3] = -5;
     CHECK(sample(&s, logits, text_so_far, 3) == 7, "a penalty of 1 is off");
+    logits[1] = 2, logits[2] = 2 - 1.7f, logits[3] = 2 - 1.8f;
+    int again[] = {9, 5, 6, 4, 1, 0, 5, 6, 4}, other[] = {5, 6, 4, 1, 0, 6, 6, 4};
+    s.dry = 1;
+    CHECK(sample(&s, logits, again, 9) == 2, "what followed three tokens loses 1.75");
+    s.dry = 1.05f;
+    CHECK(sample(&s, logits, again, 9) == 2 && sample(&s, logits, other, 8) == 1,
+          "what followed two tokens loses less");
+    CHECK(sample(&s, logits, again, 2) == 1, "what did not occur loses nothing");
+}
+
+// What a tokenizer's file recommends holds in a chat, where the command line says nothing else.
+static void test_recommended(void) {
+    Model m = {.c.vocab_size = 9};
+    Tokenizer t = {.h = {.temperature = 0, .top_p = 0.5f, .top_k = 7, .min_p = 0.25f,
+                         .repeat_penalty = 1.5f}};
+    Options o = {.mode = "chat", .temperature = -1, .top_p = -1, .top_k = -1, .min_p = -1,
+                 .repeat_penalty = -1};
+    for (int i = 0; i < 3; i++) {
+        const char *says[] = {"0 0.5 7 0.25 1.5", "1 0.9 0 0 1", "0.75 1 0 0 1"};
+        if (i == 1) o.mode = "generate";
+        if (i == 2) o = (Options){.mode = "chat", .temperature = 0.75, .top_p = 1,
+                                  .repeat_penalty = 1};
+        Sampler s = sampler_new(&o, &m, &t);
+        const char *found = text("%g %g %d %g %g", (double)s.temperature, (double)s.top_p, s.top_k,
+                                 (double)s.min_p, (double)s.repeat_penalty);
+        CHECK(!strcmp(found, says[i]), "sampling is %s, not %s", found, says[i]);
+    }
 }
 
 static void test_sampler(void) {
+    test_recommended();
     static const double temperatures[] = {0.3, 0.8, 1, 2}, top_ps[] = {0, 0.1, 0.5, 0.9, 0.99, 1};
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 6; j++) test_draws(temperatures[i], top_ps[j], 0, 0);
@@ -2436,6 +2470,19 @@ static void test_files(void) {
         b = version_5(&m);
         damaged(&b, i % 3 == 2 && i > 2, "a model with a weight that is no number, %d", i);
     }
+    // NaN with a payload, and infinity, in a matrix: of F32, of BF16, as a half-precision scale.
+    static const int tensors[] = {WQ, WK, WV, WO, GATE, UP, DOWN};
+    static const uint32_t odd[][3] = {{0x7fc00180, 0x7fc1, 0x7e01}, {0xff800000, 0x7f80, 0x7c00}};
+    for (int dtype = F32; dtype <= Q4A; dtype++)
+        for (int i = 0; i < 14; i++) {
+            Made m = tiny_model(LLAMA, dtype);
+            const uint32_t *bits = odd[i / 7];
+            uint32_t put_ = bits[dtype == F32 ? 0 : dtype == BF16 ? 1 : 2];
+            memcpy(m.layer[0][tensors[i % 7]].bytes, &put_, dtype == F32 ? 4 : 2);
+            b = version_5(&m);
+            damaged(&b, false, "a model of %s with %x in %s", dtype_names[dtype], put_,
+                    tensor_names[tensors[i % 7]]);
+        }
 }
 
 // ==== 8. Commands ================================================================================
@@ -2655,7 +2702,22 @@ static void test_ways(void) {
     unsetenv("S");
 }
 
+// Threads are as many as the processors that the program may use.
+static void test_processors(void) {
+#ifdef __linux__
+    cpu_set_t all, one;
+    int usual = processors();
+    sched_getaffinity(0, sizeof all, &all);
+    CPU_ZERO(&one);
+    for (int i = 0; !CPU_COUNT(&one); i++) if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+    sched_setaffinity(0, sizeof one, &one);
+    CHECK(processors() == 1 && usual <= CPU_COUNT(&all), "the affinity mask counts");
+    sched_setaffinity(0, sizeof all, &all);
+#endif
+}
+
 static void test_commands(void) {
+    test_processors();
     if (no_program()) return;
     refused(2, "no model is named", "run");
     refused(2, "no model is named", "run -n 5");
@@ -2917,9 +2979,149 @@ static void test_display(void) {
     }
 }
 
+// Text that streams in pieces of random lengths ends before the first of some texts, and nothing of
+// that is ever sent. (A stop begins in another one, or over again, or in a thought, which is not
+// shown.)
+static void test_stops(void) {
+    static const struct { const char *text, *stops[3], *expected; } cases[] = {
+        {"one two three", {"two"}, "one "}, {"one two three", {"three", "two "}, "one "},
+        {"aaab", {"aab"}, "a"}, {"abcabcabd!", {"abcabd"}, "abc"}, {"abcd", {"bcde", "cd"}, "ab"},
+        {"no stop, but a par", {"part"}, "no stop, but a par"}, {"x", {"x"}, ""},
+        {"\xe2\x82\xac\xe2\x82\xacuro", {"\xacu"}, "\xe2\x82\xac\xe2\x82"},
+        {"a<think>bc</think>cd\nc", {"b"}, "a"}, {"a<think>b</think>c\n\nd", {"\n\n"}, "ac"}};
+    for (size_t i = 0; i < 50 * sizeof cases / sizeof *cases; i++) {
+        const char *s = cases[i / 50].text, *expected = cases[i / 50].expected;
+        Options o = {0};
+        while (o.stops.n < 3 && cases[i / 50].stops[o.stops.n])
+            o.stops.of[o.stops.n] = cases[i / 50].stops[o.stops.n], o.stops.n++;
+        FILE *file = tmpfile();
+        Output out = {.fd = i % 2 ? fileno(file) : -1};
+        char sent[100];
+        size_t len = strlen(s), whole = strlen(expected);
+        output_begin(&out, &o, true, (Text){"", 0});
+        for (size_t at = 0, n; at < len; at += n) {
+            n = 1 + (size_t)below(i % 10 ? 5 : 1);
+            if (n > len - at) n = len - at;
+            output_text(&out, (Text){s + at, n});
+            ssize_t got = pread(fileno(file), sent, sizeof sent, 0);
+            CHECK(got >= 0 && (size_t)got <= whole && !memcmp(sent, expected, (size_t)got),
+                  "\"%.*s\" was sent of \"%s\"", (int)got, sent, s);
+        }
+        output_end(&out);
+        if (i % 2) out.n = (size_t)pread(out.fd, out.memory, whole + 1, 0);
+        CHECK(out.n == whole + 1 && !memcmp(out.memory, expected, whole) &&
+              out.memory[whole] == '\n',
+              "\"%s\" is \"%.*s\", not \"%s\"", s, (int)out.n, out.memory, expected);
+        fclose(file);
+        free(out.memory);
+    }
+}
+
+#ifndef NO_EACH
+// The answer to each line is that of a run of its own with the seed that a sample would have, from
+// its first character that is no white space to the end of its line, however many run at once.
+static void test_each(void) {
+    static const char *const texts[] = {"ab", "", "cad", "a bad cab", "d", "abc", "abd"};
+    static const char *const ways_[] = {"-t 0", "-t 0.8", "-t 2 --stop ab", "-t 2 --top-k 3"};
+    static const int at_once[] = {1, 3, 16};
+    for (int way = 0; way < 4; way++) {
+        Buffer own = {0}, file = {0}, quoted = bytes_of("", 0);
+        for (uint64_t i = 0; i < 7; i++) {
+            put_text(&file, text("%s\n", texts[i]));
+            Ran r = SH("run endless.bin -q -n 20 %s -s %llu -i 'ab %s'", ways_[way],
+                       (unsigned long long)(5 + i * 0x9E3779B97F4A7C15u), texts[i]);
+            const char *answer = (char *)r.out.p + 3 + strlen(texts[i]);
+            const char *shown = answer + strspn(answer, " \t\r\n");
+            size_t n = (size_t)((char *)r.out.p + r.out.n - 1 - answer);
+            const char *end = memchr(shown, '\n', (size_t)(answer + n - shown) + 1);
+            put(&own, shown, shown < end ? (size_t)(end - shown) : 0);
+            put_text(&own, "\n");
+            bool plain = true;  // else escapes are needed, or it is not UTF-8
+            for (size_t k = 0; k < n; k++)
+                plain &= answer[k] >= ' ' && answer[k] < 127 && !strchr("\"\\", answer[k]);
+            if (plain) put_text(&quoted, text("\"%.*s\"\n", (int)n, answer));
+        }
+        keep("lines", &file);
+        for (int k = 0; k < 3; k++) {
+            const char *each_ = text("run endless.bin -q -n 20 %s -s 5 --at-once %d -i 'ab {}' "
+                                     "--each", ways_[way], at_once[k]);
+            prints_bytes("lines", &own, text("%s lines", each_));
+            prints_bytes("lines of stdin", &own, text("%s - <lines", each_));
+            prints_bytes("a job goes on", &own,
+                         text("%s lines | head -n 3 >a; %s lines --skip 3 >b; cat a b", each_,
+                              each_));
+            if (lines(&quoted) == 7)
+                prints_bytes("quoted answers", &quoted, text("%s lines --quote", each_));
+        }
+    }
+    Ran r = SH("run endless.bin -q -c 8 -n 2 -t 0 --each lines >a; s=$?; wc -l <a; exit $s");
+    CHECK(r.status == 1 && atoi((char *)r.out.p) == 7 && one_line(&r) &&
+              strstr((char *)r.err.p, "line 4 has 9 tokens"),
+          "a line that is too long has no answer: %s%s", r.out.p, r.err.p);
+    double nats, bits;
+    int n;
+    Buffer cab = bytes_of("a bad cab", 9);
+    r = SH("run tiny.bin -q -m eval -i 'ab{}' --each lines | sed -n 4p");
+    CHECK(sscanf((char *)r.out.p, "%lf\t%d\t%lf", &nats, &n, &bits) == 3 && n == 9 &&
+              fabs(bits - bits_per_byte("tiny.bin", "ab", &cab)) < 1e-4 &&
+              fabs(-nats / 9 / log(2) - bits) < 1e-4, "eval of each line: %s", r.out.p);
+    refused(2, "the prompt has no {}", "run endless.bin -i ab --each lines");
+    refused(2, "--each cannot be used", "run endless.bin -k 2 --each lines");
+    refused(2, "need --each", "run endless.bin -i a --skip 3");
+    refused(2, "both the prompt and the lines", "run endless.bin -f - --each -");
+    refused(1, "cannot open none", "run endless.bin --each none");
+}
+#endif
+
+// --logprobs: a line for each token; the ids are those of the text, the sum is its likelihood, and
+// the first of the likeliest is the greedy choice.
+static void test_logprobs(void) {
+    static const char *const runs[] = {
+        "run tiny.bin -q -m eval -i 'a bad cab' --logprobs 2", "run tiny.bin -q -i 'ab' -n 9 -t 0 "
+        "--logprobs 1", "run endless.bin -q -i 'ab' -n 9 -s 3 --logprobs 0 -d lookup"};
+    Model m;
+    Tokenizer t = {0};
+    load_model(&m, "tiny.bin");
+    find_tokenizer(&t, NULL, &m);
+    Buffer cab = bytes_of("a bad cab", 9);
+    for (int i = 0; i < 3; i++) {
+        Ran r = ran(runs[i]);
+        int ids[16] = {0}, n = 0, top, tops = 0;
+        double sum = 0, logprob;
+        for (char *at = (char *)r.out.p; n < 16 && at && *at; n++) {
+            char *id = strstr(at, "\"id\": "), *first = strstr(at, "\"top\": [{");
+            CHECK(at[0] == '{' && id && sscanf(id, "\"id\": %d, \"logprob\": %lf", &ids[n],
+                                               &logprob) == 2, "a line of JSON: %s", at);
+            at = strchr(at, '\n');
+            if (first && first < at) first = strstr(first, "\"id\": ");
+            tops += first && first < at && sscanf(first, "\"id\": %d", &top) == 1 && top == ids[n];
+            sum += logprob;
+            at += at != NULL;
+        }
+        CHECK(n == 9 && lines(&r.out) == 9 && r.status == 0, "%d lines of %s", n, runs[i]);
+        if (i == 0)
+            CHECK(fabs(-sum / 9 / log(2) - bits_per_byte("tiny.bin", "<s>", &cab)) < 1e-4 &&
+                      count(&r.out, "logprob") == 27, "log-probabilities add up: %s", r.out.p);
+        if (i == 1) CHECK(tops == 9, "%d of 9 tokens are the likeliest", tops);
+        if (i == 0) continue;
+        Buffer b = decoded(&t, ids, 9);
+        Ran plain = SH("run %s.bin -q -i 'ab' -n 9 %s", i == 1 ? "tiny" : "endless",
+                       i == 1 ? "-t 0" : "-s 3");
+        CHECK(plain.out.n == b.n + 3 && !memcmp(plain.out.p + 2, b.p, b.n), "%s is not %s", b.p,
+              plain.out.p);
+    }
+    free_tokenizer(&t), free_model(&m);
+    refused(2, "--logprobs cannot be used", "run endless.bin -k 2 --logprobs 2");
+}
+
 static void test_decoders(void) {
     if (no_program()) return;
+    test_logprobs();
+#ifndef NO_EACH
+    test_each();
+#endif
     test_display();
+    test_stops();
     test_generate();
     test_full_contexts();
     test_guesses();
@@ -3162,7 +3364,7 @@ static Buffer explained(const Model *m, const Tokenizer *t, Options o) {
     o.temperature = 1, o.top_p = 0.9, o.repeat_penalty = 1, o.seed = 5, o.threads = 1;
     o.layer = o.head = -1, o.quiet = true;
     Output out = {.fd = -1};
-    o.input = input_read(&o);
+    o.input = input_read(o.prompt_file, o.prompt);
     explain(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
     Buffer b = bytes_of(out.memory, out.n);
@@ -3309,7 +3511,7 @@ static Buffer coded(const Model *m, const Tokenizer *t, const Buffer *b, bool ba
     Options o = {.mode = back ? "decompress" : "compress", .prompt_file = keep("in", b),
                  .context = context, .threads = 1, .quiet = true};
     Output out = {.fd = -1};
-    o.input = input_read(&o);
+    o.input = input_read(o.prompt_file, o.prompt);
     compress(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
     Buffer result = bytes_of(out.memory, out.n);
@@ -3705,6 +3907,327 @@ static void test_models(void) {
     test_tiny_families();
 }
 
+// ==== 17. export.py ==============================================================================
+
+// A small model as a Hugging Face folder or a GGUF. A case changes C (config.json), W (tensors), F
+// (other files), A (arguments) or S (what is exported). It says "same" if the checkpoint is that of
+// R (a config.json) with the unchanged rest, else "other", or the error; or it sets `seen` itself.
+static const char *const export_frame[] = {
+    "import contextlib, io, json, os, shutil, sys, types",
+    "sys.path.insert(0, sys.argv[1])",
+    "import gguf, numpy as np, export",
+    "from tokenizers.pre_tokenizers import ByteLevel",
+    "rng = np.random.default_rng(1)",
+    "C0 = dict(model_type='llama', hidden_size=256, intermediate_size=256, vocab_size=258,",
+    "          num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, rope_theta=1e4,",
+    "          max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=False)",
+    "words = [*sorted(ByteLevel.alphabet()), 'ab', '<s>']",
+    "start = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)",
+    "start.update(id=257, content='<s>', special=True)",
+    "F0 = {'tokenizer.json': {'version': '1.0', 'added_tokens': [start],",
+    "      'pre_tokenizer': export.pre_tokenizer(export.GPT2),",
+    "      'model': {'type': 'BPE', 'vocab': {word: i for i, word in enumerate(words[:257])},",
+    "                'merges': ['a b']}}}",
+    "tensors = export.weights(export.read_config('', C0, ''))",
+    "W0 = {t.hugging_face: rng.standard_normal((t.rows, t.cols)[t.dtype == 0:], 'f4') / 8",
+    "      for t in tensors}",
+    "embedding, wq = 'model.embed_tokens.weight', 'model.layers.0.self_attn.q_proj.weight'",
+    "vocabs = export.folder_vocab, export.gguf_vocab     # used where a case says so",
+    "export.folder_vocab = export.gguf_vocab = lambda *_: None",
+    "kinds = {'F4': 'F32', 'F2': 'F16', 'I4': 'I32', 'U1': 'F8_E4M3', 'U2': 'BF16'}",
+    "def write_safetensors(path, tensors):",
+    "    head, data = {}, b''",
+    "    for name, a in tensors.items():",
+    "        end = len(data) + a.nbytes",
+    "        head[name] = dict(dtype=kinds[a.dtype.str[1:].upper()], shape=a.shape,",
+    "                          data_offsets=[len(data), end])",
+    "        data += a.tobytes()",
+    "    head = json.dumps(head).encode()",
+    "    open(path, 'wb').write(len(head).to_bytes(8, 'little') + head + data)",
+    "def write_folder(config, tensors, files, path='model'):",
+    "    shutil.rmtree(path, ignore_errors=True)",
+    "    os.makedirs(path)",
+    "    files = {'config.json': config, 'model.safetensors': tensors, **files}",
+    "    for name, a in files.items():",
+    "        if a is None: continue",
+    "        if name.endswith('.safetensors'): write_safetensors(f'{path}/{name}', a)",
+    "        else: open(f'{path}/{name}', 'w').write(json.dumps(a))",
+    "def write_gguf(path, types={}, keys={}, order=gguf.GGUFEndian.LITTLE, part=None):",
+    "    w = gguf.GGUFWriter(path, 'llama', endianess=order)",
+    "    for key, value in {'block_count': 1, 'context_length': 64, 'embedding_length': 256,",
+    "                       'feed_forward_length': 256, 'attention.head_count': 4,",
+    "                       'attention.head_count_kv': 2, **keys}.items():",
+    "        add = w.add_array if isinstance(value, list) else w.add_uint32",
+    "        add('llama.' + key, value)",
+    "    w.add_name('model'), w.add_layer_norm_rms_eps(1e-5)",
+    "    w.add_tokenizer_model('gpt2')",
+    "    w.add_token_list(words)",
+    "    w.add_token_types([1] * 257 + [3])",
+    "    w.add_token_merges(['a b'])",
+    "    if part is not None: w.add_uint16('split.count', 2)",
+    "    for i, t in enumerate(tensors):",
+    "        if part in (0, 1) and i % 2 != part: continue",
+    "        a, kind = W0[t.hugging_face], types.get(t.key[0], 'F32')",
+    "        if kind[-1] in 'KL':    # which the library does not make",
+    "            n, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]",
+    "            a = rng.integers(0, 256, (t.rows, t.cols // n, size), np.uint8)",
+    "            a[..., :4] = a[..., -4:] = np.full(2, 0.002, '<f2').view(np.uint8)",
+    "            a = a.reshape(t.rows, -1)",
+    "        elif kind != 'F32': a = gguf.quantize(a, gguf.GGMLQuantizationType[kind])",
+    "        w.add_tensor(t.gguf, a, raw_dtype=gguf.GGMLQuantizationType[kind])",
+    "    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()",
+    "    w.close()",
+    "def run(source, **args):",
+    "    args = {'source': source, 'model': 'export.bin', 'dtype': None, 'tokenizer': None,",
+    "            'vocab': None, 'lora': None, **args}",
+    "    try: export.export(types.SimpleNamespace(**args))",
+    "    except Exception as error: return f'{type(error).__name__}: {error}'",
+    "    return open(args['model'], 'rb').read()",
+    "many = dict(token_embedding='Q8_0', wq='Q4_K', wk='Q5_0', wv='Q4_0', wo='Q4_1',",
+    "            w_down='F16', w_gate='IQ4_NL', w_up='MXFP4', classifier='Q6_K')",
+    "def stored(path, types):    # a GGUF's dtypes, and if the numbers are right",
+    "    write_gguf(path, types)",
+    "    source, out = export.GGUF(path), []",
+    "    all_of_it = export.weights(source.config)",
+    "    export.choose_dtypes(all_of_it, source)",
+    "    for t in [t for t in all_of_it if t.key[0] in types]:",
+    "        a, wanted = export.convert(t, source, 0, t.rows), source.read(t.key, slice(t.rows))",
+    "        if t.dtype in export.QUANTIZE:",
+    "            q, scale, minimum = export.split_weights(t.dtype, a)",
+    "            a = (q * scale + minimum).reshape(wanted.shape)",
+    "        error = np.square(a - wanted).sum() / np.square(wanted).sum()",
+    "        (name,) = [name for name, dtype in export.DTYPES.items() if dtype == t.dtype]",
+    "        out.append(name + ('' if error < 5e-7 else '~' if error < 1e-4 else ' wrong'))",
+    "    return ' '.join(out)",
+    "def loaded(C, W):   # the dtype of wq, its numbers in the source, and in the checkpoint",
+    "    write_folder(C, W, F0)",
+    "    source = export.HuggingFace('model')",
+    "    all_of_it = export.weights(source.config)",
+    "    export.choose_dtypes(all_of_it, source)",
+    "    (t,), source.halves = [t for t in all_of_it if t.hugging_face == wq], False",
+    "    (name,) = [name for name, dtype in export.DTYPES.items() if dtype == t.dtype]",
+    "    q, scale, minimum = export.split_weights(t.dtype, export.convert(t, source, 0, 256))",
+    "    return name, source.read(t.key, slice(256)), (q * scale + minimum).reshape(256, 256)",
+    "def four_bits(C, W, method, group):     # q (in, out), zero and scale (groups, out)",
+    "    q, zero = rng.integers(0, 16, (256, 256)), rng.integers(0, 15, (4, 256))",
+    "    scale = (rng.random((4, 256)) / 64).astype('<f2')",
+    "    def packed(a, order):",
+    "        words = sum(a[i::8] << 4 * at for at, i in enumerate(order))",
+    "        return words.astype('<u4').view('<i4')",
+    "    base, order = wq[:-6], range(8) if method == 'gptq' else (0, 2, 4, 6, 1, 3, 5, 7)",
+    "    del W[wq]",
+    "    W[base + 'qweight'] = (packed(q, order) if method == 'gptq' else",
+    "                           packed(q.T, order).T.copy())",
+    "    W[base + 'qzeros'], W[base + 'scales'] = packed(zero.T, order).T.copy(), scale",
+    "    if method == 'gptq': W[base + 'g_idx'] = group.astype('<i4')",
+    "    C['quantization_config'] = {'quant_method': method, 'bits': 4}",
+    "    if method == 'awq': C['quantization_config']['version'] = 'gemm'",
+    "    wanted = (q - (zero + (method == 'gptq'))[group]) * scale[group].astype('f4')",
+    "    name, read, ours = loaded(C, W)",
+    "    return name, str(np.array_equal(read, wanted.T)), str(abs(ours - read).max() < 1e-3)",
+    "def eight_bits(C, W, scales, suffix, **q):",
+    "    bits = rng.integers(0, 127, (256, 256)).astype('u1')",
+    "    W[wq], W[wq + suffix], C['quantization_config'] = bits, scales.astype('f4'), q",
+    "    e, m = bits >> 3, bits & 7",
+    "    value = np.where(e, (8 + m) * 2.0 ** (e - 10.0), m * 2.0 ** -9)",
+    "    name, read, ours = loaded(C, W)",
+    "    wanted = value * np.kron(scales, np.ones(np.array(bits.shape) // scales.shape))",
+    "    return name, str(np.allclose(read, wanted, 1e-6)), str(abs(ours - read).max() < 2)",
+    "def lora(tensor, end='safetensors', **config):",
+    "    config.update(peft_type='LORA', lora_alpha=2)",
+    "    tensor = 'base_model.model.' + tensor",
+    "    write_folder(config, {tensor: np.ones((2, 256), 'f4')}, {}, 'lora')",
+    "    os.rename('lora/config.json', 'lora/adapter_config.json')",
+    "    os.rename('lora/model.safetensors', 'lora/adapter_model.' + end)",
+    "    return {'lora': 'lora'}",
+    "def case(code):",
+    "    g = dict(globals(), C=dict(C0), W=dict(W0), F=dict(F0), R=dict(C0), A={}, S='model')",
+    "    g['seen'] = None",
+    "    log = io.StringIO()",
+    "    with contextlib.redirect_stderr(log):",
+    "        exec(code, g)",
+    "        if g['seen'] is None:",
+    "            write_folder(g['R'], W0, F0)",
+    "            wanted = run('model')",
+    "            write_folder(g['C'], g['W'], g['F'])",
+    "            found = run(g['S'], **g['A'])",
+    "            g['seen'] = (found if isinstance(found, str) else",
+    "                         'same' if found == wanted else 'other')",
+    "    if isinstance(g['seen'], tuple): g['seen'] = ' '.join(g['seen'])",
+    "    notes = [x for x in log.getvalue().splitlines() if 'run.c' in x or 'adapter' in x]",
+    "    print(' '.join([str(g['seen']), *notes]).replace('\\n', ' '))",
+};
+
+static const struct { const char *what, *code, *says; } exports[] = {
+    {"a folder gives one checkpoint", "", "same"},
+    {"the matrices of a GGUF stay what they are",
+     "seen = stored('k.gguf', many)", "q8 q8~ q4a q8 q4 q4a q8 q8 q8~"},
+    {"halves are kept where most numbers are not quantized",
+     "seen = stored('h.gguf', dict(wq='Q8_0', wk='F16', wv='BF16'))", "q8 f32 bf16"},
+    {"a GGUF of many types can be run",
+     "write_gguf('mixed.gguf', many)\n"
+     "export.gguf_vocab = vocabs[1]\n"
+     "seen = str(type(run('mixed.gguf', model='mixed.bin')))\n"
+     "export.gguf_vocab = lambda *_: None", "bytes"},
+    {"what takes more than its source says so",
+     "write_gguf('x.gguf', dict.fromkeys(many, 'MXFP4'))\n"
+     "seen = str(len(run('x.gguf')))", "run.c has no dtype like MXFP4: the matrices take"},
+    {"a GGUF in parts is read",
+     "write_gguf('s.gguf')\n"
+     "wanted = run('s.gguf')\n"
+     "write_gguf('s-00001-of-00002.gguf', part=0), write_gguf('s-00002-of-00002.gguf', part=1)\n"
+     "seen = 'same' if run('s-00002-of-00002.gguf') == wanted else 'other'", "same"},
+    {"a part of a GGUF is missing",
+     "write_gguf('t-00001-of-00002.gguf', part=0)\n"
+     "S = 't-00001-of-00002.gguf'", "t-00002-of-00002.gguf"},
+    {"a part of a GGUF has another name",
+     "write_gguf('part.gguf', part=0)\n"
+     "S = 'part.gguf'", "part.gguf is one of 2 files"},
+    {"a big-endian GGUF",
+     "write_gguf('big.gguf', order=gguf.GGUFEndian.BIG)\n"
+     "S = 'big.gguf'", "big.gguf is big-endian: convert it"},
+    {"a number for each layer, the same in all",
+     "write_gguf('s.gguf', keys={'attention.head_count_kv': [2]})\n"
+     "wanted = run('s.gguf')\n"
+     "write_gguf('s.gguf')\n"
+     "seen = 'same' if run('s.gguf') == wanted else 'other'", "same"},
+    {"a number for each layer",
+     "write_gguf('a.gguf', keys={'attention.head_count_kv': [2, 4]})\n"
+     "S = 'a.gguf'", "attention.head_count_kv differs from layer to layer"},
+    {"an unknown key of a GGUF",
+     "write_gguf('a.gguf', keys={'new_thing': 2})\n"
+     "S = 'a.gguf'", "llama.new_thing = 2 is not understood"},
+    {"an index left over beside a single file",
+     "F['model.safetensors.index.json'] = {'weight_map': {embedding: 'gone.safetensors'}}", "same"},
+    {"a stale copy in another part",
+     "files = {**dict.fromkeys(W, 'a.safetensors'), wq: 'b.safetensors'}\n"
+     "F['model.safetensors.index.json'] = {'weight_map': files}\n"
+     "F.update({'a.safetensors': {**W, wq: 0 * W[wq]}, 'b.safetensors': {wq: W[wq]}})\n"
+     "W = None", "same"},
+    {"a tensor in two parts that no index has",
+     "F.update({'model.safetensors.index.json': {'weight_map': {'x': 'a.safetensors', embedding:\n"
+     "           'b.safetensors'}}, 'a.safetensors': W, 'b.safetensors': W})\n"
+     "W = None", "is in another file, too"},
+    {"each matrix keeps its own dtype",
+     "W[embedding] = (W[embedding].view('u4') >> 16).astype('<u2')\n"
+     "write_folder(C, W, F)\n"
+     "s, w = export.HuggingFace('model'), export.weights(export.read_config('', C, ''))\n"
+     "export.choose_dtypes(w, s)\n"
+     "seen = str([t.dtype for t in w if t.dtype != export.ROWS])", "[2, 1, 1, 1, 1, 1, 1, 1, 1]"},
+    {"tied, and only lm_head is there",
+     "C['tie_word_embeddings'] = True\n"
+     "del W['lm_head.weight']\n"
+     "write_folder(C, W, F)\n"
+     "wanted = run('model')\n"
+     "W['lm_head.weight'] = W.pop(embedding)\n"
+     "write_folder(C, W, F)\n"
+     "seen = 'same' if run('model') == wanted else 'other'", "same"},
+    {"names after torch.compile", "W = {'_orig_mod.' + n: a for n, a in W.items()}", "same"},
+    {"names of the inner model", "W = {n.replace('model.', ''): a for n, a in W.items()}", "same"},
+    {"a name twice", "W['_orig_mod.' + wq] = W[wq]", "q_proj.weight is there twice"},
+    {"biases of zeros", "W[wq[:-6] + 'bias'] = np.zeros(256, 'f4')", "same"},
+    {"biases", "W[wq[:-6] + 'bias'] = np.ones(256, 'f4')", "q_proj.bias"},
+    {"GPTQ", "seen = four_bits(C, W, 'gptq', np.arange(256) // 64)", "q4a True True"},
+    {"GPTQ in act-order",
+     "seen = four_bits(C, W, 'gptq', rng.permutation(256) // 64)", "q8 True True"},
+    {"AWQ", "seen = four_bits(C, W, 'awq', np.arange(256) // 64)", "q4a True True"},
+    {"8-bit floats with scales of squares",
+     "seen = eight_bits(C, W, rng.random((2, 2)), '_scale_inv', quant_method='fp8',\n"
+     "                  weight_block_size=[128, 128])", "q8 True True"},
+    {"8-bit floats with scales of rows",
+     "seen = eight_bits(C, W, rng.random((256, 1)), '_scale', quant_method='fbgemm_fp8')",
+     "q8 True True"},
+    {"another quantization",
+     "C['quantization_config'] = {'quant_method': 'bitsandbytes'}",
+     "quant_method = bitsandbytes is not supported"},
+    {"GPTQ of 8 bits",
+     "C['quantization_config'] = {'quant_method': 'gptq', 'bits': 8}",
+     "gptq of 8 bits, gemm, is not supported"},
+    {"rope_scaling beside rope_parameters counts",
+     "C.update(rope_parameters={'rope_type': 'linear', 'factor': 4.0}, rope_scaling={\n"
+     "         'rope_type': 'linear', 'factor': 2.0})\n"
+     "R['rope_scaling'] = C['rope_scaling']", "same"},
+    {"yarn's length beside its settings counts",
+     "C.update(rope_scaling={'rope_type': 'yarn', 'factor': 2.0},\n"
+     "         original_max_position_embeddings=32)\n"
+     "R['rope_scaling'] = {**C['rope_scaling'], 'original_max_position_embeddings': 32}", "same"},
+    {"flat settings for two kinds of layers",
+     "C.update(model_type='gemma3_text', rope_parameters={'rope_type': 'default'})",
+     "rope_parameters has rope_type, and not"},
+    {"an unknown setting of RoPE",
+     "C['rope_scaling'] = {'type': 'default', 'mrope_section': [1, 2]}",
+     "mrope_section = [1, 2] is not understood"},
+    {"Mistral's window, unless it is null",
+     "C['model_type'] = 'mistral'\n"
+     "R.update(model_type='mistral', sliding_window=4096)", "same"},
+    {"no window",
+     "C.update(model_type='mistral', sliding_window=None)\n"
+     "R.update(model_type='mistral', sliding_window=4096)", "other"},
+    {"a setting that is not understood",
+     "C['logit_scale'] = 0.5", "logit_scale = 0.5 is not understood"},
+    {"settings that change nothing",
+     "C.update(logit_scale=None, torch_dtype='float16', use_cache=True, attention_dropout=0.1)",
+     "same"},
+    {"a setting is missing", "del C['vocab_size']", "its config.json has no vocab_size"},
+    {"a setting of another kind",
+     "C['hidden_size'] = '256'", "hidden_size = 256 in its config.json"},
+    {"what is recommended for sampling",
+     "F['generation_config.json'] = {'do_sample': False, 'temperature': 0.6, 'top_k': 20,\n"
+     "                               'min_p': 0.05, 'repetition_penalty': 1.1}\n"
+     "write_folder(C, W, F)\n"
+     "seen = str(vocabs[0](export.Path('model'), C, 258).sampling)", "(0, -1.0, 20, 0.05, 1.1)"},
+    {"special_tokens_map.json",
+     "F['special_tokens_map.json'] = {'bos_token': '<s>'}\n"
+     "write_folder(C, W, F)\n"
+     "seen = str(vocabs[0](export.Path('model'), C, 258).bos)", "257"},
+    {"LoRA of the embedding",
+     "A = lora('model.embed_tokens.lora_embedding_A')",
+     "embed_tokens.lora_embedding_A is not supported"},
+    {"LoRA of a tied classifier",
+     "A = lora('lm_head.lora_A.weight')\n"
+     "C['tie_word_embeddings'] = True\n"
+     "del W['lm_head.weight']", "lm_head.lora_A.weight is not supported"},
+    {"DoRA",
+     "A = lora(wq[:-6] + 'lora_magnitude_vector')", "lora_magnitude_vector is not supported"},
+    {"an adapter's bias", "A = lora(wq[:-6] + 'bias')", "q_proj.bias is not supported"},
+    {"modules_to_save",
+     "A = lora(wq, modules_to_save=['x'])", "modules_to_save = ['x'] is not supported"},
+    {"an adapter that is a pickle", "A = lora(wq, 'bin')", "adapter_model.bin is a pickle"},
+    {"an adapter's tokenizer",
+     "A = lora(wq)\n"
+     "open('lora/tokenizer.json', 'w')", "the adapter's tokenizer and chat template are ignored"},
+    {"odd groups of llama2.c's version 2",
+     "head = np.array([0x616b3432, 2, 64, 100, 1, 1, 1, 9, 9, 1 + (64 << 8)] + [0] * 60, '<i4')\n"
+     "open('v2.bin', 'wb').write(head.tobytes())\n"
+     "S = 'v2.bin'", "groups of 64 weights do not fit into rows of 64 and 100"},
+};
+
+static void test_exports(void) {
+    enum { N = sizeof exports / sizeof *exports };
+    const char *python = at_home(".venv/bin/python"), *export_py = at_home("export.py");
+    if (access(at_home(".venv/ready"), F_OK) || access(export_py, R_OK) || no_program()) {
+        skip(N + 2, "export.py: there is no .venv here; make demo makes it");
+        return;
+    }
+    Buffer script = {0};
+    for (size_t i = 0; i < sizeof export_frame / sizeof *export_frame; i++)
+        put_text(&script, text("%s\n", export_frame[i]));
+    for (int i = 0; i < N; i++) put_text(&script, text("case(r'''%s\n''')\n", exports[i].code));
+    keep("exports.py", &script);
+    Ran r = SH("mkdir exports; cd exports; '%s' ../exports.py '%s'", python, home);
+    CHECK(r.status == 0, "the cases of export.py run: %s", r.err.p);
+    char *line = (char *)r.out.p;
+    for (int i = 0; i < N; i++) {
+        char *end = strchr(line, '\n');
+        if (end) *end = 0;
+        CHECK(strstr(line, exports[i].says), "%s: \"%s\" is in \"%s\"", exports[i].what,
+              exports[i].says, line);
+        line = end ? end + 1 : line + strlen(line);
+    }
+    prints("a model of many dtypes passes its check", "ok\n", "run exports/mixed.bin -m check -q");
+    SH("rm -rf exports");
+}
+
 #ifdef FUZZ
 // ==== Fuzzing: `make fuzz` builds this with clang's libFuzzer, and FUZZ=target names what is fed =
 //
@@ -3961,7 +4484,7 @@ int main(int argc, char **argv) {
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"commands", test_commands},
         {"decoders", test_decoders}, {"sessions", test_sessions}, {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
-        {"models", test_models}};
+        {"models", test_models}, {"exports", test_exports}};
     bool tiny = argc == 3 && !strcmp(argv[1], "--tiny");
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!getcwd(home, sizeof home) || (!tiny && !mkdtemp(folder)) || chdir(tiny ? argv[2] : folder))
