@@ -429,8 +429,9 @@ def header(c, tensors, fingerprint, file_size, content_hash=0, header_hash=0):
                     t.offset, t.n_bytes) for t in tensors)
 
 
-def convert(t, key, source, first, last):
-    """Rows first..last of a matrix, as pack_panels takes them."""
+def convert(t, source, first, last, key=None):
+    """Rows first..last of a matrix, or that of an expert, as pack_panels takes them."""
+    key = key or t.key
     a = source.rows(t, key, first, last)
     if t.dtype in QUANTIZE and not isinstance(a, Blocks) and np.isfinite(a).all():
         a = QUANTIZE[t.dtype](in_blocks(a))
@@ -452,7 +453,7 @@ def write_weights(file, tensors, source):
                     file.write(source.vector(t, key).tobytes())
                     continue
                 for first, last in t.chunks():
-                    file.write(pack_panels(t, convert(t, key, source, first, last)))
+                    file.write(pack_panels(t, convert(t, source, first, last, key)))
                     progress.update(t.n_bytes // t.count * (last - first) // t.rows)
 
 

@@ -3979,7 +3979,7 @@ static const char *const export_frame[] = {
     "    w.close()",
     "def run(source, **args):",
     "    args = {'source': source, 'model': 'export.bin', 'dtype': None, 'tokenizer': None,",
-    "            'vocab': None, 'lora': None, **args}",
+    "            'vocab': None, 'lora': None, 'context': None, **args}",
     "    try: export.export(types.SimpleNamespace(**args))",
     "    except Exception as error: return f'{type(error).__name__}: {error}'",
     "    return open(args['model'], 'rb').read()",
