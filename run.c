@@ -9,6 +9,7 @@
  *                              [1.7] generate
  *     [2] Numbers and files    [2.1] numbers  [2.2] matrices  [2.3] rounding to int8
  *                              [2.4] errors and memory  [2.5] cache pages  [2.6] checkpoints
+ *                              [2.7] experts
  *     [3] The tokenizer        [3.1] looking things up  [3.2] opening  [3.3] encoding, decoding
  *     [4] Speed                [4.1] threads  [4.2] large pages  [4.3] SIMD  [4.4] kernels
  *                              [4.5] products  [4.6] attention: same bits as part 1, sooner
@@ -116,32 +117,55 @@ typedef struct {
     int32_t seq_len;         // longest context the model was made for
     int32_t head_dim;        // width of a head
     float norm_eps;
-    uint32_t flags;          // none yet
-    int32_t activation;      // 0 SiLU, 1 GELU (tanh form)
+    uint32_t flags;          // what is special about a family: see below
+    int32_t activation;      // SILU or another
     float embed_scale;       // the embedding is multiplied by it
     float attn_scale;        // query times key is multiplied by it: 1 / sqrt(head_dim)
     int32_t sliding_window;  // local layers see this many positions, themselves included; 0: all
     uint8_t local_layers[32];  // bit l: layer l is local
+    float attn_cap, logit_cap;  // scores and logits stay below (Gemma 2); 0: as they are
+    float query_growth;      // queries grow with log(pos / query_length) (Ministral 3)
+    int32_t query_length;
+    float act_limit;         // gate and up stay below (GPT-OSS); 0: as they are
+    int32_t n_experts, n_shared, n_active;  // all; the last, visited by all; visited of the others
+    int32_t expert_hidden;   // width of an expert
 } Config;
 
+enum { SILU, GELU_TANH, GELU, RELU_SQUARED, GELU_SIGMOID, N_ACTIVATIONS };
+enum {                     // flags
+    CENTERED = 1,          // norms first subtract the mean (GPT-2)
+    PARALLEL = 2,          // the feed-forward layer reads the x that attention read (GPT-NeoX)
+    WIDE_NORMS = 4,        // q_norm and k_norm are of all heads together (OLMo 2)
+    NORM_AFTER_ROPE = 8,   // and come after RoPE (Hunyuan)
+    SIGMOID_ROUTER = 16,   // experts are scored one by one, not against each other (GLM 4.5)
+    FULL_SHARES = 32,      // the shares of those that a token visits add up to 1 (Mixtral)
+    ALL_FLAGS = 63
+};
+
 typedef struct {
-    Matrix attn_norm, ffn_norm;  // (dim)
+    Matrix attn_norm, ffn_norm;            // (dim); NULL: nothing is normed (OLMo 2)
+    Matrix attn_norm_bias, ffn_norm_bias;  // (dim) (GPT-2)
     Matrix wq;              // (n_heads * head_dim, dim)
     Matrix wk, wv;          // (n_kv_heads * head_dim, dim)
-    Matrix bq, bk, bv;      // biases of the three (Qwen2)
-    Matrix q_norm, k_norm;  // (head_dim), of each query and key (Qwen3, Gemma 3)
     Matrix wo;              // (dim, n_heads * head_dim)
-    Matrix w_gate, w_up;    // (hidden_dim, dim)
-    Matrix w_down;          // (dim, hidden_dim)
+    Matrix bq, bk, bv, bo;  // biases of the four (Qwen2)
+    Matrix q_norm, k_norm;  // (head_dim), of each query and key (Qwen3, Gemma 3)
+    Matrix sinks;           // (n_heads) (GPT-OSS)
+    Matrix w_gate, w_up;    // (hidden_dim, dim); w_up NULL: nothing is gated (GPT-2). In a layer
+    Matrix w_down;          // (dim, hidden_dim)  with a router these six are (expert_hidden, dim)
+    Matrix b_gate, b_up, b_down;           // and so on, n_experts of each, one after the other
     Matrix post_attn_norm, post_ffn_norm;  // (dim) (Gemma 3)
+    Matrix router;                         // (n_experts, dim) (Mixtral)
+    Matrix router_bias, choice_bias;       // (n_experts)
 } Layer;
 
 typedef struct {
     Config c;
     Matrix rope_freqs, rope_freqs_local;  // (head_dim / 2) frequencies; of local layers
     Matrix token_embedding, classifier;   // (vocab_size, dim); one and the same in some models
+    Matrix position_embedding;            // (seq_len, dim) (GPT-2)
     Layer *layers;           // (n_layers) steps of the computation, one after the other
-    Matrix final_norm;       // (dim)
+    Matrix final_norm, final_norm_bias;   // (dim)
     Matrix check_ids, check_norms, check_logits, check_cases;  // reference values for -m check
     struct Header *header;   // of the file, with name and hashes; NULL: a file of llama2.c
     const char *path;
@@ -158,6 +182,8 @@ static bool is_local(const Config *c, int layer) {
 // Functions of arrays, in five steps. Those declared here are in [2.1] and [2.3].
 
 static inline float exp_(float x);                                // e^x
+static double log_(double x);                                     // natural logarithm
+static inline float gelu(float x);                                // x P(x), of step 5
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
 static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
@@ -186,6 +212,11 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
     float scale = 1.0f / sqrtf(sum16(x, x, n) / (float)n + eps);
     for (int i = 0; i < n; i++) out[i] = w[i] * (scale * x[i]);
 }
+// LayerNorm (arXiv:1607.06450), the older one, first makes the mean of the numbers zero.
+static void center(float *x, int n) {
+    float mean = sum16(x, NULL, n) / (float)n;
+    for (int i = 0; i < n; i++) x[i] -= mean;
+}
 
 // 3. Softmax turns scores into positive weights that add up to 1:
 //     x[i] = e^(x[i] - max) / sum over j of e^(x[j] - max)
@@ -195,6 +226,10 @@ static void softmax(float *x, int n) {
     exp_all(x, n, largest(x, n));
     float scale = 1.0f / sum16(x, NULL, n);
     for (int i = 0; i < n; i++) x[i] *= scale;
+}
+// A soft cap: cap * tanh(x / cap) is near x, but never beyond the cap.
+static void soft_cap(float *x, int n, float cap) {
+    for (int i = 0; i < n; i++) x[i] = cap * (1.0f - 2.0f / (1.0f + exp_(2.0f * x[i] / cap)));
 }
 
 // 4. RoPE (arXiv:2104.09864), rotary positions. Attention is an average over tokens, and does not
@@ -225,16 +260,23 @@ static void rope(float *head, const float *table, int head_dim) {
 // 5. The gated activation (SwiGLU, arXiv:2002.05202): gate[i] = act(gate[i]) * up[i]. The act is
 // near x for x > 0 and near 0 for x < 0, so a number of gate says whether a number of up counts:
 // an if, learned. Without a bend, two matrices in a row could as well be one.
-//     SiLU(x) = x / (1 + e^-x);  GELU(x) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3), the
-// tanh form of arXiv:1606.08415.
-static void gated_activation(float *gate, const float *up, int n, bool gelu) {
-    for (int i = 0; i < n; i++) {
+//     SiLU(x) = x / (1 + e^-x);  ReLU(x) = x or, if that is negative, 0
+//     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u),
+//     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
+// Where nothing is gated (GPT-2), up counts as 1.
+static void gated_activation(float *gate, const float *up, int n, int kind) {
+    for (int i = 0; i < n && kind != GELU && kind != RELU_SQUARED; i++) {
         float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
-        gate[i] = x / (1.0f + exp_(gelu ? -2.0f * u : -x)) * up[i];
+        u = kind == SILU ? x : kind == GELU_TANH ? 2.0f * u : 1.702f * x;
+        gate[i] = x / (1.0f + exp_(-u));
     }
+    for (int i = 0; i < n && kind == GELU; i++) gate[i] = gelu(gate[i]);
+    for (int i = 0; i < n && kind == RELU_SQUARED; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
+    for (int i = 0; i < n && up; i++) gate[i] *= up[i];
 }
 
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
+static void add_bias(float *x, const Matrix *b) { if (b->data) add(x, vec(b), b->cols); }
 
 // ---- [1.3] a batch on its way -------------------------------------------------------------------
 // n positions are computed together: one token to go on, or a prompt, or the newest tokens of many
@@ -242,14 +284,18 @@ static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x
 
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
-
+typedef struct { int token, expert; } Guest;  // of a row; token -1: the row is empty
 typedef struct {           // the activations: row i of an array that is w wide begins at i * w
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
     float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
     float *scores;         // (n, n_heads, scores_width) of attention, then weights
     float *att_out;        // (n, n_heads * head_dim)
-    float *gate, *up;      // (n, hidden_dim)
+    float *gate, *up;      // (n, hidden_dim), or (rows of guests, expert_hidden)
+    float *route, *share;  // (n, n_experts) scores of experts; what each counts, 0: not visited
+    float *guests;         // (rows, dim) tokens at the experts they visit, and what these answer
+    Guest *guest;          // (rows) who that is, sorted by expert: [2.7]
+    struct Product *visits;  // (2 * n_experts)
     float *rope, *rope_local;  // (n, 2, head_dim) cosines and sines, in global and local layers
     Quantized xq;          // the input of a matrix product, rounded
     float *logits;         // (slots that want them, vocab_size)
@@ -289,23 +335,24 @@ static void each(const Pass *f, const char *name, int n, Stage *stage) {
 }
 
 // Matrix products of n tokens, y (n, rows) = x (n, cols) W^T; xq has room for x, rounded. Each row
-// of a matrix is a piece of work. matmul can point to a faster function of part 4.
-typedef struct { const Matrix *w; float *y; } Product;
+// of a matrix is a piece of work. matmul can point to a faster function of part 4. A product can be
+// of n rows of x only, from `first` on.
+typedef struct Product { Matrix w; float *y; int first, n; } Product;
 typedef void Matmul(const Product *p, int n_products, const float *x, const Quantized *xq, int n);
 typedef struct { const Product *p; const float *x; const Quantized *xq; int n; } ProductJob;
 static Matmul quantize_all;  // only rounds x, if one of the matrices is quantized
 static void row_task(void *context, int row) {
     const ProductJob *job = context;
-    size_t rows = (size_t)job->p->w->rows, cols = (size_t)job->p->w->cols;
-    for (size_t t = 0; t < (size_t)job->n; t++)
-        job->p->y[t * rows + (size_t)row] =
-            row_times(0, job->p->w, row, job->x + t * cols, job->xq, (int)t);
+    const Product *p = job->p;
+    for (int t = p->first; t < p->first + (p->n ? p->n : job->n); t++)
+        row_of(p->y, t, p->w.rows)[row] =
+            row_times(0, &p->w, row, job->x + (size_t)t * (size_t)p->w.cols, job->xq, t);
 }
 static void matmul_plain(const Product *p, int n_products, const float *x, const Quantized *xq,
                          int n) {
     quantize_all(p, n_products, x, xq, n);
     for (int i = 0; i < n_products; i++)
-        parallel(row_task, &(ProductJob){p + i, x, xq, n}, p[i].w->rows);
+        parallel(row_task, &(ProductJob){p + i, x, xq, n}, p[i].w.rows);
 }
 static Matmul *matmul = matmul_plain;
 static void products(const Pass *f, const char *name, const float *x, const Product *p, int n) {
@@ -338,7 +385,16 @@ static int first_seen(const Config *c, int layer, int pos) {
 //     weight = softmax over t of (q . k[t] * scale),     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small.
+// small. A sink is a score that a head always has: it takes a share of the weight and has no value,
+// so that a head can look at nothing.
+static void attention_weights(const Pass *f, int head, float *scores, int first, int n) {
+    const Matrix *sinks = &f->l->sinks;
+    float cap = f->m->c.attn_cap;
+    for (int t = first; t < n; t++) scores[t] *= f->m->c.attn_scale;
+    if (cap > 0) soft_cap(scores + first, n - first, cap);
+    if (sinks->data) scores[n] = vec(sinks)[head];
+    softmax(scores + first, n - first + (sinks->data != NULL));
+}
 static void attend(const Pass *f, int item) {
     const Config *c = &f->m->c;
     int i = item / c->n_heads, head = item % c->n_heads, n = f->batch[i].pos + 1;
@@ -346,8 +402,8 @@ static void attend(const Pass *f, int item) {
     CacheHead h = {f->kv, f->batch[i].seq, f->layer, kv_head};
     float *weights = row_of(f->s->scores, item, f->s->scores_width);
     cache_scores(&h, row_of(f->s->q, item, c->head_dim), first, n, weights);
-    for (int t = 0; t < n; t++) weights[t] = t < first ? 0 : weights[t] * c->attn_scale;
-    softmax(weights + first, n - first);
+    attention_weights(f, head, weights, first, n);
+    for (int t = 0; t < first; t++) weights[t] = 0;
     cache_average(&h, weights, first, n, row_of(f->s->att_out, item, c->head_dim));
 }
 static void attention_plain(const Pass *f) {
@@ -367,27 +423,45 @@ static void check_numbers(const Cache *kv, const float *logits, int n);  // NaN,
 // computed here too, for use in every layer.
 static void embed(const Pass *f, int i) {
     const Config *c = &f->m->c;
+    const Matrix *positions = &f->m->position_embedding;
     float *x = row_of(f->s->x, i, c->dim);
     int pos = f->batch[i].pos, hd = c->head_dim;
     for (int j = 0; j < c->dim; j++)
         x[j] = weight(&f->m->token_embedding, f->batch[i].token, j) * c->embed_scale;
+    for (int j = 0; j < c->dim && positions->data; j++) x[j] += weight(positions, pos, j);
     rope_angles(row_of(f->s->rope, i, 2 * hd), vec(&f->m->rope_freqs), pos, hd);
     rope_angles(row_of(f->s->rope_local, i, 2 * hd), vec(&f->m->rope_freqs_local), pos, hd);
 }
 
-// xb = norm(x), before attention and the feed-forward layer.
-static void norm_of_stream(const Pass *f, int i, const Matrix *norm) {
-    int dim = f->m->c.dim;
-    rmsnorm(row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), vec(norm), dim, f->m->c.norm_eps);
+// out = norm(x), before attention and the feed-forward layer. out may be x.
+static void norm(const Config *c, float *out, const float *x, const Matrix *w, const Matrix *bias) {
+    memmove(out, x, (size_t)c->dim * sizeof(float));
+    if (c->flags & CENTERED) center(out, c->dim);
+    if (w->data) rmsnorm(out, out, vec(w), c->dim, c->norm_eps);
+    add_bias(out, bias);
 }
 
 // x += xb: what a layer found is added to the residual stream (Gemma 3 brings it to a standard
-// length first).
-static void add_to_stream(const Pass *f, int i, const Matrix *post_norm) {
-    int dim = f->m->c.dim;
-    float *xb = row_of(f->s->xb, i, dim);
-    if (post_norm->data) rmsnorm(xb, xb, vec(post_norm), dim, f->m->c.norm_eps);
-    add(row_of(f->s->x, i, dim), xb, dim);
+// length first). xb becomes what the next layer reads: x, or in parallel layers x as it was.
+static void add_to_stream(const Pass *f, int i, const Matrix *bias, const Matrix *post_norm) {
+    const Config *c = &f->m->c;
+    float *xb = row_of(f->s->xb, i, c->dim), *x = row_of(f->s->x, i, c->dim);
+    add_bias(xb, bias);
+    if (post_norm->data) rmsnorm(xb, xb, vec(post_norm), c->dim, c->norm_eps);
+    for (int j = 0; j < c->dim; j++) {
+        float before = x[j];
+        x[j] += xb[j];
+        xb[j] = c->flags & PARALLEL ? before : x[j];
+    }
+}
+
+// Norm and position of queries, or keys: x (n), one head after the other.
+static void norm_and_rope(const Config *c, float *x, int n, const Matrix *w, const float *angles) {
+    bool late = c->flags & NORM_AFTER_ROPE;
+    for (int h = 0; h < n && late; h += c->head_dim) rope(x + h, angles, c->head_dim);
+    for (int h = 0; h < n && w->data; h += w->cols)
+        rmsnorm(x + h, x + h, vec(w), w->cols, c->norm_eps);
+    for (int h = 0; h < n && !late; h += c->head_dim) rope(x + h, angles, c->head_dim);
 }
 
 // Finishes queries and keys (bias, norm, position), and puts keys and values into the cache.
@@ -398,30 +472,56 @@ static void position(const Pass *f, int i) {
     float *q = row_of(f->s->q, i, q_dim), *k = row_of(f->s->k, i, kv_dim);
     float *v = row_of(f->s->v, i, kv_dim);
     const float *angles = row_of(is_local(c, f->layer) ? f->s->rope_local : f->s->rope, i, 2 * hd);
-    if (l->bq.data) add(q, vec(&l->bq), q_dim);
-    if (l->bk.data) add(k, vec(&l->bk), kv_dim);
-    if (l->bv.data) add(v, vec(&l->bv), kv_dim);
-    for (int h = 0; h < c->n_heads; h++, q += hd) {
-        if (l->q_norm.data) rmsnorm(q, q, vec(&l->q_norm), hd, c->norm_eps);
-        rope(q, angles, hd);
-    }
-    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
-        if (l->k_norm.data) rmsnorm(k, k, vec(&l->k_norm), hd, c->norm_eps);
-        rope(k, angles, hd);
-        cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, f->batch[i].pos, k, v);
-    }
+    add_bias(q, &l->bq), add_bias(k, &l->bk), add_bias(v, &l->bv);
+    norm_and_rope(c, q, q_dim, &l->q_norm, angles);
+    norm_and_rope(c, k, kv_dim, &l->k_norm, angles);
+    int pos = f->batch[i].pos;  // attention over a long text may have to get sharper
+    float size = c->query_growth > 0 ? c->query_growth * (float)log_(1 + pos / c->query_length) : 0;
+    for (int j = 0; j < q_dim && size > 0; j++) q[j] *= 1.0f + size;
+    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd)
+        cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, pos, k, v);
 }
-static void attention_in(const Pass *f, int i) { norm_of_stream(f, i, &f->l->attn_norm); }
+static void norm_of_stream(const Pass *f, int i, const Matrix *w, const Matrix *bias) {
+    int dim = f->m->c.dim;
+    norm(&f->m->c, row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), w, bias);
+}
+static void attention_in(const Pass *f, int i) {
+    norm_of_stream(f, i, &f->l->attn_norm, &f->l->attn_norm_bias);
+}
 static void feed_forward_in(const Pass *f, int i) {
-    add_to_stream(f, i, &f->l->post_attn_norm);
-    norm_of_stream(f, i, &f->l->ffn_norm);
+    float *xb = row_of(f->s->xb, i, f->m->c.dim);
+    add_to_stream(f, i, &f->l->bo, &f->l->post_attn_norm);
+    norm(&f->m->c, xb, xb, &f->l->ffn_norm, &f->l->ffn_norm_bias);
 }
-static void activate(const Pass *f, int i) {
-    int n = f->m->c.hidden_dim;
-    gated_activation(row_of(f->s->gate, i, n), row_of(f->s->up, i, n), n, f->m->c.activation);
+// Number `expert` of those that lie in turn; without experts there is only number 0.
+static Matrix expert_matrix(const Matrix *w, int expert);
+static void activate_row(const Pass *f, int row, int expert) {
+    const Layer *l = f->l;
+    int n = l->w_gate.rows;
+    float *gate = row_of(f->s->gate, row, n), *up = l->w_up.data ? row_of(f->s->up, row, n) : NULL;
+    float limit = f->m->c.act_limit;
+    Matrix b_gate = expert_matrix(&l->b_gate, expert), b_up = expert_matrix(&l->b_up, expert);
+    add_bias(gate, &b_gate), add_bias(up, &b_up);
+    for (int i = 0; i < n && limit > 0; i++) {
+        gate[i] = fminf(gate[i], limit);
+        up[i] = fmaxf(fminf(up[i], limit), -limit) + 1.0f;
+    }
+    gated_activation(gate, up, n, f->m->c.activation);
 }
-static void feed_forward_out(const Pass *f, int i) { add_to_stream(f, i, &f->l->post_ffn_norm); }
-static void last(const Pass *f, int i) { norm_of_stream(f, i, &f->m->final_norm); }
+static void activate(const Pass *f, int i) { activate_row(f, i, 0); }
+static void feed_forward_out(const Pass *f, int i) {
+    static const Matrix none;
+    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
+}
+static void last(const Pass *f, int i) {
+    norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
+}
+
+// Experts (arXiv:1701.06538): many feed-forward layers, of which each token visits a few, so that a
+// model can know much more than it reads for one token. A router, with a row for each expert like
+// the classifier for each token, scores how well they fit x. Those with the highest scores are
+// visited, and x gets the sum of their answers, each times its share: its score.
+static void experts(const Pass *f);  // xb = sum over e of share[e] * expert e of xb: [2.7]
 
 // Attention: tokens talk. What a token asks, offers and passes on is read off its x; what the heads
 // bring back, side by side, goes through wo to the residual stream. Feed-forward: each token thinks
@@ -430,16 +530,22 @@ static void last(const Pass *f, int i) { norm_of_stream(f, i, &f->m->final_norm)
 static void layer(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
+    int gated = l->w_up.data != NULL;
     each(f, "attention_in", f->n, attention_in);
-    products(f, "wq wk wv", s->xb, (Product[]){{&l->wq, s->q}, {&l->wk, s->k}, {&l->wv, s->v}}, 3);
+    products(f, "wq wk wv", s->xb, (Product[]){{l->wq, s->q, 0, 0}, {l->wk, s->k, 0, 0},
+                                               {l->wv, s->v, 0, 0}}, 3);
     each(f, "position", f->n, position);
     attention(f);
     seen(f, "attend");
-    products(f, "wo", s->att_out, (Product[]){{&l->wo, s->xb}}, 1);
+    products(f, "wo", s->att_out, (Product[]){{l->wo, s->xb, 0, 0}}, 1);
     each(f, "feed_forward_in", f->n, feed_forward_in);
-    products(f, "w_gate w_up", s->xb, (Product[]){{&l->w_gate, s->gate}, {&l->w_up, s->up}}, 2);
-    each(f, "activate", f->n, activate);
-    products(f, "w_down", s->gate, (Product[]){{&l->w_down, s->xb}}, 1);
+    if (l->router.data) experts(f);
+    else {
+        products(f, "w_gate w_up", s->xb,
+                 (Product[]){{l->w_gate, s->gate, 0, 0}, {l->w_up, s->up, 0, 0}}, 1 + gated);
+        each(f, "activate", f->n, activate);
+        products(f, "w_down", s->gate, (Product[]){{l->w_down, s->xb, 0, 0}}, 1);
+    }
     each(f, "feed_forward_out", f->n, feed_forward_out);
 }
 
@@ -460,7 +566,8 @@ static int forward_batch(Pass *f, float *logits) {
     f->n = wanted;
     if (!wanted) return 0;
     each(f, "last", wanted, last);
-    products(f, "classifier", f->s->xb, (Product[]){{&f->m->classifier, logits}}, 1);
+    products(f, "classifier", f->s->xb, (Product[]){{f->m->classifier, logits, 0, 0}}, 1);
+    if (f->m->c.logit_cap > 0) soft_cap(logits, wanted * f->m->c.vocab_size, f->m->c.logit_cap);
     return wanted;
 }
 
@@ -601,6 +708,12 @@ static inline float exp_(float x) {
 }
 static void exp_all(float *x, int n, float minus) {
     for (int i = 0; i < n; i++) x[i] = exp_(x[i] - minus);
+}
+// The normal distribution is within 1e-7 by equation 7.1.26 of Abramowitz and Stegun.
+static inline float gelu(float x) {
+    float t = 1.0f / (1.0f + 0.231641888f * fabsf(x)), p = 1.061405429f * t - 1.453152027f;
+    p = 0.5f * t * (((p * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f);
+    return x * (x > 0 ? 1.0f - p * exp_(-0.5f * x * x) : p * exp_(-0.5f * x * x));
 }
 
 // e^x in double for |x| < 700: (e^(x/1024))^1024 with a short Taylor series.
@@ -855,16 +968,18 @@ static void quantize(const Quantized *out, int token, const float *x, int n) {
         round_block(out, round_at(token, b, blocks_of(n)), x);
     }
 }
-static void quantize_task(void *context, int token) {
+static void quantize_task(void *context, int item) {
     const ProductJob *job = context;
-    int cols = job->p->w->cols;
+    int cols = job->p->w.cols, token = job->p->first + item;
     quantize(job->xq, token, job->x + (size_t)token * (size_t)cols, cols);
 }
 static void quantize_all(const Product *p, int n_products, const float *x, const Quantized *xq,
                          int n) {
     bool needed = false;
-    for (int i = 0; i < n_products; i++) needed |= is_quantized(p[i].w);
-    if (needed) parallel(quantize_task, &(ProductJob){p, x, xq, n}, n);
+    for (int i = 0; i < n_products; i++) needed |= is_quantized(&p[i].w);
+    for (int i = 0; i < n_products && needed; i++)
+        if (i == 0 || p[i].first != p[i - 1].first)  // other rows than the product before
+            parallel(quantize_task, &(ProductJob){p + i, x, xq, n}, p[i].n ? p[i].n : n);
 }
 
 // One row of a quantized matrix times the rounded numbers of a token: in integers within a block,
@@ -1035,20 +1150,31 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
                      (kv->dtype == Q8 ? PAGE_POSITIONS * sizeof(float) : 0);
     kv->page_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
     kv->pages = zeros((size_t)n_seqs * (size_t)kv->n_pages, sizeof *kv->pages);
-    float **arrays[] = {&s->x, &s->xb, &s->q, &s->att_out, &s->k, &s->v, &s->gate, &s->up,
-                        &s->rope, &s->rope_local};
-    const int widths[] = {c->dim, c->n_heads * hd, c->n_kv_heads * hd, c->hidden_dim, 2 * hd};
-    for (int i = 0; i < 10; i++) {  // each width is that of two arrays
-        *arrays[i] = zeros((size_t)widths[i / 2] * MAX_BATCH, sizeof(float));
-        if (widths[i / 2] > widest) widest = widths[i / 2];
+    int n = MAX_BATCH, guests = n * (c->n_active + c->n_shared) + TILE * c->n_experts;
+    const struct { float **array; int rows, width; } arrays[] = {
+        {&s->x, n, c->dim}, {&s->xb, n, c->dim}, {&s->q, n, c->n_heads * hd},
+        {&s->att_out, n, c->n_heads * hd}, {&s->k, n, c->n_kv_heads * hd},
+        {&s->v, n, c->n_kv_heads * hd}, {&s->rope, n, 2 * hd}, {&s->rope_local, n, 2 * hd},
+        {&s->route, n, c->n_experts}, {&s->share, n, c->n_experts}, {&s->guests, guests, c->dim},
+        {&s->gate, n, c->hidden_dim}, {&s->up, n, c->hidden_dim},  // or, if those are larger:
+        {&s->gate, guests, c->expert_hidden}, {&s->up, guests, c->expert_hidden}};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+        size_t numbers = (size_t)arrays[i].rows * (size_t)arrays[i].width;
+        if (*arrays[i].array && numbers <= (size_t)n * (size_t)c->hidden_dim) continue;
+        free(*arrays[i].array);
+        *arrays[i].array = zeros(numbers, sizeof(float));
+        if (arrays[i].width > widest) widest = arrays[i].width;
     }
-    s->xq = new_quantized(MAX_BATCH, widest);
+    s->guest = zeros((size_t)guests, sizeof *s->guest);
+    s->visits = zeros((size_t)c->n_experts + 1, 2 * sizeof *s->visits);
+    s->xq = new_quantized(n > guests ? n : guests, widest);
 }
 static void cache_close(Cache *kv) {
     State *s = &kv->state;
     for (int i = 0; i < kv->n_seqs; i++) cache_clear(kv, i);
     void *memory[] = {kv->pages, s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope,
-                      s->rope_local, s->xq.q, s->scores, s->logits};
+                      s->rope_local, s->xq.q, s->scores, s->logits, s->route, s->share, s->guests,
+                      s->guest, s->visits};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     *kv = (Cache){0};
 }
@@ -1133,7 +1259,7 @@ static void get_scores(const Pass *f) {
     State *s = f->s;
     s->scores_width = 0;
     for (int i = 0; i < f->n; i++)
-        if (f->batch[i].pos >= s->scores_width) s->scores_width = f->batch[i].pos + 1;
+        if (f->batch[i].pos + 2 > s->scores_width) s->scores_width = f->batch[i].pos + 2;  // a sink
     make_room(&s->scores, &s->scores_room,
               (size_t)(f->n * f->m->c.n_heads) * (size_t)s->scores_width);
 }
@@ -1151,21 +1277,21 @@ static void check_numbers(const Cache *kv, const float *logits, int n) {
 }
 
 // ---- [2.6] checkpoints --------------------------------------------------------------------------
-// load_model maps a file and notes where its matrices begin. Version 4 has a header, a directory
+// load_model maps a file and notes where its matrices begin. Version 5 has a header, a directory
 // that names the tensors, and the tensors, in the layout of [2.2]; llama2.c's versions 0 and 1 have
 // float32 row by row, in a fixed order, which is packed into panels.
 
 typedef struct Header {
     uint32_t magic;           // 0x616b3432, "ak42" as in llama2.c
-    int32_t version;          // 4
-    Config c;
+    int32_t version;          // 5
     uint64_t tokenizer_hash;  // fingerprint of the tokenizer; 0: none
     uint64_t content_hash;    // of the whole file, with both hashes taken as zero
     uint64_t file_size;
     uint64_t header_hash;     // of header and directory, with both hashes taken as zero
     uint32_t n_tensors, zero;
     char name[64];
-    uint8_t reserved[312];    // zero
+    Config c;
+    uint8_t reserved[400 - sizeof(Config)];  // zero: room for what is added to Config's end
 } Header;
 _Static_assert(sizeof(Header) == 512, "a checkpoint's header has 512 bytes");
 typedef struct {              // an entry of the directory
@@ -1183,42 +1309,56 @@ typedef struct {
     size_t field;             // in Model or Layer
     int layers;               // 0: it is in Model
     bool needed;
-    int kind, rows, cols;
+    int kind, rows, cols, count;  // count: so many of them, one after the other; 0: one
 } TensorRule;
-enum { LLAMA2C_TENSORS = 12, N_TENSORS = 25, NEEDED = 1 };
+enum { LLAMA2C_TENSORS = 12, N_TENSORS = 37, NEEDED = 1 };
 
-// All tensors that there are. The first come in the order of llama2.c's version 0.
-static void tensor_rules(const Config *c, TensorRule rules[N_TENSORS]) {
-    int dim = c->dim, hidden = c->hidden_dim, hd = c->head_dim, vocab = c->vocab_size;
-    int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
+// All tensors that there are, in a layer with or without experts. The first come in the order of
+// llama2.c's version 0.
+static void tensor_rules(const Config *c, bool experts, TensorRule rules[N_TENSORS]) {
+    int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, q_dim = c->n_heads * hd;
+    int hidden = experts ? c->expert_hidden : c->hidden_dim, count = experts ? c->n_experts : 0;
+    int kv_dim = c->n_kv_heads * hd, wide = c->flags & WIDE_NORMS;
 #define TENSOR(of, name)                                                                           \
     #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
     const TensorRule all[N_TENSORS] = {
-        {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim},
-        {TENSOR(Layer, attn_norm), NEEDED, VECTOR, 1, dim},
-        {TENSOR(Layer, wq), NEEDED, MATRIX, q_dim, dim},
-        {TENSOR(Layer, wk), NEEDED, MATRIX, kv_dim, dim},
-        {TENSOR(Layer, wv), NEEDED, MATRIX, kv_dim, dim},
-        {TENSOR(Layer, wo), NEEDED, MATRIX, dim, q_dim},
-        {TENSOR(Layer, ffn_norm), NEEDED, VECTOR, 1, dim},
-        {TENSOR(Layer, w_gate), NEEDED, MATRIX, hidden, dim},
-        {TENSOR(Layer, w_down), NEEDED, MATRIX, dim, hidden},
-        {TENSOR(Layer, w_up), NEEDED, MATRIX, hidden, dim},
-        {TENSOR(Model, final_norm), NEEDED, VECTOR, 1, dim},
-        {TENSOR(Model, classifier), 0, MATRIX, vocab, dim},
-        {TENSOR(Model, rope_freqs), NEEDED, VECTOR, 1, hd / 2},
-        {TENSOR(Model, rope_freqs_local), 0, VECTOR, 1, hd / 2},
-        {TENSOR(Layer, bq), 0, VECTOR, 1, q_dim},
-        {TENSOR(Layer, bk), 0, VECTOR, 1, kv_dim},
-        {TENSOR(Layer, bv), 0, VECTOR, 1, kv_dim},
-        {TENSOR(Layer, q_norm), 0, VECTOR, 1, hd},
-        {TENSOR(Layer, k_norm), 0, VECTOR, 1, hd},
-        {TENSOR(Layer, post_attn_norm), 0, VECTOR, 1, dim},
-        {TENSOR(Layer, post_ffn_norm), 0, VECTOR, 1, dim},
-        {TENSOR(Model, check_ids), 0, DATA, 1, 0},
-        {TENSOR(Model, check_norms), 0, VECTOR, 1, c->n_layers + 1},
-        {TENSOR(Model, check_logits), 0, VECTOR, 1, vocab},
-        {TENSOR(Model, check_cases), 0, DATA, 1, 0},
+        {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim, 0},
+        {TENSOR(Layer, attn_norm), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Layer, wq), NEEDED, MATRIX, q_dim, dim, 0},
+        {TENSOR(Layer, wk), NEEDED, MATRIX, kv_dim, dim, 0},
+        {TENSOR(Layer, wv), NEEDED, MATRIX, kv_dim, dim, 0},
+        {TENSOR(Layer, wo), NEEDED, MATRIX, dim, q_dim, 0},
+        {TENSOR(Layer, ffn_norm), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Layer, w_gate), NEEDED, MATRIX, hidden, dim, count},
+        {TENSOR(Layer, w_down), NEEDED, MATRIX, dim, hidden, count},
+        {TENSOR(Layer, w_up), 0, MATRIX, hidden, dim, count},
+        {TENSOR(Model, final_norm), NEEDED, VECTOR, 1, dim, 0},
+        {TENSOR(Model, classifier), 0, MATRIX, vocab, dim, 0},
+        {TENSOR(Model, rope_freqs), NEEDED, VECTOR, 1, hd / 2, 0},
+        {TENSOR(Model, rope_freqs_local), 0, VECTOR, 1, hd / 2, 0},
+        {TENSOR(Layer, bq), 0, VECTOR, 1, q_dim, 0},
+        {TENSOR(Layer, bk), 0, VECTOR, 1, kv_dim, 0},
+        {TENSOR(Layer, bv), 0, VECTOR, 1, kv_dim, 0},
+        {TENSOR(Layer, q_norm), 0, VECTOR, 1, wide ? q_dim : hd, 0},
+        {TENSOR(Layer, k_norm), 0, VECTOR, 1, wide ? kv_dim : hd, 0},
+        {TENSOR(Layer, post_attn_norm), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Layer, post_ffn_norm), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Layer, attn_norm_bias), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Layer, ffn_norm_bias), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Model, final_norm_bias), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Model, position_embedding), 0, MATRIX, c->seq_len, dim, 0},
+        {TENSOR(Layer, bo), 0, VECTOR, 1, dim, 0},
+        {TENSOR(Layer, b_gate), 0, VECTOR, 1, hidden, count},
+        {TENSOR(Layer, b_up), 0, VECTOR, 1, hidden, count},
+        {TENSOR(Layer, b_down), 0, VECTOR, 1, dim, count},
+        {TENSOR(Layer, sinks), 0, VECTOR, 1, c->n_heads, 0},
+        {TENSOR(Layer, router_bias), 0, VECTOR, 1, c->n_experts, 0},
+        {TENSOR(Layer, choice_bias), 0, VECTOR, 1, c->n_experts, 0},
+        {TENSOR(Model, check_ids), 0, DATA, 1, 0, 0},
+        {TENSOR(Model, check_norms), 0, VECTOR, 1, c->n_layers + 1, 0},
+        {TENSOR(Model, check_logits), 0, VECTOR, 1, vocab, 0},
+        {TENSOR(Model, check_cases), 0, DATA, 1, 0, 0},
+        {TENSOR(Layer, router), 0, MATRIX, c->n_experts, dim, 0},  // the last: it is loaded first
     };
     memcpy(rules, all, sizeof all);
 }
@@ -1230,12 +1370,18 @@ static Matrix *tensor_of(Model *m, const TensorRule *rule, int layer) {
 // Ends the program unless every size is in a range in which nothing below can overflow.
 static void check_config(Model *m) {
     const Config *c = &m->c;
+    int experts = c->n_experts;
     const struct { const char *name; int value, low, high; } limits[] = {
         {"dim", c->dim, 1, 1 << 20}, {"hidden_dim", c->hidden_dim, 1, 1 << 20},
         {"n_layers", c->n_layers, 1, MAX_LAYERS}, {"n_heads", c->n_heads, 1, 1 << 14},
         {"n_kv_heads", c->n_kv_heads, 1, 1 << 14}, {"vocab_size", c->vocab_size, 1, 1 << 24},
         {"seq_len", c->seq_len, 1, 1 << 24}, {"head_dim", c->head_dim, 2, 1 << 14},
-        {"activation", c->activation, 0, 1}, {"sliding_window", c->sliding_window, 0, 1 << 24},
+        {"activation", c->activation, 0, N_ACTIVATIONS - 1},
+        {"sliding_window", c->sliding_window, 0, 1 << 24},
+        {"query_length", c->query_length, c->query_growth != 0, 1 << 24},
+        {"n_experts", experts, 0, 1 << 10}, {"n_active", c->n_active, experts > 0, experts},
+        {"n_shared", c->n_shared, 0, experts > 0 ? experts - c->n_active : 0},
+        {"expert_hidden", c->expert_hidden, experts > 0, experts > 0 ? 1 << 20 : 0},
     };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].low || limits[i].value > limits[i].high)
@@ -1247,7 +1393,7 @@ static void check_config(Model *m) {
     m->layers = zeros((size_t)c->n_layers, sizeof *m->layers);
 }
 
-// The hash of the first bytes of a version 4 file, with both hashes in its header taken as zero.
+// The hash of the first bytes of a version 5 file, with both hashes in its header taken as zero.
 static uint64_t file_hash(const Model *m, size_t bytes) {
     Header blank = *m->header;
     blank.content_hash = blank.header_hash = 0;
@@ -1264,17 +1410,18 @@ static uint32_t load_tensor(Model *m, const TensorRule *rule, int l) {
     bool right = e < end && (e->dtype == (uint32_t)rule->kind ||
                              (rule->kind == MATRIX && e->dtype > F32 && e->dtype < BYTES));
     int cols = right && rule->kind == DATA && e->cols <= INT_MAX ? (int)e->cols : rule->cols;
-    if (!right || e->rows != (uint32_t)rule->rows || e->cols != (uint32_t)cols || e->offset % 64 ||
-        e->bytes != matrix_bytes((int)e->dtype, rule->rows, cols) || e->offset > m->file_size ||
-        e->bytes > m->file_size - e->offset)
+    uint32_t count = rule->count ? (uint32_t)rule->count : 1;
+    if (!right || e->rows != (uint32_t)rule->rows * count || e->cols != (uint32_t)cols ||
+        e->offset % 64 || e->bytes != matrix_bytes((int)e->dtype, rule->rows, cols) * count ||
+        e->offset > m->file_size || e->bytes > m->file_size - e->offset)
         die("%s: damaged: tensor %s (%d x %d) of layer %d is missing or wrong in its directory",
             m->path, rule->name, rule->rows, cols, l);
     *tensor_of(m, rule, l) = (Matrix){(int)e->dtype, rule->rows, cols, m->file + e->offset};
     return 1;
 }
 
-static void load_v4(Model *m) {
-    TensorRule rules[N_TENSORS];
+static void load_v5(Model *m) {
+    TensorRule rules[2][N_TENSORS];  // of layers without and with experts
     uint32_t found = 0;
     const Header none = {0}, *h = m->header = (Header *)(uintptr_t)m->file;
     if (m->file_size < sizeof *h || m->file_size != h->file_size)
@@ -1284,18 +1431,19 @@ static void load_v4(Model *m) {
     if (h->n_tensors > N_TENSORS * MAX_LAYERS || end > m->file_size ||
         file_hash(m, end) != h->header_hash)
         die("%s: damaged: its header does not have the hash that it states", m->path);
-    if (h->zero || h->c.flags || h->name[sizeof h->name - 1] ||
+    if (h->zero || h->c.flags & ~(uint32_t)ALL_FLAGS || h->name[sizeof h->name - 1] ||
         memcmp(h->reserved, none.reserved, sizeof h->reserved))
         die("%s needs a newer version of this program: its header has fields that this one does "
             "not know", m->path);
     m->c = h->c;
     check_config(m);
-    tensor_rules(&m->c, rules);
-    for (const TensorRule *rule = rules; rule < rules + N_TENSORS; rule++)
-        for (int l = 0; l < rule->layers || !l; l++) found += load_tensor(m, rule, l);
+    for (int i = 0; i < 2; i++) tensor_rules(&m->c, i, rules[i]);
+    for (int i = N_TENSORS; i-- > 0;)
+        for (int l = 0; l < rules[0][i].layers || !l; l++)
+            found += load_tensor(m, &rules[m->layers[l].router.data != NULL][i], l);
     const Entry *e = (const Entry *)(const void *)(h + 1), *last = e + h->n_tensors;
     for (int i = 0; i < N_TENSORS && e < last; i++)
-        if (!strncmp(rules[i].name, e->name, sizeof e->name)) e++, i = -1;
+        if (!strncmp(rules[0][i].name, e->name, sizeof e->name)) e++, i = -1;
     if (found < h->n_tensors)
         die("%s needs a newer version of this program, or is damaged: it has a tensor \"%.32s\"",
             m->path, e < last ? e->name : "(one twice)");
@@ -1321,7 +1469,7 @@ static void load_llama2c(Model *m, bool v1) {
     c->head_dim = c->n_heads > 0 && c->dim % c->n_heads == 0 ? c->dim / c->n_heads : 0;
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
     check_config(m);
-    tensor_rules(c, rules);
+    tensor_rules(c, false, rules);
     size_t at = v1 ? 256 : 28, to = (size_t)c->head_dim * 4;  // in the file; in what is packed
     size_t angles = v1 ? 0 : (size_t)c->seq_len * to;  // not used: tables for RoPE
     size_t end = at + angles, packed = to;
@@ -1361,11 +1509,11 @@ static void load_model(Model *m, const char *path) {
     m->file = map_weights(path, &m->file_size);
     uint32_t magic = read_u32(m->file), version = read_u32(m->file + 4);
     bool gguf = magic == 0x46554747, versioned = magic == 0x616b3432;
-    if (gguf || (versioned && version != 1 && version != 4))
-        die("%s is a %s of version %u, this program reads checkpoints of 0, 1 and 4: make one with "
+    if (gguf || (versioned && version != 1 && version != 5))
+        die("%s is a %s of version %u, this program reads checkpoints of 0, 1 and 5: make one with "
             "`.venv/bin/python export.py SOURCE model.bin`", path,
             gguf ? "GGUF file" : "checkpoint", version);
-    if (versioned && version == 4) load_v4(m);
+    if (versioned && version == 5) load_v5(m);
     else load_llama2c(m, versioned);
     if (!m->classifier.data) m->classifier = m->token_embedding;
 }
@@ -1381,6 +1529,90 @@ static void free_model(Model *m) {
     free(m->packed);
     free(m->layers);
     *m = (Model){0};
+}
+
+// ---- [2.7] experts ------------------------------------------------------------------------------
+// The tokens of a batch are sorted by the experts that they visit, so that an expert's matrices are
+// read once for all its guests, and all products are dealt out together. An expert's rows of guests
+// begin at a multiple of TILE.
+
+// Scores, and what each expert counts for a token: 0 if it is not visited. A bias for the choice
+// alone can have kept all of them busy in training. Those that are shared, the last ones, are
+// visited by all and count by a sigmoid of their own.
+static void route(const Pass *f, int i) {
+    const Config *c = &f->m->c;
+    const Matrix *bias = &f->l->choice_bias;
+    int n = c->n_experts - c->n_shared;
+    float sum = 0, *score = row_of(f->s->route, i, c->n_experts);
+    float *share = row_of(f->s->share, i, c->n_experts);
+    add_bias(score, &f->l->router_bias);
+    for (int e = c->flags & SIGMOID_ROUTER ? 0 : n; e < c->n_experts; e++)
+        score[e] = 1.0f / (1.0f + exp_(-score[e]));
+    if (!(c->flags & SIGMOID_ROUTER)) softmax(score, n);
+    for (int e = 0; e < c->n_experts; e++) share[e] = e < n ? 0 : score[e];
+    for (int chosen = 0, best; chosen < c->n_active; chosen++, sum += share[best]) {
+        float most = -INFINITY;
+        best = 0;
+        for (int e = 0; e < n; e++) {
+            float fit = score[e] + (bias->data ? vec(bias)[e] : 0);
+            if (share[e] == 0 && fit > most) best = e, most = fit;
+        }
+        share[best] = fmaxf(score[best], 1e-30f);
+    }
+    for (int e = 0; e < n && c->flags & FULL_SHARES; e++) share[e] /= sum;
+}
+static Matrix expert_matrix(const Matrix *w, int expert) {
+    size_t bytes = w->data && expert ? matrix_bytes(w->dtype, w->rows, w->cols) : 0;
+    return (Matrix){w->dtype, w->rows, w->cols, w->data + bytes * (size_t)expert};
+}
+static void arrive(const Pass *f, int row) {
+    int dim = f->m->c.dim, token = f->s->guest[row].token;
+    if (token >= 0)
+        memcpy(row_of(f->s->guests, row, dim), row_of(f->s->xb, token, dim), (size_t)dim * 4);
+}
+static void activate_guest(const Pass *f, int row) {
+    if (f->s->guest[row].token >= 0) activate_row(f, row, f->s->guest[row].expert);
+}
+// A token adds up its answers, always in the order of the experts.
+static void leave(const Pass *f, int i) {
+    int dim = f->m->c.dim, n_experts = f->m->c.n_experts, row = 0;
+    float *xb = row_of(f->s->xb, i, dim), *share = row_of(f->s->share, i, n_experts);
+    memset(xb, 0, (size_t)dim * sizeof(float));
+    for (int e = 0; e < n_experts; e++) {
+        if (!(share[e] > 0)) continue;
+        while (f->s->guest[row].token != i || f->s->guest[row].expert != e) row++;
+        float *answer = row_of(f->s->guests, row, dim);
+        Matrix bias = expert_matrix(&f->l->b_down, e);
+        add_bias(answer, &bias);
+        for (int j = 0; j < dim; j++) xb[j] += share[e] * answer[j];
+    }
+}
+static void experts(const Pass *f) {
+    const Layer *l = f->l;
+    State *s = f->s;
+    int n_experts = f->m->c.n_experts, rows = 0, n = 0, n_down = 0;
+    products(f, "router", s->xb, (Product[]){{l->router, s->route, 0, 0}}, 1);
+    each(f, "route", f->n, route);
+    for (int e = 0; e < n_experts; e++) {
+        int first = rows;
+        for (int i = 0; i < f->n; i++)
+            if (row_of(s->share, i, n_experts)[e] > 0) s->guest[rows++] = (Guest){i, e};
+        if (rows == first) continue;
+        s->visits[n++] = (Product){expert_matrix(&l->w_gate, e), s->gate, first, rows - first};
+        s->visits[n] = (Product){expert_matrix(&l->w_up, e), s->up, first, rows - first};
+        n += l->w_up.data != NULL;
+        while (rows % TILE) s->guest[rows++] = (Guest){-1, e};
+    }
+    each(f, "arrive", rows, arrive);
+    products(f, "w_gate w_up", s->guests, s->visits, n);
+    each(f, "activate", rows, activate_guest);
+    for (int i = 0; i < n; i += l->w_up.data ? 2 : 1) {
+        s->visits[n_down] = s->visits[i];
+        s->visits[n_down].w = expert_matrix(&l->w_down, s->guest[s->visits[i].first].expert);
+        s->visits[n_down++].y = s->guests;
+    }
+    products(f, "w_down", s->gate, s->visits, n_down);
+    each(f, "leave", f->n, leave);
 }
 
 // =================================================================================================
@@ -2183,19 +2415,22 @@ static int panels_of(const Matrix *w) { return (w->rows - 1) / PANEL + 1; }
 static void panel_task(void *context, int item) {
     const ProductJob *job = context;
     const Product *p = job->p;
-    for (; item >= panels_of(p->w); p++) item -= panels_of(p->w);
-    const Matrix *m = p->w;
+    for (; item >= panels_of(&p->w); p++) item -= panels_of(&p->w);
+    const Matrix *m = &p->w;
+    size_t first = (size_t)p->first, at = first * (size_t)blocks_of(m->cols);  // a whole TILE
+    Quantized xq = {job->xq->q + at * BLOCK, job->xq->d + at, job->xq->dsum + at,
+                    job->xq->minus8 + at};
     int row = item * PANEL;
-    Work w = {.n_panels = 1, .cols = m->cols, .x = job->x, .xq = job->xq, .x_cols = m->cols,
-              .out = p->y + row, .stride = m->rows};
-    if (row + PANEL <= m->rows) multiply(w, m, row, job->n);
+    Work w = {.n_panels = 1, .cols = m->cols, .x = job->x + first * (size_t)m->cols, .xq = &xq,
+              .x_cols = m->cols, .out = row_of(p->y, p->first, m->rows) + row, .stride = m->rows};
+    if (row + PANEL <= m->rows) multiply(w, m, row, p->n ? p->n : job->n);
     else for (; row < m->rows; row++) row_task(&(ProductJob){p, job->x, job->xq, job->n}, row);
 }
 static void matmul_fast(const Product *p, int n_products, const float *x, const Quantized *xq,
                         int n) {
     int items = 0;
-    for (int i = 0; i < n_products; i++) items += panels_of(p[i].w);
-    if (p->w->dtype == ROWS) matmul_plain(p, n_products, x, xq, n);  // then all are
+    for (int i = 0; i < n_products; i++) items += panels_of(&p[i].w);
+    if (p->w.dtype == ROWS) matmul_plain(p, n_products, x, xq, n);  // then all are
     else {
         quantize_all(p, n_products, x, xq, n);
         parallel(panel_task, &(ProductJob){p, x, xq, n}, items);
@@ -2259,8 +2494,7 @@ static void attend_weights(const Tile *t, int part) {
         int n = f->batch[t->slot + j / t->group].pos + 1;
         int first = first_seen(&f->m->c, f->layer, n - 1);
         float *row = row_of(t->scores, j, t->width), x[BLOCK];
-        for (int i = first; i < n; i++) row[i] *= f->m->c.attn_scale;
-        softmax(row + first, n - first);
+        attention_weights(f, t->h.head * t->group + j % t->group, row, first, n);
         for (int i = t->first; i < first; i++) row[i] = 0;
         for (int i = n; i < t->end; i++) row[i] = 0;
         for (int i = t->first; i < t->end && f->kv->dtype == Q8; i += BLOCK) {
@@ -2322,7 +2556,7 @@ static void attention_fast(const Pass *f) {
         if (!attend_joined(&t, i)) tiles += c->n_kv_heads;
     }
     if (threads > 1 && longest > PAGE_POSITIONS) t.parts = (4 * threads - 1) / tiles + 1;
-    t.width = round_up(longest, BLOCK);
+    t.width = round_up(longest + 1, BLOCK);  // 1: a sink
     t.area = (size_t)(2 * round_up(group, TILE)) * (size_t)t.width;  // more than are used
     make_room(&f->s->scores, &f->s->scores_room,
               t.area * (size_t)(t.parts > 1 ? items : threads * most));
@@ -3919,8 +4153,9 @@ static void explain_watch(void *context, const Pass *f, const char *stage) {
         if (e->page) explain_weights(e, w);
     }
     if (strcmp(stage, "feed_forward_out")) return;
-    rmsnorm(x, s->x, vec(&f->m->final_norm), c->dim, c->norm_eps);
-    matmul(&(Product){&f->m->classifier, logits}, 1, x, &s->xq, 1);
+    norm(c, x, s->x, &f->m->final_norm, &f->m->final_norm_bias);
+    matmul((Product[]){{f->m->classifier, logits, 0, 0}}, 1, x, &s->xq, 1);
+    if (c->logit_cap > 0) soft_cap(logits, c->vocab_size, c->logit_cap);
     softmax(logits, c->vocab_size);
     int best = argmax(logits, c->vocab_size);
     e->lens[f->layer] = (Candidate){logits[best], best};
@@ -3934,6 +4169,7 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
     int q_dim = c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
     int asked = (int)e->w.o->layer, head = e->w.o->head < 0 ? 0 : (int)e->w.o->head;
     const float *weights = s->scores ? row_of(s->scores, head, s->scores_width) : NULL;
+    int gate = f->l ? f->l->w_gate.rows : 0, up = f->l && f->l->w_up.data ? gate : 0;
     const struct { const char *stage, *equation; const float *x; int n; } arrays[] = {
         {"embed", "x = token_embedding[token]", s->x, c->dim},
         {"attention_in", "xb = attn_norm(x)", s->xb, c->dim},
@@ -3945,10 +4181,12 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
         {"wo", "xb = wo att_out", s->xb, c->dim},
         {"feed_forward_in", "x += xb", s->x, c->dim},
         {"feed_forward_in", "xb = ffn_norm(x)", s->xb, c->dim},
-        {"w_gate w_up", "gate = w_gate xb", s->gate, c->hidden_dim},
-        {"w_gate w_up", "up = w_up xb", s->up, c->hidden_dim},
-        {"activate", "gate = activation(gate) * up", s->gate, c->hidden_dim},
-        {"w_down", "xb = w_down gate", s->xb, c->dim},
+        {"router", "route = router xb", s->route, c->n_experts},
+        {"route", "share = of experts visited", s->share, c->n_experts},
+        {"w_gate w_up", "gate = w_gate xb", s->gate, gate},
+        {"w_gate w_up", "up = w_up xb", s->up, up},
+        {"activate", "gate = activation(gate) * up", s->gate, gate},
+        {f->l && f->l->router.data ? "leave" : "w_down", "xb = w_down gate", s->xb, c->dim},
         {"feed_forward_out", "x += xb", s->x, c->dim},
         {"last", "xb = final_norm(x)", s->xb, c->dim},
         {"classifier", "logits = classifier xb", s->logits, c->vocab_size}};
@@ -3957,7 +4195,7 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
         const float *x = arrays[i].x;
         int n = arrays[i].n;
-        if (strcmp(stage, arrays[i].stage)) continue;
+        if (!n || strcmp(stage, arrays[i].stage)) continue;
         fprintf(e->f, "%-29s %7d %10.4g ", arrays[i].equation, n, sqrt((double)sum16(x, x, n)));
         for (int j = 0; j < 3 && j < n; j++) fprintf(e->f, " %9.3g", (double)x[j]);
         fputc('\n', e->f);
@@ -4583,7 +4821,7 @@ static void check_layers(const Options *o, const Model *m) {
 
 static void check_model(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     if (!m->header) die("%s is a file of llama2.c, which has no reference values to check; "
-                        "export.py makes a version 4 of it that has", m->path);
+                        "export.py makes a version 5 of it that has", m->path);
     unsigned long long stated = m->header->content_hash, sum = file_hash(m, m->file_size);
     if (sum != stated) die("check failed: content: %s is damaged: its hash is %016llx, not %016llx",
                            m->path, sum, stated);
@@ -4650,6 +4888,12 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
     // A token reads the whole file but for the embedding, if that is not the classifier too.
     const Matrix *w = &m->token_embedding;
     size_t unread = w->data == m->classifier.data ? 0 : matrix_bytes(w->dtype, w->rows, w->cols);
+    for (const Layer *l = m->layers; l < m->layers + m->c.n_layers && m->c.n_experts; l++) {
+        const Matrix *of[] = {&l->w_gate, &l->w_up, &l->w_down};
+        for (int i = 0; i < 3 && l->router.data; i++)  // nor does it visit all experts
+            unread += (size_t)(m->c.n_experts - m->c.n_shared - m->c.n_active) *
+                      (of[i]->data ? matrix_bytes(of[i]->dtype, of[i]->rows, of[i]->cols) : 0);
+    }
     double weights = (double)(m->file_size - unread), limit = stream / weights;
     char report[5000];  // a path is at most 4096 bytes long
     int length = snprintf(report, sizeof report, "model: %s\ndtype: %s\nisa: %s\nthreads: %lld\n"

@@ -305,7 +305,10 @@ static Tensor matrix(int dtype, int rows, int cols) {
 }
 
 enum { ASSORTED = BYTES };  // the dtype of a model whose matrices have each another one
-enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, SANDWICH = 8, LOCAL_FREQS = 16 };  // features
+enum { TIED = 1, BIASES = 2, HEAD_NORMS = 4, SANDWICH = 8, LOCAL_FREQS = 16, ALL_BIASES = 32,
+       NO_NORMS = 64, NO_GATE = 128, POSITIONS = 256, SINKS = 512, CAPS = 1024, GROWTH = 2048,
+       LIMIT = 4096, EXPERTS = 8192, ROUTER_BIAS = 16384, CHOICE_BIAS = 32768 };  // features
+enum { N_EXPERTS = 7, N_ACTIVE = 2, EXPERT_HIDDEN = 20 };
 typedef struct {
     const char *name;
     int dtype, embedding, features;
@@ -313,23 +316,74 @@ typedef struct {
     int activation, window;
     unsigned local;  // bit l: layer l is local
     float embed_scale;
+    uint32_t flags;
+    int shared;      // how many of the experts are
+    unsigned dense;  // bit l: layer l has no experts
 } Shape;
 
 enum { ATTN_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, POST_ATTN, FFN_NORM, GATE, UP, DOWN,
-       POST_FFN, PER_LAYER };
+       POST_FFN, ATTN_BIAS, FFN_BIAS, BO, B_GATE, B_UP, B_DOWN, SINK, ROUTER, ROUTER_BIAS_,
+       CHOICE_BIAS_, PER_LAYER };
 static const char *const tensor_names[PER_LAYER] = {
     "attn_norm", "wq", "wk", "wv", "bq", "bk", "bv", "q_norm", "k_norm", "wo", "post_attn_norm",
-    "ffn_norm", "w_gate", "w_up", "w_down", "post_ffn_norm"};
+    "ffn_norm", "w_gate", "w_up", "w_down", "post_ffn_norm", "attn_norm_bias", "ffn_norm_bias",
+    "bo", "b_gate", "b_up", "b_down", "sinks", "router", "router_bias", "choice_bias"};
 enum { MOST_LAYERS = 16 };
 typedef struct {
     Shape s;
     float eps, attn_scale;
-    Tensor rope[2], embedding, layer[MOST_LAYERS][PER_LAYER], final_norm, classifier;
+    Tensor rope[2], embedding, positions, layer[MOST_LAYERS][PER_LAYER];
+    Tensor final_norm, final_bias, classifier;
     Tensor check_ids, check_norms, check_logits, check_cases;
     uint64_t tokenizer_hash;
 } Made;
 
 static int dtype_of(const Shape *s, int i) { return s->dtype == ASSORTED ? F32 + i % 5 : s->dtype; }
+// Some such matrices, one after the other.
+static Tensor matrices(int count, int dtype, int rows, int cols) {
+    Tensor all = matrix(dtype, rows, cols);
+    for (int e = 1; e < count; e++) {
+        Tensor one = matrix(dtype, rows, cols);
+        size_t values = (size_t)rows * (size_t)cols;
+        float *more = get((size_t)(e + 1) * values, 4);
+        uint8_t *bytes = get((size_t)(e + 1) * one.n, 1);
+        memcpy(more, all.values, (size_t)e * values * 4);
+        memcpy(more + (size_t)e * values, one.values, values * 4);
+        memcpy(bytes, all.bytes, all.n), memcpy(bytes + all.n, one.bytes, one.n);
+        all = (Tensor){dtype, (e + 1) * rows, cols, more, bytes, all.n + one.n};
+    }
+    return all;
+}
+static Tensor vectors(int count, int cols, double mean, double deviation) {
+    Tensor t = vector(count * cols, mean, deviation);
+    t.rows = count, t.cols = cols;
+    return t;
+}
+static bool has_experts(const Shape *s, int l) {
+    return s->features & EXPERTS && !(s->dense >> l & 1);
+}
+
+// The feed-forward part of a layer, and what else the newer features need.
+static void make_feed_forward(const Shape *s, int l, Tensor *t) {
+    int count = has_experts(s, l) ? N_EXPERTS : 1, hidden = count > 1 ? EXPERT_HIDDEN : s->hidden;
+    t[GATE] = matrices(count, dtype_of(s, l + 4), hidden, s->dim);
+    if (!(s->features & NO_GATE)) t[UP] = matrices(count, dtype_of(s, l + 5), hidden, s->dim);
+    t[DOWN] = matrices(count, dtype_of(s, l + 6), s->dim, hidden);
+    if (s->features & ALL_BIASES) {
+        t[BO] = vector(s->dim, 0, 0.3);
+        t[B_GATE] = vectors(count, hidden, 0, 0.3);
+        if (!(s->features & NO_GATE)) t[B_UP] = vectors(count, hidden, 0, 0.3);
+        t[B_DOWN] = vectors(count, s->dim, 0, 0.3);
+    }
+    if (s->features & SINKS) t[SINK] = vector(s->heads, 0, 1);
+    if (s->flags & CENTERED && !(s->features & NO_NORMS))
+        t[ATTN_BIAS] = vector(s->dim, 0, 0.2), t[FFN_BIAS] = vector(s->dim, 0, 0.2);
+    if (count == 1) return;
+    t[ROUTER] = matrix(F32, N_EXPERTS, s->dim);
+    if (s->features & ROUTER_BIAS) t[ROUTER_BIAS_] = vector(N_EXPERTS, 0, 0.5);
+    if (s->features & CHOICE_BIAS) t[CHOICE_BIAS_] = vector(N_EXPERTS, 0, 0.5);
+}
+
 static Made make_weights(const Shape *s) {
     Made m = {.s = *s, .eps = 1e-5f, .attn_scale = (float)(1 / sqrt(s->head_dim))};
     int qd = s->heads * s->head_dim, kvd = s->kv_heads * s->head_dim, half = s->head_dim / 2;
@@ -342,32 +396,32 @@ static Made make_weights(const Shape *s) {
     for (int l = 0; l < s->layers; l++) {
         Tensor *t = m.layer[l];
         int norms[] = {ATTN_NORM, FFN_NORM, POST_ATTN, POST_FFN};
-        for (int i = 0; i < (s->features & SANDWICH ? 4 : 2); i++)
-            t[norms[i]] = vector(s->dim, 1, 0.1);
+        int first = s->features & NO_NORMS ? 2 : 0, end = s->features & SANDWICH ? 4 : 2;
+        for (int i = first; i < end; i++) t[norms[i]] = vector(s->dim, 1, 0.1);
         t[WQ] = matrix(dtype_of(s, l), qd, s->dim);
         t[WK] = matrix(dtype_of(s, l + 1), kvd, s->dim);
         t[WV] = matrix(dtype_of(s, l + 2), kvd, s->dim);
-        for (int i = BQ; i <= BV && s->features & BIASES; i++)
+        for (int i = BQ; i <= BV && s->features & (BIASES | ALL_BIASES); i++)
             t[i] = vector(i == BQ ? qd : kvd, 0, 0.3);
         for (int i = Q_NORM; i <= K_NORM && s->features & HEAD_NORMS; i++)
-            t[i] = vector(s->head_dim, 1.2, 0.1);
+            t[i] = vector(s->flags & WIDE_NORMS ? i == Q_NORM ? qd : kvd : s->head_dim, 1.2, 0.1);
         t[WO] = matrix(dtype_of(s, l + 3), s->dim, qd);
-        t[GATE] = matrix(dtype_of(s, l + 4), s->hidden, s->dim);
-        t[UP] = matrix(dtype_of(s, l + 5), s->hidden, s->dim);
-        t[DOWN] = matrix(dtype_of(s, l + 6), s->dim, s->hidden);
+        make_feed_forward(s, l, t);
     }
     m.final_norm = vector(s->dim, 1, 0.1);
+    if (s->flags & CENTERED) m.final_bias = vector(s->dim, 0, 0.2);
+    if (s->features & POSITIONS) m.positions = matrix(s->embedding, s->seq_len, s->dim);
     if (!(s->features & TIED)) m.classifier = matrix(s->embedding, s->vocab, s->dim);
     return m;
 }
 
-// Writes both hashes of a version 4 file anew.
+// Writes both hashes of a version 5 file anew.
 static void seal(Buffer *b) {
     if (b->n < 512) return;
-    set64(b->p + 104, 0), set64(b->p + 120, 0);
-    size_t directory = 512 + 64 * (size_t)read_u32(b->p + 128);
+    set64(b->p + 16, 0), set64(b->p + 32, 0);
+    size_t directory = 512 + 64 * (size_t)read_u32(b->p + 40);
     uint64_t header = hash64(b->p, directory < b->n ? directory : b->n);
-    set64(b->p + 104, hash64(b->p, b->n)), set64(b->p + 120, header);
+    set64(b->p + 16, hash64(b->p, b->n)), set64(b->p + 32, header);
 }
 
 static void put_tensor(Buffer *b, Buffer *directory, const char *name, int layer, const Tensor *t) {
@@ -381,11 +435,12 @@ static void put_tensor(Buffer *b, Buffer *directory, const char *name, int layer
     put(directory, &(uint64_t){b->n}, 8), put(directory, &(uint64_t){t->n}, 8);
     put(b, t->bytes, t->n);
 }
-static Buffer version_4(const Made *m) {
+static Buffer version_5(const Made *m) {
     const Shape *s = &m->s;
     const struct { const char *name; const Tensor *t; } whole[] = {
         {"rope_freqs", &m->rope[0]}, {"rope_freqs_local", &m->rope[1]},
         {"token_embedding", &m->embedding}, {"final_norm", &m->final_norm},
+        {"final_norm_bias", &m->final_bias}, {"position_embedding", &m->positions},
         {"classifier", &m->classifier}, {"check_ids", &m->check_ids},
         {"check_norms", &m->check_norms}, {"check_logits", &m->check_logits},
         {"check_cases", &m->check_cases}};
@@ -400,14 +455,20 @@ static Buffer version_4(const Made *m) {
         align(&b, 64);
         if ((n = directory.n) + 512 != offset) continue;
         memcpy(b.p + 512, directory.p, n);
-        int head[] = {0x616b3432, 4, s->dim, s->hidden, s->layers, s->heads, s->kv_heads, s->vocab,
-                      s->seq_len, s->head_dim};
-        memcpy(b.p, head, sizeof head);
-        set_float(b.p + 40, m->eps), set32(b.p + 48, s->activation);
-        set_float(b.p + 52, s->embed_scale), set_float(b.p + 56, m->attn_scale);
-        set32(b.p + 60, s->window), set32(b.p + 64, s->local);
-        set64(b.p + 96, m->tokenizer_hash), set64(b.p + 112, b.n), set32(b.p + 128, (int)n / 64);
-        memcpy(b.p + 136, s->name, strlen(s->name));
+        set32(b.p, 0x616b3432), set32(b.p + 4, 5);
+        set64(b.p + 8, m->tokenizer_hash), set64(b.p + 24, b.n), set32(b.p + 40, (int)n / 64);
+        memcpy(b.p + 48, s->name, strlen(s->name));
+        int sizes[] = {s->dim, s->hidden, s->layers, s->heads, s->kv_heads, s->vocab, s->seq_len,
+                       s->head_dim};
+        memcpy(b.p + 112, sizes, sizeof sizes);
+        set_float(b.p + 144, m->eps), set32(b.p + 148, s->flags), set32(b.p + 152, s->activation);
+        set_float(b.p + 156, s->embed_scale), set_float(b.p + 160, m->attn_scale);
+        set32(b.p + 164, s->window), set32(b.p + 168, s->local);
+        if (s->features & CAPS) set_float(b.p + 200, 2), set_float(b.p + 204, 3);
+        if (s->features & GROWTH) set_float(b.p + 208, 0.4f), set32(b.p + 212, 16);
+        if (s->features & LIMIT) set_float(b.p + 216, 0.7f);
+        int experts[] = {N_EXPERTS, s->shared, N_ACTIVE, EXPERT_HIDDEN};
+        if (s->features & EXPERTS) memcpy(b.p + 220, experts, sizeof experts);
         seal(&b);
         return b;
     }
@@ -443,14 +504,24 @@ static Buffer llama2c_file(const Made *m, int version) {
 }
 
 // The shapes of the tests: the features of the families, in odd sizes.
-enum { LLAMA, QWEN2, QWEN3, GEMMA, N_FAMILIES };
+enum { LLAMA, QWEN2, QWEN3, GEMMA, GPT, NEOX, OLMO, OSS, GLM, N_FAMILIES };
 static Shape family(int which, int dtype) {
     static const Shape shapes[] = {
-        {"llama", 0, 0, 0, 64, 96, 2, 4, 2, 16, 77, 700, 0, 0, 0, 1},
-        {"qwen2", 0, 0, TIED | BIASES, 37, 51, 2, 3, 1, 12, 77, 700, 0, 0, 0, 1},
-        {"qwen3", 0, 0, HEAD_NORMS, 40, 70, 2, 5, 1, 24, 83, 700, 0, 9, 1, 1},
+        {"llama", 0, 0, 0, 64, 96, 2, 4, 2, 16, 77, 700, 0, 0, 0, 1, 0, 0, 0},
+        {"qwen2", 0, 0, TIED | BIASES, 37, 51, 2, 3, 1, 12, 77, 700, 0, 0, 0, 1, 0, 0, 0},
+        {"qwen3", 0, 0, HEAD_NORMS, 40, 70, 2, 5, 1, 24, 83, 700, 0, 9, 1, 1, 0, 0, 0},
         {"gemma", 0, 0, TIED | HEAD_NORMS | SANDWICH | LOCAL_FREQS, 36, 50, 3, 4, 4, 12, 77, 700, 1,
-         21, 5, 6},
+         21, 5, 6, 0, 0, 0},
+        {"gpt", 0, 0, TIED | ALL_BIASES | NO_GATE | POSITIONS, 40, 56, 2, 3, 3, 12, 77, 700,
+         GELU, 0, 0, 1, CENTERED, 0, 0},
+        {"neox", 0, 0, ALL_BIASES | NO_GATE | CAPS, 37, 51, 2, 3, 1, 12, 77, 700, RELU_SQUARED, 0,
+         0, 1, CENTERED | PARALLEL, 0, 0},
+        {"olmo", 0, 0, HEAD_NORMS | SANDWICH | NO_NORMS | POSITIONS | CAPS | GROWTH, 40, 54, 2,
+         4, 2, 12, 77, 700, 0, 9, 1, 1, WIDE_NORMS, 0, 0},
+        {"oss", 0, 0, ALL_BIASES | HEAD_NORMS | SINKS | LIMIT | EXPERTS | ROUTER_BIAS, 36, 50, 2, 4,
+         2, 12, 77, 700, GELU_SIGMOID, 9, 1, 3, NORM_AFTER_ROPE | FULL_SHARES, 0, 0},
+        {"glm", 0, 0, EXPERTS | CHOICE_BIAS | SINKS, 48, 70, 2, 4, 2, 16, 77, 700, 0, 0, 0, 3,
+         SIGMOID_ROUTER, 2, 1},
     };
     Shape s = shapes[which];
     s.dtype = dtype;
@@ -460,7 +531,7 @@ static Shape family(int which, int dtype) {
 static const char *const formats[] = {"rows", "f32", "bf16", "q8", "q4", "q4a", "assorted"};
 
 static Model open_made(const Made *made, const char *name) {
-    Buffer b = version_4(made);
+    Buffer b = version_5(made);
     Model m;
     load_model(&m, keep(name, &b));
     return m;
@@ -493,7 +564,7 @@ static void times(double *y, const Tensor *w, const double *input) {
             y[r] += (double)w->values[(size_t)r * (size_t)w->cols + (size_t)c] * x[c];
     }
 }
-static void norm(double *y, const double *x, const Tensor *w, double eps) {
+static void norm_(double *y, const double *x, const Tensor *w, double eps) {
     double sum = 0;
     for (int i = 0; i < w->cols; i++) sum += x[i] * x[i];
     double scale = 1 / sqrt(sum / w->cols + eps);
@@ -513,13 +584,21 @@ static void plus_bias(double *x, const Tensor *b) {
 
 // One head's answer `out`: the average of `values` by softmax(q . keys), for positions first to
 // pos; those of a position are `apart` after the one before. scales: of int8 values, or NULL.
-typedef struct { const double *keys, *values, *scales; int apart, scales_apart, head_dim; } Heads;
+typedef struct {
+    const double *keys, *values, *scales;
+    int apart, scales_apart, head_dim;
+    double cap;          // of the scores; 0: none
+    const float *sink;   // a score without a value, or NULL
+} Heads;
 static void average(double *out, const double *q, const Heads *s, int first, int pos,
                     double scale) {
-    double total = 0, *p = get((size_t)pos + 1, 8), *v = get((size_t)pos + 1, 8);
+    double total = s->sink ? exp((double)*s->sink) : 0;
+    double *p = get((size_t)pos + 1, 8), *v = get((size_t)pos + 1, 8);
     for (int j = first; j <= pos; j++) {
         for (int d = 0; d < s->head_dim; d++) p[j] += q[d] * s->keys[j * s->apart + d];
-        total += p[j] = exp(p[j] * scale);
+        p[j] *= scale;
+        if (s->cap > 0) p[j] = s->cap * tanh(p[j] / s->cap);
+        total += p[j] = exp(p[j]);
         v[j] = s->scales ? s->scales[j * s->scales_apart] : 1;
     }
     for (int j = first; j <= pos; j++) p[j] = p[j] / total * v[j];
@@ -531,62 +610,153 @@ static void average(double *out, const double *q, const Heads *s, int first, int
     }
 }
 
+// A norm of the residual stream: LayerNorm, RMSNorm or, without weights, none.
+static void stream_norm(double *y, const double *x, const Made *m, const Tensor *w,
+                        const Tensor *bias) {
+    double mean = 0;
+    for (int i = 0; i < m->s.dim; i++) mean += x[i] / m->s.dim;
+    for (int i = 0; i < m->s.dim; i++) y[i] = x[i] - (m->s.flags & CENTERED ? mean : 0);
+    if (w->bytes) norm_(y, y, w, (double)m->eps);
+    plus_bias(y, bias);
+}
+
+static double act(int kind, double x) {
+    double u = sqrt(2 / 3.14159265358979324) * (x + 0.044715 * x * x * x);
+    return kind == SILU ? x / (1 + exp(-x)) : kind == GELU_TANH ? 0.5 * x * (1 + tanh(u)) :
+           kind == GELU ? 0.5 * x * (1 + erf(x / sqrt(2))) :
+           kind == RELU_SQUARED ? (x > 0 ? x * x : 0) : x / (1 + exp(-1.702 * x));
+}
+
+// Matrix or vector number e of some.
+static Tensor one_of(const Tensor *t, int e, int count) {
+    Tensor one = *t;
+    one.rows /= count;
+    if (t->bytes) one.values += (size_t)e * (size_t)one.rows * (size_t)one.cols;
+    return one;
+}
+// y = feed-forward layer number e of `count`.
+static void think(double *y, const Made *m, const Tensor *t, const double *x, int e, int count) {
+    Tensor w[6];
+    const int which[] = {GATE, UP, DOWN, B_GATE, B_UP, B_DOWN};
+    for (int i = 0; i < 6; i++) w[i] = one_of(&t[which[i]], e, count);
+    int n = w[0].rows;
+    double *g = get((size_t)n, 8), *up = get((size_t)n, 8), limit = (double)0.7f;
+    times(g, &w[0], x), plus_bias(g, &w[3]);
+    if (w[1].bytes) times(up, &w[1], x), plus_bias(up, &w[4]);
+    for (int i = 0; i < n; i++) {
+        if (m->s.features & LIMIT) g[i] = fmin(g[i], limit);
+        if (m->s.features & LIMIT) up[i] = 1 + fmax(-limit, fmin(up[i], limit));
+        g[i] = act(m->s.activation, g[i]) * (w[1].bytes ? up[i] : 1);
+    }
+    times(y, &w[2], g), plus_bias(y, &w[5]);
+}
+// The same of experts: each of those chosen times its share.
+static void think_with_experts(double *y, const Made *m, const Tensor *t, const double *x) {
+    int n = N_EXPERTS - m->s.shared;
+    bool alone = m->s.flags & SIGMOID_ROUTER;
+    double score[N_EXPERTS], share[N_EXPERTS] = {0}, total = 0, chosen = 0;
+    double *answer = get((size_t)m->s.dim, 8);
+    times(score, &t[ROUTER], x), plus_bias(score, &t[ROUTER_BIAS_]);
+    for (int e = 0; e < n; e++) total += exp(score[e]);
+    for (int e = 0; e < N_EXPERTS; e++)
+        score[e] = alone || e >= n ? 1 / (1 + exp(-score[e])) : exp(score[e]) / total;
+    for (int e = 0; e < N_EXPERTS; e++) {
+        int better = 0;
+        const float *bias = t[CHOICE_BIAS_].values;
+        for (int o = 0; o < n; o++)
+            better += score[o] + (bias ? (double)bias[o] : 0) >
+                      score[e] + (bias ? (double)bias[e] : 0);
+        if (e >= n || better < N_ACTIVE) share[e] = score[e];
+        if (e < n) chosen += share[e];
+    }
+    for (int i = 0; i < m->s.dim; i++) y[i] = 0;
+    for (int e = 0; e < N_EXPERTS; e++) {
+        if (share[e] > 0) think(answer, m, t, x, e, N_EXPERTS);
+        double weight_ = share[e] / (m->s.flags & FULL_SHARES && e < n ? chosen : 1);
+        for (int i = 0; i < m->s.dim && share[e] > 0; i++) y[i] += weight_ * answer[i];
+    }
+}
+
+// Norm and position of heads x (n), in either order.
+static void finish_double(const Made *m, double *x, int n, const Tensor *w, const Tensor *freqs,
+                          int pos) {
+    for (int step = 0; step < 2; step++) {
+        bool turns = (step == 0) == !!(m->s.flags & NORM_AFTER_ROPE);
+        for (int h = 0; h < n && turns; h += m->s.head_dim) turn(x + h, freqs, pos);
+        for (int h = 0; h < n && !turns && w->bytes; h += w->cols)
+            norm_(x + h, x + h, w, (double)m->eps);
+    }
+}
+
+// Attention of a token: xb becomes what goes through wo. keys and values are of all layers.
+typedef struct { double *keys, *values, *scales; int n; } Memory;  // (layers, n, kv_dim)
+static void attend_double(const Made *m, const Memory *memory, int l, int pos, double *xb,
+                          double *out) {
+    const Shape *s = &m->s;
+    const Tensor *t = m->layer[l];
+    int hd = s->head_dim, qd = s->heads * hd, kvd = s->kv_heads * hd, at = l * memory->n * kvd;
+    bool int8 = s->embedding >= Q8, halves = s->embedding == BF16;  // keys and values
+    bool local = s->window && s->local >> l & 1;
+    int row = at + pos * kvd, first = local && pos >= s->window ? pos - s->window + 1 : 0;
+    double *k = memory->keys + row, *v = memory->values + row, *q = get((size_t)qd, 8);
+    const Tensor *freqs = &m->rope[local && s->features & LOCAL_FREQS];
+    times(q, &t[WQ], xb), times(k, &t[WK], xb), times(v, &t[WV], xb);
+    plus_bias(q, &t[BQ]), plus_bias(k, &t[BK]), plus_bias(v, &t[BV]);
+    finish_double(m, q, qd, &t[Q_NORM], freqs, pos);
+    finish_double(m, k, kvd, &t[K_NORM], freqs, pos);
+    for (int i = 0; i < qd && s->features & GROWTH; i++)
+        q[i] *= 1 + (double)0.4f * log(1 + pos / 16);
+    for (int h = 0; h < s->heads && int8; h++) round_activations(q + h * hd, hd, 32, false);
+    for (int h = 0; h < s->kv_heads && int8; h++) {
+        round_activations(k + h * hd, hd, 32, true);
+        memory->scales[row + h] = round_activations(v + h * hd, hd, hd, false);
+    }
+    for (int i = 0; i < kvd && halves; i++)
+        k[i] = half_value(nearest_half(k[i])), v[i] = half_value(nearest_half(v[i]));
+    for (int h = 0; h < s->heads; h++) {
+        int kv_head = h / (s->heads / s->kv_heads);
+        Heads seen_ = {memory->keys + at + kv_head * hd, memory->values + at + kv_head * hd,
+                       int8 ? memory->scales + at + kv_head : NULL, kvd, kvd, hd,
+                       s->features & CAPS ? 2 : 0, t[SINK].bytes ? t[SINK].values + h : NULL};
+        average(out + h * hd, q + h * hd, &seen_, first, pos, (double)m->attn_scale);
+    }
+    times(xb, &t[WO], out), plus_bias(xb, &t[BO]);
+    if (t[POST_ATTN].bytes) norm_(xb, xb, &t[POST_ATTN], (double)m->eps);
+}
+
 // Logits (n, vocab) of all positions of ids (n), and norms (layers + 1) of the last residual.
 static void reference(const Made *m, const int *ids, int n, double *logits, double *norms) {
     const Shape *s = &m->s;
-    int hd = s->head_dim, qd = s->heads * hd, kvd = s->kv_heads * hd, dim = s->dim;
-    size_t width = (size_t)(dim + qd + kvd + s->hidden), all = (size_t)(s->layers * n * kvd);
-    double *keys = get(all, 8), *values = get(all, 8), *scales = get(all, 8), *x = get(width, 8),
-           *xb = get(width, 8), *q = get(width, 8), *out = get(width, 8), *up = get(width, 8);
-    bool int8 = s->embedding >= Q8, halves = s->embedding == BF16;  // keys and values
+    int dim = s->dim;
+    size_t width = (size_t)(dim + s->heads * s->head_dim + s->hidden);
+    size_t all = (size_t)(s->layers * n * s->kv_heads * s->head_dim);
+    Memory memory = {get(all, 8), get(all, 8), get(all, 8), n};
+    double *x = get(width, 8), *xb = get(width, 8), *out = get(width, 8), *y = get(width, 8);
     for (int pos = 0; pos < n; pos++) {
-        for (int i = 0; i < dim; i++)
+        for (int i = 0; i < dim; i++) {
             x[i] = (double)m->embedding.values[ids[pos] * dim + i] * (double)s->embed_scale;
+            if (m->positions.bytes) x[i] += (double)m->positions.values[pos * dim + i];
+        }
         for (int l = 0; l <= s->layers; l++) {
             double sum = 0;
             for (int i = 0; i < dim; i++) sum += x[i] * x[i];
             if (norms) norms[l] = sqrt(sum);
             if (l == s->layers) break;
             const Tensor *t = m->layer[l];
-            bool local = s->window && s->local >> l & 1;
-            int row = (l * n + pos) * kvd;
-            int first = local && pos >= s->window ? pos - s->window + 1 : 0;
-            double *k = keys + row, *v = values + row;
-            norm(xb, x, &t[ATTN_NORM], (double)m->eps);
-            times(q, &t[WQ], xb), times(k, &t[WK], xb), times(v, &t[WV], xb);
-            plus_bias(q, &t[BQ]), plus_bias(k, &t[BK]), plus_bias(v, &t[BV]);
-            for (int h = 0; h < s->heads + s->kv_heads; h++) {
-                double *head = h < s->heads ? q + h * hd : k + (h - s->heads) * hd;
-                const Tensor *w = &t[h < s->heads ? Q_NORM : K_NORM];
-                if (w->bytes) norm(head, head, w, (double)m->eps);
-                turn(head, &m->rope[local && s->features & LOCAL_FREQS], pos);
-                if (int8) round_activations(head, hd, 32, h >= s->heads);
-            }
-            for (int h = 0; h < s->kv_heads && int8; h++)
-                scales[row + h] = round_activations(v + h * hd, hd, hd, false);
-            for (int i = 0; i < kvd && halves; i++)
-                k[i] = half_value(nearest_half(k[i])), v[i] = half_value(nearest_half(v[i]));
-            for (int h = 0; h < s->heads; h++) {
-                int kv_head = h / (s->heads / s->kv_heads), at = l * n * kvd;
-                Heads seen_ = {keys + at + kv_head * hd, values + at + kv_head * hd,
-                               int8 ? scales + at + kv_head : NULL, kvd, kvd, hd};
-                average(out + h * hd, q + h * hd, &seen_, first, pos, (double)m->attn_scale);
-            }
-            times(xb, &t[WO], out);
-            if (t[POST_ATTN].bytes) norm(xb, xb, &t[POST_ATTN], (double)m->eps);
-            plus(x, xb, dim);
-            norm(xb, x, &t[FFN_NORM], (double)m->eps);
-            times(out, &t[GATE], xb), times(up, &t[UP], xb);
-            for (int i = 0; i < s->hidden; i++) {
-                double g = out[i], u = sqrt(2 / 3.14159265358979324) * (g + 0.044715 * g * g * g);
-                out[i] = up[i] * (s->activation ? 0.5 * g * (1 + tanh(u)) : g / (1 + exp(-g)));
-            }
-            times(xb, &t[DOWN], out);
-            if (t[POST_FFN].bytes) norm(xb, xb, &t[POST_FFN], (double)m->eps);
-            plus(x, xb, dim);
+            stream_norm(xb, x, m, &t[ATTN_NORM], &t[ATTN_BIAS]);
+            attend_double(m, &memory, l, pos, xb, out);
+            if (!(s->flags & PARALLEL)) plus(x, xb, dim);
+            stream_norm(out, x, m, &t[FFN_NORM], &t[FFN_BIAS]);
+            if (s->flags & PARALLEL) plus(x, xb, dim);
+            if (has_experts(s, l)) think_with_experts(y, m, t, out);
+            else think(y, m, t, out, 0, 1);
+            if (t[POST_FFN].bytes) norm_(y, y, &t[POST_FFN], (double)m->eps);
+            plus(x, y, dim);
         }
-        norm(xb, x, &m->final_norm, (double)m->eps);
-        times(logits + pos * s->vocab, m->classifier.bytes ? &m->classifier : &m->embedding, xb);
+        stream_norm(xb, x, m, &m->final_norm, &m->final_bias);
+        double *row = logits + pos * s->vocab;
+        times(row, m->classifier.bytes ? &m->classifier : &m->embedding, xb);
+        for (int i = 0; i < s->vocab && s->features & CAPS; i++) row[i] = 3 * tanh(row[i] / 3);
     }
 }
 
@@ -797,8 +967,8 @@ static int differing(const Matrix *w, const Matrix *other, const float *x, float
             set_threads(threads);
             memset(y, 0xff, size), memset(fast, 0xff, size);  // nor is more written
             size_t second = (size_t)w->rows * MOST_TOKENS + 1;
-            matmul_plain((Product[]){{w, y}, {other, y + second}}, 2, x, &xq, n);
-            matmul((Product[]){{w, fast}, {other, fast + second}}, 2, x, &xq, n);
+            matmul_plain((Product[]){{*w, y, 0, 0}, {*other, y + second, 0, 0}}, 2, x, &xq, n);
+            matmul((Product[]){{*w, fast, 0, 0}, {*other, fast + second, 0, 0}}, 2, x, &xq, n);
             differ += memcmp(y, fast, size) != 0;
         }
     free(xq.q);
@@ -911,7 +1081,9 @@ static double attention_error(const AttentionCase *a, const Pass *f, int i, int 
     int first = a->window && pos >= a->window ? pos - a->window + 1 : 0;
     const float *given = f->s->att_out + (i * f->m->c.n_heads + h) * hd;
     for (int d = 0; d < hd; d++) q[d] = (double)f->s->q[given - f->s->att_out + d];
-    Heads seen_ = {keys, values, a->dtype == Q8 ? scales : NULL, hd, 1, hd};
+    const float *sinks = (const float *)(const void *)f->l->sinks.data;
+    Heads seen_ = {keys, values, a->dtype == Q8 ? scales : NULL, hd, 1, hd,
+                   (double)f->m->c.attn_cap, sinks ? sinks + h : NULL};
     average(out, q, &seen_, first, pos, (double)f->m->c.attn_scale);
     double worst = 0;
     for (int d = 0; d < hd; d++) worst = worse(worst, fabs(out[d] - (double)given[d]));
@@ -940,7 +1112,11 @@ static void test_attention_case(const AttentionCase *a) {
         s->q[i] = a->dtype == Q8 ? stored(Q8, 3, i / hd, 0, i % hd, 0) : (float)spread();
     size_t size = (size_t)(n * q_dim) * sizeof(float);
     float *plain = get(size, 1), *q = s->q, *out = s->att_out;
-    Pass f = {.m = &m, .kv = &kv, .s = s, .batch = batch, .n = n, .layer = 1};
+    bool special = a->head_dim % 3 == 0;  // with sinks and a cap
+    Tensor sinks = vector(m.c.n_heads, 1, 1);
+    Layer l = {.sinks = {ROWS, 1, m.c.n_heads, special ? sinks.bytes : NULL}};
+    m.c.attn_cap = special ? 1.5f : 0;
+    Pass f = {.m = &m, .kv = &kv, .s = s, .batch = batch, .n = n, .layer = 1, .l = &l};
     attention_plain(&f);
     memcpy(plain, out, size);
     double worst = 0;
@@ -1992,7 +2168,7 @@ static Made tiny_model(int which, int dtype) {
     return make_weights(&s);
 }
 static void save_model(const char *name, const Made *m, const Vocabulary *v) {
-    Buffer b = m->s.dtype == ROWS ? llama2c_file(m, 0) : version_4(m),
+    Buffer b = m->s.dtype == ROWS ? llama2c_file(m, 0) : version_5(m),
            t = m->s.dtype == ROWS ? llama2c_tokenizer() : tokenizer_file(v);
     keep(text("%s.bin", name), &b), keep(text("%s.tok", name), &t);
 }
@@ -2080,7 +2256,7 @@ static void test_whole_files(void) {
         }
     // The tensors of a file are found by their names.
     Buffer b = slurp("tiny.bin");
-    uint32_t n = read_u32(b.p + 128);
+    uint32_t n = read_u32(b.p + 40);
     for (uint32_t i = 0; i < n; i++) {
         uint8_t *one = b.p + 512 + 64 * i, swap[64];
         uint8_t *other = b.p + 512 + 64 * ((i + 1 + rnd() % (n - 1)) % n);
@@ -2093,15 +2269,15 @@ static void test_whole_files(void) {
 // One byte after another changed: refused in the header and directory, found by -m check elsewhere.
 static void test_flips(const Buffer *whole) {
     Buffer b = copy(whole);
-    size_t directory = 512 + 64 * (size_t)read_u32(b.p + 128);
+    size_t directory = 512 + 64 * (size_t)read_u32(b.p + 40);
     for (size_t i = 0; i < directory; i += i < 200 ? 1 : 3) {
-        if (i >= 104 && i < 112) continue;  // the content's hash is the business of -m check
+        if (i >= 16 && i < 24) continue;  // the content's hash is the business of -m check
         b.p[i] ^= (uint8_t)(1 << (i * 5 + i / 8) % 8);
         damaged(&b, false, "a model with byte %zu changed", i);
         b.p[i] = whole->p[i];
     }
     for (int i = 0; i < 60; i++) {
-        size_t at = i < 8 ? 104 + (size_t)i : directory + (size_t)(rnd() % (b.n - directory));
+        size_t at = i < 8 ? 16 + (size_t)i : directory + (size_t)(rnd() % (b.n - directory));
         uint8_t mask = (uint8_t)(1 << below(8));
         b.p[at] ^= mask;
         damaged(&b, true, "a model with byte %zu changed", at);
@@ -2112,7 +2288,7 @@ static void test_flips(const Buffer *whole) {
 
 static void test_cuts(const Buffer *whole, int version) {
     size_t cuts[600], n = 0, directory = 0;
-    if (version == 4) directory = 512 + 64 * (size_t)read_u32(whole->p + 128);
+    if (version == 5) directory = 512 + 64 * (size_t)read_u32(whole->p + 40);
     for (size_t i = 1; i < 600; i += i < 64 ? 3 : 27) cuts[n++] = i;
     for (size_t i = 512; i < directory; i += 64) {
         size_t offset = get64(whole->p + i + 48), bytes = get64(whole->p + i + 56);
@@ -2143,21 +2319,25 @@ static void changed(const Buffer *whole, size_t at, size_t size, uint64_t value,
 }
 static void test_fields(const Buffer *whole) {
     static const int64_t values[] = {0, -1, INT_MAX, INT_MIN, 65536, 1 << 20, 1 << 24, 3};
-    enum { NO, LENGTH_, SWITCH, WINDOW, ANY };  // which values may be right
+    enum { NO, LENGTH_, ZERO, SWITCH, WINDOW, ANY };  // which values may be right
     static const struct { int offset, may; const char *name; } fields[] = {
-        {8, NO, "dim"}, {12, NO, "hidden_dim"}, {16, NO, "n_layers"}, {20, NO, "n_heads"},
-        {24, NO, "n_kv_heads"}, {28, NO, "vocab_size"}, {32, LENGTH_, "seq_len"},
-        {36, NO, "head_dim"}, {40, ANY, "norm_eps"}, {44, SWITCH, "flags"},
-        {48, SWITCH, "activation"}, {52, ANY, "embed_scale"}, {56, ANY, "attn_scale"},
-        {60, WINDOW, "sliding_window"}, {112, NO, "file_size"}, {128, NO, "n_tensors"},
-        {132, SWITCH, "zero"}, {200, SWITCH, "reserved"}, {508, SWITCH, "reserved"}};
+        {112, NO, "dim"}, {116, NO, "hidden_dim"}, {120, NO, "n_layers"}, {124, NO, "n_heads"},
+        {128, NO, "n_kv_heads"}, {132, NO, "vocab_size"}, {136, LENGTH_, "seq_len"},
+        {140, NO, "head_dim"}, {144, ANY, "norm_eps"}, {148, SWITCH, "flags"},
+        {152, SWITCH, "activation"}, {156, ANY, "embed_scale"}, {160, ANY, "attn_scale"},
+        {164, WINDOW, "sliding_window"}, {200, ANY, "attn_cap"}, {204, ANY, "logit_cap"},
+        {208, ANY, "query_growth"}, {212, WINDOW, "query_length"}, {216, ANY, "act_limit"},
+        {220, ZERO, "n_experts"}, {224, ZERO, "n_shared"}, {228, ZERO, "n_active"},
+        {232, ZERO, "expert_hidden"}, {24, NO, "file_size"}, {40, NO, "n_tensors"},
+        {44, ZERO, "zero"}, {236, ZERO, "reserved"}, {508, ZERO, "reserved"}};
     for (size_t f = 0; f < sizeof fields / sizeof *fields; f++)
         for (int i = 0; i < 8; i++) {
             int64_t value = values[i];
             int may = fields[f].may;
             changed(whole, (size_t)fields[f].offset, 4, (uint64_t)value,
                     (may == LENGTH_ && value > 0 && value <= 1 << 24) || may == ANY ||
-                        (may == SWITCH && value == 0) || (may == WINDOW && value >= 0),
+                        (may == ZERO && value == 0) || (may == SWITCH && value >= 0 && value < 4) ||
+                        (may == WINDOW && value >= 0),
                     fields[f].name);
         }
     static const struct { size_t offset, size; uint64_t value; const char *name; } entries[] = {
@@ -2168,14 +2348,14 @@ static void test_fields(const Buffer *whole) {
         {48, 8, (uint64_t)1 << 40, "offset"}, {48, 8, UINT64_MAX - 63, "offset"},
         {48, 8, (uint64_t)1 << 63, "offset"}, {56, 8, 0, "bytes"}, {56, 8, UINT64_MAX, "bytes"},
         {56, 8, (uint64_t)1 << 40, "bytes"}};
-    uint32_t n = read_u32(whole->p + 128);
+    uint32_t n = read_u32(whole->p + 40);
     for (uint32_t t = 0; t < n; t += t < 3 || t + 6 > n ? 1 : 3)
         for (size_t i = 0; i < sizeof entries / sizeof *entries; i++)
             if (entries[i].value != BYTES || read_u32(whole->p + 512 + 64 * t + 32) != BYTES)
                 changed(whole, 512 + 64 * t + entries[i].offset, entries[i].size, entries[i].value,
                         false, text("in tensor %u %s", t, entries[i].name));
     changed(whole, 512 + 48, 8, whole->n, false, "a tensor that starts at its end, offset");
-    changed(whole, 128, 4, n + 1, false, "one tensor more, n_tensors");
+    changed(whole, 40, 4, n + 1, false, "one tensor more, n_tensors");
     for (uint32_t t = 0; t < n; t++) {  // one is there twice, and another is not
         Buffer b = copy(whole);
         memcpy(b.p + 512 + 64 * t, whole->p + 512 + 64 * ((t + 1) % n), 64);
@@ -2187,7 +2367,7 @@ static void test_fields(const Buffer *whole) {
 static void test_tokenizer_files(void) {
     Buffer whole = slurp("tiny.tok");
     Made made = tiny_model(LLAMA, Q8);  // without a fingerprint: any tokenizer of its size will do
-    Buffer model = version_4(&made);
+    Buffer model = version_5(&made);
     damaged_file = "damaged.tok";
     keep("any.bin", &model), keep(damaged_file, &whole);
     Ran r = ran(TOKENIZE);
@@ -2275,16 +2455,16 @@ static void test_files(void) {
     refused(1, "empty is empty", "true >empty; " LOGITS_OF("empty"));
     refused(1, "words", "echo 'Once upon a time there was a text' >words; " LOGITS_OF("words"));
     refused(1, "export.py", "echo GGUF: what others publish >a.gguf; " LOGITS_OF("a.gguf"));
-    for (int version = 2; version < 6; version++) {
-        if (version == 4) continue;
+    for (int version = 2; version < 7; version++) {
+        if (version == 5) continue;
         b = copy(&tiny);
         set32(b.p + 4, version);
         keep("version.bin", &b);
-        refused(1, version < 4 ? "export.py" : "version 5", LOGITS_OF("version.bin"));
+        refused(1, version < 5 ? "export.py" : "version 6", LOGITS_OF("version.bin"));
     }
     refused(1, "locked.bin", "cp tiny.bin locked.bin; chmod 0 locked.bin; "  // but of root
                              "test -r locked.bin && rm locked.bin; " LOGITS_OF("locked.bin"));
-    test_cuts(&tiny, 4);
+    test_cuts(&tiny, 5);
     test_flips(&tiny);
     test_fields(&tiny);
     test_tokenizer_files();
@@ -2294,14 +2474,14 @@ static void test_files(void) {
         if (odd) s.head_dim = 15;
         else s.kv_heads = 3;
         Made strange = make_weights(&s);
-        b = version_4(&strange);
+        b = version_5(&strange);
         damaged(&b, false, odd ? "an odd head size" : "a model of 4 query heads for 3 key heads");
     }
     for (int i = 0; i < 9; i++) {
         Made m = tiny_model(LLAMA, F32);
         Tensor *norms[] = {&m.final_norm, &m.layer[0][ATTN_NORM], &m.layer[0][FFN_NORM]};
         norms[i / 3]->values[3] = (float[]){INFINITY, NAN, -1e30f}[i % 3];
-        b = version_4(&m);
+        b = version_5(&m);
         damaged(&b, i % 3 == 2 && i > 2, "a model with a weight that is no number, %d", i);
     }
     // NaN with a payload, and infinity, in a matrix: of F32, of BF16, as a half-precision scale.
@@ -2313,7 +2493,7 @@ static void test_files(void) {
             const uint32_t *bits = odd[i / 7];
             uint32_t put_ = bits[dtype == F32 ? 0 : dtype == BF16 ? 1 : 2];
             memcpy(m.layer[0][tensors[i % 7]].bytes, &put_, dtype == F32 ? 4 : 2);
-            b = version_4(&m);
+            b = version_5(&m);
             damaged(&b, false, "a model of %s with %x in %s", dtype_names[dtype], put_,
                     tensor_names[tensors[i % 7]]);
         }
@@ -2475,7 +2655,7 @@ static const struct { const char *what, *one, *other; } twins[] = {
      "chat -f marked </dev/null; e -f marked -n 9 -t 0", "echo abc | chat; e -i abc -n 9 -t 0"},
     {"but part of a text to compress", "t -m compress -f marked | t -m decompress", "cat marked"},
     {"a chat format without a place for a system turn says so", "echo abc | run nowhere.bin -m "
-     "chat -n 12 -t 0 -q -c 999 -y be 2>told; wc -l <told", "cat one; echo 1"},
+     "chat -n 12 -t 0 -q -c 999 --repeat-penalty 1 -y be 2>told; wc -l <told", "cat one; echo 1"},
     {"without thoughts in the chat format <think> is text", "run nowhere.bin -i 'a<think>b' -n 1 "
      "-t 0", "run nowhere.bin -i 'a<think>b' -n 1 -t 0 --think"},
     {"a text that ends within a thought says so", "e -i 'a<think>b' -n 1 -q 2>&1 >/dev/null | grep "
@@ -3212,10 +3392,10 @@ static void test_sessions(void) {}
 
 // Follows the stages of a batch: their order, and what attention weighs, by another way.
 enum { SEEN = 30 };
-typedef struct { const Made *made; int n_stages, misplaced; double worst, off; } Watched;
+typedef struct { const Made *made; int layer, at, misplaced; double worst, off; } Watched;
 static const char *const stage_names[] = {
-    "embed", "attention_in", "wq wk wv", "position", "attend", "wo", "feed_forward_in",
-    "w_gate w_up", "activate", "w_down", "feed_forward_out", "last", "classifier"};
+    "attention_in", "wq wk wv", "position", "attend", "wo", "feed_forward_in", "router", "route",
+    "arrive", "w_gate w_up", "activate", "w_down", "leave", "feed_forward_out"};
 
 static void check_weights(Watched *w, const Pass *f) {
     const Config *c = &f->m->c;
@@ -3223,7 +3403,9 @@ static void check_weights(Watched *w, const Pass *f) {
     int hd = c->head_dim, shared = c->n_heads / c->n_kv_heads;
     for (int i = 0; i < f->n; i++)
         for (int h = 0; h < c->n_heads; h++) {
-            double p[SEEN], q[64], sum = 0, all = 0;
+            const Tensor *sinks = &w->made->layer[f->layer][SINK];
+            double p[SEEN], q[64], sink = sinks->bytes ? exp((double)sinks->values[h]) : 0;
+            double sum = sink, all = 0;
             const float *given = f->s->scores + (i * c->n_heads + h) * f->s->scores_width;
             for (int d = 0; d < hd; d++) q[d] = (double)f->s->q[(i * c->n_heads + h) * hd + d];
             if (s->embedding >= Q8) round_activations(q, hd, 32, false);
@@ -3233,27 +3415,34 @@ static void check_weights(Watched *w, const Pass *f) {
                 Matrix keys = cache_keys(f->kv, head_at(&head, t));
                 p[t] = 0;
                 for (int d = 0; d < hd; d++) p[t] += q[d] * (double)weight(&keys, t, d);
-                p[t] = t < first ? 0 : exp(p[t] * (double)c->attn_scale);
+                p[t] *= (double)c->attn_scale;
+                if (s->features & CAPS) p[t] = 2 * tanh(p[t] / 2);
+                p[t] = t < first ? 0 : exp(p[t]);
                 sum += p[t], all += (double)given[t];
             }
             for (int t = 0; t <= i; t++)
                 w->worst = worse(w->worst, fabs(p[t] / sum - (double)given[t]));
-            w->off = worse(w->off, fabs(all - 1));
+            w->off = worse(w->off, fabs(all + sink / sum - 1));
         }
 }
 static void look(void *context, const Pass *f, const char *stage) {
     Watched *w = context;
-    int layers = w->made->s.layers, n = w->n_stages++, at = n == 0 ? 0 : 1 + (n - 1) % 10;
-    if (n > 10 * layers) at = n - 10 * layers + 10;
-    w->misplaced += at > 12 || strcmp(stage, stage_names[at]) ||
-                    f->layer != (n == 0 ? -1 : at > 10 ? layers : (n - 1) / 10);
+    int layers = w->made->s.layers;
+    bool in_layer = w->layer >= 0 && w->layer < layers;
+    const char *expected = w->layer < 0 ? "embed" : in_layer ? stage_names[w->at]
+                                                  : w->at ? "classifier" : "last";
+    w->misplaced += strcmp(stage, expected) || f->layer != w->layer;
     if (!strcmp(stage, "attend")) check_weights(w, f);
+    w->at += w->layer >= 0;
+    if (in_layer && !has_experts(&w->made->s, w->layer))
+        w->at = w->at == 6 ? 9 : w->at == 12 ? 13 : w->at;  // stages of experts
+    if (w->layer < 0 || (in_layer && w->at == 14)) w->layer++, w->at = 0;
 }
 static void test_watching(const Made *made, const Model *m) {
     int *ids = random_ids(SEEN, m->c.vocab_size);
     size_t bytes = (size_t)(SEEN * m->c.vocab_size) * sizeof(float);
     float *logits = fresh_logits(m, ids, SEEN);
-    Watched w = {.made = made};
+    Watched w = {.made = made, .layer = -1};
     Slot batch[SEEN];
     for (int i = 0; i < SEEN; i++) batch[i] = (Slot){ids[i], i, 0, true};
     Cache kv;
@@ -3263,9 +3452,9 @@ static void test_watching(const Made *made, const Model *m) {
     bool alike = !memcmp(logits, forward(m, &kv, batch, SEEN), bytes);
     watch = NULL, attention = usual;
     cache_close(&kv);
-    CHECK(alike && w.n_stages == 3 + 10 * made->s.layers && !w.misplaced,
-          "%s: watching changes no bit, and sees %d stages in their order: %d are not",
-          name_of(made), w.n_stages, w.misplaced);
+    CHECK(alike && w.layer == made->s.layers && w.at == 2 && !w.misplaced,
+          "%s: watching changes no bit, and sees all stages in their order: %d are not",
+          name_of(made), w.misplaced);
     CHECK(w.off < 1e-5 && w.worst < 1e-5, "%s: the weights of a head are softmax(q k), off by %g, "
           "and add up to 1, off by %g", name_of(made), w.worst, w.off);
 }
@@ -3630,9 +3819,21 @@ static const struct { const char *what; uint64_t hash; } known[] = {
     {"qwen3 q4a", 0x393a01db0d952204}, {"gemma f32", 0x4586d142787b1dc5},
     {"gemma bf16", 0x9ba59123dbb1edfb}, {"gemma q8", 0x37267c49ac903e17},
     {"gemma q4", 0xb007b4317b96144c}, {"gemma q4a", 0xba3b870c4f7dfb94},
-    {"traces", 0xb5ef8a537688c0c1}, {"byte-level", 0xe486a5a06124a92f},
-    {"SentencePiece", 0xd2d459b94392b8e1}, {"SentencePiece without bytes", 0xff95de174d514ffa},
-    {"llama2.c", 0x3f20060a9f65f5de}};
+    {"gpt f32", 0x6a044846958f98c5}, {"gpt bf16", 0xf928248c2abbc203},
+    {"gpt q8", 0x58bd2c3896d5e933}, {"gpt q4", 0x1457f103f6b92b35}, {"gpt q4a", 0x52604ff1afb3fe7e},
+    {"neox f32", 0x0177bf5f4e175316}, {"neox bf16", 0xc32943378de33a05},
+    {"neox q8", 0xfd648cc959d9a45b}, {"neox q4", 0x964fec642837bf3c},
+    {"neox q4a", 0x26a0509ad05c6711}, {"olmo f32", 0xcfc8a4017ca8dccc},
+    {"olmo bf16", 0x92a40f4b6af28ca0}, {"olmo q8", 0xc59cb3f19b7d0600},
+    {"olmo q4", 0xf1702bc6b4620ccc}, {"olmo q4a", 0x15feb5a7f9c982c3},
+    {"oss f32", 0x23ab41de6a542120}, {"oss bf16", 0x7510d57b963a99e2},
+    {"oss q8", 0x3b4b1fd69e203a19}, {"oss q4", 0xd0e118cdf678acb0}, {"oss q4a", 0x7301e341a13e3de6},
+    {"glm f32", 0x1f2ac10d84b45f6e}, {"glm bf16", 0x91294d7809db7e67},
+    {"glm q8", 0xbd9feff4be87c782}, {"glm q4", 0x847f89f3ea66196d}, {"glm q4a", 0xd541238441009139},
+    {"traces", 0xa6d3216beb9174eb}, {"byte-level", 0x5df8b03304bb1e9a},
+    {"SentencePiece", 0x57e52be31590a38c}, {"SentencePiece without bytes", 0xe804bf0d6e5a42fb},
+    {"llama2.c", 0x3f20060a9f65f5de}
+};
 
 static void same_hash(const char *what, uint64_t hash) {
     uint64_t expected = 0;
@@ -3936,7 +4137,7 @@ static const char *const export_frame[] = {
     "    w.close()",
     "def run(source, **args):",
     "    args = {'source': source, 'model': 'export.bin', 'dtype': None, 'tokenizer': None,",
-    "            'vocab': None, 'lora': None, **args}",
+    "            'vocab': None, 'lora': None, 'context': None, **args}",
     "    try: export.export(types.SimpleNamespace(**args))",
     "    except Exception as error: return f'{type(error).__name__}: {error}'",
     "    return open(args['model'], 'rb').read()",
@@ -4348,7 +4549,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
     Buffer b = {data, n, n};
     if (seed % 8 == 0) return n;
     if (!strcmp(target, "checkpoint") && n >= 512 && read_u32(data + 4) == 4)
-        set64(data + 112, n), seal(&b);
+        set64(data + 24, n), seal(&b);
     if (!strcmp(target, "tokenizer") && n > 80 && !memcmp(data, "tok3", 4))
         set64(data + 8, hash64(data + 16, n - 16));
     if (!strcmp(target, "session") && n > sizeof(SessionHeader)) {
@@ -4384,7 +4585,7 @@ static void seed_corpus(const char *where) {
             s.head_dim = 16, s.seq_len = 32;
             Made m = make_weights(&s);
             if (dtype != ROWS) certify(&m);
-            b = dtype == ROWS ? llama2c_file(&m, 0) : version_4(&m), seed(where, &b);
+            b = dtype == ROWS ? llama2c_file(&m, 0) : version_5(&m), seed(where, &b);
             if (dtype == ROWS) b = llama2c_file(&m, 1), seed(where, &b);
         }
     if (!strcmp(target, "tokenizer")) b = slurp("tiny.tok"), seed(where, &b);
