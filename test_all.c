@@ -2077,8 +2077,9 @@ static bool one_line(const Ran *r) {
 static bool cut_out(const char *command) {
     const struct { bool cut; const char *word; } words[] = {
         {CUT(NO_SESSIONS), " -S"}, {CUT(NO_SESSIONS), "/save"}, {CUT(NO_SESSIONS), "/load"},
-        {CUT(NO_CHAT), "chat"}, {CUT(NO_CHAT), " -y"}, {CUT(NO_TOOLS), " -T"},
-        {CUT(NO_TOOLS), "tooled"}, {CUT(NO_ENSEMBLE), " -e "}, {CUT(NO_COMPRESS), "compress"},
+        {CUT(NO_CHAT), "chat"}, {CUT(NO_CHAT), " -y"}, {CUT(NO_CHAT), "settling"},
+        {CUT(NO_EACH), "--each"}, {CUT(NO_TOOLS), " -T"}, {CUT(NO_TOOLS), "tooled"},
+        {CUT(NO_ENSEMBLE), " -e "}, {CUT(NO_COMPRESS), "compress"},
         {CUT(NO_EXPLAIN), "explain"}, {CUT(NO_EXPLAIN), "--trace"}, {CUT(NO_EXPLAIN), "--layer"}};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (words[i].cut && strstr(command, words[i].word)) return true;
@@ -2653,13 +2654,16 @@ static const struct { const char *what, *one, *other; } twins[] = {
      "printf 'a\\n/b')\" </dev/null; chat -i \"$(printf '/a\\\\\\n\\n/b')\" </dev/null"},
     {"a byte order mark before a prompt is no part of it", "printf '\\357\\273\\277abc' >marked; "
      "chat -f marked </dev/null; e -f marked -n 9 -t 0", "echo abc | chat; e -i abc -n 9 -t 0"},
-    {"but part of a text to compress", "t -m compress -f marked | t -m decompress", "cat marked"},
+    {"but part of a text to compress", "printf '\\357\\273\\277abc' >marked; t -m compress -f "
+     "marked | t -m decompress", "cat marked"},
     {"a chat format without a place for a system turn says so", "echo abc | run nowhere.bin -m "
      "chat -n 12 -t 0 -q -c 999 --repeat-penalty 1 -y be 2>told; wc -l <told", "cat one; echo 1"},
     {"without thoughts in the chat format <think> is text", "run nowhere.bin -i 'a<think>b' -n 1 "
      "-t 0", "run nowhere.bin -i 'a<think>b' -n 1 -t 0 --think"},
     {"a text that ends within a thought says so", "e -i 'a<think>b' -n 1 -q 2>&1 >/dev/null | grep "
      "-c thought; e -i 'a<think>b</think>' -n 1 -q 2>&1 >/dev/null | wc -l", "echo 1; echo 0"},
+    {"and so does a line's answer", "echo 'a<think>b' | e --each - -n 1 -q 2>&1 >/dev/null | grep "
+     "-c thought", "echo 1"},
     {"a file that is no session stays as it is", "echo mine >notes; printf 'abc\\n/save "
      "notes\\n/load notes\\ndef\\n' | chat; cat notes", "cat two; echo mine"},
     {"files in use stay as they are", "rm -f kv; cp $E before; printf 'abc\\n/save kv\\n/load "
