@@ -5355,6 +5355,7 @@ int main(int argc, char **argv) {
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
+    if (mode == LOGITS) o.temperature = 0;  // nothing is drawn: there is no seed to tell
     bool zips = mode == COMPRESS || mode == DECOMPRESS;
     if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
     catch_signals();
