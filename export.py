@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -1530,7 +1531,7 @@ def open_lora(folder, source):
 # (tokenizers or sentencepiece); the ids it gives are stored in the checkpoint, and run.c's own
 # tokenizer is checked against them.
 
-TOKENIZER_MAGIC, TOKENIZER_VERSION = 0x336B6F74, 1
+TOKENIZER_MAGIC, TOKENIZER_VERSION = 0x336B6F74, 2
 BYTE_LEVEL, SENTENCEPIECE = 0, 1
 NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED = range(5)
 PIECE_TYPES = (None, NORMAL, UNUSED, CONTROL, USER_DEFINED, UNUSED, BYTE)   # by SentencePiece's
@@ -1582,8 +1583,8 @@ class Vocab:
     space_prefix: int = 0           # 0, SPACE_PREFIX, or SPACE_PREFIX | PREFIX_FIRST
     sampling: tuple = (-1.0, -1.0, 0, 0.0, 0.0)     # temperature, top-p; top-k, min-p, penalty
     stops: list = ()
-    chat: list = ()                 # 10 pieces, or none
-    render: object = None         # (messages, add_generation_prompt) -> text
+    chat: dict = field(default_factory=dict)    # of CHAT_PIECES: (text, flags), or none
+    render: object = None         # (messages, add_generation_prompt, date) -> text
 
     def text(self, token):
         return self.tokens[token].decode(errors="replace") if token >= 0 else ""
@@ -1593,11 +1594,12 @@ class Vocab:
         ids = list(self.library(text))
         return [self.bos] + ids if self.add_bos and ids[:1] != [self.bos] else ids
 
-    def finish(self, where, vocab_size, template=None, eos_ids=()):
+    def finish(self, where, vocab_size, template=None, eos_ids=(), names=None):
         """Fits the tokens to the model, and adds the chat format and the ids that end a reply.
 
         The last rows of a model's embedding are often padding; and a tokenizer may have special
-        tokens that its model lacks (Gemma 3's for images). template: Jinja or None.
+        tokens that its model lacks (Gemma 3's for images). template: Jinja or None; names: what BOS
+        and EOS are in it.
         """
         while len(self.tokens) > vocab_size and self.types[-1] != NORMAL:
             note(f"{where}: the model has no row for the token {self.tokens[-1]}: left out")
@@ -1610,9 +1612,11 @@ class Vocab:
                    if self.types[i] in (CONTROL, USER_DEFINED)}
         ends = [special[t] for t in END_OF_TURN if t in special]
         if template:
-            self.render, self.chat = chat_format(template, self.text(self.bos), self.text(self.eos))
+            names = names or (self.text(self.bos), self.text(self.eos))
+            self.render, self.chat = chat_format(template, *names)
         if self.chat:       # the special token after an assistant's text ends its turn
-            ends += [i for i in self.library(self.chat[9]) if i in special.values()][:1]
+            end = self.library(self.chat["assistant_after"][0])
+            ends += [i for i in end if i in special.values()][:1]
         self.stops = sorted({i for i in (self.eos, *eos_ids, *ends) if 0 <= i < vocab_size})
         return self
 
@@ -1637,7 +1641,9 @@ def tokenizer_bytes(v):
         parts.append(struct.pack("<fBBH", score, kind, 0, len(token)) + token)
     parts.append(bytes(-sum(map(len, parts)) % 4))
     parts += [np.array(a, "<i4").tobytes() for a in (v.merges, sorted(ranges), v.stops)]
-    parts += [struct.pack("<I", len(piece.encode())) + piece.encode() for piece in v.chat]
+    for piece, flags in v.chat.values():
+        piece = piece.encode() + b"\0" * bool(flags & DATE)
+        parts.append(struct.pack("<II", len(piece), flags) + piece)
     data = b"".join(parts)
     fingerprint = hash64([data])
     return struct.pack("<IIQ", TOKENIZER_MAGIC, TOKENIZER_VERSION, fingerprint) + data, fingerprint
@@ -1911,15 +1917,26 @@ def folder_vocab(folder, config, vocab_size):
         template = {t["name"]: t["template"] for t in template}.get("default")
     if (path := folder / "chat_template.jinja").exists():
         template = path.read_text(encoding="utf-8")
-    return vocab.finish(folder, vocab_size, template, ends)
+    names = [settings.get(key) or "" for key in ("bos_token", "eos_token")] if settings else None
+    names = names and [n["content"] if isinstance(n, dict) else n for n in names]
+    return vocab.finish(folder, vocab_size, template, ends, names)
 
 
 # The chat format
 
-def renderer(template, bos_token, eos_token):
-    """A function (messages, add_generation_prompt) -> text, as transformers renders templates.
+# The pieces that run.c puts around texts, and what it does to the text behind one, or with a piece.
+CHAT_PIECES = ("default_system", "system_before", "system_after", "user_before",
+               "user_before_system", "later_before", "user_after", "reply_before",
+               "assistant_after")
+TRIM_LEFT, TRIM_RIGHT, TRIM_NEWLINES, CUT_THOUGHT, FROM_THOUGHT = 1, 2, 4, 8, 16
+DATE, HAS_SYSTEM, EMPTY_IS_NONE, SYSTEM_LAST, THOUGHTS = 128, 256, 512, 1024, 2048
+TRIMS = [left | right for left in (0, TRIM_LEFT, TRIM_NEWLINES) for right in (0, TRIM_RIGHT)]
 
-    A date that the template asks for is the day of the export.
+
+def renderer(template, bos_token, eos_token):
+    """A function (messages, add_generation_prompt, date) -> text, as transformers renders them.
+
+    date: the one that a template may ask for; without it its format stands there, in marks.
     """
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -1935,39 +1952,40 @@ def renderer(template, bos_token, eos_token):
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=[loopcontrols, Generation])
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, indent=indent, ensure_ascii=False)
-    env.globals.update(raise_exception=lambda message: require(False, message),
-                       strftime_now=time.strftime)
+    env.globals["raise_exception"] = lambda message: require(False, message)
     compiled = env.from_string(template)
-    return lambda messages, add_generation_prompt: compiled.render(
-        messages=[{"role": role, "content": text} for role, text in messages],
-        add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token,
-        tools=None, documents=None)
+
+    def render(messages, add_generation_prompt=True, date=None):
+        return compiled.render(
+            messages=[{"role": role, "content": text} for role, text in messages],
+            add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token,
+            tools=None, documents=None,
+            strftime_now=lambda form: time.strftime(form, date) if date else f"\1{form}\2")
+    return render
 
 
 def chat_format(template, bos, eos):
-    """(render, the ten pieces) of a Jinja chat template; a warning and no pieces if that fails."""
+    """(render, the pieces) of a Jinja chat template; a warning and no pieces if that fails."""
     try:
         render = renderer(template, bos, eos)
-        pieces, before_reply = chat_pieces(render, bos)
-        talk = [("user", "Hello, you"), ("assistant", "Yes:\n 1 < 2"), ("user", "x\n\ny"),
-                ("assistant", "3"), ("user", "end")]
-        for messages in [talk] + [[("system", "Be\nbrief."), *talk]] * bool(pieces[1]):
-            require(join_chat(pieces, messages, before_reply) == render(messages, True),
-                    "the pieces do not give a longer conversation again")
-        return render, pieces
+        chat = chat_pieces(render)
+        if "<think>" in template or "</think>" in template:
+            chat["user_after"] = chat["user_after"][0], chat["user_after"][1] | THOUGHTS
+        prove_chat(render, chat)
+        return render, chat
     except Exception as error:      # templates fail in their own ways
-        note(f"warning: no chat format is written, as the chat template cannot be cut into "
-             f"pieces: {error}")
-        return None, []
+        note(f"warning: no chat format is written, as run.c could not follow the chat template: "
+             f"{error}")
+        return None, {}
 
 
-def chat_pieces(render, bos):
-    """The ten pieces of a chat format, and what comes between a user's text and a reply to it.
+def chat_pieces(render):
+    """The pieces of a chat format, CHAT_PIECES: (text, flags).
 
-    The pieces are what a template puts around messages: default_system, system_before,
-    system_after, user_before, user_after, user_before_system, user_after_system, later_before,
-    later_after, assistant_after. Without a system role in the template, the system pieces are empty
-    and the user's pieces after a system turn are the plain ones.
+    They are what a template puts around messages: before and after the system's text, or instead of
+    it (default_system); before the user's, in the first turn, in one with a system text, in later
+    ones; after the last one's; between an earlier one's and its reply; after a reply. Without a
+    system role in the template, the system's pieces are empty.
     """
     def around(*roles, prompt=True):
         """The stretches of a rendered conversation around its messages."""
@@ -1979,53 +1997,123 @@ def chat_pieces(render, bos):
             parts.append(before)
         return *parts, text
 
-    user_before, user_after = around("user")
-    *_, assistant_after = around("user", "assistant", prompt=False)
-    _, before_reply, turn, later_after = around("user", "assistant", "user")
-    if not turn.startswith(assistant_after):
-        assistant_after = ""
-    later_before = turn[len(assistant_after):]
-
     def split(text):
         """(what comes before the start of a user's turn, that start)"""
         head = text.removesuffix(later_before)
         return head, text[len(head):]
 
-    default_system, start = split(user_before)
-    if start and default_system != bos:
-        user_before = start
-    else:
-        default_system = ""
+    user_before, user_after = around("user")
+    *_, end = around("user", "assistant", prompt=False)
+    _, reply_before, turn, _ = around("user", "assistant", "user")
+    assistant_after = end if turn.startswith(end) else ""
+    later_before = turn[len(assistant_after):]
+    default_system, user_before = split(user_before)
+    system = 0
     try:
-        system_before, between_them, after_system = around("system", "user")
-        system_after, before_system = split(between_them)
+        system_before, between, _ = around("system", "user")
+        system_after, before_system = split(between)
+        system = HAS_SYSTEM
     except Exception:       # no system role
-        system_before = system_after = ""
-        before_system, after_system = user_before, user_after
-    return [default_system, system_before, system_after, user_before, user_after,
-            before_system, after_system, later_before, later_after, assistant_after], before_reply
+        system_before = system_after = before_system = ""
+    chat = {}
+    for name, text in zip(CHAT_PIECES, (
+            default_system, system_before, system_after, user_before, before_system, later_before,
+            user_after, reply_before, assistant_after)):
+        dated = "\1" in text
+        text = text.replace("%", "%%") if dated else text
+        chat[name] = re.sub("\1(.*?)\2", lambda m: m[1].replace("%%", "%"), text), DATE * dated
+
+    blanks = "\n\n \u3000 Q\n q \n\xa0\n"       # that a template may leave out at both ends
+    talk = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    thoughts = [f"<think>{blanks}</think>{blanks}", f"{blanks}<think>{blanks}</think>x{blanks}"]
+
+    def fit(name, choices, *conversations):
+        """Finds the flags of a piece with which all conversations come out right."""
+        text, dated = chat[name]
+        for flags in choices:
+            chat[name] = text, flags | dated
+            if all(wrong_chat(render, chat, messages) is None for messages in conversations):
+                return
+        raise ExportError(wrong_chat(render, chat, conversations[0])
+                          or wrong_chat(render, chat, conversations[-1])
+                          or f"what it leaves out behind {text!r} is not known here")
+
+    fit("user_before", TRIMS, [("user", blanks)])
+    fit("later_before", TRIMS, talk[:2] + [("user", blanks)])
+    cuts = [a | CUT_THOUGHT | b * FROM_THOUGHT for a in TRIMS for b in TRIMS]
+    fit("reply_before", TRIMS + cuts, *([talk[0], ("assistant", text), talk[2]]
+                                        for text in (blanks, *thoughts)))
+    if system:
+        kinds = [system | a | b for a in (0, SYSTEM_LAST) for b in (0, EMPTY_IS_NONE)]
+        fit("system_before", [a | b for a in TRIMS for b in kinds], *(
+            [("system", text), *talk[:n]] for text in (blanks, "x", " \n", "") for n in (1, 3)))
+        fit("user_before_system", TRIMS, [("system", "x"), ("user", blanks)])
+    return chat
 
 
-def join_chat(pieces, messages, before_reply):
-    """The prompt that run.c builds from the pieces.
+def join_chat(chat, messages, date):
+    """What run.c puts before the model: prompt_turn, and chat_settle of what was answered."""
+    def piece(name):
+        text, flags = chat[name]
+        return time.strftime(text, date) if flags & DATE else text
 
-    But earlier turns as the template writes them: before a reply it may leave out the end of the
-    generation prompt (such as <think>), or add a space that the model itself writes.
-    """
-    user_after, text, turn = pieces[4], pieces[0], pieces[3:5]
+    def trim(text, flags):
+        text = text.lstrip() if flags & TRIM_LEFT else text
+        text = text.lstrip("\n") if flags & TRIM_NEWLINES else text
+        return text.rstrip() if flags & TRIM_RIGHT else text
+
+    def kept(name, text):
+        flags = chat[name][1]
+        text = trim(text, flags)
+        if not flags & CUT_THOUGHT or "</think>" not in text:
+            return text
+        return trim(text.split("</think>")[-1], flags // FROM_THOUGHT)
+
+    flags, system, out = chat["system_before"][1], None, ""
     if messages[0][0] == "system":
-        text, turn = pieces[1] + messages[0][1] + pieces[2], pieces[5:7]
+        system = kept("system_before", messages[0][1]) if flags & HAS_SYSTEM else None
+        system = None if flags & EMPTY_IS_NONE and not system else system
         messages = messages[1:]
-    for i, (role, content) in enumerate(messages):
-        if role == "assistant":
-            text += content + pieces[9]
-            continue
-        text += turn[0] + content + turn[1]
-        if i + 1 < len(messages) and (before_reply.startswith(user_after)
-                                      or user_after.startswith(before_reply)):
-            text = text.removesuffix(user_after) + before_reply
-        turn = pieces[7:9]
-    return text
+    for i in range(0, len(messages), 2):
+        last = i + 1 == len(messages)
+        here = system is not None and (last if flags & SYSTEM_LAST else i == 0)
+        before = "user_before_system" if here else "later_before" if i else "user_before"
+        if here:
+            out += piece("later_before" if i else "system_before") + system + piece("system_after")
+        elif i == 0:
+            out += piece("default_system")
+        out += piece(before) + kept(before, messages[i][1])
+        if last:
+            return out + piece("user_after")
+        out += piece("reply_before") + kept("reply_before", messages[i + 1][1])
+        out += piece("assistant_after")
+
+
+def wrong_chat(render, chat, messages, date=time.gmtime(0)):
+    """How the pieces give another text than the template, or None; it may refuse a conversation."""
+    try:
+        expected = render(messages, True, date)
+    except Exception:
+        return None
+    got = join_chat(chat, messages, date)
+    at = len(os.path.commonprefix([got, expected]))
+    return None if got == expected else (
+        f"of {messages} it makes ...{expected[max(0, at - 20):at + 30]!r}, not "
+        f"...{got[max(0, at - 20):at + 30]!r}")
+
+
+def prove_chat(render, chat):
+    """Conversations of many kinds, all of which the pieces must give as the template does."""
+    systems = None, "Be brief.", " Be\n brief.\n", ""
+    users = "Hi", " Hi \n", "a\n\nb\r\nc", "what is </think>?", "<b> & 'q' \"x\" {{a}} 100%d"
+    replies = "Yes.", " Yes. ", "<think>\nhm\n</think>\n\n Yes. ", "1\n\n2", "x </think>\n\ny"
+    for system, turns, i in itertools.product(systems, (1, 2, 3), range(len(users))):
+        messages = [] if system is None else [("system", system)]
+        for j in range(i, i + turns):
+            messages += [("user", users[j % 5]), ("assistant", replies[j * (i + 1) % 5])]
+        for day in 0, 1796000000:
+            wrong = wrong_chat(render, chat, messages[:-1], time.gmtime(day))
+            require(wrong is None, wrong)
 
 
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog."
@@ -2038,13 +2126,17 @@ CHECK_TEXTS = (
 
 
 def check_cases(v):
-    """check_cases of the checkpoint: awkward texts and a chat, each with the library's ids."""
+    """check_cases of the checkpoint: awkward texts and a chat, each with the library's ids.
+
+    A chat has no BOS but that of its template, and the date of 1970-01-01.
+    """
     cases = [(0, text) for text in CHECK_TEXTS]
     cases += [(0, f"a{v.text(i)}b {v.text(i)}\n") for i in v.stops[-1:] if v.types[i] == CONTROL]
     cases += [(1, "Why is the sky blue?")] if v.chat else []
     out = struct.pack("<I", len(cases))
     for kind, text in cases:
-        ids = v.encode(v.render([("user", text)], True) if kind else text)
+        chat = kind and v.library(v.render([("user", text)], True, time.gmtime(0)))
+        ids = list(chat) if kind else v.encode(text)
         data = text.encode()
         out += struct.pack("<3I", kind, len(data), len(ids)) + data + bytes(-len(data) % 4)
         out += np.array(ids, "<i4").tobytes()
@@ -2424,7 +2516,8 @@ def check_target(path):
     require(path.is_file() or not path.exists(), f"{path} exists and is not a file")
     head = path.open("rb").read(8) if path.exists() else b""
     require(head in (b"", *(struct.pack("<II", *kind) for kind in (
-        (MAGIC, 3), (MAGIC, 4), (MAGIC, VERSION), (TOKENIZER_MAGIC, TOKENIZER_VERSION)))),
+        (MAGIC, 3), (MAGIC, 4), (MAGIC, VERSION), (TOKENIZER_MAGIC, 1),
+        (TOKENIZER_MAGIC, TOKENIZER_VERSION)))),
             f"{path} exists, and is no file that export.py wrote: write to another file")
 
 

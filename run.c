@@ -32,6 +32,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -44,10 +45,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
+#include <wchar.h>
 #include <unistd.h>
 #if defined PORTABLE && defined __x86_64__
 #include <cpuid.h>
@@ -689,8 +693,8 @@ static inline uint16_t float_to_half(float x) {
 }
 
 // e^x to about 1 ulp (Cephes expf): x = n ln2 + r, e^x = 2^n e^r, and e^r is a polynomial, written
-// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits. (+ x - x: of NaN
-// it is NaN.)
+// as a tree. n + 1.5 * 2^23 rounds n to an integer and shows it in the lowest bits. (+ (x - x): of
+// NaN it is NaN.)
 static inline float exp_(float x) {
     float most = x > 88.0f ? 88.0f : x;  // (To change x twice takes GCC 12 twice the steps.)
     x = x < -87.0f ? -87.0f : most;
@@ -1623,15 +1627,22 @@ static void experts(const Pass *f) {
 enum { BYTE_LEVEL, SENTENCEPIECE };
 enum { NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED };  // types of a token
 enum { ADD_BOS = 1, ADD_SPACE_PREFIX = 2, IGNORE_MERGES = 4, PREFIX_START_ONLY = 8 };
-enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_AFTER, USER_BEFORE_SYSTEM,
-       USER_AFTER_SYSTEM, LATER_BEFORE, LATER_AFTER, ASSISTANT_AFTER, N_CHAT };  // chat pieces
+// The pieces of a chat, in prompt_turn's words, and their flags. The first say what is left out of
+// the text behind a piece: blanks at its ends; newlines at its beginning; all up to </think>, and
+// then, FROM_THOUGHT bits further up, blanks of what follows.
+enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_BEFORE_SYSTEM, LATER_BEFORE,
+       USER_AFTER, REPLY_BEFORE, ASSISTANT_AFTER, N_CHAT };
+enum { TRIM_LEFT = 1, TRIM_RIGHT = 2, TRIM_NEWLINES = 4, CUT_THOUGHT = 8, FROM_THOUGHT = 4,
+       DATE = 128, HAS_SYSTEM = 256,  // it is a format of strftime; a system text has a place,
+       EMPTY_IS_NONE = 512, SYSTEM_LAST = 1024,  // but not an empty one; it is in the last turn
+       THOUGHTS = 2048, CHAT_FLAGS = 4095 };     // answers have thoughts: see output_think
 // Kinds of characters: 1 << the class that a file gives to ranges of them; ' '; '\r' and '\n'.
 enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, BLANK = 16, NEWLINE = 32, N_CHARS = 0x110000 };
 
 typedef struct { const char *s; size_t len; } Text;
 typedef struct { Text text; float score; int type; } Token;
 typedef struct {
-    uint32_t magic, version;  // 0x336b6f74 "tok3", 1
+    uint32_t magic, version;  // 0x336b6f74 "tok3", 2
     uint64_t hash;            // fingerprint: hash64 of all that follows
     uint32_t kind;
     int32_t vocab_size, bos, eos, unk;  // -1: none
@@ -1661,6 +1672,7 @@ typedef struct {
     size_t special[256];      // longest control or user-defined token that starts with this byte
     const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
+    uint32_t chat_flags[N_CHAT];
 } Tokenizer;
 
 typedef struct { int *ids; size_t n, capacity; } Ids;
@@ -1721,7 +1733,7 @@ static uint32_t next_char(const char *s, size_t len, size_t *used) {
 // ---- [3.2] opening ------------------------------------------------------------------------------
 // This program's layout: header, tokens {float score; uint8 type, 0; uint16 length; bytes}, zeros
 // up to a multiple of 4, merges (pairs of tokens, the best first), ranges, stop tokens, chat pieces
-// {uint32 length; bytes}. llama2.c's: uint32, tokens {float score; uint32 length; bytes}.
+// {uint32 length, flags; bytes}. llama2.c's: uint32, tokens {float score; uint32 length; bytes}.
 
 // The next n bytes of what is left of a file, or NULL, once and for all, if it is shorter.
 typedef struct { const uint8_t *p, *end; } Bytes;
@@ -1766,9 +1778,12 @@ static bool read_tables(Tokenizer *t, Bytes *file) {
     const struct { uint32_t first, last, class; } *range = bytes_take(file, t->h.n_ranges * 12ull);
     t->stops = bytes_take(file, t->h.n_stops * 4ull);
     for (uint32_t i = 0; i < t->h.n_chat; i++) {
-        const uint8_t *len = bytes_take(file, 4);
-        t->chat[i].len = len ? read_u32(len) : 0;
+        const uint8_t *head = bytes_take(file, 8);
+        t->chat[i].len = head ? read_u32(head) : 0;
         t->chat[i].s = bytes_take(file, t->chat[i].len);
+        t->chat_flags[i] = head ? read_u32(head + 4) : 0;
+        bool date = t->chat_flags[i] & DATE && t->chat[i].s;  // ends in a zero byte
+        if (t->chat_flags[i] > CHAT_FLAGS || (date && *(file->p - 1))) return false;
     }
     if (file->p != file->end) return false;
     t->merges = index_new(t->h.n_merges);
@@ -1796,7 +1811,7 @@ static void free_tokenizer(Tokenizer *t) {
 // Opens a tokenizer for a model. Returns NULL, or what is wrong with it. llama2.c's layout has no
 // header: this is what its program takes for granted, which ends texts at BOS.
 static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
-    *t = (Tokenizer){.h = {.version = 1, .kind = SENTENCEPIECE, .vocab_size = m->c.vocab_size,
+    *t = (Tokenizer){.h = {.version = 2, .kind = SENTENCEPIECE, .vocab_size = m->c.vocab_size,
                            .bos = 1, .eos = 1, .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
                            .temperature = -1, .top_p = -1}};
     TokenizerHeader *h = &t->h;
@@ -1806,7 +1821,7 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     Bytes file = {t->file, t->file + t->file_size};
     const void *start = bytes_take(&file, t->llama2c ? 4 : sizeof *h);
     if (start && !t->llama2c) memcpy(h, start, sizeof *h);
-    if (h->version != 1) return "has an unknown version";
+    if (h->version != 2) return "has another version: export it again";
     if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
     uint32_t n = (uint32_t)h->vocab_size;
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
@@ -2609,8 +2624,22 @@ static volatile sig_atomic_t dimmed;       // a terminal that writes dimmed text
 static volatile pid_t running_tool;        // ends with the program
 static bool unfinished;                    // a part of the work could not be done: status 1
 
+// Sets a terminal's modes for chat: keys come one by one and are not shown, pastes are marked; or
+// sets back what they were.
+static struct termios terminal_modes;
+static volatile sig_atomic_t terminal_raw;
+static void terminal_set(bool raw) {
+    struct termios t = terminal_modes;
+    if (raw == terminal_raw || (raw && tcgetattr(0, &t))) return;
+    if (raw) terminal_modes = t, t.c_lflag &= (tcflag_t)~(ICANON | ECHO);
+    terminal_raw = raw;
+    tcsetattr(0, TCSADRAIN, &t);
+    if (write(2, raw ? "\033[?2004h" : "\033[?2004l", 8) < 0) {}
+}
+
 // What must not outlive the program; a signal may call it.
 static void output_leave(void) {
+    terminal_set(false);
     if (running_tool > 0) kill(-running_tool, SIGKILL);
     if (dimmed && write(dimmed, "\033[0m", 4) < 0) {}
 }
@@ -2749,8 +2778,8 @@ static void output_json(Output *out, Text text) {
 }
 
 // Begins the model's text behind a prompt, which may have opened a thought.
-static void output_begin(Output *out, const Options *o, bool filter, Text prompt) {
-    out->filter = filter && (out->terminal || !o->think);
+static void output_begin(Output *out, const Options *o, const Tokenizer *t, Text prompt) {
+    out->filter = t->chat_flags[USER_AFTER] & THOUGHTS && (out->terminal || !o->think);
     out->stops = &o->stops;
     out->stopped = false;
     out->start = out->n;
@@ -2759,7 +2788,10 @@ static void output_begin(Output *out, const Options *o, bool filter, Text prompt
 }
 // Ends it: with what is held back, and a newline.
 static void output_end(Output *out) {
-    if (out->thinking) output_think(out, 0);
+    if (out->thinking) {
+        fputs("run: an answer ended within its thought: -n gives it more tokens\n", stderr);
+        output_think(out, 0);
+    }
     if (!out->mute) output_write(out, "\n", 1);
 }
 
@@ -2777,8 +2809,9 @@ static const char *input_name(const Options *o) {
     return strcmp(path, "-") ? path : "stdin";
 }
 
-// What is in a file, or stdin ("-"), or without a path the text, and a zero byte.
-static Text input_read(const char *path, const char *text) {
+// What is in a file, or stdin ("-"), or without a path the text, and a zero byte. A prompt's file
+// may begin with a byte order mark, which is no part of it.
+static Text input_read(const char *path, const char *text, bool is_prompt) {
     char part[1 << 16];
     Output in = {.fd = -1};
     if (!path && text) output_write(&in, text, strlen(text));
@@ -2790,6 +2823,8 @@ static Text input_read(const char *path, const char *text) {
     }
     if (fd) close(fd);
     output_write(&in, "", 1);
+    if (is_prompt && path && !strncmp(in.memory, "\xef\xbb\xbf", 3))
+        memmove(in.memory, in.memory + 3, in.n -= 3);
     return (Text){in.memory, in.n - 1};
 }
 
@@ -2820,8 +2855,9 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
     return logits;
 }
 // ---- [5.2] chat format and likelihood -----------------------------------------------------------
-// How a conversation is written down for the model (prompt_turn), how tokens are drawn and written
-// (sampler_new, output_token), how likely a text is (given_likelihood). It keeps nothing.
+// How a conversation is written down for the model (prompt_turn, prompt_encode), how tokens are
+// drawn and written (sampler_new, output_token), how likely a text is (given_likelihood). It keeps
+// the date.
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
 // `saved`, and of which `keep` stay when the context is full.
@@ -2837,38 +2873,90 @@ static void prompt_append(Prompt *p, Text text, bool typed) {
     p->n += text.len;
     p->s[p->n] = 0;
 }
-static void prompt_say(Prompt *p, Text before, Text typed, Text after) {
-    prompt_append(p, before, false);
-    prompt_append(p, typed, true);
-    prompt_append(p, after, false);
-}
 static void prompt_free(Prompt *p) { free(p->s), free(p->typed); }
 
-// Appends a user's turn, and before the first one the system's (system.s NULL: the model's
-// default). Returns where the user's begins.
-static size_t prompt_turn(Prompt *p, const Tokenizer *t, bool first, Text system, Text user) {
-    const Text *c = t->chat;
-    int before = !first ? LATER_BEFORE : system.s ? USER_BEFORE_SYSTEM : USER_BEFORE;
-    if (first && system.s) prompt_say(p, c[SYSTEM_BEFORE], system, c[SYSTEM_AFTER]);
-    else if (first) prompt_append(p, c[DEFAULT_SYSTEM], false);
+// Appends a piece of the chat format, with the date (in UTC where SOURCE_DATE_EPOCH fixes it).
+static void prompt_piece(Prompt *p, const Tokenizer *t, int piece) {
+    static char s[1 << 16];
+    static time_t now;  // when the chat began
+    const char *fixed = getenv("SOURCE_DATE_EPOCH");
+    Text text = t->chat[piece];
+    if (fixed || !now) now = fixed ? (time_t)(uint32_t)strtoul(fixed, NULL, 10) : time(NULL);
+    const struct tm *date = fixed ? gmtime(&now) : localtime(&now);
+    if (t->chat_flags[piece] & DATE) text = (Text){s, strftime(s, sizeof s, text.s, date)};
+    prompt_append(p, text, false);
+}
+
+// What flags leave of a text. Blanks are what Python's strip, and so a template's trim, takes off.
+static Text prompt_trim(Text text, uint32_t flags) {
+    static const wchar_t blanks[] = L"\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002"
+        L"\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000";
+    size_t start = 0, end = 0;
+    for (size_t i = 0, used; i < text.len; i += used) {
+        wchar_t c = (wchar_t)next_char(text.s + i, text.len - i, &used);
+        bool blank = c && wcschr(blanks, c);
+        if (start == i && (flags & TRIM_LEFT ? blank : flags & TRIM_NEWLINES && c == '\n'))
+            start = i + used;
+        if (!blank || !(flags & TRIM_RIGHT)) end = i + used;
+    }
+    return (Text){text.s ? text.s + start : NULL, end > start ? end - start : 0};
+}
+// What is left of the text behind a piece.
+static Text prompt_text(const Tokenizer *t, int piece, Text text) {
+    uint32_t flags = t->chat_flags[piece];
+    text = prompt_trim(text, flags);
+    for (size_t i = text.len; flags & CUT_THOUGHT && i; i--)
+        if (text_ends(text.s, i, output_tags[1]))
+            return prompt_trim((Text){text.s + i, text.len - i}, flags >> FROM_THOUGHT);
+    return text;
+}
+
+// Appends a user's turn, and before the first one, or the last, the system's (system.s NULL: the
+// model's default). Behind a reply (last: its last token; else -1) it begins with that token's
+// text, as this may become one token with what follows. `after` comes behind the turn: USER_AFTER,
+// or REPLY_BEFORE where it has been answered. Returns where the user's part begins.
+static size_t prompt_turn(Prompt *p, const Tokenizer *t, int last, Text system, Text user,
+                          int after) {
+    uint32_t flags = t->chat_flags[SYSTEM_BEFORE];
+    bool first = last < 0, here = flags & SYSTEM_LAST ? after == USER_AFTER : first;
+    if (!first) prompt_append(p, decode(t, last, last), true), prompt_piece(p, t, ASSISTANT_AFTER);
+    system = prompt_text(t, SYSTEM_BEFORE, system);
+    here = here && flags & HAS_SYSTEM && system.s && (system.len || !(flags & EMPTY_IS_NONE));
+    int before = here ? USER_BEFORE_SYSTEM : first ? USER_BEFORE : LATER_BEFORE;
+    if (here) {
+        prompt_piece(p, t, first ? SYSTEM_BEFORE : LATER_BEFORE);
+        prompt_append(p, system, true);
+        prompt_piece(p, t, SYSTEM_AFTER);
+    } else if (first) prompt_piece(p, t, DEFAULT_SYSTEM);
     size_t start = p->n;
-    prompt_say(p, c[before], user, c[before + 1]);
+    prompt_piece(p, t, before);
+    prompt_append(p, prompt_text(t, before, user), true);
+    prompt_piece(p, t, after);
     return start;
+}
+
+// Appends a prompt's tokens. A chat's text has a BOS of its own where the template has one.
+static void prompt_encode(const Prompt *p, const Tokenizer *t, bool text_start, Ids *out) {
+    Tokenizer plain = *t;
+    plain.h.flags &= ~(uint32_t)ADD_BOS;
+    encode(&plain, (Text){p->s, p->n}, p->typed, text_start, out);
 }
 
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;  // not 0
     const TokenizerHeader none = {.temperature = -1, .top_p = -1}, *h = &none;
-    if (o->mode && !strcmp(o->mode, "chat")) h = &t->h;
+    bool talk = o->mode && !strcmp(o->mode, "chat"), calm = talk && t->h.temperature < 0;
+    if (talk) h = &t->h;
     Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
                  .repeat_penalty = (float)o->repeat_penalty, .dry = (float)o->dry,
                  .repeat_last = (int)o->repeat_last, .vocab_size = m->c.vocab_size,
                  .temperature = (float)o->temperature, .top_p = (float)o->top_p};
-    if (o->temperature < 0) s.temperature = h->temperature >= 0 ? h->temperature : 1;
+    if (o->temperature < 0) s.temperature = h->temperature >= 0 ? h->temperature : calm ? 0.7f : 1;
     if (o->top_p < 0) s.top_p = h->top_p >= 0 ? h->top_p : 0.9f;
     if (o->top_k < 0) s.top_k = h->top_k > 0 ? h->top_k : 0;
     if (o->min_p < 0) s.min_p = h->min_p > 0 ? h->min_p : 0;
-    if (o->repeat_penalty < 0) s.repeat_penalty = h->repeat_penalty > 0 ? h->repeat_penalty : 1;
+    if (o->repeat_penalty < 0)
+        s.repeat_penalty = h->repeat_penalty > 0 ? h->repeat_penalty : calm ? 1.1f : 1;
     return s;
 }
 
@@ -3240,7 +3328,9 @@ typedef struct {
     bool shifted;           // the context was full
     int steps;              // batches that were computed,
     double first_logits;    // and when the first one was
-    Ids turns;              // where the turns of a chat start that can be taken back
+    Ids turns;              // of a chat, that can be taken back: their start, the token before it
+    const char *system;     // of a chat: the text of its system turn, or NULL
+    bool told;              // in this turn of a chat a tool had one of its own
     double rate;            // tokens per second of the last one
 } Machine;
 
@@ -3322,9 +3412,9 @@ static int draft_propose(Machine *w, const Decoder *d) {
     return (int)f->text.n - n;
 }
 
-static Output decoder_text(const Machine *w, const Decoder *d) {  // to be freed
+static Output decoder_text(const Machine *w, const Decoder *d, int from) {  // to be freed
     Output text = {.fd = -1};
-    for (int i = 0; i < (int)d->c.ids.n; i++) {
+    for (int i = from; i < (int)d->c.ids.n; i++) {
         Text token = decode(w->t, i ? d->c.ids.ids[i - 1] : -1, d->c.ids.ids[i]);
         output_write(&text, token.s, token.len);
     }
@@ -3336,9 +3426,8 @@ static Output decoder_text(const Machine *w, const Decoder *d) {  // to be freed
 // text: special tokens are not recognised in it.
 static bool tool_use(Machine *w, Decoder *d) {
     if (!w->o->tool) return false;
-    const Text *c = w->t->chat;
     const char *before, *after;
-    Output text = decoder_text(w, d);
+    Output text = decoder_text(w, d, 0);
     Text question = tool_question((Text){text.memory, text.n}, &before, &after);
     Text answer = question.len ? tool_ask(w->o->tool, question) : question;
     Text said[] = {{before, strlen(before)}, answer, {after, strlen(after)}};
@@ -3346,9 +3435,10 @@ static bool tool_use(Machine *w, Decoder *d) {
     Prompt p = {0};
     free(text.memory);
     if (!answer.len) return false;
-    if (turn) prompt_say(&p, c[ASSISTANT_AFTER], (Text){"", 0}, c[LATER_BEFORE]);
-    prompt_say(&p, said[0], answer, said[2]);
-    if (turn) prompt_append(&p, c[LATER_AFTER], false);
+    for (int i = 0; i < 2 && turn; i++) prompt_piece(&p, w->t, i ? LATER_BEFORE : ASSISTANT_AFTER);
+    for (int i = 0; i < 3; i++) prompt_append(&p, said[i], i == 1);
+    if (turn) prompt_piece(&p, w->t, USER_AFTER);
+    w->told |= turn;
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->c.ids);
     prompt_free(&p);
     for (int i = 0; i < 3; i++) output_text(d->out, said[i]);
@@ -3546,8 +3636,8 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     for (size_t i = before; i < ids->n && t->llama2c; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
     if (!t->llama2c) output_text(d.out, o->input);
-    Output text = decoder_text(&w, &d);  // it may end within a thought or a question to the tool
-    output_begin(d.out, o, !t->llama2c, (Text){text.memory, text.n});
+    Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
+    output_begin(d.out, o, t, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
     decoder_continue(&w, &d);
@@ -3626,8 +3716,12 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 // turns start. Calls: prompt_turn, decoder_continue, session_save, session_read.
 
 #ifndef NO_CHAT
+// What is wrong is said. The chat goes on; but if nobody types in it, it ends with status 1.
+#define chat_wrong(...) (fprintf(stderr, "run: " __VA_ARGS__), fputs("\n", stderr),            \
+                            (void)(unfinished |= !isatty(0)))
+
 #ifndef NO_SESSIONS
-// Runs /save or /load. What is wrong is said, and the chat goes on. Only a session is written over.
+// Runs /save or /load. Only a session is written over.
 static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
     Session s = {.path = path, .fd = -1, .kv = &w->kv};
     bool used = same_file(path, w->o->session) || same_file(path, w->o->output);
@@ -3637,109 +3731,358 @@ static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
         wrong = session_read(s.fd, &s.h, &w->kv, save ? NULL : &d->c);
     if (!wrong && save) wrong = session_save(&s, &d->c, d->c.done, d->s.rng);
     if (s.fd >= 0) close(s.fd);
-    if (wrong) fprintf(stderr, "run: cannot %s %s: %s\n", save ? "write" : "open", path, wrong);
+    if (wrong) chat_wrong("cannot %s %s: %s", save ? "write" : "open", path, wrong);
     else fprintf(stderr, "%s: %zu tokens\n", path, d->c.ids.n);
     if (wrong || save) return;
     w->turns.n = 0;
     decoder_commit(w, d);
 }
 #else
-#define chat_file(w, d, save, path) fputs("run: this program was built without sessions\n", stderr)
+#define chat_file(w, d, save, path) chat_wrong("this program was built without sessions")
 #endif
 
-// Runs a command that was typed.
-static void chat_command(Machine *w, Decoder *d, char *line) {
+// Takes the last turn back, or all of them.
+static void chat_undo(Machine *w, Decoder *d, bool all) {
+    w->turns.n = all || !w->turns.n ? 0 : w->turns.n - 2;
+    const int *turn = w->turns.ids + w->turns.n;
+    bool part = !all && turn[0];  // the token before it may have become another one
+    if (part) push(&d->c.ids, turn[1]);
+    decoder_cut(w, d, part ? turn[0] - 1 : 0, part);
+}
+
+// /set NAME VALUE: how the next answers are drawn. Returns whether there is such a name and value.
+static bool chat_set(Sampler *s, const char *words) {
+    const struct { const char *name; float *f; int *i; double most; } all[] = {
+        {"temperature", &s->temperature, NULL, 1e9}, {"top-p", &s->top_p, NULL, 1},
+        {"min-p", &s->min_p, NULL, 1}, {"repeat-penalty", &s->repeat_penalty, NULL, 1e3},
+        {"dry", &s->dry, NULL, 1e3}, {"top-k", NULL, &s->top_k, 1 << 24},
+        {"repeat-last", NULL, &s->repeat_last, 1 << 24}};
+    size_t n = strcspn(words, " \t");
+    char *end;
+    double value = strtod(words + n, &end);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (n != strlen(all[i].name) || strncmp(words, all[i].name, n)) continue;
+        bool right = end > words + n && !*end && value >= 0 && value <= all[i].most &&
+                     (value > 0 || all[i].f != &s->repeat_penalty);
+        if (right && all[i].f) *all[i].f = (float)value;
+        else if (right) *all[i].i = (int)value;
+        return right;
+    }
+    return false;
+}
+
+// Runs a command that was typed; `asked` is the last turn's text. False: it ends the chat.
+static void chat_turn(Machine *w, Decoder *d, Text user);
+static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked) {
+    static const char help[] = "/again: another answer, /undo the last turn, /clear the "
+        "conversation, /system TEXT: a new one with this system turn, /set temperature 0.5 (or "
+        "top-p, top-k, min-p, repeat-penalty, repeat-last, dry), /save FILE, /load FILE, /stats, "
+        "/exit; //TEXT sends /TEXT; \\ at a line's end: the next one, too; \"\"\" before and after "
+        "several lines; Ctrl-C ends an answer, Ctrl-D the chat\n";
+    static char system_turn[1 << 16];
     for (size_t n = strlen(line); strchr(" \t", line[n - 1]); n--) line[n - 1] = 0;
-    char *path = line + strcspn(line, " \t");
-    if (*path) *path++ = 0;
-    path += strspn(path, " \t");
+    char *rest = line + strcspn(line, " \t");
+    if (*rest) *rest++ = 0;
+    rest += strspn(rest, " \t");
     bool save = !strcmp(line, "/save"), undo = !strcmp(line, "/undo");
-    if (*path && (save || !strcmp(line, "/load"))) chat_file(w, d, save, path);
+    bool again = !strcmp(line, "/again");
+    bool system = !strcmp(line, "/system") && w->t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM;
+    if (!strcmp(line, "/exit") || !strcmp(line, "/bye")) return false;
+    if (*rest && (save || !strcmp(line, "/load"))) chat_file(w, d, save, rest);
     else if (!strcmp(line, "/stats"))
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
                 d->c.ids.n, w->ctx, (double)w->kv.page_bytes * d->c.done / PAGE_POSITIONS / 1e6,
                 w->rate);
-    else if (undo && !w->turns.n) fputs("there is no turn to take back\n", stderr);
-    else if (undo || !strcmp(line, "/clear")) {
-        w->turns.n = undo ? w->turns.n - 1 : 0;
-        decoder_cut(w, d, undo ? w->turns.ids[w->turns.n] : 0, 0);
-    } else {
-        if (strcmp(line, "/help")) fprintf(stderr, "%s is not a command; these are:\n", line);
-        fputs("/clear the conversation, /undo its last turn, /save FILE, /load FILE, /stats: its "
-              "size and speed; Ctrl-C ends an answer, Ctrl-D the chat\n", stderr);
-    }
+    else if ((undo || again) && !w->turns.n) chat_wrong("there is no turn to take back");
+    else if (undo || again || system || !strcmp(line, "/clear")) {
+        chat_undo(w, d, !undo && !again);
+        if (system) snprintf(system_turn, sizeof system_turn, "%s", rest);
+        if (system) w->system = system_turn;
+        if (again) chat_turn(w, d, (Text){asked->s, asked->n});
+        else if (isatty(2)) fprintf(stderr, "(%zu tokens are left)\n", d->c.ids.n);
+    } else if (!strcmp(line, "/help")) fputs(help, stderr);
+    else if (strcmp(line, "/set"))
+        chat_wrong("%s is not a command: see /help; // sends a text that begins with /", line);
+    else if (!chat_set(&d->s, rest)) chat_wrong("/set %s: no such name or value; see /help", rest);
+    return true;
 }
 
-// The next line of stdin; s is NULL at its end. Ctrl-C drops the line, twice it ends the program.
-static Text chat_line(bool prompt) {
-    char *s = NULL;
-    size_t capacity = 0;
-    ssize_t n = -1;
-    for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
-        if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n> " : "> ", stderr);
-        clearerr(stdin);
-        errno = 0;
-        n = getline(&s, &capacity, stdin);
+// Lines at a terminal, with the keys that shells have: arrows, Home, End, Ctrl-A E B F K U W L D P
+// N, and a history. What is pasted comes as one line, with its line breaks.
+enum { KEY_UP = 'A' + 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_END = 'F' + 256, KEY_HOME = 'H' + 256,
+       KEY_DELETE = 512 + 3, KEY_PASTE = 512 + 200, KEY_PASTED, NO_KEY = -1 };
+typedef struct {
+    const char *prompt;
+    Output text;        // the line
+    size_t at;          // the cursor's place in it
+    int row;            // of the cursor on the screen, from the line's first
+} Line;
+static struct { char **lines; int n; } line_history;
+
+// Columns that a character takes: 2 for the wide ones of East Asia and emoji, 0 for marks.
+static int line_width(uint32_t c) {
+    static const uint32_t ranges[][3] = {
+        {0x300, 0x36f, 0}, {0x1100, 0x115f, 2}, {0x200b, 0x200f, 0}, {0x20d0, 0x20ff, 0},
+        {0x2e80, 0xa4cf, 2}, {0xac00, 0xd7a3, 2}, {0xf900, 0xfaff, 2}, {0xfe00, 0xfe0f, 0},
+        {0xfe30, 0xfe6f, 2}, {0xff00, 0xff60, 2}, {0xffe0, 0xffe6, 2}, {0x1f300, 0x1faff, 2},
+        {0x20000, 0x3fffd, 2}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (c >= ranges[i][0] && c <= ranges[i][1]) return (int)ranges[i][2];
+    return 1;
+}
+
+// Shows the line: what was there goes, and rows are broken here, as terminals differ in that.
+static void line_draw(Line *e) {
+    struct winsize size = {.ws_col = 80};
+    Output out = {.fd = 2, .terminal = true};
+    char move[40];
+    int row = 0, column = 0, cursor_row = 0, cursor_column = 0;
+    if (ioctl(2, TIOCGWINSZ, &size) || size.ws_col < 2) size.ws_col = 80;
+    int n = snprintf(move, sizeof move, e->row ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
+    output_put(&out, move, (size_t)n, SIZE_MAX);
+    size_t head = strlen(e->prompt), end = head + e->text.n;
+    for (size_t i = 0, used = 1; i <= end; i += used) {
+        const char *s = i < head ? e->prompt + i : e->text.memory + (i - head);
+        uint32_t c = i < end ? next_char(s, (i < head ? head : end) - i, &used) : ' ';
+        int width = c == '\n' ? 0 : c != '\t' && (c < 32 || c == 127) ? 2 : line_width(c);
+        if (column + width > size.ws_col) {
+            output_put(&out, "\r\n", 2, SIZE_MAX);
+            row++, column = 0;
+        }
+        if (i == head + e->at) cursor_row = row, cursor_column = column;
+        column += width;
+        for (size_t k = 0; k < used && i < end && c != '\n'; k++)
+            output_byte(&out, c == '\t' ? ' ' : s[k]);
+        if (c != '\n') continue;
+        output_put(&out, "\r\n", 2, SIZE_MAX);
+        row++, column = 0;
     }
-    if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
-    while (n > 0 && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
-    if (n < 0) free(s);
-    else s[n] = 0;
-    return n < 0 ? (Text){NULL, 0} : (Text){s, (size_t)n};
+    n = snprintf(move, sizeof move, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
+    output_put(&out, move, (size_t)n, SIZE_MAX);
+    n = snprintf(move, sizeof move, "\033[%dC", cursor_column);
+    output_put(&out, move, cursor_column ? (size_t)n : 0, 0);
+    e->row = cursor_row;
+    free(out.memory);
+}
+
+// The next key: a byte, or one of those above; NO_KEY: the end, or errno is EINTR.
+static int line_key(void) {
+    uint8_t c = 0;
+    int number = 0, sequence = 0;
+    errno = 0;
+    do {
+        if (read(0, &c, 1) != 1) return NO_KEY;
+        if (!sequence) sequence = c == 27;
+        else if (sequence == 1) sequence = c == '[' || c == 'O' ? 2 : 0;
+        else if (c >= '0' && c <= '9' && number < 1000) number = 10 * number + c - '0';
+        else if (c == '~') return number == 1 || number == 7   ? KEY_HOME
+                                  : number == 4 || number == 8 ? KEY_END : 512 + number;
+        else if (c >= '@') return 256 + c;
+    } while (sequence);
+    return c;
+}
+
+// Replaces n bytes at a place by others; the cursor stands behind these.
+static void line_replace(Line *e, size_t at, size_t n, const char *by, size_t len) {
+    output_put(&e->text, by, len, SIZE_MAX);  // room for them
+    memmove(e->text.memory + at + len, e->text.memory + at + n, e->text.n - len - at - n);
+    memcpy(e->text.memory + at, by, len);
+    e->text.n -= n;
+    e->at = at + len;
+}
+// The place of the character before a place or behind it.
+static size_t line_step(const Line *e, size_t at, int by) {
+    do at = by < 0 ? at - (at > 0) : at + (at < e->text.n);
+    while (at && at < e->text.n && ((uint8_t)e->text.memory[at] & 0xc0) == 0x80);
+    return at;
+}
+
+// Does what a key says. False: the line is complete.
+static bool line_press(Line *e, int key, int *shown, bool *pasting) {
+    size_t word = e->at, left = line_step(e, e->at, -1), right = line_step(e, e->at, 1);
+    char c = (char)key;
+    const char *old = NULL;
+    while (word && e->text.memory[word - 1] == ' ') word--;
+    while (word && e->text.memory[word - 1] != ' ') word--;
+    if (key == KEY_PASTE || key == KEY_PASTED) *pasting = key == KEY_PASTE;
+    else if ((key == '\n' || key == '\r') && !*pasting) return false;
+    else if (key == '\r') line_replace(e, e->at, 0, "\n", 1);
+    else if (key == 127 || key == 8) line_replace(e, left, e->at - left, "", 0);
+    else if (key == KEY_DELETE || key == 4) line_replace(e, e->at, right - e->at, "", 0);
+    else if (key == 23) line_replace(e, word, e->at - word, "", 0);             // Ctrl-W
+    else if (key == 21) line_replace(e, 0, e->at, "", 0);                       // Ctrl-U
+    else if (key == 11) line_replace(e, e->at, e->text.n - e->at, "", 0);       // Ctrl-K
+    else if (key == 1 || key == KEY_HOME) e->at = 0;
+    else if (key == 5 || key == KEY_END) e->at = e->text.n;
+    else if (key == 2 || key == KEY_LEFT) e->at = left;
+    else if (key == 6 || key == KEY_RIGHT) e->at = right;
+    else if (key == 12) e->row = write(2, "\033[H\033[2J", 7) < 0;              // Ctrl-L
+    else if ((key == 16 || key == KEY_UP) && *shown > 0) old = line_history.lines[--*shown];
+    else if ((key == 14 || key == KEY_DOWN) && *shown < line_history.n)
+        old = ++*shown < line_history.n ? line_history.lines[*shown] : "";
+    else if (key < 256 && (key >= 32 || key == '\t' || *pasting))
+        line_replace(e, e->at, 0, &c, 1);
+    if (old) line_replace(e, 0, e->text.n, old, strlen(old));
+    return true;
+}
+
+// Reads a line as getline does. Returns its length; -1: the input ends, or errno is EINTR.
+static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
+    Line e = {.prompt = prompt, .text = {.fd = -1}};
+    int key, shown = line_history.n;
+    bool pasting = false;
+    struct pollfd more = {.fd = 0, .events = POLLIN};
+    terminal_set(true);
+    do {  // pasted text, and what was typed ahead, is shown at once
+        if (!pasting && (e.text.n == 0 || poll(&more, 1, 0) <= 0)) line_draw(&e);
+        key = line_key();
+    } while (key != NO_KEY && (key != 4 || e.text.n) && line_press(&e, key, &shown, &pasting));
+    bool complete = key == '\n' || key == '\r', stopped = errno == EINTR;
+    e.at = e.text.n;
+    line_draw(&e);
+    if (!stopped && write(2, "\n", 1) < 0) {}
+    errno = stopped ? EINTR : 0;
+    output_put(&e.text, "", 1, SIZE_MAX);
+    free(*s);
+    *s = e.text.memory;
+    *capacity = e.text.capacity;
+    if (!complete || e.text.n == 1) return complete ? 0 : -1;
+    line_history.lines = resize(line_history.lines, (size_t)line_history.n + 1, sizeof(char *));
+    line_history.lines[line_history.n++] = strcpy(resize(NULL, e.text.n, 1), *s);
+    return (ssize_t)e.text.n - 1;
+}
+
+// Reads the next message: a line, more of them where \ ends one, or those between two lines of """.
+// One that is no command and begins with / has another / there. False: there is none. Ctrl-C drops
+// a line, twice it ends the program.
+static bool chat_message(bool prompt, Prompt *p) {
+    static char *s;  // the line
+    static size_t capacity;
+    const char *term = getenv("TERM");
+    bool block = false, more = true, any = false;
+    bool edited = prompt && isatty(2) && term && strcmp(term, "dumb");
+    for (p->n = 0; more;) {
+        ssize_t n = -1;
+        for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
+            if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n" : "", stderr);
+            if (prompt && !edited) fputs("> ", stderr);
+            clearerr(stdin);
+            errno = 0;
+            n = edited ? line_edit(&s, &capacity, any ? "  " : "> ")
+                       : getline(&s, &capacity, stdin);
+        }
+        if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
+        if (n < 0) return any;
+        while (n > 0 && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
+        bool marks = n == 3 && !memcmp(s, "\"\"\"", 3) && (block || !any);
+        bool goes_on = !block && n && s[n - 1] == '\\';
+        block ^= marks;
+        more = block || goes_on;
+        if (marks) continue;
+        if (any) prompt_append(p, (Text){"\n", 1}, true);
+        else if (block && *s == '/') prompt_append(p, (Text){"/", 1}, true);
+        prompt_append(p, (Text){s, (size_t)(n - goes_on)}, true);
+        any = true;
+        if (n < 4095 || edited || !isatty(0)) continue;
+        fputs("run: a terminal cuts lines after 4,095 bytes: not sent; see /help\n", stderr);
+        p->n = 0, more = false;
+    }
+    return true;
+}
+
+// Rewrites the turn whose tokens begin at `start` as the chat format has it once it is answered:
+// `settled`, without what it leaves out of answers and of earlier turns. p: what was answered. The
+// drawn tokens stay where the text does; what old and new tokens begin with is not computed again.
+static void chat_settle(Machine *w, Decoder *d, Prompt *p, Prompt *settled, int start, int answer) {
+    Ids *ids = &d->c.ids;
+    Output said = decoder_text(w, d, answer);
+    int old = (int)ids->n, same = 0;
+    prompt_append(p, (Text){said.memory, said.n}, true);
+    prompt_append(settled, prompt_text(w->t, REPLY_BEFORE, (Text){said.memory, said.n}), true);
+    free(said.memory);
+    prompt_encode(settled, w->t, start == 0, ids);
+    int n = (int)ids->n - old, drawn = old - answer;
+    bool kept = n >= drawn && !memcmp(ids->ids + answer, ids->ids + ids->n - drawn,
+                                      (size_t)drawn * sizeof(int));
+    if (!kept && p->n == settled->n && !memcmp(p->s, settled->s, p->n)) n = 0, ids->n = (size_t)old;
+    if (!n) return;
+    while (same < n && start + same < old && ids->ids[start + same] == ids->ids[old + same]) same++;
+    decoder_cut(w, d, start + same, n - same);
 }
 
 // Appends a user's turn and the model's reply; a turn that has no room is left out.
 static void chat_turn(Machine *w, Decoder *d, Text user) {
     const Options *o = w->o;
     const Tokenizer *t = w->t;
+    Text system = {w->system, w->system ? strlen(w->system) : 0};
     Ids *ids = &d->c.ids, head = {0};
-    Text system = {o->system, o->system ? strlen(o->system) : 0};
-    int start = (int)ids->n;
+    int start = (int)ids->n, last = start ? ids->ids[start - 1] : -1;
+    int at = start - (start && decode(t, last, last).len);  // where the prompt's tokens begin
     double began = seconds();
-    Prompt p = {0};
-    if (start) prompt_append(&p, t->chat[ASSISTANT_AFTER], false);
-    size_t head_end = prompt_turn(&p, t, start == 0, system, user);
-    encode(t, (Text){p.s, p.n}, p.typed, start == 0, ids);
-    encode(t, (Text){p.s, head_end}, p.typed, start == 0, &head);
+    Prompt p = {0}, settled = {0};
+    size_t head_end = prompt_turn(&p, t, last, system, user, USER_AFTER);
+    ids->n = (size_t)at;
+    prompt_encode(&p, t, start == 0, ids);
     if (!ids->n) die("%s has no token for any byte of this turn", t->path);
-    int n = (int)ids->n - start;
-    int after = start ? LATER_AFTER : system.s ? USER_AFTER_SYSTEM : USER_AFTER;
-    if (start + n > w->ctx && n > w->ctx / 2) {
-        fprintf(stderr, "run: this turn has %d tokens, too many for the context of %d, of which "
-                        "%d are in use: it is left out\n", n, w->ctx, start);
+    int answer = (int)ids->n, n = answer - start;
+    if (answer > w->ctx && n > w->ctx / 2) {
+        chat_wrong("this turn has %d tokens, too many for the context of %d, of which %d are in "
+                      "use: it is left out", n, w->ctx, start);
         ids->n = (size_t)start;
+        if (start) ids->ids[start - 1] = last;
     } else {
+        d->c.done = (int)fmin(d->c.done, at);
+        if (start && ids->ids[start - 1] != last) d->c.saved = (int)fmin(d->c.saved, at);
+        prompt_encode(&(Prompt){p.s, p.typed, start ? 0 : head_end}, t, true, &head);
         if (!start) d->c.keep = head.n > 4 ? (int)head.n : 4;  // the system turn stays
-        push(&w->turns, start);
+        push(&w->turns, start), push(&w->turns, last);
         d->budget = o->steps > 0 ? o->steps : w->ctx;
         d->n_new = 0;
-        output_begin(d->out, o, !t->llama2c, t->chat[after]);
+        w->told = false;
+        output_begin(d->out, o, t, t->chat[USER_AFTER]);
         decoder_continue(w, d);
+        prompt_turn(&settled, t, last, system, user, REPLY_BEFORE);
+        if (w->turns.n && !w->told && (d->n_new || !interrupted))
+            chat_settle(w, d, &p, &settled, at, answer);
         decoder_settle(w, d, 1);  // before the next turn comes, as where a session is closed here
         w->rate = d->n_new / (seconds() - began);
         if (interrupted == SIGINT) interrupted = 0;
     }
     free(head.ids);
     prompt_free(&p);
+    prompt_free(&settled);
 }
 
 static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+    uint32_t flags = t->chat_flags[SYSTEM_BEFORE];
     if (!t->chat[USER_BEFORE].len && !t->chat[USER_AFTER].len)
         die("%s has no chat format: its model continues texts (-m generate)", t->path);
-    if (o->system && !t->chat[SYSTEM_BEFORE].len && !t->chat[USER_BEFORE_SYSTEM].len)
-        die("the chat format of %s has no place for a system turn (-y)", t->path);
+    if (o->system && !(flags & HAS_SYSTEM))
+        fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     Machine w;
     Decoder d;
+    Prompt message = {0}, asked = {0};
     machine_open(&w, &d, o, m, t, out);
-    if (d.c.ids.n && o->system && !o->quiet)
+    w.system = o->system;
+    bool typed = isatty(0) && !o->quiet;
+    if (typed) fprintf(stderr, "%s; /help lists what else can be typed\n",
+                       m->header ? m->header->name : m->path);
+    if (d.c.ids.n && o->system && !o->quiet && !(flags & SYSTEM_LAST))
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     if (o->input.len) chat_turn(&w, &d, o->input);
-    for (Text line; (line = chat_line(isatty(0) && !o->quiet)).s;) {
-        if (line.s[0] == '/') chat_command(&w, &d, (char *)(uintptr_t)line.s);
-        else if (line.len) chat_turn(&w, &d, line);
-        free((char *)(uintptr_t)line.s);
+    prompt_append(&asked, o->input, true);
+    for (bool more = true; more && chat_message(typed, &message);) {
+        bool command = message.n && message.s[0] == '/', text = command && message.s[1] == '/';
+        if (command && !text) more = chat_command(&w, &d, message.s, &asked);
+        else if (message.n) {
+            asked.n = 0;
+            prompt_append(&asked, (Text){message.s + text, message.n - text}, true);
+            chat_turn(&w, &d, (Text){asked.s, asked.n});
+        }
     }
+    prompt_free(&message), prompt_free(&asked);
     machine_close(&w, &d);
+    if (unfinished) exit(1);  // without the file of -o
 }
 #endif
 // ---- [5.8] explain ------------------------------------------------------------------------------
@@ -4025,7 +4368,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     const Ids *ids = &e.d.c.ids;
     const Sampler *s = &e.d.s;
     long long budget = start_text(o, m, t, o->input, &e.d.c.ids);
-    output_begin(&e.d.own, o, false, (Text){"", 0});
+    output_begin(&e.d.own, o, t, (Text){"", 0});
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
     e.n = e.page ? 1 : n_prompt;  // the page shows the prompt's tokens, too
     e.mean = zeros((size_t)ctx, sizeof(float));
@@ -4416,9 +4759,10 @@ static void check_texts(const Options *o, const Model *m, const Tokenizer *t) {
         Text text = {s, head->len};
         Prompt prompt = {0};
         Ids ids = {0};
-        if (head->is_chat) prompt_turn(&prompt, t, true, (Text){NULL, 0}, text);
-        else prompt_append(&prompt, text, false);
-        encode(t, (Text){prompt.s, prompt.n}, prompt.typed, true, &ids);
+        setenv("SOURCE_DATE_EPOCH", "0", 1);  // a chat of that day
+        if (head->is_chat) prompt_turn(&prompt, t, -1, (Text){NULL, 0}, text, USER_AFTER);
+        if (head->is_chat) prompt_encode(&prompt, t, true, &ids);
+        else encode(t, text, NULL, true, &ids);
         if (ids.n != head->n || (ids.n && memcmp(ids.ids, expected, ids.n * sizeof(int))))
             die("check failed: tokenizer: text %u of the stored ones gives other tokens", i + 1);
         prompt_free(&prompt);
@@ -4662,7 +5006,7 @@ static void each_begin(Each *e, Decoder *d) {
         d->budget = start_text(w->o, w->m, w->t, prompt, &d->c.ids);
         d->c.keep = (int)fmin((double)d->c.ids.n, 4);
         d->c.done = each_branch(e, &d->c.ids, (int)d->c.ids.n - 1, d->seq);
-        output_begin(&d->own, w->o, !w->t->llama2c, prompt);
+        output_begin(&d->own, w->o, w->t, prompt);
         e->lines[d - e->all] = number;
     }
     free(ids.ids);
@@ -4780,7 +5124,7 @@ static const struct Option {
     {"-o, --output PATH", TO(output), 1, 0, ALL, "write there instead of to stdout"},
     {"-n, --steps N", TO(steps), 0, 1e9, DRAW, "new tokens (256, chat: 1024); 0: all that fit"},
     {"-m, --mode MODE", TO(mode), 1, 0, ALL, "what to do, see below"},
-    {"-t, --temperature T", TO(temperature), 0, 1e9, DRAW, "0: likeliest token; more: bolder (1)"},
+    {"-t, --temperature T", TO(temperature), 0, 1e9, DRAW, "0: likeliest; more: bolder (1)"},
     {"-p, --top-p P", TO(top_p), 0, 1, DRAW, "draw from the likeliest tokens, P in sum (0.9)"},
     {"-s, --seed N", TO(seed), 0, 0x1p64, ALL, "makes a run repeatable; 0 (default): the clock"},
     {"-z, --tokenizer PATH", TO(tokenizer), 1, 0, ALL, "its file (MODEL's .tok, or tokenizer.bin)"},
@@ -5021,8 +5365,8 @@ int main(int argc, char **argv) {
     refuse_overwriting(&o, &t);
     Output out = output_open(o.output);
     out.mute = o.logprobs >= 0;
-    o.input = input_read(o.prompt_file, o.prompt);  // which may wait for long
-    o.lines = input_read(o.each, NULL);
+    o.input = input_read(o.prompt_file, o.prompt, DRAW >> mode & 1);  // which may wait for long
+    o.lines = input_read(o.each, NULL, false);
     if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))
         usage_error("the prompt has no {} for the lines of --each");
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal

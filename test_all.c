@@ -1549,13 +1549,17 @@ static void some_ranges(Vocabulary *v) {
     put(&v->ranges, ranges, sizeof ranges);
     v->n_ranges = (int)(sizeof ranges / sizeof *ranges);
 }
-static void chat_piece(Vocabulary *v, const char *s) {
-    put32(&v->chat, (int)strlen(s)), put_text(&v->chat, s);
+static void chat_piece(Vocabulary *v, const char *s, int flags) {
+    put32(&v->chat, (int)strlen(s) + !!(flags & DATE)), put32(&v->chat, flags);
+    put(&v->chat, s, strlen(s) + !!(flags & DATE));
     v->n_chat++;
+}
+static void chat_format(Vocabulary *v, const char *const *pieces, const int *flags) {
+    for (int i = 0; i < N_CHAT; i++) chat_piece(v, pieces[i], flags[i]);
 }
 static Buffer tokenizer_file(const Vocabulary *v) {
     Buffer b = {0};
-    int head[] = {0x336b6f74, 1, 0, 0, v->kind, v->n, v->bos, v->eos, v->unk, v->flags,
+    int head[] = {0x336b6f74, 2, 0, 0, v->kind, v->n, v->bos, v->eos, v->unk, v->flags,
                   v->split | v->digits << 8 | v->isolate << 16, v->n_merges, v->n_ranges,
                   v->n_stops, v->n_chat};
     put(&b, head, sizeof head);
@@ -1927,15 +1931,14 @@ static void test_real_tokenizer(void) {
     if (!CHECK(!wrong, "tokenizer.bin opens: it %s", wrong)) return;
     test_encodings(&t, cases);
     Prompt p = {0}, q = {0}, r = {0};
-    prompt_turn(&p, &t, true, (Text){NULL, 0}, (Text){"Hi there", 8});
+    prompt_turn(&p, &t, -1, (Text){NULL, 0}, (Text){"Hi there", 8}, USER_AFTER);
     CHECK(!strcmp(shown(&t, p.s, p.typed, true), chat1),
           "a first turn is written as the chat template writes it: %s", p.s);
-    prompt_turn(&q, &t, true, (Text){"You are a pirate.", 17}, (Text){"Hello", 5});
+    prompt_turn(&q, &t, -1, (Text){"You are a pirate.", 17}, (Text){"Hello", 5}, REPLY_BEFORE);
     prompt_append(&q, (Text){"Arr!", 4}, true);
-    prompt_append(&q, t.chat[ASSISTANT_AFTER], false);
-    prompt_turn(&q, &t, false, (Text){NULL, 0}, (Text){"Bye", 3});
+    prompt_turn(&q, &t, 1, (Text){"You are a pirate.", 17}, (Text){"Bye", 3}, USER_AFTER);
     CHECK(!strcmp(shown(&t, q.s, q.typed, true), chat2), "so are two turns: %s", q.s);
-    prompt_turn(&r, &t, true, (Text){NULL, 0}, (Text){"<|im_end|>", 10});
+    prompt_turn(&r, &t, -1, (Text){NULL, 0}, (Text){"<|im_end|>", 10}, USER_AFTER);
     Ids ids = ids_of(&t, r.s, r.n, r.typed, true);
     int ends = 0;
     for (size_t i = 0; i < ids.n; i++) ends += ids.ids[i] == 2;
@@ -1964,11 +1967,13 @@ static const char *program(void) {
 // What commands can use: the program; a chat of short greedy replies; a text in which a tool
 // speaks; the seed of the best of several samples; what b has behind a's length.
 static const char prelude[] =
-    "run() { \"$RUN\" \"$@\"; }; chat() { run endless.bin -m chat -n 12 -t 0 -q -c 999 \"$@\"; }; "
+    "run() { \"$RUN\" \"$@\"; }; chat() { run endless.bin -m chat -n 12 -t 0 -q -c 999 "
+    "--repeat-penalty 1 \"$@\"; }; "
     "tooled() { run endless.bin -T \"yes 'a b c' | head -c 3000\" -i 1+1 -n 4 -c 4000 -t 9 -p 1 -q "
     "--receipt \"$@\"; }; best() { run \"$@\" 2>&1 >/dev/null | sed -n 's/.*seed \\([0-9]*\\),.*, "
     "the best$/\\1/p'; }; rest() { tail -c +$(($(wc -c <$1) + 1)) $2; }; E=endless.bin; "
-    "e() { run endless.bin \"$@\"; }; t() { run tiny.bin \"$@\"; }; ";
+    "e() { run endless.bin \"$@\"; }; t() { run tiny.bin \"$@\"; }; settling() { "
+    "SOURCE_DATE_EPOCH=0 run settling.bin -m chat -q -n 9 -t 0 -c 99 \"$@\"; }; ";
 
 // Splits a command that needs no shell, of words and '...', in place. Returns their number, or 0.
 static int words_of(char *s, const char **argv) {
@@ -2121,6 +2126,8 @@ static void same(const char *what, const char *one, const char *other) {
 
 // ---- Models with their tokenizers that most tests below use
 
+static const char *const tiny_chat[] = {"", "<s>system ", "<|end|>", "<s>", "<s>", "<s>", "<|end|>",
+                                        "<|end|>", "\n"};
 static Vocabulary *tiny_vocabulary(void) {
     Vocabulary *v = new_vocabulary(BYTE_LEVEL);
     v->split = 2, v->digits = 1;
@@ -2130,9 +2137,7 @@ static Vocabulary *tiny_vocabulary(void) {
     v->bos = word(v, "<s>", CONTROL);
     word(v, "<|end|>", CONTROL);
     put32(&v->stops, 277), v->n_stops = 1;
-    const char *const chat[] = {"", "<s>system ", "<|end|>", "<s>", "<|end|>", "<s>", "<|end|>",
-                                "<s>", "<|end|>", "\n"};
-    for (int i = 0; i < 10; i++) chat_piece(v, chat[i]);
+    chat_format(v, tiny_chat, (int[N_CHAT]){[SYSTEM_BEFORE] = HAS_SYSTEM, [USER_AFTER] = THOUGHTS});
     return v;
 }
 
@@ -2168,7 +2173,8 @@ static void save_model(const char *name, const Made *m, const Vocabulary *v) {
     keep(text("%s.bin", name), &b), keep(text("%s.tok", name), &t);
 }
 // tiny: with a certificate. endless: with room for long texts that never end, as its tokenizer has
-// no EOS and no stops; other: like it, but smaller. plain: without a chat format. llama: a file of
+// no EOS and no stops; other: like it, but smaller. plain: without a chat format. nowhere: a system
+// turn has no place in it. settling: answered turns are written in another way. llama: a file of
 // llama2.c's. wordless: no token for what a chat says.
 static void make_models(void) {
     static bool made;
@@ -2186,7 +2192,15 @@ static void make_models(void) {
     m = make_weights(&s);
     save_model("endless", &m, v);
     v->chat.n = 0, v->n_chat = 0;
-    for (int i = 0; i < 10; i++) chat_piece(v, "");
+    chat_format(v, tiny_chat, (int[N_CHAT]){0});
+    save_model("nowhere", &m, v);
+    v->chat.n = 0, v->n_chat = 0;
+    chat_format(v, (const char *[]){"%d %B ", "<s>", ":", "<s>u", "u", "<s>w", "<|end|>t",
+                                    "<|end|>", "."},
+                (int[]){DATE, HAS_SYSTEM | SYSTEM_LAST, 0, 3, 3, 3, THOUGHTS, 3, 0});
+    save_model("settling", &m, v);
+    v->chat.n = 0, v->n_chat = 0;
+    for (int i = 0; i < N_CHAT; i++) chat_piece(v, "", 0);
     save_model("plain", &m, v);
     v = tiny_vocabulary(), v->n_stops = 0, v->stops.n = 0;
     m = make_weights(&small);
@@ -2195,7 +2209,7 @@ static void make_models(void) {
     save_model("llama", &m, v);
     v = new_vocabulary(BYTE_LEVEL);
     for (int i = 0; i < 278; i++) word(v, "a", NORMAL);
-    for (int i = 0; i < 10; i++) chat_piece(v, "Z");
+    for (int i = 0; i < N_CHAT; i++) chat_piece(v, "Z", 0);
     m = make_weights(&s);
     save_model("wordless", &m, v);
     random_state = keep_state;
@@ -2621,17 +2635,37 @@ static const struct { const char *what, *one, *other; } twins[] = {
      "saved\\nddd\\n/load saved\\ndef\\n' | chat", "cat other; rest one two"},
     {"-S goes on with a saved conversation", "rm -f saved; printf 'abc\\n/save saved\\n' | chat "
      ">/dev/null; echo def | chat -S saved", "rest one two"},
+    {"a chat that rewrites its history goes on in a session", "rm -f kv; for i in abc def dad; do "
+     "echo $i | settling -y be -S kv; done", "printf 'abc\\ndef\\ndad\\n' | settling -y be"},
+    {"and /undo takes its turns back", "printf 'abc\\ndad\\n/undo\\ndad\\n' | settling >out; "
+     "printf 'abc\\ndad\\n' | settling >out2; rest out2 out",
+     "printf 'abc\\ndad\\n' | settling >out; printf 'abc\\n' | settling >out2; rest out2 out"},
     {"speculation in a chat", "printf 'abc\\ndef\\n' | chat -d lookup", "cat two"},
-    {"wrong commands do not end a chat", "printf 'abc\\n/load /nowhere\\n/save "
-     "/nowhere/x\\n/help\\n/bad\\n/save\\n/save -\\ndef\\n' | chat", "cat two"},
-    {"-o is whole after commands that failed", "printf 'abc\\n/load /nowhere\\n/save "
-     "/nowhere/x\\ndef\\n' | chat -o said; cat said", "cat two"},
+    {"a chat goes on after what failed, and ends with status 1", "printf 'abc\\n/load /nowhere\\n"
+     "/save /nowhere/x\\n/help\\n/bad\\n/save\\n/save -\\ndef\\n' | chat; test $? = 1", "cat two"},
+    {"and leaves -o's old file alone", "for line in '/load /nowhere' '/save /nowhere/x' /bad /undo "
+     "$(printf %02000d 0); do echo mine >said; echo \"$line\" | chat -o said; echo $?; cat said; "
+     "done", "for i in 1 2 3 4 5; do echo 1; echo mine; done"},
+    {"// sends a message that begins with /", "echo //abc | chat",
+     "e -i '<s>/abc<|end|>' -n 12 -t 0 | tail -c +15"},
+    {"lines that end in \\ and lines between \"\"\" are one message", "printf '/a\\\\\\n/b\\n' | "
+     "sed s:^/a:a: | chat; printf '\"\"\"\\n/a\\\\\\n\\n/b\\n\"\"\"\\n' | chat", "chat -i \"$("
+     "printf 'a\\n/b')\" </dev/null; chat -i \"$(printf '/a\\\\\\n\\n/b')\" </dev/null"},
+    {"a byte order mark before a prompt is no part of it", "printf '\\357\\273\\277abc' >marked; "
+     "chat -f marked </dev/null; e -f marked -n 9 -t 0", "echo abc | chat; e -i abc -n 9 -t 0"},
+    {"but part of a text to compress", "t -m compress -f marked | t -m decompress", "cat marked"},
+    {"a chat format without a place for a system turn says so", "echo abc | run nowhere.bin -m "
+     "chat -n 12 -t 0 -q -c 999 --repeat-penalty 1 -y be 2>told; wc -l <told", "cat one; echo 1"},
+    {"without thoughts in the chat format <think> is text", "run nowhere.bin -i 'a<think>b' -n 1 "
+     "-t 0", "run nowhere.bin -i 'a<think>b' -n 1 -t 0 --think"},
+    {"a text that ends within a thought says so", "e -i 'a<think>b' -n 1 -q 2>&1 >/dev/null | grep "
+     "-c thought; e -i 'a<think>b</think>' -n 1 -q 2>&1 >/dev/null | wc -l", "echo 1; echo 0"},
     {"a file that is no session stays as it is", "echo mine >notes; printf 'abc\\n/save "
      "notes\\n/load notes\\ndef\\n' | chat; cat notes", "cat two; echo mine"},
     {"files in use stay as they are", "rm -f kv; cp $E before; printf 'abc\\n/save kv\\n/load "
      "kv\\n/save endless.bin\\ndef\\n' | chat -S kv; cmp before $E", "cat two"},
     {"the best of four in a chat is that of the rendered turn", "echo abc | e -m chat -n 12 -s 5 "
-     "-k 4 -b", "e -i '<s>abc<|end|>' -n 12 -s 5 -k 4 -b | tail -c +14"},
+     "-t 1 --repeat-penalty 1 -k 4 -b", "e -i '<s>abc<|end|>' -n 12 -s 5 -k 4 -b | tail -c +14"},
     {"a chat that is cut between turns, with room for 40 tokens", "for n in $(seq 1 40); do rm -f "
      "kv; echo abc | chat -n $n -c 40 -S kv; echo def | chat -n $n -c 40 -S kv; done",
      "for n in $(seq 1 40); do printf 'abc\\ndef\\n' | chat -n $n -c 40; done"},
@@ -2961,12 +2995,15 @@ static void test_display(void) {
         {"\xc2\x9b" "1m \xc3\x9b \xe2\x82\xac", "\xc2\xa0" "1m \xc3\x9b \xe2\x82\xac\n", 1, 0, ""},
         {"\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f", "\xc3\xa9 \xf0\x9f\x98\x80 \xf0\x9f\n", 0, 0, ""},
         {"thought</think>said", "said\n", 0, 0, "x</think><think>\n"}};
+    int errors = dup(2), nowhere = open("/dev/null", O_WRONLY);
+    dup2(nowhere, 2);  // that some thoughts did not end
     for (size_t i = 0; i < 20 * sizeof cases / sizeof *cases; i++) {
         const char *s = cases[i / 20].text, *expected = cases[i / 20].expected;
         Options o = {.think = cases[i / 20].think};
+        Tokenizer t = {.chat_flags[USER_AFTER] = THOUGHTS};
         Output out = {.fd = -1};
         out.terminal = cases[i / 20].terminal;
-        output_begin(&out, &o, true, (Text){cases[i / 20].prompt, strlen(cases[i / 20].prompt)});
+        output_begin(&out, &o, &t, (Text){cases[i / 20].prompt, strlen(cases[i / 20].prompt)});
         for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
             n = 1 + (size_t)below(i % 20 ? 9 : 1);
             if (n > len - at) n = len - at;
@@ -2977,6 +3014,7 @@ static void test_display(void) {
               "\"%s\" is shown as \"%s\", not \"%.*s\"", s, expected, (int)out.n, out.memory);
         free(out.memory);
     }
+    dup2(errors, 2), close(errors), close(nowhere);
 }
 
 // Text that streams in pieces of random lengths ends before the first of some texts, and nothing of
@@ -2989,6 +3027,8 @@ static void test_stops(void) {
         {"no stop, but a par", {"part"}, "no stop, but a par"}, {"x", {"x"}, ""},
         {"\xe2\x82\xac\xe2\x82\xacuro", {"\xacu"}, "\xe2\x82\xac\xe2\x82"},
         {"a<think>bc</think>cd\nc", {"b"}, "a"}, {"a<think>b</think>c\n\nd", {"\n\n"}, "ac"}};
+    int errors = dup(2), nowhere = open("/dev/null", O_WRONLY);
+    dup2(nowhere, 2);  // where it is said that a thought did not end
     for (size_t i = 0; i < 50 * sizeof cases / sizeof *cases; i++) {
         const char *s = cases[i / 50].text, *expected = cases[i / 50].expected;
         Options o = {0};
@@ -2998,7 +3038,8 @@ static void test_stops(void) {
         Output out = {.fd = i % 2 ? fileno(file) : -1};
         char sent[100];
         size_t len = strlen(s), whole = strlen(expected);
-        output_begin(&out, &o, true, (Text){"", 0});
+        Tokenizer t = {.chat_flags[USER_AFTER] = THOUGHTS};
+        output_begin(&out, &o, &t, (Text){"", 0});
         for (size_t at = 0, n; at < len; at += n) {
             n = 1 + (size_t)below(i % 10 ? 5 : 1);
             if (n > len - at) n = len - at;
@@ -3015,6 +3056,7 @@ static void test_stops(void) {
         fclose(file);
         free(out.memory);
     }
+    dup2(errors, 2), close(errors), close(nowhere);
 }
 
 #ifndef NO_EACH
@@ -3114,8 +3156,84 @@ static void test_logprobs(void) {
     refused(2, "--logprobs cannot be used", "run endless.bin -k 2 --logprobs 2");
 }
 
+#ifndef NO_CHAT
+// Two turns in chat formats: the first one is written anew once it is answered.
+static const struct {
+    const char *what, *system, *user, *reply, *next, *text;
+    int flags[N_CHAT];
+} chats[] = {
+    {"texts stand between the pieces", NULL, " a ", " b ", "c", "DU a A b ELcA", {0}},
+    {"an answer is written behind REPLY_BEFORE", NULL, "a", "b", "c", "DUaRbELcA", {0}},
+    {"blanks are trimmed as in Python", NULL, "\xe3\x80\x80" "a a\x1f", "\n b\xc2\xa0\n", " c",
+     "DUa aRbEL cA", {[USER_BEFORE] = 3, [REPLY_BEFORE] = 3}},
+    {"a text of blanks only", NULL, " \n", "\n\n b ", "\n", "DUR bELA",
+     {[USER_BEFORE] = 2, [REPLY_BEFORE] = 6, [LATER_BEFORE] = 1}},
+    {"a system text", "s", "a", "b", "c", "SsZVaRbELcA", {[SYSTEM_BEFORE] = HAS_SYSTEM}},
+    {"an empty one", "", "a", "b", "c", "SZVaRbELcA", {[SYSTEM_BEFORE] = HAS_SYSTEM}},
+    {"an empty one that is none", " ", "a", "b", "c", "DUaRbELcA",
+     {[SYSTEM_BEFORE] = HAS_SYSTEM | EMPTY_IS_NONE | TRIM_LEFT}},
+    {"one without a place", "s", "a", "b", "c", "DUaRbELcA", {0}},
+    {"one in the last turn", "s", "a", "b", "c", "DUaRbELsZVcA",
+     {[SYSTEM_BEFORE] = HAS_SYSTEM | SYSTEM_LAST}},
+    {"thoughts of earlier answers are left out", NULL, "a</think>", "x</think>y</think>\n b ", "c",
+     "DUa</think>R b ELcA", {[REPLY_BEFORE] = CUT_THOUGHT | TRIM_NEWLINES << FROM_THOUGHT}},
+    {"but are text in other formats", NULL, "a", "<think>x</think>b", "c",
+     "DUaR<think>x</think>bELcA", {0}},
+    {"the date, and a percent sign", NULL, "%d", "b", "c", "01 January 1970U%dRbELcA",
+     {[DEFAULT_SYSTEM] = DATE}}};
+
+static void test_chats(void) {
+    Model m;
+    load_model(&m, "endless.bin");
+    setenv("SOURCE_DATE_EPOCH", "0", 1);
+    for (size_t i = 0; i < sizeof chats / sizeof *chats; i++) {
+        Vocabulary *v = tiny_vocabulary();
+        bool dated = chats[i].flags[DEFAULT_SYSTEM], same = i == 0;
+        v->chat.n = 0, v->n_chat = 0;
+        chat_format(v, (const char *[]){dated ? "%d %B %Y" : "D", "S", "Z", "U", "V", "L", "A",
+                                        same ? "A" : "R", "E"}, chats[i].flags);
+        Tokenizer t = open_tokenizer(v, "chats.tok");
+        Options o = {.threads = 1, .temperature = 0, .repeat_penalty = 1, .context = 300,
+                     .mode = "chat", .quiet = true};
+        Text system = {chats[i].system, chats[i].system ? strlen(chats[i].system) : 0};
+        Output out = {.fd = -1};
+        Machine w;
+        Decoder d;
+        machine_open(&w, &d, &o, &m, &t, &out);
+        Prompt p[3] = {{0}};
+        Text user = {chats[i].user, strlen(chats[i].user)};
+        Text next = {chats[i].next, strlen(chats[i].next)};
+        Text reply = {chats[i].reply, strlen(chats[i].reply)};
+        Ids *ids = &d.c.ids;
+        prompt_turn(&p[0], &t, -1, system, user, USER_AFTER);
+        prompt_encode(&p[0], &t, true, ids);
+        int answer = (int)ids->n;
+        encode(&t, reply, NULL, false, ids);
+        decoder_settle(&w, &d, 0);
+        int done = d.c.done;
+        prompt_turn(&p[1], &t, -1, system, user, REPLY_BEFORE);
+        chat_settle(&w, &d, &p[0], &p[1], 0, answer);
+        prompt_turn(&p[2], &t, ids->ids[ids->n - 1], system, next, USER_AFTER);
+        ids->n--;
+        prompt_encode(&p[2], &t, false, ids);
+        Output got = decoder_text(&w, &d, 0);
+        const char *text = chats[i].text;
+        CHECK(got.n == strlen(text) && !memcmp(got.memory, text, got.n), "%s: %.*s, not %s",
+              chats[i].what, (int)got.n, got.memory, text);
+        CHECK(!same || d.c.done == done, "what did not change is not computed again");
+        for (int j = 0; j < 3; j++) prompt_free(&p[j]);
+        free(got.memory), machine_close(&w, &d), free_tokenizer(&t);
+    }
+    unsetenv("SOURCE_DATE_EPOCH");
+    free_model(&m);
+}
+#endif
+
 static void test_decoders(void) {
     if (no_program()) return;
+#ifndef NO_CHAT
+    test_chats();
+#endif
     test_logprobs();
 #ifndef NO_EACH
     test_each();
@@ -3240,7 +3358,7 @@ static void test_refused_sessions(void) {
     refused(1, "in use", "run endless.bin -S kv -n 3");
     Ran r = ran("printf 'ab\\n/save kv\\n/load kv\\n' | chat -c 300");
     const char *first = strstr((char *)r.err.p, "in use");
-    CHECK(cut_out("chat") || (r.status == 0 && first && strstr(first + 1, "in use")),
+    CHECK(cut_out("chat") || (r.status == 1 && first && strstr(first + 1, "in use")),
           "a session that is open is neither saved to nor loaded: %s", r.err.p);
     Buffer after = bytes_of(NULL, before.n);
     CHECK(pread(fd, after.p, after.n, 0) == (ssize_t)before.n && equal(&before, &after),
@@ -3364,7 +3482,7 @@ static Buffer explained(const Model *m, const Tokenizer *t, Options o) {
     o.temperature = 1, o.top_p = 0.9, o.repeat_penalty = 1, o.seed = 5, o.threads = 1;
     o.layer = o.head = -1, o.quiet = true;
     Output out = {.fd = -1};
-    o.input = input_read(o.prompt_file, o.prompt);
+    o.input = input_read(o.prompt_file, o.prompt, true);
     explain(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
     Buffer b = bytes_of(out.memory, out.n);
@@ -3407,6 +3525,43 @@ static Buffer stripped(const Buffer *b) {
         else if (*p != '\r') put(&s, p, 1);
     return s;
 }
+
+#ifndef NO_CHAT
+// Lines of a chat that are edited at a terminal: keys that are pressed, and the lines they make.
+static void test_editing(void) {
+    static const struct { const char *keys, *lines; } cases[] = {
+        {"xbcd\x01\x1b[3~a\x05\x1b[D\x0b\n", "abc\\n"},
+        {"ab c d\x17\x17\x7f\x7f" "cab\n", "acab\\n"},
+        {"abc\n\x1b[A\x1b[H\x04\r", "abc\\nbc\\n"},
+        {"def\nx\x10\x0e\x15" "a\x02" "b\n", "def\\nba\\n"},
+        {"\x1b[200~ab\ncd\x1b[201~\n", "ab\\\\\\ncd\\n"}, {"ab\\\ncd\n", "ab\\\\\\ncd\\n"},
+        {"a\xc3\xa9\xe6\x97\xa5\x1b[D\x08" "b\n/exit\nabc\n", "ab\xe6\x97\xa5\\n"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) abort();
+        int other = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+        const char *argv[20] = {0};
+        char command[] = "run endless.bin -m chat -n 12 -t 0 -c 999 --repeat-penalty 1 -o edited";
+        words_of(command, argv);
+        setenv("TERM", "xterm", 1);
+        remove("edited");
+        pid_t pid = start(argv, (int[]){other, other, other}, 20);
+        close(other);
+        const char *keys = text("%s\x04", cases[i].keys);
+        char shown[4096] = "";
+        for (ssize_t got = 0; got >= 0 && !strstr(shown, "> ");) {  // now keys come one by one
+            got = read(terminal, shown, sizeof shown - 1);
+            shown[got < 0 ? 0 : got] = 0;
+        }
+        bool sent = write(terminal, keys, strlen(keys)) == (ssize_t)strlen(keys);
+        while (read(terminal, shown, sizeof shown) > 0) {}
+        close(terminal);
+        CHECK(sent && status_of(pid) == 0, "keys %zu end the chat", i);
+        same("edited lines", text("cat edited; cmp edited edited"),
+             text("printf '%s' | chat -o plain; cat plain", cases[i].lines));
+    }
+}
+#endif
 
 static void test_terminal(void) {
     const char *const prompts[] = {
@@ -3492,6 +3647,9 @@ static void test_explain(void) {
     if (no_program()) return;
     test_page();
     test_terminal();
+#ifndef NO_CHAT
+    test_editing();
+#endif
 #endif
 }
 
@@ -3511,7 +3669,7 @@ static Buffer coded(const Model *m, const Tokenizer *t, const Buffer *b, bool ba
     Options o = {.mode = back ? "decompress" : "compress", .prompt_file = keep("in", b),
                  .context = context, .threads = 1, .quiet = true};
     Output out = {.fd = -1};
-    o.input = input_read(o.prompt_file, o.prompt);
+    o.input = input_read(o.prompt_file, o.prompt, false);
     compress(&o, m, t, &out);
     free((char *)(uintptr_t)o.input.s);
     Buffer result = bytes_of(out.memory, out.n);
@@ -3672,8 +3830,8 @@ static const struct { const char *what; uint64_t hash; } known[] = {
     {"oss q8", 0x3b4b1fd69e203a19}, {"oss q4", 0xd0e118cdf678acb0}, {"oss q4a", 0x7301e341a13e3de6},
     {"glm f32", 0x1f2ac10d84b45f6e}, {"glm bf16", 0x91294d7809db7e67},
     {"glm q8", 0xbd9feff4be87c782}, {"glm q4", 0x847f89f3ea66196d}, {"glm q4a", 0xd541238441009139},
-    {"traces", 0xa6d3216beb9174eb}, {"byte-level", 0x18185c65ae66dadb},
-    {"SentencePiece", 0x05f9beb2a73cd2f9}, {"SentencePiece without bytes", 0x4737f08469c6d602},
+    {"traces", 0xa6d3216beb9174eb}, {"byte-level", 0x5df8b03304bb1e9a},
+    {"SentencePiece", 0x57e52be31590a38c}, {"SentencePiece without bytes", 0xe804bf0d6e5a42fb},
     {"llama2.c", 0x3f20060a9f65f5de}
 };
 
