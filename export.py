@@ -11,6 +11,7 @@ SOURCE is one of
     org/name            a Hugging Face model id
     file.bin            a llama2.c checkpoint, version 0, 1 or 2
     random:dim=..,hidden=..,layers=..,heads=..,kv=..[,vocab=..,ctx=..]   random weights, for timing
+        [,experts=..,active=..,expert_hidden=..]
 
 Without --dtype each matrix is stored as it comes, in the dtype that loses nothing or least: GGUF's
 Q4_K and Q4_1 -> q4a, Q4_0 -> q4, all other quantized ones and llama2.c's version 2 -> q8, bfloat16
@@ -797,7 +798,7 @@ GRANITE_NAMES = {"router": "block_sparse_moe.router.layer",
 OSS_NAMES = {"router router_bias": "mlp.router", "w_gate w_up": "mlp.experts.gate_up_proj*",
              "b_gate b_up": "mlp.experts.gate_up_proj_bias*",
              "w_down": "mlp.experts.down_proj*", "b_down": "mlp.experts.down_proj_bias*"}
-LAYER_NORM = {"has": NORM_BIAS, "flags": CENTERED, "lacks": {"w_up"}}
+LAYER_NORM = {"has": NORM_BIAS | {"b_gate", "b_down"}, "flags": CENTERED, "lacks": {"w_up"}}
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 FAMILIES = {
     "llama": Family(), "mistral": Family(window=0, defaults={
@@ -825,11 +826,13 @@ FAMILIES = {
     "nanochat": Family(QK_NORM, {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
                        {"w_gate": "mlp.fc1", "w_down": "mlp.fc2"}, lacks={"w_up"}, turned="swapped",
                        ones={"attn_norm", "ffn_norm", "final_norm", *QK_NORM}),
-    "gpt2": Family(NORM_BIAS | {"position_embedding"}, {**TIED, "hidden_act": "gelu_new"},
-                   GPT2_NAMES, CENTERED, {"w_up"}, transposed=EXPERT | {"wq", "wk", "wv", "wo"}),
+    "gpt2": Family(NORM_BIAS | BIASES - {"b_up"} | {"position_embedding"},
+                   {**TIED, "hidden_act": "gelu_new"}, GPT2_NAMES, CENTERED, {"w_up"},
+                   transposed=EXPERT | {"wq", "wk", "wv", "wo"}),
     "gpt_neox": Family(**LAYER_NORM, names=NEOX_NAMES, fused="heads", defaults={
-        "partial_rotary_factor": 0.25, "use_parallel_residual": True, "hidden_act": "gelu"}),
-    "starcoder2": Family(**LAYER_NORM, window=0, defaults=TIED, names={
+        "partial_rotary_factor": 0.25, "use_parallel_residual": True, "hidden_act": "gelu",
+        "attention_bias": True}),
+    "starcoder2": Family(**LAYER_NORM, window=0, defaults={**TIED, "use_bias": True}, names={
         "w_gate b_gate": "mlp.c_fc", "w_down b_down": "mlp.c_proj"}),
     "mixtral": Family(names=MIXTRAL_NAMES, flags=FULL_SHARES, window=0),
     "qwen2_moe": Family(QKV_BIAS, window=0), "qwen3_moe": Family(QK_NORM, window=0),
@@ -838,7 +841,8 @@ FAMILIES = {
     "ernie4_5_moe": Family({"choice_bias"}, TIED, turned="pairs", flags=FULL_SHARES, names={
         "choice_bias": "mlp.moe_statics.e_score_correction_bias*"}),
     "glm4_moe": Family({"choice_bias"}, flags=SIGMOID_ROUTER),
-    "gpt_oss": Family({"sinks", "router_bias"}, {"sliding_window": 128, "swiglu_limit": 7.0},
+    "gpt_oss": Family({"sinks", "router_bias", "b_gate", "b_up", "b_down"},
+                      {"sliding_window": 128, "swiglu_limit": 7.0, "attention_bias": True},
                       OSS_NAMES, FULL_SHARES, window=2, fused="zip", transposed=EXPERT),
 }
 ALIASES = {  # other names of config.json's keys
@@ -934,9 +938,12 @@ def read_config(where, c, name, found=frozenset()):
     require(activation in ACTIVATIONS, f"{where}: hidden_act '{activation}' is not supported")
     for key in UNSUPPORTED:
         require(not c.get(key), f"{where}: {key} = {c.get(key)} is not supported")
-    optional = family.has | (QK_NORM if c.get("use_qk_norm") else set()) | found
-    biased = [key for key in ("attention_bias", "use_bias", "qkv_bias") if c.get(key)]
-    require(not biased or QKV_BIAS <= optional, f"{where}: {biased} without such tensors")
+    biased = {"attention_bias": QKV_BIAS | {"bo"}, "qkv_bias": QKV_BIAS, "use_bias": BIASES,
+              "attention_out_bias": {"bo"}, "mlp_bias": BIASES - QKV_BIAS - {"bo"}}
+    biases = set().union(*(names for key, names in biased.items() if c.get(key)))
+    optional = family.has | (QK_NORM if c.get("use_qk_norm") else set()) | biases & found
+    require(not biases & QKV_BIAS or QKV_BIAS <= optional, f"{where}: it has no such biases as its "
+            "config.json says")
     if not c.get("tie_word_embeddings"):
         optional = optional | {"classifier"}
     heads, dim, layers = c["num_attention_heads"], c["hidden_size"], c["num_hidden_layers"]
