@@ -1431,9 +1431,18 @@ class Atoms:
         self.masks = {e: sum(1 << int(a) for a in np.unique(key[characters_of(e)]))
                       for e in expressions}
         self.masks[None] = 0
+        draw = np.random.default_rng(7)
+        self.samples = [chr(c) for a in range(key.max() + 1)
+                        for c in draw.choice(tried[key == a], 4)]
         self.of = bytearray(0x110000)
         for first, last, atom in self.ranges:
             self.of[first:last + 1] = bytes([atom]) * (last + 1 - first)
+
+    @classmethod
+    def made(cls, where, expressions, cache={}):
+        if expressions not in cache:
+            cache[expressions] = cls(where, expressions)
+        return cache[expressions]
 
     def within(self, char, expression):
         return self.masks[expression] >> self.of[ord(char)] & 1
@@ -1554,7 +1563,7 @@ class Vocab:
             flags |= a.flags
         expressions |= {r"\s"} if flags & (LSTRIP | RSTRIP) else set()
         expressions |= {"word", r"\s"} if flags & SINGLE_WORD else set()
-        self.atoms = Atoms(self.where, sorted(expressions))
+        self.atoms = Atoms.made(self.where, tuple(sorted(expressions)))
         self.marks, self.forms = [], []
         if any(s.kind == NORMAL_FORM_C for s in self.steps):
             self.marks, self.forms = normal_forms(self.where)
@@ -1729,10 +1738,6 @@ def proof_texts(v):
     """A few hundred texts: every class of characters and every added token, in any company."""
     import random
     draw = random.Random(7)
-    by_atom = defaultdict(list)
-    for c in CHARACTERS_TRIED:
-        by_atom[v.atoms.of[c]].append(chr(c))
-    chars = [draw.choice(several) for several in by_atom.values() for _ in range(4)]
     names = sorted(v.names)
     names = [*draw.sample(names, min(len(names), 30)), *(v.names and (names[0], names[-1]))]
     for a in v.added:       # with each set of flags
@@ -1741,7 +1746,7 @@ def proof_texts(v):
     tokens = [v.tokens[draw.randrange(len(v.tokens))].decode(errors="ignore") for _ in range(200)]
     texts = [t for n in names for t in (n, f" {n} ", f"a{n}b", f"\n {n}\t {n}{n}", f"a {n}b ")]
     for i in range(400):
-        pool = (PROOF_PIECES, chars, tokens, names or [" "])
+        pool = (PROOF_PIECES, v.atoms.samples, tokens, names or [" "])
         kinds = draw.choices(range(4), (8, 2, 3, 1 + i % 3), k=draw.randrange(1, 30))
         texts.append("".join(draw.choice(pool[kind]) for kind in kinds))
     draw.shuffle(texts)
