@@ -5489,20 +5489,32 @@ static void option_set(Options *o, const struct Option *option, const char *a, c
         usage_error("%s goes from %.10g to %.10g, not \"%.40s\"", a, option->low, option->high, s);
 }
 
-// Options are given as -x, --name or --name=value.
+static const struct Option *option_find(const char *name, size_t n, size_t at) {
+    for (const struct Option *option = options; option < options + N_OPTIONS; option++)
+        if (option->modes && n && n == strcspn(option->name + at, ", ") &&
+            !strncmp(option->name + at, name, n)) return option;
+    return NULL;
+}
+
+// Options are given as -x, --name or --name=value; -n5 is -n 5, and -qb is -q -b.
 static void option_parse(Options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        const struct Option *option = options, *end = options + N_OPTIONS;
-        const char *a = argv[i];
-        size_t at = a[0] && a[1] == '-' ? 4 : 0, n = at ? strcspn(a, "=") : strlen(a);
-        while (option < end && (!option->modes || !n || n != strcspn(option->name + at, ", ") ||
-                                strncmp(option->name + at, a, n)))
-            option++;
-        if (option < end)
-            option_set(o, option, a, a[n] ? a + n + 1 : option->kind == FLAG ? NULL : argv[++i]);
-        else if (a[0] == '-' && a[1]) usage_error("unknown option %s", a);
-        else if (o->model) usage_error("there are two models, %s and %s", o->model, a);
-        else o->model = a;
+        char *a = argv[i], name[3] = {'-', a[0] ? a[1] : 0, 0};
+        bool given = a[0] == '-' && a[1], word = given && a[1] == '-';
+        if (!given && o->model && !strcmp(o->mode, "generate"))
+            for (int mode = 0; mode < N_MODES; mode++)
+                if (modes[mode].name && !strcmp(a, modes[mode].name))
+                    usage_error("a mode is chosen with -m: -m %s", a);
+        if (!given && o->model) usage_error("there are two models, %s and %s", o->model, a);
+        if (!given) o->model = a;
+        size_t n = given ? strcspn(a, "=") : 0;
+        const struct Option *option = word ? option_find(a, n, 4) : option_find(name, 2, 0);
+        if (given && !option) usage_error("unknown option %s", a);
+        bool flag = given && option->kind == FLAG;
+        char *value = word && a[n] ? a + n + 1 : given && !word && a[2] ? a + 2 : NULL;
+        if (flag && !word && value) a[1] = '-', a[2] = value[0], argv[i--] = a + 1, value = NULL;
+        if (given && !flag && !value) value = argv[++i];
+        if (given) option_set(o, option, word ? a : name, value);
     }
 }
 
@@ -5662,6 +5674,8 @@ int main(int argc, char **argv) {
     if (mode == LOGITS) o.temperature = 0;  // nothing is drawn: there is no seed to tell
     bool zips = mode == COMPRESS || mode == DECOMPRESS;
     if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
+    bool written = o.prompt || o.prompt_file || o.session || o.each;
+    if (mode == GENERATE && !written && !isatty(0)) o.prompt_file = "-";
     catch_signals();
     start_threads((int)o.threads);
     Model m;
@@ -5674,6 +5688,8 @@ int main(int argc, char **argv) {
     out.mute = o.logprobs >= 0;
     o.input = input_read(o.prompt_file, o.prompt, DRAW >> mode & 1);  // which may wait for long
     o.lines = input_read(o.each, NULL, false);
+    if (TALK >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
+        o.input.len--;  // the end of a file's last line is no part of a prompt
     if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))
         usage_error("the prompt has no {} for the lines of --each");
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal
