@@ -857,13 +857,14 @@ ALIASES = {  # other names of config.json's keys
 }
 # What config.json may also say: it changes nothing here, or only together with what is read.
 HARMLESS = re.compile("|".join((
-    r".*(dropout|_pdrop|_token_id|_token_index|_tokens_per_image)", r"(text|vision|audio)_config",
+    ".*(dropout|_pdrop|_token_id|_token_index|_tokens_per_image)|(text|vision|audio|dual.*)_config",
     "model_type|_name_or_path|architectures|auto_map|dtype|torch_dtype|use_cache|tokenizer_class",
     "_?attn_implementation.*|transformers(_version|.js_config)|initializer_.*|is_decoder",
     "cache_implementation|gradient_checkpointing|return_dict|chunk_size_feed_forward|id2label",
     "output_(attentions|hidden_states|router_logits)|router_aux_loss_coef|label2id|problem_type",
     "task_specific_params|summary_.*|pretraining_tp|unsloth_.*|layer_types|use_sliding_window",
     "is_llama_config|max_(window_layers|sequence_length)|_?sliding_window_pattern|.*flash_att.*",
+    "(length|repetition)_penalty|max_length|num_(beam|return|label).*|temperature|top_.|typical_p",
     "type|factor|(low|high)_freq_factor|attention_factor|original_max_position_embeddings",
     "beta_(fast|slow)|mscale(_all_dim)?|truncate|finetuned",                # of RoPE
     "vocab_size|tensor_data_layout|attention.(causal|(key|value)_length(_swa)?)",   # of GGUF

@@ -2787,12 +2787,14 @@ static void output_begin(Output *out, const Options *o, const Tokenizer *t, Text
     for (size_t n = 1; out->filter && n <= prompt.len; n++)
         if (text_ends(prompt.s, n, output_tags[out->thinking])) output_think(out, 0);
 }
-// Ends it: with what is held back, and a newline.
+// Ends it: a thought that has no end; with what is held back, and a newline.
+static void output_awake(Output *out) {
+    if (!out->thinking) return;
+    fputs("run: an answer ended within its thought: -n gives it more tokens\n", stderr);
+    output_think(out, 0);
+}
 static void output_end(Output *out) {
-    if (out->thinking) {
-        fputs("run: an answer ended within its thought: -n gives it more tokens\n", stderr);
-        output_think(out, 0);
-    }
+    output_awake(out);
     if (!out->mute) output_write(out, "\n", 1);
 }
 
@@ -4083,7 +4085,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     }
     prompt_free(&message), prompt_free(&asked);
     machine_close(&w, &d);
-    if (unfinished) exit(1);  // without the file of -o
+    if (unfinished && !interrupted) exit(1);  // without the file of -o
 }
 #endif
 // ---- [5.8] explain ------------------------------------------------------------------------------
@@ -5017,7 +5019,7 @@ static void each_begin(Each *e, Decoder *d) {
 // Ends a line whose answer is complete.
 static void each_end(Each *e, Decoder *d) {
     Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
-    if (d->own.thinking) output_think(&d->own, 0);
+    output_awake(&d->own);
     if (e->w.o->quote) output_json(answer, (Text){d->own.memory, d->own.n});
     else output_put(answer, d->own.memory, d->own.n, SIZE_MAX);
     output_put(answer, "\n", 1, SIZE_MAX);
@@ -5354,6 +5356,7 @@ int main(int argc, char **argv) {
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
+    if (mode == LOGITS) o.temperature = 0;  // nothing is drawn: there is no seed to tell
     bool zips = mode == COMPRESS || mode == DECOMPRESS;
     if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
     catch_signals();
