@@ -147,8 +147,7 @@ typedef struct {
     Matrix wk, wv;          // (n_kv_heads * head_dim, dim)
     Matrix wo;              // (dim, n_heads * head_dim)
     Matrix bq, bk, bv, bo;  // biases of the four (Qwen2)
-    Matrix q_norm, k_norm;  // (head_dim), of each query and key (Qwen3, Gemma 3)
-    Matrix sinks;           // (n_heads) (GPT-OSS)
+    Matrix q_norm, k_norm, sinks;  // (head_dim), of each query and key (Qwen3); (n_heads) (GPT-OSS)
     Matrix w_gate, w_up;    // (hidden_dim, dim); w_up NULL: nothing is gated (GPT-2). In a layer
     Matrix w_down;          // (dim, hidden_dim)  with a router these six are (expert_hidden, dim)
     Matrix b_gate, b_up, b_down;           // and so on, n_experts of each, one after the other
@@ -485,8 +484,7 @@ static void activate(const Pass *f, int i) {
     gated_activation(gate, up, n, f->m->c.activation);
 }
 static void feed_forward_out(const Pass *f, int i) {
-    static const Matrix none;
-    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
+    add_to_stream(f, i, f->l->router.data ? &(Matrix){0} : &f->l->b_down, &f->l->post_ffn_norm);
 }
 static void last(const Pass *f, int i) {
     norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
