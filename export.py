@@ -1532,64 +1532,362 @@ def open_lora(folder, source):
 # ------------------------------------------------------------------------------------------------
 # 4. The tokenizer
 #
-# Every form of a vocabulary becomes a Vocab. Its `library` encodes by an independent library
-# (tokenizers or sentencepiece); the ids it gives are stored in the checkpoint, and run.c's own
-# tokenizer is checked against them.
+# Every form of a vocabulary becomes a Vocab: tokens, and the steps that run.c takes a text through.
+# Its `library` encodes by an independent library (tokenizers or sentencepiece); a model of what
+# run.c does is held against it before anything is written, and some ids it gives are stored in the
+# checkpoint, so that run.c checks itself.
 
-TOKENIZER_MAGIC, TOKENIZER_VERSION = 0x336B6F74, 2
-BYTE_LEVEL, SENTENCEPIECE = 0, 1
+TOKENIZER_MAGIC, TOKENIZER_VERSION = 0x346B6F74, 1
 NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED = range(5)
-PIECE_TYPES = (None, NORMAL, UNUSED, CONTROL, USER_DEFINED, UNUSED, BYTE)   # by SentencePiece's
-ADD_BOS, SPACE_PREFIX, IGNORE_MERGES, PREFIX_FIRST = 1, 2, 4, 8
+PIECE_TYPES = (None, NORMAL, CONTROL, CONTROL, USER_DEFINED, UNUSED, BYTE)   # by SentencePiece's
+ADD_BOS, DROP_SPACE, IGNORE_MERGES, BY_SCORE, CHARACTERS, FUSE_UNK = (1 << i for i in range(6))
+LSTRIP, RSTRIP, SINGLE_WORD, NORMALIZED, ONLY_UNTYPED = (1 << i for i in range(5))
+FIND, NORMAL_FORM_C, REPLACE, SPLIT = range(4)
+TAKE, TAKE_ALL, FOLLOWED, NOT_FOLLOWED = range(4)
+UNLESS_THERE, ONLY_FIRST = 1, 2         # REPLACE of nothing, which is to put in front
+# SPLIT: bits 0 to 3, cut where two stretches without, without and with, with and without, with a
+# match meet; 4 and 5, drop what is none, or one
+BEHAVIORS = {"Isolated": 15, "Removed": 47, "MergedWithPrevious": 13, "MergedWithNext": 11,
+             "Contiguous": 6}
 SPACE = "\u2581"        # how SentencePiece writes a space
 END_OF_TURN = (b"<|im_end|>", b"<end_of_turn>", b"<|eot_id|>", b"<|eom_id|>", b"<|endoftext|>",
                b"<|end_of_text|>", b"<|end|>")
+Added = namedtuple("Added", "text id flags")
+Step = namedtuple("Step", "kind how origin to pattern", defaults=(0, "", "", None))
 
-# How byte-level BPE cuts text into pre-tokens: by GPT-2's or cl100k's regex; the longest run of
-# digits in cl100k's (0: any); whether every digit is cut out first.
-Rule = namedtuple("Rule", "split digits isolate_digits")
-NO_SPLIT, GPT2_SPLIT, CL100K_SPLIT = range(3)
-GPT2, SMOLLM, NO_RULE = Rule(GPT2_SPLIT, 0, 0), Rule(GPT2_SPLIT, 0, 1), Rule(NO_SPLIT, 0, 0)
-LLAMA3, QWEN2, CL100K = (Rule(CL100K_SPLIT, digits, 0) for digits in (3, 1, 0))
-GGUF_RULES = {"default": GPT2, "gpt-2": GPT2, "smollm": SMOLLM, "qwen2": QWEN2,
-              "deepseek-r1-qwen": QWEN2, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3}
-CL100K_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# How byte-level BPE cuts text into words, for GGUFs, which only name it: (patterns, one after the
+# other; whether text is brought to the normal form C first).
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = r"[^\r\n\p{{L}}\p{{N}}]?{0}*{1}+{2}|[^\r\n\p{{L}}\p{{N}}]?{0}+{1}*{2}".format
+O200K = (CASED(UPPER, LOWER, ENGLISH + "?") + r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES)
+KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+DEEPSEEK = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+            r"| ?[\p{P}\p{S}]+[\r\n]*|" + SPACES)
+WORDS = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+GGUF_PATTERNS = {
+    "default gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
+    "jina-v1-en jina-v2-code roberta-bpe mpt olmo jais trillion granite-docling exaone4": [GPT2],
+    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": [r"\p{N}", GPT2],
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe "
+    "glm4 chatglm-bpe": [CL100K % "{1,3}"],
+    "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2": [
+        CL100K % ""], "ufakzeka": [(CL100K % "").removeprefix(ENGLISH + "|")],
+    "jais-2": [(CL100K % "{1,3}").replace(r"|\s+(?!\S)|\s+", "".join(
+        rf"|\s{{{1 << i}}}(?!\S)" for i in range(9, 1, -1)) + r"|\s{1,2}(?!\S)|\s{1}")],
+    "qwen35": [ENGLISH + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+               + SPACES],
+    "gpt-4o llama4 kanana2 talkie minimax-m2 granite-embed-multi-97m": [O200K % "{1,3}"],
+    "tekken": [CASED(UPPER, LOWER, "") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES],
+    "youtu": ["[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a"
+              "\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+|[\u3105-\u312f]+|" + KANA, O200K % ""],
+    "deepseek-v3 hunyuan-dense joyai-llm hy_v4": [r"\p{N}{1,3}", KANA, DEEPSEEK],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00"
+                       "\uac00-\ud7ff]+", r"\p{N}"],
+    "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"],
+    "poro-chat bloom gpt3-finnish": [WORDS], "viking": [WORDS, r"\p{N}"],
+    "bailingmoe bailingmoe2 llada-moe": [
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|"
+        r"\s*[\r\n]|\s+(?!\S)|\s+"],
+    "seed-coder": [
+        ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + SPACES],
+    "minicpm5": [r"\p{N}{1,3}", CL100K % "+"],
+    "laguna": [r"[^\n]+|[\n]+", CL100K % ""]}
+GGUF_RULES = {name: regexes for names, regexes in GGUF_PATTERNS.items() for name in names.split()}
+GGUF_NORMAL_FORM_C = "qwen2", "qwen35"
+GGUF_WHOLE_WORDS = {      # with ignore_merges
+    "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+    "jina-v5-nano", "tekken", "youtu", "minicpm5", "granite-embed-multi-97m"}
 
 
-def pre_tokenizer(rule):
-    """The pre_tokenizer of a tokenizer.json that follows a Rule."""
-    steps = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-              "use_regex": rule.split == GPT2_SPLIT}]
-    if rule.isolate_digits:
-        steps.insert(0, {"type": "Digits", "individual_digits": True})
-    if rule.split == CL100K_SPLIT:
-        regex = CL100K_REGEX % {3: "{1,3}", 1: "", 0: "+"}[rule.digits]
-        steps.insert(0, {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
-                         "invert": False})
-    return {"type": "Sequence", "pretokenizers": steps}
+# Patterns. A regular expression becomes a graph of elements: [set, least, most, kind, next,
+# otherwise], as run.c has it; sets are expressions that match one character, in the words of the
+# tokenizers library's own engine, which tells what is in them: so run.c cuts as it does, whatever
+# Unicode version this Python knows.
+
+MANY = 0xFFFFFFFF
+
+
+class Pattern:
+    """The elements of a regular expression, the last first: what follows has the lower number."""
+
+    def __init__(self, regex):
+        self.regex, self.at, self.fold, self.elements = regex, 0, False, []
+        tree = self.alternatives()
+        self.require(self.at == len(regex), "')' without '('")
+        self.require(self.shortest(tree) > 0, "it can match nothing")
+        self.entry = self.build(tree, None)
+
+    def require(self, condition, problem):
+        require(condition, f"the pattern {self.regex} cannot be compiled: {problem} (at character "
+                f"{self.at + 1})")
+
+    def peek(self, text):
+        return self.regex.startswith(text, self.at)
+
+    def take(self, text):
+        found = self.peek(text)
+        self.at += len(text) * found
+        return found
+
+    def alternatives(self):
+        """A tree: ("or", trees), ("then", trees) or ("set", expression, least, most, kind)."""
+        fold, choices = self.fold, [self.sequence()]
+        while self.take("|"):
+            choices.append(self.sequence())
+        self.fold = fold
+        return choices[0] if len(choices) == 1 else ("or", choices)
+
+    def sequence(self):
+        parts = []
+        while self.at < len(self.regex) and not self.peek("|") and not self.peek(")"):
+            if not self.take("(?i)"):
+                parts.append(self.repeated(self.atom()))
+            else:
+                self.fold = True
+        return "then", parts
+
+    def atom(self):
+        start, fold = self.at, self.fold
+        if self.take("("):
+            look = FOLLOWED if self.take("?=") else NOT_FOLLOWED if self.take("?!") else None
+            self.fold |= look is None and self.take("?i:")
+            self.require(self.take("?:") or not self.peek("?"), "this kind of group")
+            tree = self.alternatives()
+            self.require(self.take(")"), "'(' without ')'")
+            self.fold = fold
+            if look is None:
+                return tree
+            parts = tree[1] if tree[0] == "then" else ()
+            self.require(len(parts) == 1 and parts[0][0] == "set" and parts[0][2:] == (1, 1, TAKE),
+                         "a look-ahead at more than one character")
+            return "set", parts[0][1], 1, 1, look
+        if self.take("$"):
+            return "set", r"[^\n]", 1, 1, NOT_FOLLOWED
+        if self.take("["):
+            depth = 1
+            self.take("^")
+            self.require(not self.peek("]"), "']' first in a set")
+            while depth:
+                self.require(self.at < len(self.regex), "'[' without ']'")
+                depth += self.peek("[") - self.peek("]")
+                self.at += 1 + self.peek("\\")
+        elif self.take("\\"):
+            escape = re.compile(r"[pP]\{\^?\w+\}|x\{\w+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}"
+                                r"|[rntfvaedDwWsSh]|[^0-9A-Za-z]").match(self.regex, self.at)
+            self.require(escape, "this escape")
+            self.at = escape.end()
+        else:
+            self.require(not self.regex[self.at] in "*+?^{", f"'{self.regex[self.at]}' here")
+            self.at += 1
+        expression = self.regex[start:self.at]
+        return "set", f"(?i:{expression})" if self.fold else expression, 1, 1, TAKE
+
+    def repeated(self, tree):
+        counts = re.compile(r"[?*+]|\{(\d*)(,?)(\d*)\}").match(self.regex, self.at)
+        if not counts:
+            return tree
+        self.at = counts.end()
+        sign, (least, comma, most) = counts[0], counts.groups()
+        if sign in "?*+":
+            least, most = {"?": (0, 1), "*": (0, MANY), "+": (1, MANY)}[sign]
+        else:
+            self.require(least or most, "'{' here")
+            least, most = int(least or 0), int(most or MANY if comma else least)
+        kind = TAKE_ALL if sign in "?*+" and self.take("+") else TAKE
+        self.require(self.at == len(self.regex) or self.regex[self.at] not in "?*+{",
+                     "a repetition of a repetition, or one that takes as little as it can")
+        if tree[0] == "set" and tree[2:] == (1, 1, TAKE):
+            return "set", tree[1], least, most, kind
+        self.require(most <= 16 and kind == TAKE, "a group that is repeated")
+        more = "then", []
+        for _ in range(most - least):
+            more = "or", [("then", [tree, more]), ("then", [])]
+        return "then", [tree] * least + [more]
+
+    def shortest(self, tree):
+        kind, *rest = tree
+        if kind == "set":
+            return rest[1] if rest[3] < FOLLOWED else 0
+        return (min if kind == "or" else sum)(map(self.shortest, rest[0]))
+
+    def element(self, expression, least, most, kind, following, otherwise=None):
+        self.elements.append([expression, least, most, kind, following, otherwise])
+        return len(self.elements) - 1
+
+    def build(self, tree, following):
+        """The number of the element where a tree begins that has another behind it."""
+        kind, *rest = tree
+        if kind == "set":
+            return self.element(*rest, following)
+        if kind == "then":
+            for part in reversed(rest[0]):
+                following = self.build(part, following)
+            return following
+        entry = self.build(rest[0][-1], following)
+        if entry is None:           # the end of the match
+            entry = self.element(None, 0, 0, TAKE, None)
+        for choice in reversed(rest[0][:-1]):
+            first = choice
+            while first[0] == "then" and first[1]:
+                first = first[1][0]
+            start = self.build(choice, following)
+            if first[0] == "set":
+                self.elements[start][5] = entry
+                entry = start
+            else:                   # what begins there is perhaps reached in other ways, too
+                entry = self.element(None, 0, 0, TAKE, start, entry)
+        return entry
+
+
+class Kind(Pattern):
+    """One character of a kind that the library has a word for."""
+
+    def __init__(self, name):
+        self.elements, self.entry = [[name, 1, 1, TAKE, None, None]], 0
+
+
+# The characters that expressions are tried on: planes 4 to 13, 15 and 16 have no other differences.
+CHARACTERS_TRIED = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000 and
+                    (c < 0x34000 or c >> 12 == 0xE0 or c & 0xFFFF in (0, 0xFFFD, 0xFFFE, 0xFFFF))]
+
+
+def characters_of(expression, cache={}):
+    """Which of CHARACTERS_TRIED an expression matches, a bool array."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Digits, Punctuation, Split, Whitespace
+    if expression in cache:
+        return cache[expression]
+    tried = np.array(CHARACTERS_TRIED)
+    text, inside = "".join(map(chr, CHARACTERS_TRIED)), np.zeros(len(tried), bool)
+    if expression is None:
+        return inside
+    if len(expression) == 1 and expression != ".":
+        return tried == ord(expression)
+    splitters = {"word": Whitespace, "digit": Digits, "punctuation": Punctuation}
+    if expression in splitters:     # in Rust's sense: do they stay together with a letter before?
+        cuts = splitters[expression]().pre_tokenize_str("".join(f"a{c}" for c in text))
+        inside[[start // 2 for _, (start, _) in cuts if start % 2]] = True
+        if expression == "word":
+            inside = ~inside & ~characters_of(r"\s")
+    else:
+        step = Split(Regex(f"(?:{expression})+"), "removed", invert=True)
+        for _, (start, end) in step.pre_tokenize_str(text):
+            inside[start:end] = True
+    cache[expression] = inside
+    return inside
+
+
+class Atoms:
+    """What characters share in no pattern's eyes: sets of them are masks of at most 63 atoms."""
+
+    def __init__(self, where, expressions):
+        require(len(expressions) < 63, f"{where}: its patterns name too many sets of characters")
+        tried = np.array(CHARACTERS_TRIED)
+        key = 0 * tried
+        for i, expression in enumerate(expressions):
+            key |= characters_of(expression).astype("i8") << i
+        _, key = np.unique(key, return_inverse=True)
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        counts = np.bincount(key[starts], minlength=63)
+        require(len(counts) == 63, f"{where}: its patterns tell too many kinds of characters apart")
+        key = np.argsort(np.argsort(-counts, kind="stable"))[key]     # 0 in the most ranges
+        ends = np.append(tried[starts[1:]] - 1, 0x10FFFF)
+        self.ranges = [(int(tried[a]), int(b), int(key[a])) for a, b in zip(starts, ends) if key[a]]
+        self.masks = {e: sum(1 << int(a) for a in np.unique(key[characters_of(e)]))
+                      for e in expressions}
+        self.masks[None] = 0
+        draw = np.random.default_rng(7)
+        self.samples = [chr(c) for a in range(key.max() + 1)
+                        for c in draw.choice(tried[key == a], 4)]
+        self.of = bytearray(0x110000)
+        for first, last, atom in self.ranges:
+            self.of[first:last + 1] = bytes([atom]) * (last + 1 - first)
+
+    @classmethod
+    def made(cls, where, expressions, cache={}):
+        if expressions not in cache:
+            cache[expressions] = cls(where, expressions)
+        return cache[expressions]
+
+    def within(self, char, expression):
+        return self.masks[expression] >> self.of[ord(char)] & 1
+
+
+def normal_forms(where, cache=[]):
+    """Tables for the normal form C: ranges of combining classes, and (whole, first, second).
+
+    They are the library's, whose Unicode version is its own, but for the classes, on whose order
+    they are held against it. second: 0: none; bit 31: not to be joined.
+    """
+    import unicodedata
+    from tokenizers.normalizers import NFC, NFD
+    if cache:
+        return cache[0]
+    apart, joined = NFD().normalize_str, NFC().normalize_str
+    chars = "".join(chr(c) for c in CHARACTERS_TRIED if c != ord("|"))
+    full = {c: d for c, d in zip(chars, apart("|".join(chars)).split("|")) if c != d}
+    marks = set("\u0334\u0345")        # with the classes 1 and 240
+    for before, behind in ("", "\u0334"), ("\u0345", ""):
+        tried = [f"a{before}{c}{behind}" for c in chars]
+        marks |= {c for c, old, new in zip(chars, tried, apart("|".join(tried)).split("|"))
+                  if c not in full and old != new}
+    classes = {ord(c): unicodedata.combining(c) for c in marks}
+    require(all(classes.values()), f"{where}: this Python knows less of Unicode than the "
+            "tokenizers library: take a newer one")
+    forms, whole_of = [], {d: c for c, d in full.items() if joined(d) == c}
+    for c, d in full.items():
+        if not 0xAC00 <= ord(c) < 0xD7A4:
+            first = whole_of.get(d[:-1], d[:-1] or d)
+            first = first if len(first) == 1 else next(x for x in full if full[x] == first)
+            second = ord(d[-1]) * (len(d) > 1) | (whole_of.get(d) != c) << 31
+            forms.append((len(d), ord(c), ord(first), second))
+    ranges = []
+    for c, number in sorted(classes.items()):
+        if ranges and ranges[-1][1:] == (c - 1, number):
+            ranges[-1] = ranges[-1][0], c, number
+        else:
+            ranges.append((c, c, number))
+    forms = [form[1:] for form in sorted(forms)]
+    again = {}
+    for whole, first, second in forms:
+        tail = chr(second & 0x1FFFFF) if second << 1 & 0xFFFFFFFF else ""
+        again[chr(whole)] = again.get(chr(first), chr(first)) + tail
+    require(again == {c: d for c, d in full.items() if not 0xAC00 <= ord(c) < 0xD7A4}
+            and all(joined(chr(a) + chr(b)) == chr(w) for w, a, b in forms if b < 1 << 31)
+            and all(apart(f"a{chr(b)}{chr(a)}") == f"a{chr(a)}{chr(b)}" for a in classes
+                    for b in (0x334, 0x93C, 0x345, 0x323, 0x301, 0x5B0, 0x651)
+                    if 0 < classes[a] < classes[b]),
+            f"{where}: the tables of the normal form C do not give what the library gives")
+    cache.append((ranges, forms))
+    return cache[0]
 
 
 @dataclass
 class Vocab:
     """What the tokenizer file holds."""
-    kind: int
+    where: object
     types: list
     scores: list
     tokens: list = field(default_factory=list)      # bytes per id
     library: object = None        # text -> ids, special tokens recognised, without BOS
+    flags: int = 0
+    added: list = ()                # of Added: tokens that are looked for in texts
+    names: dict = field(default_factory=dict)       # text of each of them: id
+    steps: list = ()                # of Step
     merges: list = ()               # (left id, right id), best first
-    rule: Rule = NO_RULE
     bos: int = -1
     eos: int = -1
     unk: int = -1
     add_bos: bool = False
-    ignore_merges: bool = False
-    space_prefix: int = 0           # 0, SPACE_PREFIX, or SPACE_PREFIX | PREFIX_FIRST
     sampling: tuple = (-1.0, -1.0, 0, 0.0, 0.0)     # temperature, top-p; top-k, min-p, penalty
     stops: list = ()
     chat: dict = field(default_factory=dict)    # of CHAT_PIECES: (text, flags), or none
     render: object = None         # (messages, add_generation_prompt, date) -> text
+    cases: list = ()                # texts for the checkpoint
 
     def text(self, token):
         return self.tokens[token].decode(errors="replace") if token >= 0 else ""
@@ -1613,8 +1911,8 @@ class Vocab:
         require(n <= vocab_size, f"{where}: the tokenizer has {n} tokens, the model {vocab_size}")
         for values, filler in (self.tokens, b""), (self.types, UNUSED), (self.scores, 0.0):
             values += [filler] * (vocab_size - n)
-        special = {t: i for i, t in enumerate(self.tokens)
-                   if self.types[i] in (CONTROL, USER_DEFINED)}
+        self.added = [a for a in self.added if a.id < n]
+        special = {text.encode(): i for text, i in self.names.items() if i < n}
         ends = [special[t] for t in END_OF_TURN if t in special]
         if template:
             names = names or (self.text(self.bos), self.text(self.eos))
@@ -1625,27 +1923,232 @@ class Vocab:
         self.stops = sorted({i for i in (self.eos, *eos_ids, *ends) if 0 <= i < vocab_size})
         return self
 
+    def prepare(self):
+        """Computes the tables, and proves that run.c will give what the library gives."""
+        patterns = [s.pattern for s in self.steps if s.pattern]
+        expressions = {e[0] for p in patterns for e in p.elements} - {None}
+        flags = 0
+        for a in self.added:
+            flags |= a.flags
+        expressions |= {r"\s"} if flags & (LSTRIP | RSTRIP) else set()
+        expressions |= {"word", r"\s"} if flags & SINGLE_WORD else set()
+        self.atoms = Atoms.made(self.where, tuple(sorted(expressions)))
+        self.marks, self.forms = [], []
+        if any(s.kind == NORMAL_FORM_C for s in self.steps):
+            self.marks, self.forms = normal_forms(self.where)
+        model, texts = Model(self), proof_texts(self)
+        for text in texts:
+            ids, expected = model.encode(text), list(self.library(text))
+            require(ids == expected, f"{self.where}: run.c's tokenizer would give {ids} for "
+                    f"{text!a}, the library gives {expected}")
+        self.cases = texts[:len(texts) // 16]
+        return self
+
+
+class Model:
+    """What run.c does with a text, from the same tables, in plain words: see part [3] there."""
+
+    def __init__(self, v):
+        self.v, self.memory = v, {}
+        self.ids = {}
+        for wanted in NORMAL, BYTE:
+            for i, (token, kind) in enumerate(zip(v.tokens, v.types)):
+                if kind == wanted:
+                    self.ids.setdefault(token, i)
+        self.added = [{}, {}]
+        for a in v.added:
+            self.added[bool(a.flags & NORMALIZED)].setdefault(a.text, a)
+        self.ranks = {pair: rank for rank, pair in reversed(list(enumerate(v.merges)))}
+
+    def encode(self, text):
+        pieces = [(text, True)]     # (text, whether it begins the whole one), or an id
+        for step in self.v.steps:
+            pieces = [new for piece in pieces
+                      for new in ([piece] if isinstance(piece, int) else self.take(step, *piece))
+                      if new != ("", True) and new != ("", False)]
+        return [i for p in pieces for i in ([p] if isinstance(p, int) else self.word(p[0]))]
+
+    def take(self, step, text, first):
+        if step.kind == FIND:
+            return self.find(step.how, text, first)
+        if step.kind == SPLIT:
+            return self.split(step, text, first)
+        if step.kind == NORMAL_FORM_C:      # the tables were tried when they were made
+            from tokenizers.normalizers import NFC
+            return [(NFC().normalize_str(text), first)]
+        if step.origin:
+            return [(text.replace(step.origin, step.to), first)]
+        there = step.how & UNLESS_THERE and text.startswith(step.to)
+        return [(text if there or step.how & ONLY_FIRST and not first else step.to + text, first)]
+
+    def find(self, normalized, text, first):
+        added, atoms = self.added[normalized], self.v.atoms
+        lengths = sorted({len(t) for t in added}, reverse=True)
+        at, done, pieces = 0, 0, []
+        while at < len(text):
+            a = next((added[text[at:at + n]] for n in lengths if text[at:at + n] in added), None)
+            start, end = at, at + (len(a.text) if a else 1)
+            at = end
+            beside = text[max(start - 1, 0):start] + text[end:end + 1]
+            if not a or a.flags & SINGLE_WORD and any(atoms.within(c, "word") for c in beside):
+                continue
+            while a.flags & LSTRIP and start > done and atoms.within(text[start - 1], r"\s"):
+                start -= 1
+            while a.flags & RSTRIP and end < len(text) and atoms.within(text[end], r"\s"):
+                end += 1
+            pieces += [(text[done:start], first and not done), a.id]
+            done = end
+        return [*pieces, (text[done:], first and not done)]
+
+    def match(self, elements, number, text, at):
+        """The end of a match at a place, or None."""
+        while number is not None:
+            expression, least, most, kind, following, otherwise = elements[number]
+            end, mask = at, self.v.atoms.masks[expression]
+            last = min(len(text), at + most)
+            while end < last and mask >> self.v.atoms.of[ord(text[end])] & 1:
+                end += 1
+            if kind in (FOLLOWED, NOT_FOLLOWED):
+                ends = [at] * ((end > at) == (kind == FOLLOWED))
+            else:
+                ends = range(end, at + least - 1, -1)[:None if kind == TAKE else 1]
+            for end in ends:
+                found = end if following is None else self.match(elements, following, text, end)
+                if found is not None:
+                    return found
+            number = otherwise
+        return None
+
+    def split(self, step, text, first):
+        stretches, done, at = [], 0, 0
+        while at < len(text):
+            end = self.match(step.pattern.elements, step.pattern.entry, text, at)
+            if not end or end == at:
+                at += 1
+                continue
+            stretches += [(done, at, 0)] * (at > done) + [(at, end, 1)]
+            done = at = end
+        stretches += [(done, at, 0)] * (at > done)
+        pieces, start = [], 0
+        for (_, end, one), (_, _, other) in zip(stretches, [*stretches[1:], (0, 0, None)]):
+            if other is None or step.how >> (2 * one + other) & 1:
+                if not step.how >> (4 + one) & 1:
+                    pieces.append((text[start:end], first and not start))
+                start = end
+        return pieces
+
+    def symbols(self, text):
+        """(id, bytes) of each byte or character; id -1: only SentencePiece keeps it."""
+        v, symbols, unknown = self.v, [], False
+        units = list(text) if v.flags & CHARACTERS else text.encode()
+        for unit in units:
+            unit = unit.encode() if v.flags & CHARACTERS else bytes([unit])
+            i, parts = self.ids.get(unit, -1), [self.ids.get(bytes([b]), -1) for b in unit]
+            if unknown and (i >= 0 or (-1 in parts and not v.flags & FUSE_UNK)):
+                symbols.append((v.unk, b""))
+                unknown = False
+            if i >= 0 or v.flags & BY_SCORE:
+                symbols.append((i, unit))
+            elif -1 in parts:
+                unknown = v.unk >= 0
+            else:
+                symbols += [(i, b"") for i in parts]
+        return symbols + [(v.unk, b"")] * unknown
+
+    def word(self, text):
+        v, whole = self.v, self.ids.get(text.encode(), -1)
+        if whole >= 0 and v.flags & IGNORE_MERGES:
+            return [whole]
+        if text in self.memory:
+            return self.memory[text]
+        symbols = self.symbols(text)
+        while True:
+            best = None
+            for at, (a, b) in enumerate(zip(symbols, symbols[1:])):
+                if v.flags & BY_SCORE:
+                    made = self.ids.get(a[1] + b[1], -1)
+                    value = v.scores[made]
+                else:
+                    rank = self.ranks.get((a[0], b[0]), -1)
+                    made = rank if rank < 0 else self.ids.get(v.tokens[a[0]] + v.tokens[b[0]], -1)
+                    value = -rank
+                if made >= 0 and (best is None or value > best[0]):
+                    best = value, at, made
+            if best is None:
+                break
+            _, at, made = best
+            symbols[at:at + 2] = [(made, symbols[at][1] + symbols[at + 1][1])]
+        ids, unknown = [], False
+        for i, unit in symbols:
+            parts = [i] if i >= 0 else [self.ids.get(bytes([b]), -1) for b in unit]
+            before, unknown = unknown and v.flags & FUSE_UNK, -1 in parts
+            for part in parts:
+                if part >= 0:
+                    ids.append(part)
+                elif v.unk >= 0 and not before:
+                    ids.append(v.unk)
+                    before = True
+        self.memory[text] = ids
+        return ids
+
+
+PROOF_PIECES = (
+    *" " * 12, "  ", "   ", "\n", "\n\n", "\r\n", "\r", "\t", " \n", "\u3000", "\xa0", "\u2028",
+    "\x85", *"etaoinsrABCS", "'s", "'LL", "'\u017f", " the", "ing", "HTTP", "iPhone", *"12345",
+    "\xb2", "\u0663", "\u2167", "\xbd", *".,;!?-'\"/<>()[]{}#*|_$+", "\xe9", "e\u0301",
+    "a\u0308\u0323", "\u212b", "\u0340", "\ufb01", "\u1e9b\u0323", "\u0915\u093c",
+    "\u1100\u1161\u11a8", "\uac00\u11a8", "\u1100", "\u1161", "\ud55c", "\u043f\u0440",
+    "\u65e5\u672c", "\u30c6\u30ad", "\u3002", "\u0e32", "\u0628", "\u0939\u093f", "\u01c5",
+    "\u02b0", "\U0001f600", "\u200d", "\u200c", "\ufeff", "\0", "\x04", "\U0001d160",
+    "\U000e0001", "\U0010ffff", "\u20ac", SPACE)
+
+
+def proof_texts(v):
+    """A few hundred texts: every class of characters and every added token, in any company."""
+    import random
+    draw = random.Random(7)
+    names = sorted(v.names)
+    names = [*draw.sample(names, min(len(names), 30)), *(v.names and (names[0], names[-1]))]
+    for a in v.added:       # with each set of flags
+        if a.flags not in {b.flags for b in v.added if b.text in names}:
+            names.append(a.text)
+    tokens = [v.tokens[draw.randrange(len(v.tokens))].decode(errors="ignore") for _ in range(200)]
+    texts = [t for n in names for t in (n, f" {n} ", f"a{n}b", f"\n {n}\t {n}{n}", f"a {n}b ")]
+    for i in range(400):
+        pool = (PROOF_PIECES, v.atoms.samples, tokens, names or [" "])
+        kinds = draw.choices(range(4), (8, 2, 3, 1 + i % 3), k=draw.randrange(1, 30))
+        texts.append("".join(draw.choice(pool[kind]) for kind in kinds))
+    draw.shuffle(texts)
+    return [*CHECK_TEXTS, "", *texts]
+
 
 def tokenizer_bytes(v):
     """The tokenizer file, and its fingerprint."""
-    ranges = []     # (first, last, class) of letters (1), numbers (2) and white space (3)
-    if v.rule != NO_RULE:
-        # They come from the regex engine of the tokenizers library, so that run.c splits as it
-        # does, whatever Unicode version this Python knows.
-        from tokenizers import Regex
-        from tokenizers.pre_tokenizers import Split
-        text = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
-        for number, regex in enumerate((r"\p{L}+", r"\p{N}+", r"\s+"), 1):
-            runs = Split(Regex(regex), "removed", invert=True).pre_tokenize_str(text)
-            ranges += [(ord(run[0]), ord(run[-1]), number) for run, _ in runs]
-    flags = ADD_BOS * v.add_bos | v.space_prefix | IGNORE_MERGES * v.ignore_merges
-    body = struct.pack("<I4iI4B4I2fi2f", v.kind, len(v.tokens), v.bos, v.eos, v.unk, flags, *v.rule,
-                       0, len(v.merges), len(ranges), len(v.stops), len(v.chat), *v.sampling)
-    parts = [body.ljust(64, b"\0")]
+    elements, steps = [], []
+    for step in v.steps:
+        graph = step.pattern.elements if step.pattern else []
+        last = len(elements) + len(graph) - 1       # the number of the one that was made first
+        for expression, least, most, kind, *others in reversed(graph):
+            others = [0 if i is None else last - i for i in others]
+            elements.append(struct.pack("<QII4H", v.atoms.masks[expression], least, most, *others,
+                                        kind, 0))
+        texts = step.origin.encode(), step.to.encode()
+        steps.append(struct.pack("<4BI12s12s", step.kind, step.how, *map(len, texts),
+                                 last - step.pattern.entry if graph else 0, *texts))
+    white, word = (v.atoms.masks.get(e, 0) for e in (r"\s", "word"))
+    body = struct.pack("<4i10I2fi2fI2Q", len(v.tokens), v.bos, v.eos, v.unk,
+                       v.flags | ADD_BOS * v.add_bos, len(v.merges), len(v.added),
+                       len(v.atoms.ranges), len(elements), len(steps), len(v.marks), len(v.forms),
+                       len(v.stops), len(v.chat), *v.sampling, 0, white, word)
+    parts = [body]
     for token, kind, score in zip(v.tokens, v.types, v.scores):
         parts.append(struct.pack("<fBBH", score, kind, 0, len(token)) + token)
-    parts.append(bytes(-sum(map(len, parts)) % 4))
-    parts += [np.array(a, "<i4").tobytes() for a in (v.merges, sorted(ranges), v.stops)]
+    for text, i, flags in v.added:
+        parts.append(struct.pack("<iBBH", i, flags, 0, len(text.encode())) + text.encode())
+    parts.append(bytes(-sum(map(len, parts)) % 8))
+    parts += elements + steps
+    parts += [np.array(a, "<u4").tobytes() for a in (v.merges, v.atoms.ranges, v.marks, v.forms,
+                                                     v.stops)]
     for piece, flags in v.chat.values():
         piece = piece.encode() + b"\0" * bool(flags & DATE)
         parts.append(struct.pack("<II", len(piece), flags) + piece)
@@ -1656,133 +2159,224 @@ def tokenizer_bytes(v):
 
 # tokenizer.json, and byte-level GGUFs, which are put into its form
 
+def only(where, name, form, known):
+    """Refuses what is not known: a key, or another value than one of a few; None: any."""
+    for key, value in form.items():
+        require(key in known and (known[key] is None or value in known[key]),
+                f"{where}: {name} has {key}: {json.dumps(value, ensure_ascii=False)}, which is not "
+                "supported")
+
+
+def flat(form, key):
+    """The steps of a normalizer or pre_tokenizer; sequences can be nested."""
+    if not form:
+        return []
+    return [s for part in form[key] for s in flat(part, key)] if key in form else [form]
+
+
+def normalizer_steps(where, form):
+    steps = []
+    for part in flat(form, "normalizers"):
+        kind = part["type"]
+        require(kind in ("NFC", "Prepend", "Replace"), f"{where}: the normalizer "
+                f"{json.dumps(part, ensure_ascii=False)} is not supported")
+        if kind == "NFC":
+            steps.append(Step(NORMAL_FORM_C))
+            continue
+        pattern = part.get("pattern", {"String": ""})
+        only(where, "the pattern of Replace", pattern, {"String": None})
+        steps.append(Step(REPLACE, 0, pattern["String"], part.get("prepend", part.get("content"))))
+    return steps
+
+
+def pre_tokenizer_steps(where, form, spaces):
+    """(steps, whether bytes are tokens); spaces: whether spaces have become SPACE before."""
+    steps, byte_level = [], False
+    for part in flat(form, "pretokenizers"):
+        kind, shown = part["type"], json.dumps(part, ensure_ascii=False)
+        require(not byte_level, f"{where}: {shown} behind ByteLevel is not supported")
+        if kind == "ByteLevel":
+            byte_level = True
+            steps += [Step(REPLACE, UNLESS_THERE, "", " ")] * part["add_prefix_space"]
+            steps += [Step(SPLIT, 15, pattern=Pattern(GPT2))] * part.get("use_regex", True)
+        elif kind == "Metaspace":
+            mark, scheme = part["replacement"], part.get("prepend_scheme", "always")
+            steps.append(Step(REPLACE, 0, " ", mark))
+            how = UNLESS_THERE | ONLY_FIRST * (scheme == "first")
+            steps += [Step(REPLACE, how, "", mark)] * (scheme != "never")
+            if part.get("split", True):
+                steps.append(Step(SPLIT, BEHAVIORS["MergedWithNext"], pattern=Pattern(
+                    re.escape(mark))))
+        elif kind == "Digits":
+            steps.append(Step(SPLIT, BEHAVIORS["Isolated" if part["individual_digits"]
+                                               else "Contiguous"], pattern=Kind("digit")))
+        elif kind == "Punctuation":
+            steps.append(Step(SPLIT, BEHAVIORS[part.get("behavior", "Isolated")],
+                              pattern=Kind("punctuation")))
+        else:
+            require(kind == "Split" and part["behavior"] in BEHAVIORS,
+                    f"{where}: the pre-tokenizer {shown} is not supported")
+            (form_of, text), = part["pattern"].items()
+            if form_of == "String" and " " in text and spaces:
+                continue        # none is left
+            how = BEHAVIORS[part["behavior"]]
+            if part.get("invert"):
+                how = sum((how >> i & 1) << j for i, j in zip(range(6), (3, 2, 1, 0, 5, 4)))
+            pattern = Pattern(text if form_of == "Regex" else re.escape(text))
+            steps.append(Step(SPLIT, how, pattern=pattern))
+    return steps, byte_level
+
+
 def json_vocab(where, spec):
-    """A Vocab from the content of a tokenizer.json (byte-level BPE, or BPE with byte fallback)."""
+    """A Vocab from the content of a tokenizer.json (byte-level BPE, or BPE of characters)."""
     from tokenizers import Tokenizer
     model = spec["model"]
     kind = model.get("type")
     require(kind == "BPE", f"{where}: tokenizer model '{kind}' is not supported (BPE is)")
-    if (spec.get("normalizer") or {}).get("type") == "NFC":
-        note(f"{where} brings text to the normal form NFC first; run.c takes it as it is")
-        spec = {**spec, "normalizer": None}
+    only(where, "it", spec, dict.fromkeys(("version", "truncation", "padding", "added_tokens",
+                                           "normalizer", "pre_tokenizer", "post_processor",
+                                           "decoder", "model")))
+    only(where, "the model", model, {
+        **dict.fromkeys(("type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback",
+                         "ignore_merges")), "dropout": (None, 0.0),
+        "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")})
     try:
         tokenizer = Tokenizer.from_str(json.dumps(spec))
     except Exception as error:      # the library raises plain Exception
         raise ExportError(f"{where}: {error}") from None
-    ids = model["vocab"]
-    pieces, types = {i: p for p, i in ids.items()}, dict.fromkeys(ids.values(), NORMAL)
-    for t in spec.get("added_tokens") or ():
-        pieces[t["id"]], types[t["id"]] = t["content"], CONTROL if t["special"] else USER_DEFINED
-        if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
-            note(f"{where}: the token {t['content']} takes the white space beside it, or needs it; "
-                 "in run.c it stands for itself")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    before = normalizer_steps(where, spec.get("normalizer"))
+    spaces = any(s[2:4] == (" ", SPACE) for s in before)
+    behind, byte_level = pre_tokenizer_steps(where, spec.get("pre_tokenizer"), spaces)
+    spaces |= any(s[2:4] == (" ", SPACE) for s in behind)
+    require(byte_level != spaces, f"{where}: neither its normalizer nor its pre_tokenizer says how "
+            f"spaces are written (ByteLevel, or {SPACE} for them), or both do")
+    ids, added = model["vocab"], tokenizer.get_added_tokens_decoder()
+    pieces = {**{i: p for p, i in ids.items()}, **{i: t.content for i, t in added.items()}}
     everything = range(max(pieces) + 1)
-    merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
-    fallback = bool(model.get("byte_fallback"))
-    vocab = Vocab(SENTENCEPIECE if fallback else BYTE_LEVEL, [types.get(i, UNUSED) for i in
-                  everything], [0.0] * len(everything), unk=ids.get(model.get("unk_token"), -1))
+    merges = [tuple(ids[part] for part in (m.split(" ", 1) if isinstance(m, str) else m))
+              for m in model["merges"]]
+    vocab = Vocab(where, [UNUSED] * len(everything), [0.0] * len(everything),
+                  unk=ids.get(model.get("unk_token"), -1))
+    vocab.merges = list(dict.fromkeys(reversed(merges)))[::-1]      # of equals the last counts
+    vocab.flags = (IGNORE_MERGES * bool(model.get("ignore_merges")) | CHARACTERS * (not byte_level)
+                   | FUSE_UNK * bool(model.get("fuse_unk")))
+    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    vocab.names = {t.content: i for i, t in added.items()}
+    vocab.added = [Added(normalize(t.content) if t.normalized else t.content, i, LSTRIP * t.lstrip |
+                         RSTRIP * t.rstrip | SINGLE_WORD * t.single_word | NORMALIZED * t.normalized
+                         | ONLY_UNTYPED * t.special) for i, t in sorted(added.items())]
+    vocab.added = [a for a in vocab.added if a.text]
+    fill = byte_level_token if byte_level else sentencepiece_token
+    for i in everything:
+        piece, special = pieces.get(i, ""), i in added and added[i].special
+        known = i in pieces and ids.get(piece) == i
+        token, reachable = fill(piece, bool(model.get("byte_fallback")))
+        vocab.tokens.append(token if known else piece.encode())
+        if i in pieces:
+            vocab.types[i] = CONTROL if special else reachable if known else USER_DEFINED
+    raw, normalized = (any(bool(a.flags & NORMALIZED) == n for a in vocab.added) for n in (0, 1))
+    vocab.steps = [Step(FIND, 0)] * raw + before + [Step(FIND, 1)] * normalized + behind
+    if spaces:
+        end_spaces(vocab, normalized)
     vocab.library = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    fill = fill_sentencepiece if fallback else fill_byte_level
-    fill(vocab, where, spec, [pieces.get(i, "") for i in everything],
-         [(ids[a], ids[b], ids.get(a + b)) for a, b in merges])
-    done = tokenizer.encode("a").ids        # as the post-processor completes it
-    if len(done) > 1 and types[done[0]] == CONTROL:
-        vocab.add_bos, vocab.bos = True, done[0]
-    return vocab
+    find_bos(vocab, tokenizer)
+    return vocab.prepare()
 
 
-def fill_byte_level(vocab, where, spec, pieces, merges):
-    """tokens, merges and rule of a byte-level tokenizer.json."""
-    normalizer = spec.get("normalizer")
-    require(not normalizer, f"{where}: the normalizer {normalizer} is not supported")
+def end_spaces(vocab, normalized):
+    """Tokens have spaces where the library has SPACE: the last step turns it back.
 
-    def plain(form):        # the steps of a pre_tokenizer without what makes no difference
-        return [{k: v for k, v in step.items() if k != "trim_offsets"}
-                for step in form.get("pretokenizers", [form])]
-
-    form = spec.get("pre_tokenizer") or {}
-    vocab.rule = next((rule for rule in (GPT2, SMOLLM, LLAMA3, QWEN2, CL100K, NO_RULE)
-                       if plain(pre_tokenizer(rule)) == plain(form)), None)
-    require(vocab.rule, f"{where}: run.c does not know this way to split text: "
-            f"{json.dumps(form, ensure_ascii=False)}")
-    vocab.ignore_merges = bool(spec["model"].get("ignore_merges"))
-    # GPT-2's printable stand-ins for bytes: character -> byte
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in shown]
-    chars = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
-    for piece, kind in zip(pieces, vocab.types):
-        mapped = kind == NORMAL and all(c in chars for c in piece)
-        vocab.tokens.append(bytes(chars[c] for c in piece) if mapped else piece.encode())
-    vocab.merges = [(a, b) for a, b, _ in merges]
-
-
-def fill_sentencepiece(vocab, where, spec, pieces, merges):
-    """tokens, scores and space_prefix of a tokenizer.json that was a SentencePiece model.
-
-    A token's score is minus the rank of its best merge; what no merge makes cannot occur.
+    Where nothing comes between, that is done in one.
     """
-    made = {piece: -float(rank) for rank, (_, _, piece) in reversed(list(enumerate(merges)))}
-    set_pieces(vocab, pieces)
-    for i, piece in enumerate(pieces):
-        vocab.scores[i] = made.get(i, 0.0)
-        if i not in made and vocab.types[i] == NORMAL and len(piece) > 1:
-            vocab.types[i] = UNUSED
-    steps = []
-    for part in (spec.get("normalizer"), spec.get("pre_tokenizer")):
-        steps += (part.get("normalizers") or part.get("pretokenizers") or [part]) if part else []
-    for step in steps:
-        kind = step["type"]
-        if kind == "Prepend" and step["prepend"] == SPACE:
-            vocab.space_prefix = SPACE_PREFIX
-        elif kind == "Metaspace" and not step.get("split", True):
-            vocab.space_prefix = {
-                "always": SPACE_PREFIX, "first": SPACE_PREFIX | PREFIX_FIRST,
-                "never": vocab.space_prefix}[step.get("prepend_scheme", "always")]
-        else:
-            require((kind, step.get("content")) == ("Replace", SPACE)
-                    or (kind, step.get("behavior")) == ("Split", "MergedWithPrevious"),
-                    f"{where}: the step {json.dumps(step, ensure_ascii=False)} is not supported")
+    steps = vocab.steps
+    at = next(i for i, s in enumerate(steps) if s[:4] == (REPLACE, 0, " ", SPACE))
+    vocab.flags |= DROP_SPACE * any(s.kind == REPLACE and not s.origin for s in steps)
+    back = Step(REPLACE, 0, SPACE, " ")
+    if normalized and at < steps.index(Step(FIND, 1)) or any(s.kind == SPLIT for s in steps[at:]):
+        steps.append(back)
+    else:
+        steps[at:] = [back] + [s._replace(to=s.to.replace(SPACE, " ")) for s in steps[at + 1:]]
 
 
-def set_pieces(vocab, pieces):
-    """tokens from SentencePiece's pieces: U+2581 is a space, <0xXX> a byte."""
-    for i, piece in enumerate(pieces):
-        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
-        if byte and vocab.types[i] in (NORMAL, BYTE):
-            vocab.types[i] = BYTE
-            vocab.tokens.append(bytes.fromhex(byte[1]))
-        else:
-            vocab.tokens.append(piece.replace(SPACE, " ").encode())
-    if vocab.unk >= 0:
-        vocab.types[vocab.unk] = UNUSED
+def find_bos(vocab, tokenizer):
+    """BOS, if the post-processor begins a text with it."""
+    plain, done = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+    at = next(i for i in range(len(done) + 1) if done[i:i + len(plain)] == plain)
+    require(at < 2, f"{vocab.where}: its post_processor begins texts with {at} tokens")
+    if done[at + len(plain):]:
+        note(f"{vocab.where}: its post_processor ends texts with a token; in run.c they go on")
+    if at:
+        vocab.add_bos, vocab.bos = True, done[0]
+
+
+# GPT-2's printable stand-ins for bytes: character -> byte
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+STAND_INS = {**{chr(b): b for b in SHOWN},
+             **{chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in SHOWN)}}
+
+
+def byte_level_token(piece, fallback):
+    """(bytes, type) of a token of byte-level BPE; what has other characters no text becomes."""
+    mapped = piece and all(c in STAND_INS for c in piece)
+    return ((bytes(STAND_INS[c] for c in piece), NORMAL) if mapped
+            else (piece.encode(), USER_DEFINED))
+
+
+def sentencepiece_token(piece, fallback):
+    """(bytes, type) of a token of characters: SPACE is a space, <0xXX> a byte."""
+    byte = fallback and re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    if byte:
+        return bytes.fromhex(byte[1]), BYTE
+    return piece.replace(SPACE, " ").encode(), USER_DEFINED if " " in piece else NORMAL
 
 
 # SentencePiece models: tokenizer.model, GGUFs and llama2.c's tokenizer.bin, put into its form
 
-def sentencepiece_vocab(where, model):
-    """A Vocab from a SentencePiece ModelProto."""
+def sentencepiece_vocab(where, model, legacy=True, plain=()):
+    """A Vocab from a SentencePiece ModelProto; legacy: a space in front of every stretch of text.
+
+    Otherwise only of a whole text that does not begin with one, as transformers has it. plain: ids
+    of tokens that no text becomes.
+    """
     from sentencepiece import SentencePieceProcessor
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     require(trainer.model_type == trainer.BPE and not normalizer.precompiled_charsmap
             and not normalizer.remove_extra_whitespaces,
             f"{where}: only BPE models that keep text as it is are supported")
-    vocab = Vocab(SENTENCEPIECE, [PIECE_TYPES[p.type] for p in model.pieces],
+    vocab = Vocab(where, [PIECE_TYPES[p.type] for p in model.pieces],
                   [p.score for p in model.pieces], bos=trainer.bos_id, eos=trainer.eos_id,
-                  unk=trainer.unk_id, add_bos=True,
-                  space_prefix=SPACE_PREFIX * normalizer.add_dummy_prefix)
-    set_pieces(vocab, [p.piece for p in model.pieces])
+                  unk=trainer.unk_id, add_bos=True)
+    vocab.flags = BY_SCORE | CHARACTERS | FUSE_UNK | DROP_SPACE * normalizer.add_dummy_prefix
+    for i, p in enumerate(model.pieces):
+        vocab.tokens.append(sentencepiece_token(p.piece, p.type == 6)[0])
+        if i in plain:
+            vocab.types[i] = UNUSED
+        control = vocab.types[i] == CONTROL
+        if control or vocab.types[i] == USER_DEFINED and " " not in p.piece:
+            text = p.piece if control else p.piece.replace(SPACE, " ")
+            vocab.names[p.piece] = i
+            vocab.added = [*vocab.added, Added(text, i, ONLY_UNTYPED if control else NORMALIZED)]
+    how = 0 if legacy else UNLESS_THERE | ONLY_FIRST
+    vocab.steps = [Step(FIND, 0), Step(REPLACE, 0, SPACE, " "),
+                   *[Step(REPLACE, how, "", " ")] * normalizer.add_dummy_prefix, Step(FIND, 1)]
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
-    specials = {vocab.text(i): i for i, t in enumerate(vocab.types) if t == CONTROL}
+    normalizer.add_dummy_prefix = False
+    bare = SentencePieceProcessor(model_proto=model.SerializeToString())
+    specials = {a.text: a.id for a in vocab.added if a.flags == ONLY_UNTYPED}
     names = sorted(specials, key=len, reverse=True)
 
     def library(text):
         """The processor's ids of the stretches between special tokens, which it ignores."""
         parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
-        return [i for part in parts
-                for i in ([specials[part]] if part in specials else processor.encode(part))]
+        start = processor if legacy or not text.startswith((" ", SPACE)) else bare
+        first = [specials[parts[0]]] if parts[0] in specials else start.encode(parts[0])
+        return first + [i for part in parts[1:] for i in (
+            [specials[part]] if part in specials else (processor if legacy else bare).encode(part))]
 
     vocab.library = library
-    return vocab
+    return vocab.prepare()
 
 
 def build_model(pieces, scores, types, unk, add_dummy_prefix):
@@ -1799,7 +2393,7 @@ def build_model(pieces, scores, types, unk, add_dummy_prefix):
     return model
 
 
-def read_sentencepiece(path, added=()):
+def read_sentencepiece(path, added=(), legacy=True):
     """The Vocab of a tokenizer.model; added: (id, text, special) of further tokens."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -1813,7 +2407,7 @@ def read_sentencepiece(path, added=()):
                 "tokens before it")
         if i == n:
             model.pieces.add(piece=text, type=3 if special else 4)
-    return sentencepiece_vocab(path, model)
+    return sentencepiece_vocab(path, model, legacy)
 
 
 def read_llama2c_tokenizer(path):
@@ -1829,7 +2423,7 @@ def read_llama2c_tokenizer(path):
     types = [6 if re.fullmatch("<0x[0-9A-F]{2}>", p) else 1 for p in pieces]
     types[:3] = 2, 3, 3
     pieces[1:3] = (p.strip("\n") for p in pieces[1:3])      # "\n<s>\n", "\n</s>\n"
-    return sentencepiece_vocab(path, build_model(pieces, scores, types, 0, True))
+    return sentencepiece_vocab(path, build_model(pieces, scores, types, 0, True), plain=(0,))
 
 
 def llama2c_vocab(checkpoint, path, vocab_size):
@@ -1854,11 +2448,12 @@ def gguf_vocab(meta, path, vocab_size):
     kind = of("model")
     require(kind in ("gpt2", "llama"),
             f"{path}: tokenizer '{kind}' is not supported (gpt2 and llama are)")
-    pieces, unk = of("tokens"), of("unknown_token_id", -1)
+    pieces = of("tokens")
     types = of("token_type") or [1] * len(pieces)       # numbered as SentencePiece does
     if kind == "llama":
         vocab = sentencepiece_vocab(path, build_model(
-            pieces, of("scores"), types, max(unk, 0), bool(of("add_space_prefix", True))))
+            pieces, of("scores"), types, max(of("unknown_token_id", 0), 0),
+            bool(of("add_space_prefix", True))))
     else:           # in the form of a tokenizer.json
         pre = of("pre", "default")
         if pre == "default":
@@ -1866,15 +2461,20 @@ def gguf_vocab(meta, path, vocab_size):
                  "taken")
         require(pre in GGUF_RULES, f"{path}: the pre-tokenizer '{pre}' is not known "
                 f"({', '.join(GGUF_RULES)} are)")
-        llama3 = GGUF_RULES[pre] == LLAMA3
+        whole = pre in GGUF_WHOLE_WORDS
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        splits = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+                   "invert": False} for regex in GGUF_RULES[pre]]
         vocab = json_vocab(path, {
-            "version": "1.0", "pre_tokenizer": pre_tokenizer(GGUF_RULES[pre]),
+            "version": "1.0", "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                *splits, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                          "use_regex": False}]},
+            "normalizer": {"type": "NFC"} if pre in GGUF_NORMAL_FORM_C else None,
             "added_tokens": [{"id": i, "content": pieces[i], "special": t == 3, **plain}
                              for i, t in enumerate(types) if t in (3, 4)],  # control, user-defined
             "model": {"type": "BPE", "vocab": {p: i for i, p in enumerate(pieces)},
-                      "merges": [m.split(" ", 1) for m in of("merges")], "ignore_merges": llama3}})
-        vocab.add_bos, vocab.unk = llama3, unk
+                      "merges": [m.split(" ", 1) for m in of("merges")], "ignore_merges": whole}})
+        vocab.add_bos = whole and pre not in ("youtu", "minicpm5", "granite-embed-multi-97m")
     vocab.bos, vocab.eos = of("bos_token_id", -1), of("eos_token_id", -1)
     vocab.add_bos = bool(of("add_bos_token", vocab.add_bos)) and vocab.bos >= 0
     vocab.sampling = tuple(meta("general.sampling." + name, none) for name, none in zip(
@@ -1895,20 +2495,23 @@ def folder_vocab(folder, config, vocab_size):
         added = [(int(i), t["content"], t.get("special"))
                  for i, t in (settings.get("added_tokens_decoder") or {}).items()]
         vocab = read_sentencepiece(path, added or [
-            (i, t, True) for t, i in read_json(folder / "added_tokens.json", {}).items()])
+            (i, t, True) for t, i in read_json(folder / "added_tokens.json", {}).items()],
+            settings.get("legacy", True))
     else:
         raise ExportError(f"{folder} has neither tokenizer.json nor tokenizer.model")
-    ids = {t: i for i, t in enumerate(vocab.tokens) if vocab.types[i] not in (NORMAL, BYTE)}
+    if path.suffix == ".json":      # its post-processor alone says what begins a text
+        settings = {**settings, "add_bos_token": None}
 
     def named(key, default):
         """The id of a token named in tokenizer_config.json, else the first default there is."""
         token = settings.get(key) or ""
         token = token["content"] if isinstance(token, dict) else token
-        return ids.get(token.encode(), next(i for i in (*default, -1) if i is not None))
+        return vocab.names.get(token, next(i for i in (*default, -1) if i is not None))
 
     ends = [c.get("eos_token_id") for c in (generation, config)]
     ends = [i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])]
-    vocab.bos = named("bos_token", (config.get("bos_token_id"), vocab.bos))
+    if not vocab.add_bos or path.suffix != ".json":
+        vocab.bos = named("bos_token", (config.get("bos_token_id"), vocab.bos))
     vocab.eos = named("eos_token", (*ends[:1], vocab.eos))
     add_bos = settings.get("add_bos_token")
     vocab.add_bos = bool(vocab.add_bos if add_bos is None else add_bos) and vocab.bos >= 0
@@ -2131,11 +2734,11 @@ CHECK_TEXTS = (
 
 
 def check_cases(v):
-    """check_cases of the checkpoint: awkward texts and a chat, each with the library's ids.
+    """check_cases of the checkpoint: texts of the tokenizer's proof and a chat, with library's ids.
 
     A chat has no BOS but that of its template, and the date of 1970-01-01.
     """
-    cases = [(0, text) for text in CHECK_TEXTS]
+    cases = [(0, text) for text in v.cases if max(v.encode(text), default=0) < len(v.tokens)]
     cases += [(0, f"a{v.text(i)}b {v.text(i)}\n") for i in v.stops[-1:] if v.types[i] == CONTROL]
     cases += [(1, "Why is the sky blue?")] if v.chat else []
     out = struct.pack("<I", len(cases))
@@ -2521,7 +3124,7 @@ def check_target(path):
     require(path.is_file() or not path.exists(), f"{path} exists and is not a file")
     head = path.open("rb").read(8) if path.exists() else b""
     require(head in (b"", *(struct.pack("<II", *kind) for kind in (
-        (MAGIC, 3), (MAGIC, 4), (MAGIC, VERSION), (TOKENIZER_MAGIC, 1),
+        (MAGIC, 3), (MAGIC, 4), (MAGIC, VERSION), (0x336B6F74, 1), (0x336B6F74, 2),
         (TOKENIZER_MAGIC, TOKENIZER_VERSION)))),
             f"{path} exists, and is no file that export.py wrote: write to another file")
 

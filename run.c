@@ -1618,14 +1618,20 @@ static void experts(const Pass *f) {
 // [3] The tokenizer: text <-> tokens
 // =================================================================================================
 //
-// Tokens are the pieces of text that a model reads and writes. Byte pair encoding starts with
-// single bytes or characters and joins neighbours into longer pieces, the best pair first, until no
-// pair is left. Two kinds: byte-level BPE (GPT-2, Llama 3, SmolLM2, Qwen) cuts the text into words
-// first and joins pairs by rank; SentencePiece BPE (Llama 2, Gemma) joins the whole text by score.
+// Tokens are the pieces of text that a model reads and writes. A text goes through the steps that
+// its file lists: each changes it (unicode's normal form C, a space in front, one string for
+// another) or cuts it (at added tokens such as <|im_end|>, or as a regular expression does). Byte
+// pair encoding turns what comes out of the last step into tokens: it starts with single bytes or
+// characters and joins neighbours, the best pair first, until no pair is left. The best is the
+// first in a list of pairs (GPT-2, Llama 3, Qwen) or makes the token of the highest score
+// (SentencePiece). That is what the tokenizers library of Hugging Face does, in its order.
 
-enum { BYTE_LEVEL, SENTENCEPIECE };
 enum { NORMAL, CONTROL, USER_DEFINED, BYTE, UNUSED };  // types of a token
-enum { ADD_BOS = 1, ADD_SPACE_PREFIX = 2, IGNORE_MERGES = 4, PREFIX_START_ONLY = 8 };
+enum { ADD_BOS = 1, DROP_SPACE = 2, IGNORE_MERGES = 4, BY_SCORE = 8, CHARACTERS = 16, FUSE_UNK = 32,
+       BARE = 64 };  // of a tokenizer; the last, in no file: steps change nothing
+enum { LSTRIP = 1, RSTRIP = 2, SINGLE_WORD = 4, NORMALIZED = 8, ONLY_UNTYPED = 16 };  // of Added
+enum { FIND, NORMAL_FORM_C, REPLACE, SPLIT };  // steps
+enum { TAKE, TAKE_ALL, FOLLOWED, NOT_FOLLOWED };  // elements of a pattern
 // The pieces of a chat, in prompt_turn's words, and their flags. The first say what is left out of
 // the text behind a piece: blanks at its ends; newlines at its beginning; all up to </think>, and
 // then, FROM_THOUGHT bits further up, blanks of what follows.
@@ -1635,24 +1641,43 @@ enum { TRIM_LEFT = 1, TRIM_RIGHT = 2, TRIM_NEWLINES = 4, CUT_THOUGHT = 8, FROM_T
        DATE = 128, HAS_SYSTEM = 256,  // it is a format of strftime; a system text has a place,
        EMPTY_IS_NONE = 512, SYSTEM_LAST = 1024,  // but not an empty one; it is in the last turn
        THOUGHTS = 2048, CHAT_FLAGS = 4095 };     // answers have thoughts: see output_think
-// Kinds of characters: 1 << the class that a file gives to ranges of them; ' '; '\r' and '\n'.
-enum { OTHER = 1, LETTER = 2, NUMBER = 4, WHITE = 8, BLANK = 16, NEWLINE = 32, N_CHARS = 0x110000 };
+enum { N_CHARS = 0x110000, INSIDE = 63 };  // code points; the atom of a character's later bytes
 
 typedef struct { const char *s; size_t len; } Text;
 typedef struct { Text text; float score; int type; } Token;
 typedef struct {
-    uint32_t magic, version;  // 0x336b6f74 "tok3", 2
+    uint32_t magic, version;  // 0x346b6f74 "tok4", 1
     uint64_t hash;            // fingerprint: hash64 of all that follows
-    uint32_t kind;
     int32_t vocab_size, bos, eos, unk;  // -1: none
-    uint32_t flags;
-    uint8_t split, digits, isolate_digits, zero;  // the rule that cuts words: see word_next
-    uint32_t n_merges, n_ranges, n_stops, n_chat;
+    uint32_t flags, n_merges, n_added, n_ranges, n_elements, n_steps, n_marks, n_forms, n_stops;
+    uint32_t n_chat;
     float temperature, top_p;  // the model's own defaults, for a chat; -1: none
     int32_t top_k;             // 0: none
     float min_p, repeat_penalty;  // 0: none
+    uint32_t zero;
+    uint64_t white, word;      // sets of atoms: what LSTRIP takes, what SINGLE_WORD must not touch
 } TokenizerHeader;
-_Static_assert(sizeof(TokenizerHeader) == 80, "the tokenizer's header has 80 bytes");
+_Static_assert(sizeof(TokenizerHeader) == 112, "the tokenizer's header has 112 bytes");
+
+// Characters that no pattern tells apart share an atom; bit a of a set: atom a is in it. A pattern
+// is a graph of elements. TAKE takes least to most characters of a set, as many as it can so that
+// what follows (`next`; 0: nothing, the match ends) fits as well, TAKE_ALL all in any case;
+// FOLLOWED and NOT_FOLLOWED look at one. What does not fit is tried again from `otherwise` on
+// (0: in vain).
+typedef struct {
+    uint64_t set;
+    uint32_t least, most;
+    uint16_t next, otherwise, kind, zero;
+} Element;
+// FIND cuts at the added tokens, `how` 1 at the NORMALIZED ones. REPLACE writes `to` for each
+// `from`; an empty one is in front, `how` 1: unless it is there already, 2: only of a whole text.
+// SPLIT cuts at the matches of the pattern that begins with an element. Bits of `how`: 0 to 3, cut
+// where two stretches without, without and with, with and without, with a match meet; 4, 5: drop
+// what is none, or one.
+typedef struct { uint8_t kind, how, n_from, n_to; uint32_t element; char from[12], to[12]; } Step;
+typedef struct { uint32_t first, last, value; } Range;     // of characters
+typedef struct { uint32_t whole, first, second; } Form;  // second 0: none; bit 31: never joined
+typedef struct { Text text; int id; uint32_t flags; } Added;
 
 // A hash table from texts to numbers (open addressing); an empty entry has number -1.
 typedef struct { const char *s; uint32_t len; int number; } Named;
@@ -1665,10 +1690,17 @@ typedef struct {
     const uint8_t *file;
     size_t file_size;
     Token *tokens;            // (vocab_size)
-    Index by_text;            // tokens
+    Index by_text;            // tokens that byte pair encoding may give
     Index merges;             // ranks of pairs of tokens, two uint32
-    uint8_t *kinds;           // (N_CHARS) of the characters
-    size_t special[256];      // longest control or user-defined token that starts with this byte
+    int *joined;              // (n_merges) what a pair becomes
+    Added *added;             // (n_added) tokens that are looked for in a text
+    Index by_content[2];      // those that are not NORMALIZED, those that are
+    size_t longest[2][256];   // of them, of those that start with this byte
+    uint8_t *atoms, *marks;   // (N_CHARS) of the characters; their canonical combining classes
+    const Element *elements;
+    const Step *steps;
+    const Form *forms;        // canonical decompositions into one or two characters
+    Index by_whole, by_parts;
     const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
     uint32_t chat_flags[N_CHAT];
@@ -1698,22 +1730,21 @@ static int index_find(const Index *index, Text text, int number) {
             return e->number;
     }
 }
-// The normal token with this text, or the one for this byte, or -1.
-static int token_normal(const Tokenizer *t, Text text) {
-    int id = index_find(&t->by_text, text, -1);
-    return id >= 0 && (t->tokens[id].type == NORMAL || t->tokens[id].type == BYTE) ? id : -1;
+// The token with this text that byte pair encoding may give, or -1.
+static int token_of(const Tokenizer *t, const char *s, size_t len) {
+    return index_find(&t->by_text, (Text){s, len}, -1);
 }
-// The control or user-defined token at a place in a text, the longest one, or -1. Control tokens
-// count only where `typed` (one flag for each byte, NULL: none) is zero throughout.
-static int token_special(const Tokenizer *t, Text text, size_t at, const char *typed) {
-    size_t longest = t->special[(uint8_t)text.s[at]], rest = text.len - at;
+// The longest added token at a place in a text, or NULL; `normalized`: which of them. One that only
+// counts untyped (a control token) is none where a flag in `typed` is set (NULL: none is).
+static const Added *added_at(const Tokenizer *t, Text text, size_t at, const char *typed,
+                             int normalized) {
+    size_t longest = t->longest[normalized][(uint8_t)text.s[at]], rest = text.len - at;
     for (size_t n = longest < rest ? longest : rest; n; n--) {
-        int id = index_find(&t->by_text, (Text){text.s + at, n}, -1);
-        int type = id < 0 ? NORMAL : t->tokens[id].type;
-        bool control = type == CONTROL && !(typed && memchr(typed + at, 1, n));
-        if (control || type == USER_DEFINED) return id;
+        int i = index_find(&t->by_content[normalized], (Text){text.s + at, n}, -1);
+        bool text_only = i >= 0 && t->added[i].flags & ONLY_UNTYPED && typed;
+        if (i >= 0 && !(text_only && memchr(typed + at, 1, n))) return &t->added[i];
     }
-    return -1;
+    return NULL;
 }
 
 // Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
@@ -1730,9 +1761,11 @@ static uint32_t next_char(const char *s, size_t len, size_t *used) {
 }
 
 // ---- [3.2] opening ------------------------------------------------------------------------------
-// This program's layout: header, tokens {float score; uint8 type, 0; uint16 length; bytes}, zeros
-// up to a multiple of 4, merges (pairs of tokens, the best first), ranges, stop tokens, chat pieces
-// {uint32 length, flags; bytes}. llama2.c's: uint32, tokens {float score; uint32 length; bytes}.
+// This program's layout: header, tokens {float score; uint8 type, 0; uint16 length; bytes}, added
+// tokens {uint32 id; uint8 flags, 0; uint16 length; bytes, as they are looked for}, zeros up to a
+// multiple of 8, elements, steps, merges (pairs of tokens, the best first), ranges of atoms, ranges
+// of combining classes, forms (none refers to a later one), stop tokens, chat pieces {uint32
+// length, flags; bytes}. llama2.c's: uint32, tokens {float score; uint32 length; bytes}.
 
 // The next n bytes of what is left of a file, or NULL, once and for all, if it is shorter.
 typedef struct { const uint8_t *p, *end; } Bytes;
@@ -1742,41 +1775,114 @@ static const void *bytes_take(Bytes *b, uint64_t n) {
     return taken;
 }
 
+// The next record {4 bytes; type or flags, 0, uint16 length; bytes}, or {4 bytes; uint32 length;
+// bytes} in llama2.c's layout, and its text; NULL: it is damaged, or is not there.
+static const uint8_t *record_take(const Tokenizer *t, Bytes *b, Text *text) {
+    const uint8_t *start = bytes_take(b, 8);
+    text->len = start ? read_u32(start + 4) >> (t->llama2c ? 0 : 16) : 0;
+    text->s = bytes_take(b, text->len);
+    return text->s && (t->llama2c || !start[5]) ? start : NULL;
+}
+
 // Reads the tokens, and notes where text becomes them. llama2.c's layout has no types: the first
-// three are <unk>, BOS and EOS, the 256 after them bytes, as <0xHH>. False: some are missing.
+// three are <unk>, BOS and EOS, which are found in no text, the 256 after them bytes, as <0xHH>.
+// False: some are missing.
 static bool read_tokens(Tokenizer *t, Bytes *file) {
     static char bytes[256];
     t->tokens = zeros((size_t)t->h.vocab_size, sizeof *t->tokens);
     t->by_text = index_new((size_t)t->h.vocab_size);
     for (int id = 0; id < t->h.vocab_size; id++) {
-        const uint8_t *start = bytes_take(file, 8);
-        size_t len = start ? read_u32(start + 4) >> (t->llama2c ? 0 : 16) : 0;
-        Text text = {bytes_take(file, len), len};
-        if (!text.s) return false;
-        int type = !t->llama2c ? start[4] : id < 3 ? CONTROL : NORMAL;
+        Text text;
+        const uint8_t *start = record_take(t, file, &text);
+        int type = !start ? UNUSED + 1 : !t->llama2c ? start[4] : id < 3 ? CONTROL : NORMAL;
         if (type > UNUSED) return false;
-        if (t->llama2c && id >= 3 && id < 259 && len == 6 && !memcmp(text.s, "<0x", 3)) {
+        if (t->llama2c && id >= 3 && id < 259 && text.len == 6 && !memcmp(text.s, "<0x", 3)) {
             type = BYTE;
             bytes[id - 3] = (char)(id - 3);
             text = (Text){&bytes[id - 3], 1};
         }
         t->tokens[id] = (Token){text, float_of(read_u32(start)), type};
-        size_t *special = &t->special[text.len ? (uint8_t)*text.s : 0];
-        if ((type == CONTROL || type == USER_DEFINED) && text.len > *special) *special = text.len;
-        if (type < BYTE) index_find(&t->by_text, text, id);  // the first of equal texts
+        if (type == NORMAL) index_find(&t->by_text, text, id);  // the first of equal texts
     }
     for (int id = 0; id < t->h.vocab_size; id++)  // bytes that are no other token
         if (t->tokens[id].type == BYTE) index_find(&t->by_text, t->tokens[id].text, id);
     return true;
 }
 
+static bool read_added(Tokenizer *t, Bytes *file) {
+    if (t->h.n_added > (uint64_t)(file->end - file->p) / 8) return false;
+    t->added = zeros(t->h.n_added, sizeof *t->added);
+    for (int i = 0; i < 2; i++) t->by_content[i] = index_new(t->h.n_added);
+    for (uint32_t i = 0; i < t->h.n_added; i++) {
+        Text text;
+        const uint8_t *start = record_take(t, file, &text);
+        uint32_t id = start ? read_u32(start) : UINT32_MAX;
+        if (id >= (uint32_t)t->h.vocab_size || start[4] > 31 || !text.len) return false;
+        t->added[i] = (Added){text, (int)id, start[4]};
+        int which = (start[4] & NORMALIZED) != 0;
+        size_t *longest = &t->longest[which][(uint8_t)*text.s];
+        if (text.len > *longest) *longest = text.len;
+        index_find(&t->by_content[which], text, (int)i);
+    }
+    return true;
+}
+
+// Notes the ranks of merges, and what they make: what byte pair encoding may not give is not made.
+static bool read_merges(Tokenizer *t, const uint32_t *pair) {
+    static char both[1 << 17];
+    uint32_t n = (uint32_t)t->h.vocab_size;
+    if (t->h.n_merges > 1 << 24) return false;  // a float holds no greater rank
+    t->merges = index_new(t->h.n_merges);
+    t->joined = zeros(t->h.n_merges, sizeof *t->joined);
+    for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2) {
+        if (pair[0] >= n || pair[1] >= n) return false;
+        Text a = t->tokens[pair[0]].text, b = t->tokens[pair[1]].text;
+        memcpy(both, a.s, a.len), memcpy(both + a.len, b.s, b.len);
+        t->joined[rank] = token_of(t, both, a.len + b.len);
+        if (t->joined[rank] >= 0) index_find(&t->merges, (Text){(const char *)pair, 8}, (int)rank);
+    }
+    return true;
+}
+
+// A table of a number for each character, from ranges; NULL: they are damaged.
+static uint8_t *read_ranges(const Range *range, uint32_t n, uint32_t limit) {
+    uint8_t *table = zeros(N_CHARS, 1);
+    for (; n && range->first <= range->last && range->last < N_CHARS && range->value < limit;
+         n--, range++)
+        memset(table + range->first, (int)range->value, range->last + 1 - range->first);
+    if (n) free(table);
+    return n ? NULL : table;
+}
+
+static bool steps_are_right(const Tokenizer *t) {
+    if (t->h.n_elements > 4096 || t->h.n_steps > 64) return false;  // calls are nested so deep
+    for (uint32_t i = 0; i < t->h.n_elements; i++) {
+        const Element *x = &t->elements[i];
+        if ((x->next && x->next <= i) || x->next >= t->h.n_elements || x->least > x->most ||
+            (x->otherwise && x->otherwise <= i) || x->otherwise >= t->h.n_elements ||
+            x->kind > NOT_FOLLOWED || x->zero) return false;
+    }
+    for (uint32_t i = 0; i < t->h.n_steps; i++) {
+        const Step *s = &t->steps[i];
+        if (s->kind > SPLIT || s->n_from > 12 || s->n_to > 12 || s->how > (s->kind == FIND ? 1 : 63)
+            || (s->kind == SPLIT ? s->element >= t->h.n_elements : s->element)) return false;
+    }
+    return true;
+}
+
 // Reads what follows the tokens: nothing in llama2.c's layout, whose header counts none of it.
 static bool read_tables(Tokenizer *t, Bytes *file) {
-    if (!t->llama2c) bytes_take(file, -(uint64_t)(file->p - t->file) & 3);
-    const uint32_t *pair = bytes_take(file, t->h.n_merges * 8ull);
-    const struct { uint32_t first, last, class; } *range = bytes_take(file, t->h.n_ranges * 12ull);
-    t->stops = bytes_take(file, t->h.n_stops * 4ull);
-    for (uint32_t i = 0; i < t->h.n_chat; i++) {
+    const TokenizerHeader *h = &t->h;
+    if (!t->llama2c) bytes_take(file, -(uint64_t)(file->p - t->file) & 7);
+    t->elements = bytes_take(file, h->n_elements * (uint64_t)sizeof *t->elements);
+    static const Step space = {.kind = REPLACE, .n_to = 1, .to = " "};
+    t->steps = t->llama2c ? &space : bytes_take(file, h->n_steps * (uint64_t)sizeof *t->steps);
+    const uint32_t *pairs = bytes_take(file, h->n_merges * 8ull);
+    const Range *atoms = bytes_take(file, h->n_ranges * (uint64_t)sizeof *atoms);
+    const Range *marks = bytes_take(file, h->n_marks * (uint64_t)sizeof *marks);
+    t->forms = bytes_take(file, h->n_forms * (uint64_t)sizeof *t->forms);
+    t->stops = bytes_take(file, h->n_stops * 4ull);
+    for (uint32_t i = 0; i < h->n_chat; i++) {
         const uint8_t *head = bytes_take(file, 8);
         t->chat[i].len = head ? read_u32(head) : 0;
         t->chat[i].s = bytes_take(file, t->chat[i].len);
@@ -1784,49 +1890,51 @@ static bool read_tables(Tokenizer *t, Bytes *file) {
         bool date = t->chat_flags[i] & DATE && t->chat[i].s;  // ends in a zero byte
         if (t->chat_flags[i] > CHAT_FLAGS || (date && *(file->p - 1))) return false;
     }
-    if (file->p != file->end) return false;
-    t->merges = index_new(t->h.n_merges);
-    for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2)
-        index_find(&t->merges, (Text){(const char *)pair, 8}, (int)rank);
-    t->kinds = memset(zeros(N_CHARS, 1), OTHER, N_CHARS);
-    for (uint32_t i = 0; i < t->h.n_ranges; i++, range++) {
-        if (range->first > range->last || range->last >= N_CHARS || range->class > 3) return false;
-        memset(t->kinds + range->first, 1 << range->class, range->last + 1 - range->first);
+    if (file->p != file->end || !steps_are_right(t) || !read_merges(t, pairs)) return false;
+    t->atoms = read_ranges(atoms, h->n_ranges, INSIDE);
+    t->marks = read_ranges(marks, h->n_marks, 255);
+    t->by_whole = index_new(h->n_forms), t->by_parts = index_new(h->n_forms);
+    for (uint32_t i = 0; i < h->n_forms; i++) {
+        const Form *f = &t->forms[i];
+        uint32_t second = f->second & INT32_MAX;
+        if (f->whole >= N_CHARS || f->first >= N_CHARS || second >= N_CHARS) return false;
+        index_find(&t->by_whole, (Text){(const char *)&f->whole, 4}, (int)i);
+        index_find(&t->by_parts, (Text){(const char *)&f->first, 8}, (int)i);
     }
-    t->kinds[' '] = BLANK;
-    t->kinds['\r'] = t->kinds['\n'] = NEWLINE;
-    return true;
+    return t->atoms && t->marks;
 }
 
 static void free_tokenizer(Tokenizer *t) {
+    void *tables[] = {t->tokens, t->by_text.entries, t->merges.entries, t->joined, t->added,
+                      t->by_content[0].entries, t->by_content[1].entries, t->atoms, t->marks,
+                      t->by_whole.entries, t->by_parts.entries};
     if (t->file) munmap((void *)(uintptr_t)t->file, t->file_size);
-    free(t->tokens);  // NOLINT: not the one that find_tokenizer freed before
-    free(t->by_text.entries);
-    free(t->merges.entries);
-    free(t->kinds);
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) free(tables[i]);
     *t = (Tokenizer){0};
 }
 
 // Opens a tokenizer for a model. Returns NULL, or what is wrong with it. llama2.c's layout has no
 // header: this is what its program takes for granted, which ends texts at BOS.
 static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m) {
-    *t = (Tokenizer){.h = {.version = 2, .kind = SENTENCEPIECE, .vocab_size = m->c.vocab_size,
-                           .bos = 1, .eos = 1, .unk = 0, .flags = ADD_BOS | ADD_SPACE_PREFIX,
-                           .temperature = -1, .top_p = -1}};
+    *t = (Tokenizer){.h = {.version = 1, .vocab_size = m->c.vocab_size, .bos = 1, .eos = 1,
+                           .unk = 0, .flags = ADD_BOS | DROP_SPACE | BY_SCORE | CHARACTERS,
+                           .n_steps = 1, .temperature = -1, .top_p = -1}};
     TokenizerHeader *h = &t->h;
     t->file = map_file(path, &t->file_size);
     snprintf(t->path, sizeof t->path, "%s", path);
-    t->llama2c = t->file_size < 4 || memcmp(t->file, "tok3", 4);
+    bool ours = t->file_size >= 4 && !memcmp(t->file, "tok", 3);
+    t->llama2c = !ours;
     Bytes file = {t->file, t->file + t->file_size};
+    if (ours && t->file[3] != '4') return "has another version's layout: export.py makes it anew";
     const void *start = bytes_take(&file, t->llama2c ? 4 : sizeof *h);
-    if (start && !t->llama2c) memcpy(h, start, sizeof *h);
-    if (h->version != 2) return "has another version: export it again";
+    if (start && ours) memcpy(h, start, sizeof *h);
+    if (h->version != 1) return "has an unknown version";
     if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
     uint32_t n = (uint32_t)h->vocab_size;
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
     if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
-        h->unk + 1u > n || h->kind > SENTENCEPIECE || h->flags > 15 || h->split > 2 ||
-        h->n_chat > N_CHAT || !read_tokens(t, &file) || !read_tables(t, &file))
+        h->unk + 1u > n || h->flags >= BARE || h->zero || h->n_chat > N_CHAT ||
+        !read_tokens(t, &file) || !read_added(t, &file) || !read_tables(t, &file))
         return "is damaged, or not this model's tokenizer";
     return NULL;
 }
@@ -1850,158 +1958,354 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
 }
 
 // ---- [3.3] encoding, decoding -------------------------------------------------------------------
-// A word is covered by symbols, each kept at the place of its first byte. The two that are joined
-// next, those of the highest priority, of equals the leftmost, are found by a tournament.
+// A word is covered by symbols. The two that are joined next, those of the highest priority, of
+// equals the leftmost, are found by a tournament.
 
-typedef struct { int id, len, prev; } Symbol;  // len 0: none begins here; prev: the one before
+typedef struct { int id, at, len, next, prev; } Symbol;  // len 0: joined to another; -1: none there
 typedef struct {
     const Tokenizer *t;
     Ids *out;
-    Text word;
-    Symbol *symbols;  // (word.len + 1)
-    int leaves;       // the least power of two that is not below word.len
-    float *winners;   // (2 leaves) [leaves + place]: the priority of joining the symbol there to
-} Encoder;            // the one behind, -INFINITY: none; [i]: the higher one of [2 i] and [2 i + 1]
+    const char *word;
+    Symbol *symbols;  // (leaves)
+    int n, leaves;    // the least power of two that is not below n, the number of symbols
+    int room;         // for leaves
+    float *winners;   // (2 leaves) [leaves + i]: the priority of joining symbol i to the next one,
+                      // -INFINITY: none; [i]: the higher one of [2 i] and [2 i + 1]
+    bool text_start;
+    uint64_t budget;  // of tries to match a pattern, against patterns that take for ever
+} Encoder;
 
-// Finds out whether the symbol at a place can be joined to the one behind it.
-static void encode_pair(Encoder *e, int place) {
+// Part of a text. typed, atoms: of each byte, or NULL; first: it begins where the whole text does.
+typedef struct { Text text; const char *typed; const uint8_t *atoms; bool first; } Piece;
+static Piece piece_of(Piece p, size_t from, size_t to) {
+    return (Piece){{p.text.s + from, to - from}, p.typed ? p.typed + from : NULL,
+                   p.atoms ? p.atoms + from : NULL, p.first && !from};
+}
+static void encode_piece(Encoder *e, Piece p, uint32_t step);
+
+// Finds out whether a symbol can be joined to the one behind it.
+static void encode_pair(Encoder *e, int i) {
     const Tokenizer *t = e->t;
-    const Symbol *a = &e->symbols[place], *b = a + a->len;
+    const Symbol *a = &e->symbols[i], *b = &e->symbols[a->next < 0 ? 0 : a->next];
     float *w = e->winners, priority = -INFINITY;
-    if (b->len) {  // else there is none, here or behind
-        int pair[] = {a->id, b->id}, rank = 0;
-        bool ranked = t->h.kind == BYTE_LEVEL;
-        if (ranked) rank = index_find(&t->merges, (Text){(char *)pair, sizeof pair}, -1);
-        Text both = {e->word.s + place, (size_t)(a->len + b->len)};
-        int joined = rank < 0 ? -1 : token_normal(t, both);
-        if (joined >= 0) priority = ranked ? (float)-rank : t->tokens[joined].score;
+    if (a->len && a->next >= 0 && t->h.flags & BY_SCORE) {
+        int joined = token_of(t, e->word + a->at, (size_t)(a->len + b->len));
+        if (joined >= 0) priority = t->tokens[joined].score;
+    } else if (a->len && a->next >= 0) {
+        int pair[] = {a->id, b->id}, rank = index_find(&t->merges, (Text){(char *)pair, 8}, -1);
+        if (rank >= 0) priority = (float)-rank;
     }
-    int i = e->leaves + place;
+    i += e->leaves;
     w[i] = priority;
     while (i /= 2) w[i] = fmaxf(w[2 * i], w[2 * i + 1]);  // NOLINT: all set
 }
 
-// Appends the tokens of one word (or, with SentencePiece, of a whole text).
+static void encode_symbol(Encoder *e, int id, size_t at, size_t len) {
+    e->symbols[e->n] = (Symbol){id, (int)at, (int)len, -1, e->n - 1};
+    if (e->n) e->symbols[e->n - 1].next = e->n;
+    e->n++;
+}
+
+// Covers a word with symbols: its bytes or characters. What is no token becomes the tokens of its
+// bytes, else the unknown one, which comes before the next token, or is left out. (SentencePiece
+// joins symbols that are no tokens as well.)
+static void encode_symbols(Encoder *e, Text word) {
+    const Tokenizer *t = e->t;
+    bool unknown = false, scores = t->h.flags & BY_SCORE;
+    e->n = 0;
+    for (size_t i = 0, len = 1; i < word.len; i += len) {
+        if (t->h.flags & CHARACTERS) next_char(word.s + i, word.len - i, &len);
+        int id = token_of(t, word.s + i, len);
+        size_t bytes = 0;
+        while (id < 0 && bytes < len && token_of(t, word.s + i + bytes, 1) >= 0) bytes++;
+        if (unknown && (id >= 0 || (bytes < len && !(t->h.flags & FUSE_UNK))))
+            encode_symbol(e, t->h.unk, i, 1), unknown = false;
+        if (id >= 0 || scores) encode_symbol(e, id, i, len);
+        else if (bytes < len) unknown = t->h.unk >= 0;
+        else
+            for (size_t j = i; j < i + len; j++)
+                encode_symbol(e, token_of(t, word.s + j, 1), j, 1);
+    }
+    if (unknown) encode_symbol(e, t->h.unk, word.len, 1);
+}
+
+// Appends the tokens of a word.
 static void encode_word(Encoder *e, Text word) {
     const Tokenizer *t = e->t;
-    Symbol *symbols = e->symbols;
-    int n = (int)word.len;
-    e->word = word;
-    for (e->leaves = 1; e->leaves < n;) e->leaves *= 2;
-    for (int i = 0; i < 2 * e->leaves; i++) e->winners[i] = -INFINITY;
-    memset(symbols, 0, (word.len + 1) * sizeof *symbols);
-    for (int i = 0, prev = 0; i < n; prev = i, i += symbols[i].len) {
-        size_t len = 1;
-        if (t->h.kind == SENTENCEPIECE) next_char(word.s + i, (size_t)(n - i), &len);
-        symbols[i] = (Symbol){token_normal(t, (Text){word.s + i, len}), (int)len, prev};
-        encode_pair(e, prev);
+    int whole = t->h.flags & IGNORE_MERGES ? token_of(t, word.s, word.len) : -1;
+    if (whole >= 0) {
+        push(e->out, whole);
+        return;
     }
-    while (e->winners[1] > -INFINITY) {
+    if (word.len > INT_MAX / 4) die("the text is too long: %zu bytes in one word", word.len);
+    for (e->leaves = 1; (size_t)e->leaves <= word.len;) e->leaves *= 2;
+    if (e->room < e->leaves) {
+        e->room = e->leaves;
+        e->symbols = resize(e->symbols, (size_t)e->room, sizeof *e->symbols);
+        e->winners = resize(e->winners, (size_t)e->room, 2 * sizeof *e->winners);
+    }
+    e->word = word.s;
+    encode_symbols(e, word);
+    for (e->leaves = 1; e->leaves < e->n;) e->leaves *= 2;
+    for (int i = 0; i < 2 * e->leaves; i++) e->winners[i] = -INFINITY;
+    for (int i = 0; i < e->n; i++) encode_pair(e, i);
+    while (e->n && e->winners[1] > -INFINITY) {
         int i = 1;
         while (i < e->leaves) i = 2 * i + (e->winners[2 * i] < e->winners[2 * i + 1]);
-        int place = i - e->leaves;
-        Symbol *a = &symbols[place], *b = a + a->len;
+        Symbol *a = &e->symbols[i - e->leaves], *b = &e->symbols[a->next];
+        a->id = t->h.flags & BY_SCORE ? token_of(t, word.s + a->at, (size_t)(a->len + b->len))
+                                      : t->joined[(int)-e->winners[i]];
         a->len += b->len;
-        a->id = token_normal(t, (Text){word.s + place, (size_t)a->len});
         b->len = 0;
-        a[a->len].prev = place;
-        encode_pair(e, (int)(b - symbols));
-        encode_pair(e, a->prev);
-        encode_pair(e, place);
+        a->next = b->next;
+        if (b->next >= 0) e->symbols[b->next].prev = i - e->leaves;
+        encode_pair(e, (int)(b - e->symbols));
+        if (a->prev >= 0) encode_pair(e, a->prev);
+        encode_pair(e, i - e->leaves);
     }
-    for (int i = 0; i < n; i += symbols[i].len) {
-        if (symbols[i].id >= 0) push(e->out, symbols[i].id);
-        else for (int j = 0; j < symbols[i].len; j++) {  // its bytes, or unknown
-            int byte = token_normal(t, (Text){word.s + i + j, 1});
+    bool fused = false;
+    for (int i = e->n ? 0 : -1; i >= 0; i = e->symbols[i].next) {
+        const Symbol *a = &e->symbols[i];
+        bool unknown = false;
+        if (a->id >= 0) push(e->out, a->id);
+        else for (int j = 0; j < a->len; j++) {  // its bytes, or unknown
+            int byte = token_of(t, word.s + a->at + j, 1);
             if (byte >= 0) push(e->out, byte);
-            else if (t->h.unk >= 0 && !j) push(e->out, t->h.unk);
+            else if (t->h.unk >= 0 && !unknown && !fused) push(e->out, t->h.unk);
+            unknown = byte < 0 || unknown;
         }
+        fused = unknown && t->h.flags & FUSE_UNK;
     }
 }
 
-// Text is cut into words as the regular expressions of GPT-2 (split 1) and of cl100k (split 2:
-// Llama 3, Qwen) do it, by the first alternative that fits:
-//   1: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-//   2: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}
-//      | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-// Those in the middle are here: perhaps a character of the kinds `before`, a run, a run `after`.
-// The first three are split 1 where each digit is a word, and what comes before it ends there.
-static const struct { uint8_t before, run, after; } word_rules[3][3] = {
-    {{BLANK, LETTER, 0}, {0, NUMBER, 0}, {BLANK, OTHER, 0}},
-    {{BLANK, LETTER, 0}, {BLANK, NUMBER, 0}, {BLANK, OTHER, 0}},
-    {{OTHER | WHITE | BLANK, LETTER, 0}, {0, NUMBER, 0}, {BLANK, OTHER, NEWLINE}}};
+// The end of the match of a pattern, from an element on, at a place in a piece, or SIZE_MAX.
+static size_t pattern_match(Encoder *e, const Piece *p, size_t from, const Element *x) {
+    const uint8_t *atoms = p->atoms;
+    if (!e->budget--) die("%s: its patterns take too long for this text", e->t->path);
+    for (;; x = &e->t->elements[x->otherwise]) {
+        size_t at = from, least = x->least, n = 0, end;
+        while (n < x->most && at < p->text.len && x->set >> atoms[at] & 1)
+            for (at++, n++; at < p->text.len && atoms[at] == INSIDE; at++) {}
+        if (x->kind >= FOLLOWED) {
+            n = (n > 0) == (x->kind == FOLLOWED) ? 0 : SIZE_MAX;  // SIZE_MAX: it does not fit
+            least = 0, at = from;
+        }
+        for (; n + 1 > least; n--) {
+            end = x->next ? pattern_match(e, p, at, &e->t->elements[x->next]) : at;
+            if (end != SIZE_MAX) return end;
+            if (!n || x->kind != TAKE) break;
+            do at--; while (atoms[at] == INSIDE);
+        }
+        if (!x->otherwise) return SIZE_MAX;
+    }
+}
 
-// End of the run of at most `most` characters of some kinds that starts at a place.
-static size_t word_run(const Tokenizer *t, Text text, size_t at, int kinds, size_t most) {
-    for (size_t used; most-- && at < text.len; at += used)
-        if (!(t->kinds[next_char(text.s + at, text.len - at, &used)] & kinds)) break;
+static void encode_split(Encoder *e, Piece p, uint32_t step) {
+    const Step *s = &e->t->steps[step];
+    size_t start = 0, n = p.text.len, used;
+    uint8_t *atoms = p.atoms ? NULL : resize(NULL, n, 1);
+    for (size_t i = 0; i < n && atoms; i += used) {
+        uint32_t c = next_char(p.text.s + i, n - i, &used);
+        memset(atoms + i, INSIDE, used);
+        atoms[i] = e->t->atoms[c];
+    }
+    if (atoms) p.atoms = atoms;
+    bool before = false;
+    for (size_t from = 0, at, end = 0; from < n; from = end) {
+        const Element *first = &e->t->elements[s->element];
+        for (at = from; at < n; at++) {  // an empty match is none
+            if (p.atoms[at] == INSIDE) continue;
+            end = pattern_match(e, &p, at, first);
+            if (end != SIZE_MAX && end > at) break;
+        }
+        if (at == n) end = n;
+        for (int match = 0; match < 2; match++) {  // what comes before the match, the match
+            size_t here = match ? at : from;
+            if (here == (match ? end : at)) continue;
+            if (here > start && s->how >> (2 * before + match) & 1) {
+                bool dropped = s->how >> (4 + before) & 1;
+                if (!dropped) encode_piece(e, piece_of(p, start, here), step + 1);
+                start = here;
+            }
+            before = match;
+        }
+    }
+    if (!(s->how >> (4 + before) & 1)) encode_piece(e, piece_of(p, start, n), step + 1);
+    free(atoms);
+}
+
+// Whether the character of a text at a place is in a set.
+static bool char_is(const Tokenizer *t, Text text, size_t at, uint64_t set) {
+    size_t used;
+    return set >> t->atoms[next_char(text.s + at, text.len - at, &used)] & 1;
+}
+// Where the character before a place begins.
+static size_t char_before(Text text, size_t at) {
+    do at--; while (at && ((uint8_t)text.s[at] & 0xc0) == 0x80);
     return at;
 }
 
-// Length of the first word of a text.
-static size_t word_next(const Tokenizer *t, Text text) {
-    static const char *const ends[] = {"s", "t", "re", "ve", "m", "ll", "d"};
-    bool gpt2 = t->h.split == 1, isolate = t->h.isolate_digits;
-    size_t digits = isolate ? 1 : t->h.digits ? t->h.digits : SIZE_MAX;
-    for (int i = 0; i < 7 && text.s[0] == '\''; i++) {
-        size_t n = strlen(ends[i]);
-        if (n < text.len && !(gpt2 ? strncmp : strncasecmp)(text.s + 1, ends[i], n)) return n + 1;
+static void encode_find(Encoder *e, Piece p, uint32_t step) {
+    const Tokenizer *t = e->t;
+    Text text = p.text;
+    size_t from = 0, used;
+    for (size_t i = 0; i < text.len;) {
+        const Added *a = added_at(t, text, i, p.typed, t->steps[step].how);
+        size_t start = i, end = i + (a ? a->text.len : 1);
+        i = end;
+        if (!a || (a->flags & SINGLE_WORD &&
+                   ((start && char_is(t, text, char_before(text, start), t->h.word)) ||
+                    (end < text.len && char_is(t, text, end, t->h.word))))) continue;
+        while (a->flags & LSTRIP && start > from &&
+               char_is(t, text, char_before(text, start), t->h.white))
+            start = char_before(text, start);
+        while (a->flags & RSTRIP && end < text.len && char_is(t, text, end, t->h.white)) {
+            next_char(text.s + end, text.len - end, &used);
+            end += used;
+        }
+        if (from < start) encode_piece(e, piece_of(p, from, start), step + 1);
+        push(e->out, a->id);
+        from = end;
     }
-    for (int i = 0, rules = gpt2 ? !isolate : 2; i < 3; i++) {
-        int run = word_rules[rules][i].run;
-        size_t start = word_run(t, text, 0, word_rules[rules][i].before, 1);
-        size_t end = word_run(t, text, start, run, run == NUMBER ? digits : SIZE_MAX);
-        if (end > start) return word_run(t, text, end, word_rules[rules][i].after, SIZE_MAX);
-    }
-    size_t n = word_run(t, text, 0, WHITE | BLANK | NEWLINE, SIZE_MAX), last = n - 1;
-    for (size_t i = n; i && !gpt2; i--) if (t->kinds[(uint8_t)text.s[i - 1]] == NEWLINE) return i;
-    if (n == text.len || (isolate && word_run(t, text, n, NUMBER, 1) > n)) return n;
-    while (last && ((uint8_t)text.s[last] & 0xc0) == 0x80) last--;
-    return last ? last : n;  // the last space belongs to the next word
+    if (from < text.len) encode_piece(e, piece_of(p, from, text.len), step + 1);
 }
 
-// Appends the tokens of a text. At a text's start BOS and a space come first, if the tokenizer adds
-// them. Special tokens are recognised, except over bytes that are marked as typed by a user.
+// What a step makes of a text, and flags of what was typed.
+typedef struct { char *s, *typed; size_t n, room; } Changed;
+static void changed_add(Changed *c, const char *s, size_t n, const char *typed) {
+    if (c->n + n > c->room) {
+        c->room = 2 * (c->n + n);
+        c->s = resize(c->s, c->room, 1), c->typed = resize(c->typed, c->room, 1);
+    }
+    memcpy(c->s + c->n, s, n);
+    if (typed) memcpy(c->typed + c->n, typed, n);
+    else memset(c->typed + c->n, 0, n);
+    c->n += n;
+}
+static const char all_typed[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+static void change_replace(const Encoder *e, Piece p, const Step *s, Changed *c) {
+    size_t n = s->n_from, len = p.text.len;
+    bool there = len >= s->n_to && !memcmp(p.text.s, s->to, s->n_to);
+    bool in_front = !n && (p.first ? e->text_start : !(s->how & 2)) && !(s->how & 1 && there);
+    if (in_front) changed_add(c, s->to, s->n_to, NULL);
+    for (size_t i = 0, end; i < len; i = end + n) {
+        const char *at = n ? memmem(p.text.s + i, len - i, s->from, n) : NULL;
+        end = at ? (size_t)(at - p.text.s) : len;
+        changed_add(c, p.text.s + i, end - i, p.typed ? p.typed + i : NULL);
+        bool typed = at && p.typed && memchr(p.typed + end, 1, n);
+        if (at) changed_add(c, s->to, s->n_to, typed ? all_typed : NULL);
+    }
+}
+
+// Normal form C (Unicode Standard Annex 15). Characters here can be marked as typed, or are bytes
+// that are none; both have no combining class. Hangul syllables are made of three parts by rule.
+enum { IS_BYTE = 1 << 21, IS_TYPED = 1 << 22, SYLLABLE = 0xac00, LEAD = 0x1100, VOWEL = 0x1161,
+       TAIL = 0x11a7, N_SYLLABLES = 11172, N_VOWELS = 21, N_TAILS = 28 };
+static int form_class(const Tokenizer *t, int c) {
+    return c & IS_BYTE ? 0 : t->marks[c & ~IS_TYPED];
+}
+// Appends a character, taken apart by the forms before one, with its marks in their order.
+static void form_take(const Tokenizer *t, Ids *out, int c, int typed, int before) {
+    int form = index_find(&t->by_whole, (Text){(char *)&c, 4}, -1), s = c - SYLLABLE;
+    if (s >= 0 && s < N_SYLLABLES) {
+        push(out, (LEAD + s / (N_VOWELS * N_TAILS)) | typed);
+        push(out, (VOWEL + s / N_TAILS % N_VOWELS) | typed);
+        if (s % N_TAILS) push(out, (TAIL + s % N_TAILS) | typed);
+    } else if (form >= 0 && form < before) {
+        int second = (int)(t->forms[form].second & INT32_MAX);
+        form_take(t, out, (int)t->forms[form].first, typed, form);
+        if (second) form_take(t, out, second, typed, form);
+    } else {
+        push(out, c | typed);
+        int *p = out->ids + out->n - 1, class = form_class(t, c);
+        for (; class && p > out->ids && form_class(t, p[-1]) > class; p--) p[0] = p[-1];
+        *p = c | typed;
+    }
+}
+// What two characters make together, or -1.
+static int form_join(const Tokenizer *t, int a, int b) {
+    int pair[] = {a & ~IS_TYPED, b & ~IS_TYPED}, typed = (a | b) & IS_TYPED;
+    int lead = pair[0] - LEAD, vowel = pair[1] - VOWEL;
+    int s = pair[0] - SYLLABLE, tail = pair[1] - TAIL;
+    if (lead >= 0 && lead < 19 && vowel >= 0 && vowel < N_VOWELS)
+        return (SYLLABLE + (lead * N_VOWELS + vowel) * N_TAILS) | typed;
+    if (s >= 0 && s < N_SYLLABLES && s % N_TAILS == 0 && tail > 0 && tail < N_TAILS)
+        return (pair[0] + tail) | typed;
+    int form = pair[1] ? index_find(&t->by_parts, (Text){(char *)pair, 8}, -1) : -1;
+    return form < 0 ? -1 : (int)t->forms[form].whole | typed;
+}
+static void change_form(const Encoder *e, Piece p, Changed *c) {
+    const Tokenizer *t = e->t;
+    Ids chars = {0};
+    size_t used, n = 0, starter = 0;
+    for (size_t i = 0; i < p.text.len; i += used) {
+        int a = (int)next_char(p.text.s + i, p.text.len - i, &used);
+        if (a == 0xfffd && used == 1) a = IS_BYTE | (uint8_t)p.text.s[i];
+        bool typed = p.typed && memchr(p.typed + i, 1, used);
+        form_take(t, &chars, a, typed ? IS_TYPED : 0, INT_MAX);
+    }
+    for (size_t i = 0; i < chars.n; i++) {  // what begins with a starter is joined
+        int a = chars.ids[i], class = form_class(t, a);
+        bool near = n && !form_class(t, chars.ids[starter]) &&
+                    (starter == n - 1 || form_class(t, chars.ids[n - 1]) < class);
+        int whole = near ? form_join(t, chars.ids[starter], a) : -1;
+        if (whole >= 0) chars.ids[starter] = whole;
+        else if (chars.ids[n] = a, n++, !class) starter = n - 1;
+    }
+    for (size_t i = 0; i < n; i++) {
+        int a = chars.ids[i] & ~IS_TYPED, more = (a >= 0x80) + (a >= 0x800) + (a >= 0x10000);
+        char s[4] = {(char)a};
+        if (more && !(a & IS_BYTE)) s[0] = (char)(256 - (128 >> more) + (a >> 6 * more));
+        else more = 0;
+        for (int j = 1; j <= more; j++) s[j] = (char)(0x80 | (a >> 6 * (more - j) & 0x3f));
+        changed_add(c, s, (size_t)more + 1, chars.ids[i] & IS_TYPED ? all_typed : NULL);
+    }
+    free(chars.ids);
+}
+
+// Takes a piece through a step and all that follow it.
+static void encode_piece(Encoder *e, Piece p, uint32_t step) {
+    const Tokenizer *t = e->t;
+    const Step *s = &t->steps[step];
+    Changed c = {0};
+    if (!p.text.len) return;
+    if (step == t->h.n_steps) encode_word(e, p.text);
+    else if (s->kind == FIND) encode_find(e, p, step);
+    else if (s->kind == SPLIT) encode_split(e, p, step);
+    else if (t->h.flags & BARE) encode_piece(e, p, step + 1);
+    else {
+        c.room = 2 * p.text.len + sizeof s->to;
+        c.s = resize(NULL, c.room, 1), c.typed = resize(NULL, c.room, 1);
+        if (s->kind == REPLACE) change_replace(e, p, s, &c);
+        else change_form(e, p, &c);
+        encode_piece(e, (Piece){{c.s, c.n}, p.typed ? c.typed : NULL, NULL, p.first}, step + 1);
+    }
+    free(c.s), free(c.typed);
+}
+
+// Appends the tokens of a text. At a text's start BOS and what the steps write in front come first,
+// if it does not begin with BOS. Control tokens are not recognised where a byte is marked as typed.
 static void encode(const Tokenizer *t, Text text, const char *typed, bool text_start, Ids *out) {
     if (text.len > INT_MAX / 4) die("the text is too long: %zu bytes", text.len);
-    bool words = t->h.kind == BYTE_LEVEL && t->h.split;
-    size_t start = 0, room = text.len + 2;
-    Encoder e = {.t = t, .out = out, .symbols = resize(NULL, room, sizeof(Symbol)),
-                 .winners = resize(NULL, 4 * room, sizeof(float))};
-    char *copy = resize(NULL, room, 1);  // behind a byte that may become a space
-    if (text.len) text.s = memcpy(copy + 1, text.s, text.len);
-    bool bos = text.len && token_special(t, text, 0, typed) == t->h.bos;  // it has one itself
-    if (text_start && t->h.flags & ADD_BOS && t->h.bos >= 0 && !bos) push(out, t->h.bos);
-    for (size_t i = 0; i <= text.len; i++) {
-        int special = i < text.len ? token_special(t, text, i, typed) : -1;
-        if (special < 0 && i < text.len) continue;
-        bool prefix = start ? !(t->h.flags & PREFIX_START_ONLY) : text_start;
-        bool space = i > start && prefix && t->h.flags & ADD_SPACE_PREFIX;
-        if (space) copy[start] = ' ';  // over the end of what is encoded already
-        Text part = {copy + start + !space, i - start + space};
-        for (Text word; part.len; part.s += word.len, part.len -= word.len) {
-            word = (Text){part.s, words ? word_next(t, part) : part.len};
-            int whole = t->h.flags & IGNORE_MERGES ? token_normal(t, word) : -1;
-            if (whole >= 0) push(out, whole);
-            else encode_word(&e, word);
-        }
-        if (special < 0) break;
-        push(out, special);
-        start = i + t->tokens[special].text.len;
-        i = start - 1;
-    }
-    free(copy);
+    Encoder e = {.t = t, .out = out, .text_start = text_start, .budget = (text.len + 1) << 12};
+    bool bos = text_start && t->h.flags & ADD_BOS && t->h.bos >= 0;
+    size_t start = out->n + bos;
+    if (bos) push(out, t->h.bos);
+    encode_piece(&e, (Piece){text, typed, NULL, true}, 0);
+    if (bos && out->n > start && out->ids[start] == t->h.bos)  // it has one itself
+        memmove(out->ids + start, out->ids + start + 1, (--out->n - start) * sizeof(int));
     free(e.symbols);
     free(e.winners);
 }
 
-// The text of a token that follows another (-1: nothing). Control tokens have none; SentencePiece's
-// space in front of the first word is dropped.
+// The text of a token that follows another (-1: nothing). Control tokens have none; the space that
+// was put in front of the first word is dropped.
 static Text decode(const Tokenizer *t, int previous, int id) {
     int type = id >= 0 && id < t->h.vocab_size ? t->tokens[id].type : UNUSED;
     if (type == UNUSED || (type == CONTROL && !t->llama2c)) return (Text){"", 0};
     Text text = t->tokens[id].text;
-    bool drop = previous == t->h.bos && t->h.flags & ADD_SPACE_PREFIX && text.len && *text.s == ' ';
+    bool drop = previous == t->h.bos && t->h.flags & DROP_SPACE && text.len && *text.s == ' ';
     return (Text){text.s + drop, text.len - drop};
 }
 
@@ -4636,7 +4940,7 @@ static void zip_cut(Zip *z, Text text) {
     Tokenizer exact = *z->t;
     Ids ids = {0};
     const char *done = text.s, *end = text.s + text.len;
-    exact.h.flags &= ~(uint32_t)ADD_SPACE_PREFIX;
+    exact.h.flags |= BARE;
     encode(&exact, text, NULL, false, &ids);
     for (size_t i = 0; i <= ids.n; i++) {
         Text token = i < ids.n ? z->t->tokens[ids.ids[i]].text : (Text){end, 0};

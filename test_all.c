@@ -1508,20 +1508,36 @@ static void test_sampler(void) {
 
 // ==== 6. The tokenizer ===========================================================================
 
+enum { BYTE_LEVEL = 0, SENTENCEPIECE = BY_SCORE | CHARACTERS };
 typedef struct {
-    int kind, bos, eos, unk, flags, split, digits, isolate;
+    int bos, eos, unk, flags;
     float temperature, top_p;
-    int n, n_merges, n_ranges, n_stops, n_chat;
-    Buffer tokens, merges, ranges, stops, chat;
+    int n, n_merges, n_added, n_ranges, n_elements, n_steps, n_marks, n_forms, n_stops, n_chat;
+    Buffer tokens, added, elements, steps, merges, ranges, marks, forms, stops, chat;
     char texts[2000][12];  // the first bytes of each token
     int lens[2000];
     float scores[2000];
 } Vocabulary;
 
-static Vocabulary *new_vocabulary(int kind) {
+static void step(Vocabulary *v, int kind, int how, const char *from, const char *to) {
+    Step made = {.kind = (uint8_t)kind, .how = (uint8_t)how, .n_from = (uint8_t)strlen(from),
+                 .n_to = (uint8_t)strlen(to)};
+    memcpy(made.from, from, made.n_from), memcpy(made.to, to, made.n_to);
+    if (kind == SPLIT) made.element = (uint32_t)v->n_elements;
+    put(&v->steps, &made, sizeof made);
+    v->n_steps++;
+}
+static Vocabulary *new_vocabulary(int flags) {
     Vocabulary *v = get(1, sizeof *v);
-    v->kind = kind, v->bos = v->eos = v->unk = -1, v->temperature = v->top_p = -1;
+    v->flags = flags, v->bos = v->eos = v->unk = -1, v->temperature = v->top_p = -1;
+    step(v, FIND, 0, "", "");
     return v;
+}
+static void added(Vocabulary *v, int id, const char *s, size_t len, int flags) {
+    put32(&v->added, id);
+    put(&v->added, (uint8_t[]){(uint8_t)flags, 0, (uint8_t)len, (uint8_t)(len >> 8)}, 4);
+    put(&v->added, s, len);
+    v->n_added++;
 }
 static int token(Vocabulary *v, const char *s, size_t len, double score, int type) {
     v->scores[v->n] = (float)score;
@@ -1530,24 +1546,76 @@ static int token(Vocabulary *v, const char *s, size_t len, double score, int typ
     put(&v->tokens, s, len);
     memcpy(v->texts[v->n], s, len < 12 ? len : 12);
     v->lens[v->n] = (int)len;
+    if (type == CONTROL || type == USER_DEFINED)
+        added(v, v->n, s, len, type == CONTROL ? ONLY_UNTYPED : 0);
     return v->n++;
 }
 static int word(Vocabulary *v, const char *s, int type) { return token(v, s, strlen(s), 0, type); }
 static void all_bytes(Vocabulary *v) {
-    for (int i = 0; i < 256; i++)
-        token(v, &(char){(char)i}, 1, 0, v->kind == BYTE_LEVEL ? NORMAL : BYTE);
+    for (int i = 0; i < 256; i++) token(v, &(char){(char)i}, 1, 0, v->flags ? BYTE : NORMAL);
 }
 static void merge(Vocabulary *v, int a, int b) {
     put32(&v->merges, a), put32(&v->merges, b);
     v->n_merges++;
 }
+
+// Atoms of the tests' characters: 0 others, 1 letters, 2 numbers, 3 white space but 4, a space, and
+// 5, \r and \n; from 6 on the characters of `singles`. A set by its letter in a pattern: (L)etters,
+// (N)umbers, (W)hite space, (S) what is none, (O)ther than these, (B) what may stand before a word,
+// new lines (R); a small letter is that character, also as a capital with `fold`.
+static const char singles[] = "'strevmldSTREVMLD";
+static uint64_t set_of(char c, bool fold) {
+    uint64_t letters = 2, white = 8 | 16 | 32, all = (1ull << (6 + sizeof singles)) - 1, set = 0;
+    for (int i = 1; singles[i]; i++) letters |= 64ull << i;
+    for (int i = 0; singles[i]; i++)
+        if (singles[i] == c || (fold && (singles[i] | 32) == c)) set |= 64ull << i;
+    switch (c) {
+    case 'L': set = letters; break;
+    case 'N': set = 4; break;
+    case 'W': set = white; break;
+    case 'S': set = all & ~white; break;
+    case 'O': set = all & ~white & ~letters & ~4ull; break;
+    case 'B': set = all & ~letters & ~36ull; break;
+    case 'R': set = 32; break;
+    case ' ': set = 16; break;
+    }
+    return set;
+}
+// A step that cuts by a pattern: alternatives of sets with ?, *, +, 3 (one to three), & (+, gives
+// nothing back); ! or = before one only looks at it.
+static void split(Vocabulary *v, int how, const char *pattern, bool fold) {
+    step(v, SPLIT, how, "", "");
+    for (const char *p = pattern, *bar; *p; p = *bar ? bar + 1 : bar) {
+        bar = p + strcspn(p, "|");
+        for (bool first = true; p < bar; first = false) {
+            int kind = *p == '!' ? NOT_FOLLOWED : *p == '=' ? FOLLOWED : TAKE;
+            p += kind != TAKE;
+            Element x = {.set = set_of(*p++, fold), .least = 1, .most = 1, .kind = (uint16_t)kind};
+            if (p < bar && strchr("?*+3&", *p)) {
+                x.least = *p == '+' || *p == '3' || *p == '&';
+                x.most = *p == '?' ? 1 : *p == '3' ? 3 : UINT32_MAX;
+                if (*p++ == '&') x.kind = TAKE_ALL;
+            }
+            int rest = 0, here = ++v->n_elements;
+            for (const char *q = p; q < bar; q++) rest += !strchr("?*+3&!=", *q);
+            x.next = (uint16_t)(rest ? here : 0);
+            x.otherwise = (uint16_t)(first && *bar ? here + rest : 0);
+            put(&v->elements, &x, sizeof x);
+        }
+    }
+}
+static const char gpt2_pattern[] = "'s|'t|'re|'ve|'m|'ll|'d| ?L+| ?N+| ?O+|W+!S|W+";
+static const char cl100k_pattern[] = "'s|'t|'re|'ve|'m|'ll|'d|B?L+|N3| ?O+R*|W*R+|W+!S|W+";
 static void some_ranges(Vocabulary *v) {
     static const uint32_t ranges[][3] = {
-        {9, 13, 3}, {32, 32, 3}, {48, 57, 2}, {65, 90, 1}, {97, 122, 1}, {0x85, 0x85, 3},
-        {0xa0, 0xa0, 3}, {0xb2, 0xb3, 2}, {0xc0, 0xd6, 1}, {0xd8, 0xf6, 1}, {0xf8, 0x2c1, 1},
-        {0x400, 0x481, 1}, {0x660, 0x669, 2}, {0x3000, 0x3000, 3}, {0x4e00, 0x9fff, 1}};
+        {9, 13, 3}, {10, 10, 5}, {13, 13, 5}, {32, 32, 4}, {48, 57, 2}, {65, 90, 1}, {97, 122, 1},
+        {0x85, 0x85, 3}, {0xa0, 0xa0, 3}, {0xb2, 0xb3, 2}, {0xc0, 0xd6, 1}, {0xd8, 0xf6, 1},
+        {0xf8, 0x2c1, 1}, {0x400, 0x481, 1}, {0x660, 0x669, 2}, {0x3000, 0x3000, 3},
+        {0x4e00, 0x9fff, 1}};
     put(&v->ranges, ranges, sizeof ranges);
     v->n_ranges = (int)(sizeof ranges / sizeof *ranges);
+    for (int i = 0; singles[i]; i++, v->n_ranges++)
+        put32(&v->ranges, singles[i]), put32(&v->ranges, singles[i]), put32(&v->ranges, 6 + i);
 }
 static void chat_piece(Vocabulary *v, const char *s, int flags) {
     put32(&v->chat, (int)strlen(s) + !!(flags & DATE)), put32(&v->chat, flags);
@@ -1559,16 +1627,19 @@ static void chat_format(Vocabulary *v, const char *const *pieces, const int *fla
 }
 static Buffer tokenizer_file(const Vocabulary *v) {
     Buffer b = {0};
-    int head[] = {0x336b6f74, 2, 0, 0, v->kind, v->n, v->bos, v->eos, v->unk, v->flags,
-                  v->split | v->digits << 8 | v->isolate << 16, v->n_merges, v->n_ranges,
+    int head[] = {0x346b6f74, 1, 0, 0, v->n, v->bos, v->eos, v->unk, v->flags, v->n_merges,
+                  v->n_added, v->n_ranges, v->n_elements, v->n_steps, v->n_marks, v->n_forms,
                   v->n_stops, v->n_chat};
+    uint64_t sets[] = {set_of('W', false), set_of('L', false) | set_of('N', false)};  // white, word
     put(&b, head, sizeof head);
-    put(&b, &v->temperature, 4), put(&b, &v->top_p, 4);
-    put(&b, NULL, 80 - b.n);
+    put(&b, &v->temperature, 4), put(&b, &v->top_p, 4), put(&b, NULL, 16);  // 0: no top-k, ...
+    put(&b, sets, sizeof sets);
     put(&b, v->tokens.p, v->tokens.n);
-    align(&b, 4);
-    const Buffer *rest[] = {&v->merges, &v->ranges, &v->stops, &v->chat};
-    for (int i = 0; i < 4; i++) if (rest[i]->n) put(&b, rest[i]->p, rest[i]->n);
+    if (v->added.n) put(&b, v->added.p, v->added.n);
+    align(&b, 8);
+    const Buffer *rest[] = {&v->elements, &v->steps, &v->merges, &v->ranges, &v->marks, &v->forms,
+                            &v->stops, &v->chat};
+    for (int i = 0; i < 8; i++) if (rest[i]->n) put(&b, rest[i]->p, rest[i]->n);
     set64(b.p + 8, hash64(b.p + 16, b.n - 16));
     return b;
 }
@@ -1633,9 +1704,10 @@ static void test_words(void) {
         {"'ll|'d|'|LLama|'", 0, "'ll|'d|'LL|ama|'"}};
     for (int rule = 0; rule < 3; rule++) {
         Vocabulary *v = new_vocabulary(BYTE_LEVEL);
-        v->split = rule == 2 ? 2 : 1, v->isolate = rule == 1, v->digits = rule == 2 ? 3 : 0,
-        v->flags = IGNORE_MERGES;
+        if (rule == 1) split(v, 15, "N", false);
+        split(v, 15, rule == 2 ? cl100k_pattern : gpt2_pattern, rule == 2);
         all_bytes(v);
+        v->flags = IGNORE_MERGES;
         some_ranges(v);
         const char *words[14];
         for (int i = 0; i < 14; i++) {
@@ -1681,7 +1753,7 @@ static void naive_bpe(const Vocabulary *v, const char *s, int n, Ids *out) {
             while (id < v->n && (v->lens[id] != size || memcmp(v->texts[id], both, (size_t)size)))
                 id++;
             if (id == v->n) continue;
-            double priority = v->kind == BYTE_LEVEL ? -1e9 : (double)v->scores[id];
+            double priority = v->flags == BYTE_LEVEL ? -1e9 : (double)v->scores[id];
             for (int k = v->n_merges; k--;)
                 if ((int)read_u32(v->merges.p + 8 * k) == a &&
                     (int)read_u32(v->merges.p + 8 * k + 4) == b) priority = -k;
@@ -1709,7 +1781,7 @@ static void random_merges(Vocabulary *v, const char *letters, int n) {
             there = v->lens[i] == size && !memcmp(v->texts[i], both, (size_t)size);
         if (there) continue;
         have[known++] = token(v, both, (size_t)size, -(double)below(12), NORMAL);
-        if (v->kind == BYTE_LEVEL) merge(v, a, b);
+        if (v->flags == BYTE_LEVEL) merge(v, a, b);
         n--;
     }
 }
@@ -1726,7 +1798,7 @@ static void test_naive(const Vocabulary *v, const Tokenizer *t, const char *lett
     }
     CHECK(!wrong,
           "%s joins the best neighbours first, then the leftmost: %d of 1500 texts are wrong",
-          v->kind ? "SentencePiece BPE" : "byte-level BPE", wrong);
+          v->flags ? "SentencePiece BPE" : "byte-level BPE", wrong);
 }
 
 static void test_byte_level(void) {
@@ -1737,7 +1809,9 @@ static void test_byte_level(void) {
     test_naive(v, &t, "abc \xc3\xa9");
     free_tokenizer(&t);
     for (int rule = 0; rule < 4; rule++) {
-        v->split = rule == 3 ? 1 : rule, v->isolate = rule == 3;
+        v->n_steps = 0, v->steps.n = 0, v->n_elements = 0, v->elements.n = 0;
+        if (rule == 3) split(v, 15, "N", false);
+        if (rule) split(v, 15, rule == 2 ? cl100k_pattern : gpt2_pattern, rule == 2);
         if (rule == 1) some_ranges(v);
         t = open_tokenizer(v, "bytes.tok");
         int wrong = 0;
@@ -1764,8 +1838,9 @@ static void test_encodings(const Tokenizer *t, const Encoding *cases) {
 
 static void test_special_tokens(void) {
     Vocabulary *v = new_vocabulary(BYTE_LEVEL);
-    v->split = 1, v->flags = ADD_BOS;
+    split(v, 15, gpt2_pattern, false);
     all_bytes(v);
+    v->flags = ADD_BOS;
     some_ranges(v);
     v->bos = word(v, "<s>", CONTROL);  // 256
     v->eos = word(v, "<|end|>", CONTROL);
@@ -1808,7 +1883,8 @@ static void test_special_tokens(void) {
 
 static void test_sentencepiece(void) {
     Vocabulary *v = new_vocabulary(SENTENCEPIECE);
-    v->flags = ADD_BOS | ADD_SPACE_PREFIX;
+    v->flags |= ADD_BOS | DROP_SPACE;
+    step(v, REPLACE, 0, "", " ");
     v->unk = word(v, "<unk>", CONTROL), v->bos = word(v, "<s>", CONTROL);
     v->eos = word(v, "</s>", CONTROL);
     all_bytes(v);  // 3 to 258
@@ -1844,6 +1920,157 @@ static void test_sentencepiece(void) {
     free_tokenizer(&t);
 }
 
+// What the tokenizers library of Hugging Face gives for the same (checked with its version 0.23).
+static void test_added_tokens(void) {
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+    all_bytes(v);
+    some_ranges(v);
+    static const struct { const char *s; int flags; } tokens[] = {  // from 256 on
+        {"<l>", LSTRIP}, {"<r>", RSTRIP}, {"<w>", SINGLE_WORD}, {"<b>", LSTRIP | RSTRIP},
+        {"\n", 0}, {"<n>", NORMALIZED}, {"<nn>", NORMALIZED | LSTRIP}, {"_p", NORMALIZED}};
+    for (int i = 0; i < 8; i++) {
+        token(v, tokens[i].s, strlen(tokens[i].s), 0, NORMAL);
+        added(v, 256 + i, tokens[i].s, strlen(tokens[i].s), tokens[i].flags);
+    }
+    added(v, '!', "!", 1, ONLY_UNTYPED);
+    token(v, "?", 1, 0, CONTROL);
+    step(v, REPLACE, 0, "", "_"), step(v, FIND, 1, "", "");
+    Tokenizer t = open_tokenizer(v, "added.tok");
+    test_encodings(&t, (Encoding[]){
+        {"a \t<l> b", "97 256 95 32 98", "LSTRIP takes the white space before", NULL, true},
+        {"a <r> \xe3\x80\x80" "b", "97 32 257 95 98", "RSTRIP the one behind", NULL, true},
+        {"<r>\n", "257 260", "and yet that may be a token, too", NULL, true},
+        {"<b>  <b> ", "259 259", "what one has taken is not there for the next", NULL, true},
+        {"a<w> 1<w> <w>b", "97 60 119 62 32 49 60 119 62 32 60 119 62 98",
+         "SINGLE_WORD: not in a word", NULL, true},
+        {"-<w>- <w>", "45 258 95 45 32 258", "but beside other characters", NULL, true},
+        {"a<n> <nn>", "97 261 262", "NORMALIZED ones are found later", NULL, true},
+        {"<w>p<w>!p", "60 119 62 112 60 119 62 33 263",
+         "in the text that is changed: the piece behind ! begins with _", NULL, true},
+        {"?!", "264 33", "single characters can be control tokens", "", true},
+        {"?!", "63 33", "but typed they are text", "\1\1", true}, {0}});
+    free_tokenizer(&t);
+}
+
+static void test_steps(void) {
+    static const struct { int how; const char *ids[3], *says; } cases[] = {
+        {0, {"32 97", "32 32 97", "97 256 32 98"}, "a space in front of everything"},
+        {1, {"32 97", "32 97", "97 256 32 98"}, "unless there is one"},
+        {3, {"32 97", "32 97", "97 256 98"}, "only of a text's first stretch"}};
+    for (int i = 0; i < 3; i++) {
+        Vocabulary *v = new_vocabulary(CHARACTERS);
+        all_bytes(v);
+        word(v, "<s>", CONTROL);
+        step(v, REPLACE, 0, "_", " "), step(v, REPLACE, cases[i].how, "", " ");
+        Tokenizer t = open_tokenizer(v, "steps.tok");
+        test_encodings(&t, (Encoding[]){
+            {"a", cases[i].ids[0], cases[i].says, NULL, false},
+            {"_a", cases[i].ids[1], cases[i].says, NULL, false},
+            {"a<s>b", cases[i].ids[2], cases[i].says, NULL, true},
+            {"_<s>", "32 256", "a step's text is changed by the next", NULL, true}, {0}});
+        free_tokenizer(&t);
+    }
+    static const struct { int how; const char *pattern, *cut; } splits[] = {
+        {15, "N", "a|1|2|-|3|b"}, {47, "N", "a|-|b"}, {31, "N", "1|2|3"}, {13, "N", "a1|2|-3|b"},
+        {11, "N", "a|1|2-|3b"}, {6, "N", "a|12|-|3|b"}, {15, "NO|L", "a|1|2-|3|b"},
+        {15, "LN?N", "a12|-3b"}, {15, "LN3N", "a12|-3b"}, {15, "LN&N", "a12-3b"},
+        {15, "L=N|O", "a|12|-|3b"}, {15, "L!N|O!L|N+", "a|12|-|3|b"}, {15, "L*N*", "a12|-|3|b"}};
+    for (size_t i = 0; i < sizeof splits / sizeof *splits; i++) {
+        Vocabulary *v = new_vocabulary(IGNORE_MERGES);
+        for (int c = 0; c < 256; c++) token(v, &(char){(char)c}, 1, 0, NORMAL);
+        some_ranges(v);
+        split(v, splits[i].how, splits[i].pattern, false);
+        for (const char *p = splits[i].cut, *end; *p; p = end + (*end == '|')) {
+            end = p + strcspn(p, "|");
+            if (end - p > 1) token(v, p, (size_t)(end - p), 0, NORMAL);
+        }
+        Tokenizer t = open_tokenizer(v, "splits.tok");
+        Buffer cut = {0};
+        Ids ids = ids_of(&t, "a12-3b", 6, NULL, true);
+        for (size_t j = 0; j < ids.n; j++) {
+            if (j) put_text(&cut, "|");
+            put(&cut, t.tokens[ids.ids[j]].text.s, t.tokens[ids.ids[j]].text.len);
+        }
+        CHECK(is_text(&cut, splits[i].cut), "%s, how %d, cuts a12-3b into %s, not %s",
+              splits[i].pattern, splits[i].how, splits[i].cut, cut.p);
+        free_tokenizer(&t);
+    }
+}
+
+// Bytes and characters without a token are left out, and what is beside them is joined; or they are
+// unknown, one each or together, or the bytes they are made of.
+static void test_unknown(void) {
+    for (int which = 0; which < 4; which++) {
+        Vocabulary *v = new_vocabulary(which ? CHARACTERS : BYTE_LEVEL);
+        word(v, "a", NORMAL), word(v, "b", NORMAL), word(v, "ab", NORMAL);
+        merge(v, 0, 1);
+        word(v, "<unk>", CONTROL), word(v, "ba", CONTROL);
+        merge(v, 1, 0);
+        if (which == 3) token(v, "\xc3", 1, 0, BYTE), token(v, "\xa9", 1, 0, BYTE);
+        if (which == 2) v->flags |= FUSE_UNK;
+        if (which) v->unk = 3;
+        Tokenizer t = open_tokenizer(v, "unknown.tok");
+        const char *ids[] = {"2", "0 3 3 1", "0 3 1", "0 5 6 3 1"};
+        test_encodings(&t, (Encoding[]){
+            {"a\xc3\xa9\x04" "b", ids[which], "what is no token", NULL, true},
+            {"ba", "4", "a control token", "\0\0", true},
+            {"ba", "1 0", "is never made of what is typed", "\1\1", true},
+            {"<unk>", "3", "<unk> in a text is a token", NULL, true}, {0}});
+        free_tokenizer(&t);
+    }
+}
+
+// Normal form C, with some of Unicode's tables.
+static void test_normal_form(void) {
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+    static const uint32_t forms[][3] = {
+        {0xe9, 'e', 0x301}, {0xe1, 'a', 0x301}, {0x1ea1, 'a', 0x323}, {0xc5, 'A', 0x30a},
+        {0x212b, 'A', 0x8000030a}, {0x340, 0x300, 0x80000000}, {0x1eb7, 0x1ea1, 0x306}};
+    static const uint32_t marks[][3] = {{0x300, 0x314, 230}, {0x323, 0x323, 220},
+                                        {0x334, 0x334, 1}};
+    all_bytes(v);
+    word(v, "<s>", CONTROL), word(v, "\xc3\xa9", CONTROL), added(v, 257, "\xc3\xa9", 2, 24);
+    put(&v->forms, forms, sizeof forms), v->n_forms = 7;
+    put(&v->marks, marks, sizeof marks), v->n_marks = 3;
+    step(v, NORMAL_FORM_C, 0, "", ""), step(v, FIND, 1, "", "");
+    Tokenizer t = open_tokenizer(v, "form.tok");
+    static const struct { const char *from, *to; } cases[] = {
+        {"a\u0301", "\u00e1"}, {"a\u0334\u0301", "\u00e1\u0334"}, {"a\u0301\u0301", "\u00e1\u0301"},
+        {"a\u0301\u0323", "\u1ea1\u0301"}, {"a\u0306\u0323", "\u1eb7"}, {"\u1eb7", "\u1eb7"},
+        {"\u212b", "\u00c5"}, {"A\u030a", "\u00c5"}, {"\u0340", "\u0300"}, {"\u0301a", "\u0301a"},
+        {"\u1112\u1161\u11ab", "\ud55c"}, {"\ud558\u11ab", "\ud55c"},
+        {"\ud55c\u11ab", "\ud55c\u11ab"},
+        {"\u1112\u1161\u11a7", "\ud558\u11a7"}, {"a\xff\u0301\xcc", "a\xff\u0301\xcc"},
+        {"\U0001f600\u0301", "\U0001f600\u0301"}, {"\u1ea1\xcc", "\u1ea1\xcc"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Ids ids = ids_of(&t, cases[i].from, strlen(cases[i].from), NULL, true);
+        Buffer b = decoded(&t, ids.ids, ids.n);
+        CHECK(is_text(&b, cases[i].to), "%s becomes %s, not %s", cases[i].from, cases[i].to, b.p);
+    }
+    test_encodings(&t, (Encoding[]){
+        {"e\u0301", "257", "a control token can come of it", "\0\0\0", true},
+        {"e\u0301", "195 169", "but not where a part is typed", "\0\1\1", true}, {0}});
+    free_tokenizer(&t);
+}
+
+// What takes time in proportion to the text's square would not end.
+static void test_long_texts(void) {
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+    split(v, 15, cl100k_pattern, true);
+    all_bytes(v);
+    some_ranges(v);
+    Tokenizer t = open_tokenizer(v, "long.tok");
+    size_t n = 1 << 20;
+    char *s = get(n, 1);
+    for (int i = 0; i < 5; i++) {
+        memset(s, "  \nx1"[i], n);
+        if (i == 1) s[n - 1] = 'x';
+        Ids ids = ids_of(&t, s, n, NULL, false);
+        CHECK(ids.n == n, "a million times %d are as many tokens: %zu", s[0], ids.n);
+    }
+    free_tokenizer(&t);
+}
+
 // llama2.c's layout: score, length and text of each of 3 special tokens, 256 bytes, 7 words.
 static Buffer llama2c_tokenizer(void) {
     const char *pieces[266] = {"<unk>", "\n<s>\n", "\n</s>\n", [259] = " ", "a", "b", "c", " a",
@@ -1871,6 +2098,9 @@ static void test_llama2c_tokenizer(void) {
     if (!CHECK(!wrong, "llama2.c's layout opens: it %s", wrong)) return;
     const char *got = shown(&t, "abc a\n", NULL, true);
     CHECK(!strcmp(got, "1 263 261 262 263 13"), "llama2.c's layout encodes: %s", got);
+    const char *plain = shown(&t, "<unk>\n<s>\n", NULL, false);
+    CHECK(!strcmp(plain, "63 120 113 110 65 13 63 118 65 13"),
+          "its special tokens are found in no text: %s", plain);
     CHECK(is_stop(&t, 1) && !is_stop(&t, 2), "only BOS ends one of llama2.c's stories");
     CHECK(decode(&t, -1, 13).s[0] == '\n' && decode(&t, 1, 263).len == 1, "and decodes");
     free_tokenizer(&t);
@@ -1951,6 +2181,11 @@ static void test_tokenizer(void) {
     test_byte_level();
     test_special_tokens();
     test_sentencepiece();
+    test_added_tokens();
+    test_steps();
+    test_unknown();
+    test_normal_form();
+    test_long_texts();
     test_llama2c_tokenizer();
     test_real_tokenizer();
 }
@@ -2131,7 +2366,7 @@ static const char *const tiny_chat[] = {"", "<s>system ", "<|end|>", "<s>", "<s>
                                         "<|end|>", "\n"};
 static Vocabulary *tiny_vocabulary(void) {
     Vocabulary *v = new_vocabulary(BYTE_LEVEL);
-    v->split = 2, v->digits = 1;
+    split(v, 15, cl100k_pattern, true);
     all_bytes(v);
     some_ranges(v);
     random_merges(v, "abc d", 20);
@@ -2381,17 +2616,17 @@ static void test_tokenizer_files(void) {
         set64(b.p + 8, hash64(b.p + 16, b.n - 16));
         damaged(&b, true, "a tokenizer with byte %zu changed under a right hash", i);
         damaged(&cut, false, "a tokenizer cut to %zu bytes", i);
-        if (i >= 80) set64(cut.p + 8, hash64(cut.p + 16, cut.n - 16));
+        if (i >= 112) set64(cut.p + 8, hash64(cut.p + 16, cut.n - 16));
         damaged(&cut, false, "a tokenizer cut to %zu bytes under a right hash", i);
     }
     static const int64_t values[] = {-1, 0, INT_MAX, INT_MIN, 1 << 20, 1 << 28, 0x1fffffff};
-    for (int offset = 16; offset < 60; offset += 4)
+    for (int offset = 16; offset < 72; offset += 4)
         for (int i = 0; i < 7; i++) {
             Buffer b = copy(&whole);
             set32(b.p + offset, values[i]);
             set64(b.p + 8, hash64(b.p + 16, b.n - 16));
-            bool number = offset == 20 || offset >= 44;  // of tokens or other entries
-            damaged(&b, !number || (values[i] == 0 && offset != 20), "a tokenizer with %lld at %d",
+            bool number = offset == 16 || offset >= 36;  // of tokens or other entries
+            damaged(&b, !number || (values[i] == 0 && offset != 16), "a tokenizer with %lld at %d",
                     (long long)values[i], offset);
         }
     Buffer longer = copy(&whole);
@@ -2399,7 +2634,9 @@ static void test_tokenizer_files(void) {
     damaged(&longer, false, "a padded tokenizer under a right hash");
     Vocabulary *v = tiny_vocabulary();
     v->ranges.n = 0, v->n_ranges = 0;  // one that knows no spaces must not run off the text
-    for (v->split = 1; v->split <= 2; v->split++) {
+    for (int i = 0; i < 2; i++) {
+        v->n_steps = 0, v->steps.n = 0;
+        split(v, 15, i ? cl100k_pattern : gpt2_pattern, i);
         Buffer file = tokenizer_file(v);
         keep("damaged.tok", &file);
         prints("a tokenizer without character classes works", "32\n",
@@ -2409,11 +2646,22 @@ static void test_tokenizer_files(void) {
     all_bytes(v);
     for (int i = 256; i < 278; i++) word(v, "ab", NORMAL);
     Buffer strange = tokenizer_file(v);
+    v = tiny_vocabulary();
+    v->n_steps = 0, v->steps.n = 0;
+    split(v, 15, "L*L*L*L*L*L*L*L*N", false);
+    Buffer slow = tokenizer_file(v);
+    keep("damaged.tok", &slow);
+    refused(1, "damaged.tok: its patterns take too long", "head -c 2000 /dev/zero | tr '\\000' x | "
+            "run any.bin -z damaged.tok -f - -m tokenize");
     damaged(&strange, true, "an unusual tokenizer");
     refused(1, "damaged.tok is another model's", "run tiny.bin -z damaged.tok -i a");
     refused(1, "empty is empty", "true >empty; run any.bin -z empty -i a");
     refused(1, ". is not a file", "run any.bin -z . -i a");
     refused(1, "cannot open nothing", "run any.bin -z nothing -i a");
+    Buffer older = copy(&whole);
+    older.p[3] = '3';
+    damaged(&older, false, "a tokenizer of an older version");
+    refused(1, "export.py makes it anew", TOKENIZE);
     refused(1, "any.bin", "rm -f any.tok; run any.bin -i a");
     refused(1, "any.tok", "head -c 100 tiny.tok >any.tok; run any.bin -i a");
     prints("the first tokenizer that fits is taken", "97\n",
@@ -3759,7 +4007,8 @@ static void compression_pair(int which, Model *m, Tokenizer *t) {
     s.layers = 2, s.seq_len = 1000, s.vocab = 266;
     Vocabulary *v = which ? new_vocabulary(SENTENCEPIECE) : tiny_vocabulary();
     if (which == 1 || which == 2) {
-        v->flags = ADD_BOS | ADD_SPACE_PREFIX;
+        v->flags |= ADD_BOS | DROP_SPACE;
+        step(v, REPLACE, 0, "", " ");
         v->unk = word(v, "<unk>", CONTROL), v->bos = word(v, "<s>", CONTROL);
         if (which == 1) all_bytes(v);
         for (int i = 0; i < 6; i++) token(v, &" abcd\n"[i], 1, -1000, NORMAL);
@@ -3834,8 +4083,8 @@ static const struct { const char *what; uint64_t hash; } known[] = {
     {"oss q8", 0x3b4b1fd69e203a19}, {"oss q4", 0xd0e118cdf678acb0}, {"oss q4a", 0x7301e341a13e3de6},
     {"glm f32", 0x1f2ac10d84b45f6e}, {"glm bf16", 0x91294d7809db7e67},
     {"glm q8", 0xbd9feff4be87c782}, {"glm q4", 0x847f89f3ea66196d}, {"glm q4a", 0xd541238441009139},
-    {"traces", 0xa6d3216beb9174eb}, {"byte-level", 0x5df8b03304bb1e9a},
-    {"SentencePiece", 0x57e52be31590a38c}, {"SentencePiece without bytes", 0xe804bf0d6e5a42fb},
+    {"traces", 0xa6d3216beb9174eb}, {"byte-level", 0xa585dab20af6b5c0},
+    {"SentencePiece", 0xb8026c5b40481d68}, {"SentencePiece without bytes", 0x942fe336a777a621},
     {"llama2.c", 0x3f20060a9f65f5de}
 };
 
@@ -4090,7 +4339,8 @@ static const char *const export_frame[] = {
     "start = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)",
     "start.update(id=257, content='<s>', special=True)",
     "F0 = {'tokenizer.json': {'version': '1.0', 'added_tokens': [start],",
-    "      'pre_tokenizer': export.pre_tokenizer(export.GPT2),",
+    "      'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False,",
+    "                        'trim_offsets': True},",
     "      'model': {'type': 'BPE', 'vocab': {word: i for i, word in enumerate(words[:257])},",
     "                'merges': ['a b']}}}",
     "tensors = export.weights(export.read_config('', C0, ''))",
@@ -4204,8 +4454,14 @@ static const char *const export_frame[] = {
     "    os.rename('lora/config.json', 'lora/adapter_config.json')",
     "    os.rename('lora/model.safetensors', 'lora/adapter_model.' + end)",
     "    return {'lora': 'lora'}",
+    "def tokenizer(F, C=C0):",
+    "    write_folder(C, {}, F)",
+    "    try: return vocabs[0](export.Path('model'), C, 258)",
+    "    except export.ExportError as error: return str(error)",
     "def case(code):",
-    "    g = dict(globals(), C=dict(C0), W=dict(W0), F=dict(F0), R=dict(C0), A={}, S='model')",
+    "    J = json.loads(json.dumps(F0['tokenizer.json']))",
+    "    g = dict(globals(), C=dict(C0), W=dict(W0), F={'tokenizer.json': J}, J=J, R=dict(C0),",
+    "             A={}, S='model')",
     "    g['seen'] = None",
     "    log = io.StringIO()",
     "    with contextlib.redirect_stderr(log):",
@@ -4344,6 +4600,47 @@ static const struct { const char *what, *code, *says; } exports[] = {
      "F['special_tokens_map.json'] = {'bos_token': '<s>'}\n"
      "write_folder(C, W, F)\n"
      "seen = str(vocabs[0](export.Path('model'), C, 258).bos)", "257"},
+    {"an unknown key of a tokenizer", "J['new_thing'] = 1\nseen = tokenizer(F)", "new_thing: 1"},
+    {"a suffix of words",
+     "J['model']['end_of_word_suffix'] = '</w>'\n"
+     "seen = tokenizer(F)", "end_of_word_suffix: \"</w>\""},
+    {"a normalizer that is not known",
+     "J['normalizer'] = {'type': 'NFKC'}\nseen = tokenizer(F)", "normalizer {\"type\": \"NFKC\"}"},
+    {"another pattern of Replace",
+     "J['normalizer'] = {'type': 'Replace', 'pattern': {'Regex': ' +'}, 'content': '_'}\n"
+     "seen = tokenizer(F)", "the pattern of Replace has Regex: \" +\""},
+    {"neither a normalizer nor a pre-tokenizer",
+     "J['pre_tokenizer'] = None\nseen = tokenizer(F)",
+     "neither its normalizer nor its pre_tokenizer"},
+    {"a pre-tokenizer that is not known",
+     "J['pre_tokenizer'] = {'type': 'WhitespaceSplit'}\nseen = tokenizer(F)", "WhitespaceSplit"},
+    {"a pattern that cannot be compiled",
+     "J['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': [{'type': 'Split', 'pattern': {\n"
+     "    'Regex': r'\\bx+'}, 'behavior': 'Isolated', 'invert': False}, J['pre_tokenizer']]}\n"
+     "seen = tokenizer(F)", "the pattern \\bx+ cannot be compiled: this escape (at character 2)"},
+    {"merges that are no splits of a token",
+     "J['model']['merges'] = ['a c']\nseen = tokenizer(F)", "`ac` out of vocabulary"},
+    {"stored padding and truncation are ignored",
+     "J.update(truncation={'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst',\n"
+     "                     'stride': 0}, padding={'strategy': {'Fixed': 9}, 'direction': 'Left',\n"
+     "         'pad_to_multiple_of': None, 'pad_id': 1, 'pad_type_id': 0, 'pad_token': 'x'})\n"
+     "seen = str(len(tokenizer(F).encode('a b c d')))", "7"},
+    {"the post-processor says what begins a text",
+     "J['post_processor'] = {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id':\n"
+     "    '<s>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}], 'pair': [{'Sequence':\n"
+     "    {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}],\n"
+     "    'special_tokens': {'<s>': {'id': '<s>', 'ids': [257], 'tokens': ['<s>']}}}\n"
+     "F['tokenizer_config.json'] = {'add_bos_token': False, 'bos_token': 'a'}\n"
+     "C['bos_token_id'] = 3\n"
+     "seen = str(tokenizer(F, C).encode('a'))", "[257, 64]"},
+    {"and not add_bos_token",
+     "F['tokenizer_config.json'] = {'add_bos_token': True, 'bos_token': '<s>'}\n"
+     "seen = str(tokenizer(F).encode('a'))", "[64]"},
+    {"what differs from the library is found",
+     "J['pre_tokenizer']['use_regex'] = True\n"
+     "export.GPT2, gpt2 = export.GPT2.replace('L}+', 'L}'), export.GPT2\n"
+     "seen = tokenizer(F)\n"
+     "export.GPT2 = gpt2", "would give"},
     {"LoRA of the embedding",
      "A = lora('model.embed_tokens.lora_embedding_A')",
      "embed_tokens.lora_embedding_A is not supported"},
@@ -4478,7 +4775,7 @@ static void code(const Tokenizer *t, const uint8_t *data, size_t n, bool lossles
 static void fuzz_tokenizer_file(const uint8_t *data, size_t n) {
     Model m = {.path = "input"};
     Tokenizer t = {0};
-    m.c.vocab_size = n > 24 && data[0] == 't' ? (int)read_u32(data + 20) : n ? data[0] % 40 : 0;
+    m.c.vocab_size = n > 24 && data[0] == 't' ? (int)read_u32(data + 16) : n ? data[0] % 40 : 0;
     if (m.c.vocab_size < 1 || m.c.vocab_size > 1 << 24) return;
     const char *wrong = load_tokenizer(&t, save("input", data, n), &m);
     static const char words[] = "a <s> caf\xc3\xa9 12\n";
@@ -4554,9 +4851,9 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
     n = LLVMFuzzerMutate(data, n, most);
     Buffer b = {data, n, n};
     if (seed % 8 == 0) return n;
-    if (!strcmp(target, "checkpoint") && n >= 512 && read_u32(data + 4) == 4)
+    if (!strcmp(target, "checkpoint") && n >= 512 && read_u32(data + 4) == 5)
         set64(data + 24, n), seal(&b);
-    if (!strcmp(target, "tokenizer") && n > 80 && !memcmp(data, "tok3", 4))
+    if (!strcmp(target, "tokenizer") && n > 112 && !memcmp(data, "tok4", 4))
         set64(data + 8, hash64(data + 16, n - 16));
     if (!strcmp(target, "session") && n > sizeof(SessionHeader)) {
         memcpy(data, "session6", 8);
