@@ -871,7 +871,11 @@ HARMLESS = re.compile("|".join((
     "rope.(scaling.finetuned|dimension_count_swa)|context|length",
     "moe_norm_min|topk_group|num_nextn_predict_layers|num_mtp_layers|num_local_experts",
     "router_jitter_noise|eod_token_id|no_rope_layer.*|(short|long)_factor|llama_4_scaling_beta",
-    "embd_layer_norm|reorder_and_upcast_attn|scale_attn_weights")))
+    "n_ctx|reorder_and_upcast_attn|scale_attn_weights|.*dropout_prob|(scale_)?attention_softmax.*",
+    "mlp_type|norm_type|interpolate_factor|full_attn_mod|use_rmsnorm|compression_ratio|.*_id",
+    "moe_(capacity|gate|use_aux_free)|experts_per_token|initial_context_length|cla_share_factor",
+    "attention_head_dim|dense_list|org_vocab_size|pool_type|use_rotary_pos_emb|anyres_.*|vit_.*",
+    "(projector|multimodal|image|vision)_.*|spatial_merge_size")))
 
 
 class Settings(dict):

@@ -126,7 +126,7 @@ typedef struct {
     float attn_cap, logit_cap;  // scores and logits stay below (Gemma 2); 0: as they are
     float query_growth;      // queries grow with log(pos / query_length) (Ministral 3)
     int32_t query_length;
-    float act_limit;         // gate and up stay below (GPT-OSS); 0: as they are
+    float act_limit;         // gate and up of experts stay below (GPT-OSS); 0: as they are
     int32_t n_experts, n_shared, n_active;  // all; the last, visited by all; visited of the others
     int32_t expert_hidden;   // width of an expert
 } Config;
@@ -138,25 +138,21 @@ enum {                     // flags
     WIDE_NORMS = 4,        // q_norm and k_norm are of all heads together (OLMo 2)
     NORM_AFTER_ROPE = 8,   // and come after RoPE (Hunyuan)
     SIGMOID_ROUTER = 16,   // experts are scored one by one, not against each other (GLM 4.5)
-    FULL_SHARES = 32,      // the shares of those that a token visits add up to 1 (Mixtral)
-    ALL_FLAGS = 63
+    FULL_SHARES = 32       // the shares of those that a token visits add up to 1 (Mixtral)
 };
 
 typedef struct {
-    Matrix attn_norm, ffn_norm;            // (dim); NULL: nothing is normed (OLMo 2)
-    Matrix attn_norm_bias, ffn_norm_bias;  // (dim) (GPT-2)
+    Matrix attn_norm, ffn_norm, attn_norm_bias, ffn_norm_bias;  // (dim) (biases: GPT-2)
     Matrix wq;              // (n_heads * head_dim, dim)
     Matrix wk, wv;          // (n_kv_heads * head_dim, dim)
     Matrix wo;              // (dim, n_heads * head_dim)
     Matrix bq, bk, bv, bo;  // biases of the four (Qwen2)
-    Matrix q_norm, k_norm;  // (head_dim), of each query and key (Qwen3, Gemma 3)
-    Matrix sinks;           // (n_heads) (GPT-OSS)
+    Matrix q_norm, k_norm, sinks;  // (head_dim), of each query and key (Qwen3); (n_heads) (GPT-OSS)
     Matrix w_gate, w_up;    // (hidden_dim, dim); w_up NULL: nothing is gated (GPT-2). In a layer
     Matrix w_down;          // (dim, hidden_dim)  with a router these six are (expert_hidden, dim)
     Matrix b_gate, b_up, b_down;           // and so on, n_experts of each, one after the other
     Matrix post_attn_norm, post_ffn_norm;  // (dim) (Gemma 3)
-    Matrix router;                         // (n_experts, dim) (Mixtral)
-    Matrix router_bias, choice_bias;       // (n_experts)
+    Matrix router, router_bias, choice_bias;  // (n_experts, dim) (Mixtral); (n_experts) twice
 } Layer;
 
 typedef struct {
@@ -184,6 +180,8 @@ static bool is_local(const Config *c, int layer) {
 static inline float exp_(float x);                                // e^x
 static double log_(double x);                                     // natural logarithm
 static inline float gelu(float x);                                // x P(x), of step 5
+static void center(float *x, int n);                              // x[i] -= mean of x (LayerNorm)
+static void soft_cap(float *x, int n, float cap);                 // x[i] = cap tanh(x[i] / cap)
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
 static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
@@ -212,11 +210,6 @@ static void rmsnorm(float *out, const float *x, const float *w, int n, float eps
     float scale = 1.0f / sqrtf(sum16(x, x, n) / (float)n + eps);
     for (int i = 0; i < n; i++) out[i] = w[i] * (scale * x[i]);
 }
-// LayerNorm (arXiv:1607.06450), the older one, first makes the mean of the numbers zero.
-static void center(float *x, int n) {
-    float mean = sum16(x, NULL, n) / (float)n;
-    for (int i = 0; i < n; i++) x[i] -= mean;
-}
 
 // 3. Softmax turns scores into positive weights that add up to 1:
 //     x[i] = e^(x[i] - max) / sum over j of e^(x[j] - max)
@@ -226,10 +219,6 @@ static void softmax(float *x, int n) {
     exp_all(x, n, largest(x, n));
     float scale = 1.0f / sum16(x, NULL, n);
     for (int i = 0; i < n; i++) x[i] *= scale;
-}
-// A soft cap: cap * tanh(x / cap) is near x, but never beyond the cap.
-static void soft_cap(float *x, int n, float cap) {
-    for (int i = 0; i < n; i++) x[i] = cap * (1.0f - 2.0f / (1.0f + exp_(2.0f * x[i] / cap)));
 }
 
 // 4. RoPE (arXiv:2104.09864), rotary positions. Attention is an average over tokens, and does not
@@ -284,7 +273,6 @@ static void add_bias(float *x, const Matrix *b) { if (b->data) add(x, vec(b), b-
 
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
-typedef struct { int token, expert; } Guest;  // of a row; token -1: the row is empty
 typedef struct {           // the activations: row i of an array that is w wide begins at i * w
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
@@ -292,10 +280,7 @@ typedef struct {           // the activations: row i of an array that is w wide 
     float *scores;         // (n, n_heads, scores_width) of attention, then weights
     float *att_out;        // (n, n_heads * head_dim)
     float *gate, *up;      // (n, hidden_dim), or (rows of guests, expert_hidden)
-    float *route, *share;  // (n, n_experts) scores of experts; what each counts, 0: not visited
-    float *guests;         // (rows, dim) tokens at the experts they visit, and what these answer
-    Guest *guest;          // (rows) who that is, sorted by expert: [2.7]
-    struct Product *visits;  // (2 * n_experts)
+    struct Experts *at;    // which tokens are at which expert: [2.7]
     float *rope, *rope_local;  // (n, 2, head_dim) cosines and sines, in global and local layers
     Quantized xq;          // the input of a matrix product, rounded
     float *logits;         // (slots that want them, vocab_size)
@@ -385,8 +370,7 @@ static int first_seen(const Config *c, int layer, int pos) {
 //     weight = softmax over t of (q . k[t] * scale),     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small. A sink is a score that a head always has: it takes a share of the weight and has no value,
-// so that a head can look at nothing.
+// small. A sink, one score more that has no value, lets a head look at nothing.
 static void attention_weights(const Pass *f, int head, float *scores, int first, int n) {
     const Matrix *sinks = &f->l->sinks;
     float cap = f->m->c.attn_cap;
@@ -493,25 +477,14 @@ static void feed_forward_in(const Pass *f, int i) {
     add_to_stream(f, i, &f->l->bo, &f->l->post_attn_norm);
     norm(&f->m->c, xb, xb, &f->l->ffn_norm, &f->l->ffn_norm_bias);
 }
-// Number `expert` of those that lie in turn; without experts there is only number 0.
-static Matrix expert_matrix(const Matrix *w, int expert);
-static void activate_row(const Pass *f, int row, int expert) {
-    const Layer *l = f->l;
-    int n = l->w_gate.rows;
-    float *gate = row_of(f->s->gate, row, n), *up = l->w_up.data ? row_of(f->s->up, row, n) : NULL;
-    float limit = f->m->c.act_limit;
-    Matrix b_gate = expert_matrix(&l->b_gate, expert), b_up = expert_matrix(&l->b_up, expert);
-    add_bias(gate, &b_gate), add_bias(up, &b_up);
-    for (int i = 0; i < n && limit > 0; i++) {
-        gate[i] = fminf(gate[i], limit);
-        up[i] = fmaxf(fminf(up[i], limit), -limit) + 1.0f;
-    }
+static void activate(const Pass *f, int i) {
+    int n = f->l->w_gate.rows;
+    float *gate = row_of(f->s->gate, i, n), *up = f->l->w_up.data ? row_of(f->s->up, i, n) : NULL;
+    add_bias(gate, &f->l->b_gate), add_bias(up, &f->l->b_up);
     gated_activation(gate, up, n, f->m->c.activation);
 }
-static void activate(const Pass *f, int i) { activate_row(f, i, 0); }
 static void feed_forward_out(const Pass *f, int i) {
-    static const Matrix none;
-    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
+    add_to_stream(f, i, f->l->router.data ? &(Matrix){0} : &f->l->b_down, &f->l->post_ffn_norm);
 }
 static void last(const Pass *f, int i) {
     norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
@@ -530,7 +503,6 @@ static void experts(const Pass *f);  // xb = sum over e of share[e] * expert e o
 static void layer(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
-    int gated = l->w_up.data != NULL;
     each(f, "attention_in", f->n, attention_in);
     products(f, "wq wk wv", s->xb, (Product[]){{l->wq, s->q, 0, 0}, {l->wk, s->k, 0, 0},
                                                {l->wv, s->v, 0, 0}}, 3);
@@ -542,7 +514,8 @@ static void layer(const Pass *f) {
     if (l->router.data) experts(f);
     else {
         products(f, "w_gate w_up", s->xb,
-                 (Product[]){{l->w_gate, s->gate, 0, 0}, {l->w_up, s->up, 0, 0}}, 1 + gated);
+                 (Product[]){{l->w_gate, s->gate, 0, 0}, {l->w_up, s->up, 0, 0}},
+                 l->w_up.data ? 2 : 1);
         each(f, "activate", f->n, activate);
         products(f, "w_down", s->gate, (Product[]){{l->w_down, s->xb, 0, 0}}, 1);
     }
@@ -759,6 +732,13 @@ static float sum16(const float *x, const float *y, int n) {
     for (int width = 8; width; width /= 2)
         for (int j = 0; j < width; j++) sums[j] += sums[j + width];
     return sums[0];
+}
+static void center(float *x, int n) {
+    float mean = sum16(x, NULL, n) / (float)n;
+    for (int i = 0; i < n; i++) x[i] -= mean;
+}
+static void soft_cap(float *x, int n, float cap) {
+    for (int i = 0; i < n; i++) x[i] = cap * (1.0f - 2.0f / (1.0f + exp_(2.0f * x[i] / cap)));
 }
 // Bits of floats are integers in the same order, but that negative ones have to be turned around.
 static float largest(const float *x, int n) {
@@ -1079,6 +1059,13 @@ static const uint8_t *map_weights(const char *path, size_t *size);  // in large 
 // sequences have is copied when one of them writes to it.
 
 enum { PAGE_POSITIONS = 256 };
+typedef struct { int token, expert; } Guest;  // of a row; token -1: the row is empty
+typedef struct Experts {  // [2.7]
+    float *route, *share;  // (n, n_experts) scores of experts; what each counts, 0: not visited
+    float *rows;           // (guests, dim) tokens at experts, and what these answer
+    Guest *guest;          // (guests) who that is, sorted by expert
+    Product *visits;       // (2 * n_experts)
+} Experts;
 struct Cache {
     const Model *m;
     int n_seqs, ctx;      // ctx: positions that each sequence has room for
@@ -1150,12 +1137,13 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
                      (kv->dtype == Q8 ? PAGE_POSITIONS * sizeof(float) : 0);
     kv->page_bytes = kv->head_bytes * (size_t)c->n_kv_heads * (size_t)c->n_layers;
     kv->pages = zeros((size_t)n_seqs * (size_t)kv->n_pages, sizeof *kv->pages);
+    Experts *e = s->at = zeros(1, sizeof *e);
     int n = MAX_BATCH, guests = n * (c->n_active + c->n_shared) + TILE * c->n_experts;
     const struct { float **array; int rows, width; } arrays[] = {
         {&s->x, n, c->dim}, {&s->xb, n, c->dim}, {&s->q, n, c->n_heads * hd},
         {&s->att_out, n, c->n_heads * hd}, {&s->k, n, c->n_kv_heads * hd},
         {&s->v, n, c->n_kv_heads * hd}, {&s->rope, n, 2 * hd}, {&s->rope_local, n, 2 * hd},
-        {&s->route, n, c->n_experts}, {&s->share, n, c->n_experts}, {&s->guests, guests, c->dim},
+        {&e->route, n, c->n_experts}, {&e->share, n, c->n_experts}, {&e->rows, guests, c->dim},
         {&s->gate, n, c->hidden_dim}, {&s->up, n, c->hidden_dim},  // or, if those are larger:
         {&s->gate, guests, c->expert_hidden}, {&s->up, guests, c->expert_hidden}};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
@@ -1165,16 +1153,16 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
         *arrays[i].array = zeros(numbers, sizeof(float));
         if (arrays[i].width > widest) widest = arrays[i].width;
     }
-    s->guest = zeros((size_t)guests, sizeof *s->guest);
-    s->visits = zeros((size_t)c->n_experts + 1, 2 * sizeof *s->visits);
+    e->guest = zeros((size_t)guests, sizeof *e->guest);
+    e->visits = zeros((size_t)c->n_experts, 2 * sizeof *e->visits);
     s->xq = new_quantized(n > guests ? n : guests, widest);
 }
 static void cache_close(Cache *kv) {
     State *s = &kv->state;
     for (int i = 0; i < kv->n_seqs; i++) cache_clear(kv, i);
     void *memory[] = {kv->pages, s->x, s->xb, s->q, s->k, s->v, s->att_out, s->gate, s->up, s->rope,
-                      s->rope_local, s->xq.q, s->scores, s->logits, s->route, s->share, s->guests,
-                      s->guest, s->visits};
+                      s->rope_local, s->xq.q, s->scores, s->logits, s->at->route, s->at->share,
+                      s->at->rows, s->at->guest, s->at->visits, s->at};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     *kv = (Cache){0};
 }
@@ -1431,7 +1419,7 @@ static void load_v5(Model *m) {
     if (h->n_tensors > N_TENSORS * MAX_LAYERS || end > m->file_size ||
         file_hash(m, end) != h->header_hash)
         die("%s: damaged: its header does not have the hash that it states", m->path);
-    if (h->zero || h->c.flags & ~(uint32_t)ALL_FLAGS || h->name[sizeof h->name - 1] ||
+    if (h->zero || h->c.flags >= 2 * FULL_SHARES || h->name[sizeof h->name - 1] ||
         memcmp(h->reserved, none.reserved, sizeof h->reserved))
         die("%s needs a newer version of this program: its header has fields that this one does "
             "not know", m->path);
@@ -1543,8 +1531,8 @@ static void route(const Pass *f, int i) {
     const Config *c = &f->m->c;
     const Matrix *bias = &f->l->choice_bias;
     int n = c->n_experts - c->n_shared;
-    float sum = 0, *score = row_of(f->s->route, i, c->n_experts);
-    float *share = row_of(f->s->share, i, c->n_experts);
+    float sum = 0, *score = row_of(f->s->at->route, i, c->n_experts);
+    float *share = row_of(f->s->at->share, i, c->n_experts);
     add_bias(score, &f->l->router_bias);
     for (int e = c->flags & SIGMOID_ROUTER ? 0 : n; e < c->n_experts; e++)
         score[e] = 1.0f / (1.0f + exp_(-score[e]));
@@ -1566,22 +1554,33 @@ static Matrix expert_matrix(const Matrix *w, int expert) {
     return (Matrix){w->dtype, w->rows, w->cols, w->data + bytes * (size_t)expert};
 }
 static void arrive(const Pass *f, int row) {
-    int dim = f->m->c.dim, token = f->s->guest[row].token;
+    int dim = f->m->c.dim, token = f->s->at->guest[row].token;
     if (token >= 0)
-        memcpy(row_of(f->s->guests, row, dim), row_of(f->s->xb, token, dim), (size_t)dim * 4);
+        memcpy(row_of(f->s->at->rows, row, dim), row_of(f->s->xb, token, dim), (size_t)dim * 4);
 }
 static void activate_guest(const Pass *f, int row) {
-    if (f->s->guest[row].token >= 0) activate_row(f, row, f->s->guest[row].expert);
+    const Layer *l = f->l;
+    int n = l->w_gate.rows, expert = f->s->at->guest[row].expert;
+    float *gate = row_of(f->s->gate, row, n), *up = l->w_up.data ? row_of(f->s->up, row, n) : NULL;
+    float limit = f->m->c.act_limit;
+    if (f->s->at->guest[row].token < 0) return;
+    Matrix b_gate = expert_matrix(&l->b_gate, expert), b_up = expert_matrix(&l->b_up, expert);
+    add_bias(gate, &b_gate), add_bias(up, &b_up);
+    for (int i = 0; i < n && limit > 0 && up; i++) {
+        gate[i] = fminf(gate[i], limit);
+        up[i] = fmaxf(fminf(up[i], limit), -limit) + 1.0f;
+    }
+    gated_activation(gate, up, n, f->m->c.activation);
 }
 // A token adds up its answers, always in the order of the experts.
 static void leave(const Pass *f, int i) {
     int dim = f->m->c.dim, n_experts = f->m->c.n_experts, row = 0;
-    float *xb = row_of(f->s->xb, i, dim), *share = row_of(f->s->share, i, n_experts);
+    float *xb = row_of(f->s->xb, i, dim), *share = row_of(f->s->at->share, i, n_experts);
     memset(xb, 0, (size_t)dim * sizeof(float));
     for (int e = 0; e < n_experts; e++) {
         if (!(share[e] > 0)) continue;
-        while (f->s->guest[row].token != i || f->s->guest[row].expert != e) row++;
-        float *answer = row_of(f->s->guests, row, dim);
+        while (f->s->at->guest[row].token != i || f->s->at->guest[row].expert != e) row++;
+        float *answer = row_of(f->s->at->rows, row, dim);
         Matrix bias = expert_matrix(&f->l->b_down, e);
         add_bias(answer, &bias);
         for (int j = 0; j < dim; j++) xb[j] += share[e] * answer[j];
@@ -1591,27 +1590,27 @@ static void experts(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
     int n_experts = f->m->c.n_experts, rows = 0, n = 0, n_down = 0;
-    products(f, "router", s->xb, (Product[]){{l->router, s->route, 0, 0}}, 1);
+    products(f, "router", s->xb, (Product[]){{l->router, s->at->route, 0, 0}}, 1);
     each(f, "route", f->n, route);
     for (int e = 0; e < n_experts; e++) {
         int first = rows;
         for (int i = 0; i < f->n; i++)
-            if (row_of(s->share, i, n_experts)[e] > 0) s->guest[rows++] = (Guest){i, e};
+            if (row_of(s->at->share, i, n_experts)[e] > 0) s->at->guest[rows++] = (Guest){i, e};
         if (rows == first) continue;
-        s->visits[n++] = (Product){expert_matrix(&l->w_gate, e), s->gate, first, rows - first};
-        s->visits[n] = (Product){expert_matrix(&l->w_up, e), s->up, first, rows - first};
+        s->at->visits[n++] = (Product){expert_matrix(&l->w_gate, e), s->gate, first, rows - first};
+        s->at->visits[n] = (Product){expert_matrix(&l->w_up, e), s->up, first, rows - first};
         n += l->w_up.data != NULL;
-        while (rows % TILE) s->guest[rows++] = (Guest){-1, e};
+        while (rows % TILE) s->at->guest[rows++] = (Guest){-1, e};
     }
     each(f, "arrive", rows, arrive);
-    products(f, "w_gate w_up", s->guests, s->visits, n);
+    products(f, "w_gate w_up", s->at->rows, s->at->visits, n);
     each(f, "activate", rows, activate_guest);
     for (int i = 0; i < n; i += l->w_up.data ? 2 : 1) {
-        s->visits[n_down] = s->visits[i];
-        s->visits[n_down].w = expert_matrix(&l->w_down, s->guest[s->visits[i].first].expert);
-        s->visits[n_down++].y = s->guests;
+        Product p = s->at->visits[i];
+        p.w = expert_matrix(&l->w_down, s->at->guest[p.first].expert), p.y = s->at->rows;
+        s->at->visits[n_down++] = p;
     }
-    products(f, "w_down", s->gate, s->visits, n_down);
+    products(f, "w_down", s->gate, s->at->visits, n_down);
     each(f, "leave", f->n, leave);
 }
 
@@ -4487,8 +4486,8 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
         {"wo", "xb = wo att_out", s->xb, c->dim},
         {"feed_forward_in", "x += xb", s->x, c->dim},
         {"feed_forward_in", "xb = ffn_norm(x)", s->xb, c->dim},
-        {"router", "route = router xb", s->route, c->n_experts},
-        {"route", "share = of experts visited", s->share, c->n_experts},
+        {"router", "route = router xb", s->at->route, c->n_experts},
+        {"route", "share = of experts visited", s->at->share, c->n_experts},
         {"w_gate w_up", "gate = w_gate xb", s->gate, gate},
         {"w_gate w_up", "up = w_up xb", s->up, up},
         {"activate", "gate = activation(gate) * up", s->gate, gate},
