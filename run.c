@@ -460,7 +460,8 @@ static void position(const Pass *f, int i) {
     norm_and_rope(c, q, q_dim, &l->q_norm, angles);
     norm_and_rope(c, k, kv_dim, &l->k_norm, angles);
     int pos = f->batch[i].pos;  // attention over a long text may have to get sharper
-    float size = c->query_growth > 0 ? c->query_growth * (float)log_(1 + pos / c->query_length) : 0;
+    int lengths = c->query_growth > 0 ? pos / c->query_length : 0;
+    float size = lengths ? c->query_growth * (float)log_(1 + lengths) : 0;
     for (int j = 0; j < q_dim && size > 0; j++) q[j] *= 1.0f + size;
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd)
         cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, pos, k, v);
@@ -484,7 +485,8 @@ static void activate(const Pass *f, int i) {
     gated_activation(gate, up, n, f->m->c.activation);
 }
 static void feed_forward_out(const Pass *f, int i) {
-    add_to_stream(f, i, f->l->router.data ? &(Matrix){0} : &f->l->b_down, &f->l->post_ffn_norm);
+    static const Matrix none;  // experts have added their own
+    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
 }
 static void last(const Pass *f, int i) {
     norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
@@ -1306,7 +1308,8 @@ enum { LLAMA2C_TENSORS = 12, N_TENSORS = 37, NEEDED = 1 };
 static void tensor_rules(const Config *c, bool experts, TensorRule rules[N_TENSORS]) {
     int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, q_dim = c->n_heads * hd;
     int hidden = experts ? c->expert_hidden : c->hidden_dim, count = experts ? c->n_experts : 0;
-    int kv_dim = c->n_kv_heads * hd, wide = c->flags & WIDE_NORMS;
+    int kv_dim = c->n_kv_heads * hd;
+    bool wide = c->flags & WIDE_NORMS;
 #define TENSOR(of, name)                                                                           \
     #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
     const TensorRule all[N_TENSORS] = {
@@ -1538,14 +1541,15 @@ static void route(const Pass *f, int i) {
         score[e] = 1.0f / (1.0f + exp_(-score[e]));
     if (!(c->flags & SIGMOID_ROUTER)) softmax(score, n);
     for (int e = 0; e < c->n_experts; e++) share[e] = e < n ? 0 : score[e];
-    for (int chosen = 0, best; chosen < c->n_active; chosen++, sum += share[best]) {
+    for (int chosen = 0; chosen < c->n_active; chosen++) {
         float most = -INFINITY;
-        best = 0;
+        int best = 0;
         for (int e = 0; e < n; e++) {
             float fit = score[e] + (bias->data ? vec(bias)[e] : 0);
             if (share[e] == 0 && fit > most) best = e, most = fit;
         }
         share[best] = fmaxf(score[best], 1e-30f);
+        sum += share[best];
     }
     for (int e = 0; e < n && c->flags & FULL_SHARES; e++) share[e] /= sum;
 }
@@ -2114,7 +2118,7 @@ static void encode_split(Encoder *e, Piece p, uint32_t step) {
     for (size_t from = 0, at, end = 0; from < n; from = end) {
         const Element *first = &e->t->elements[s->element];
         for (at = from; at < n; at++) {  // an empty match is none
-            if (p.atoms[at] == INSIDE) continue;
+            if (p.atoms[at] == INSIDE) continue;  // NOLINT: a text of n > 0 has some
             end = pattern_match(e, &p, at, first);
             if (end != SIZE_MAX && end > at) break;
         }
@@ -4157,7 +4161,7 @@ static void line_draw(Line *e) {
         if (i == head + e->at) cursor_row = row, cursor_column = column;
         column += width;
         for (size_t k = 0; k < used && i < end && c != '\n'; k++)
-            output_byte(&out, c == '\t' ? ' ' : s[k]);
+            output_byte(&out, *(c == '\t' ? " " : s + k));
         if (c != '\n') continue;
         output_put(&out, "\r\n", 2, SIZE_MAX);
         row++, column = 0;
@@ -4253,7 +4257,7 @@ static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
     *capacity = e.text.capacity;
     if (!complete || e.text.n == 1) return complete ? 0 : -1;
     line_history.lines = resize(line_history.lines, (size_t)line_history.n + 1, sizeof(char *));
-    line_history.lines[line_history.n++] = strcpy(resize(NULL, e.text.n, 1), *s);
+    line_history.lines[line_history.n++] = memcpy(resize(NULL, e.text.n, 1), *s, e.text.n);
     return (ssize_t)e.text.n - 1;
 }
 
@@ -5498,7 +5502,8 @@ static const struct Option *option_find(const char *name, size_t n, size_t at) {
 // Options are given as -x, --name or --name=value; -n5 is -n 5, and -qb is -q -b.
 static void option_parse(Options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        char *a = argv[i], name[3] = {'-', a[0] ? a[1] : 0, 0};
+        char *a = argv[i], name[3] = "-";
+        name[1] = *(*a ? a + 1 : a);
         bool given = a[0] == '-' && a[1], word = given && a[1] == '-';
         if (!given && o->model && !strcmp(o->mode, "generate"))
             for (int mode = 0; mode < N_MODES; mode++)
@@ -5637,12 +5642,13 @@ static Main *portable_main(void) {
 static int processors(void) {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #ifdef __linux__
-    long long quota, period;  // of microseconds; without a quota there is a word
+    char line[64] = "", *end;
     cpu_set_t mask;
     FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
     if (!sched_getaffinity(0, sizeof mask, &mask)) n = CPU_COUNT(&mask);
-    if (f && fscanf(f, "%lld %lld", &quota, &period) == 2 && period > 0 && quota / period < n)
-        n = (long)(quota / period);
+    long quota = f && fgets(line, sizeof line, f) ? strtol(line, &end, 10) : 0;  // "max": 0
+    long period = quota > 0 ? strtol(end, NULL, 10) : 0;
+    if (period > 0 && quota / period < n) n = quota / period;
     if (f) fclose(f);
 #endif
     return n < 1 ? 1 : n > 256 ? 256 : (int)n;

@@ -3371,8 +3371,9 @@ static void test_each(void) {
 // the first of the likeliest is the greedy choice.
 static void test_logprobs(void) {
     static const char *const runs[] = {
-        "run tiny.bin -q -m eval -i 'a bad cab' --logprobs 2", "run tiny.bin -q -i 'ab' -n 9 -t 0 "
-        "--logprobs 1", "run endless.bin -q -i 'ab' -n 9 -s 3 --logprobs 0 -d lookup"};
+        "run tiny.bin -q -m eval -i 'a bad cab' --logprobs 2",
+        "run tiny.bin -q -i 'ab' -n 9 -t 0 --logprobs 1",
+        "run endless.bin -q -i 'ab' -n 9 -s 3 --logprobs 0 -d lookup"};
     Model m;
     Tokenizer t = {0};
     load_model(&m, "tiny.bin");
