@@ -254,14 +254,21 @@ static void rope(float *head, const float *table, int head_dim) {
 //     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
 // Where nothing is gated (GPT-2), up counts as 1.
 static void gated_activation(float *gate, const float *up, int n, int kind) {
-    for (int i = 0; i < n && kind != GELU && kind != RELU_SQUARED; i++) {
-        float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
-        u = kind == SILU ? x : kind == GELU_TANH ? 2.0f * u : 1.702f * x;
-        gate[i] = x / (1.0f + exp_(-u));
-    }
-    for (int i = 0; i < n && kind == GELU; i++) gate[i] = gelu(gate[i]);
-    for (int i = 0; i < n && kind == RELU_SQUARED; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
-    for (int i = 0; i < n && up; i++) gate[i] *= up[i];
+    if (kind == SILU)
+        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-gate[i]));
+    if (kind == GELU)
+        for (int i = 0; i < n; i++) gate[i] = gelu(gate[i]);
+    if (kind == GELU_TANH)
+        for (int i = 0; i < n; i++) {
+            float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
+            gate[i] = x / (1.0f + exp_(-2.0f * u));
+        }
+    if (kind == GELU_SIGMOID)
+        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-1.702f * gate[i]));
+    if (kind == RELU_SQUARED)
+        for (int i = 0; i < n; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
+    if (up)
+        for (int i = 0; i < n; i++) gate[i] *= up[i];
 }
 
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
