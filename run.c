@@ -162,6 +162,7 @@ typedef struct {
     Matrix position_embedding;            // (seq_len, dim) (GPT-2)
     Layer *layers;           // (n_layers) steps of the computation, one after the other
     Matrix final_norm, final_norm_bias;   // (dim)
+    Matrix score;            // (dim) of a reward model, which has no classifier
     Matrix check_ids, check_norms, check_logits, check_cases;  // reference values for -m check
     struct Header *header;   // of the file, with name and hashes; NULL: a file of llama2.c
     const char *path;
@@ -1308,7 +1309,7 @@ typedef struct {
     bool needed;
     int kind, rows, cols, count;  // count: so many of them, one after the other; 0: one
 } TensorRule;
-enum { LLAMA2C_TENSORS = 12, N_TENSORS = 37, NEEDED = 1 };
+enum { LLAMA2C_TENSORS = 12, N_TENSORS = 38, NEEDED = 1 };
 
 // All tensors that there are, in a layer with or without experts. The first come in the order of
 // llama2.c's version 0.
@@ -1356,6 +1357,7 @@ static void tensor_rules(const Config *c, bool experts, TensorRule rules[N_TENSO
         {TENSOR(Model, check_norms), 0, VECTOR, 1, c->n_layers + 1, 0},
         {TENSOR(Model, check_logits), 0, VECTOR, 1, vocab, 0},
         {TENSOR(Model, check_cases), 0, DATA, 1, 0, 0},
+        {TENSOR(Model, score), 0, VECTOR, 1, dim, 0},
         {TENSOR(Layer, router), 0, MATRIX, c->n_experts, dim, 0},  // the last: it is loaded first
     };
     memcpy(rules, all, sizeof all);
@@ -2903,7 +2905,7 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each;
+    const char *tool, *each, *reward;
     List others, stops;
     long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
@@ -3637,6 +3639,9 @@ typedef struct {
     Cache kv;
     Session session;
     Draft draft;
+    Model judge;            // of --reward; its layers are NULL: there is none
+    Tokenizer judge_words;
+    Text question;          // what its answers answer
     float *p;               // (threads, vocab_size) scratch of the samplers
     Candidate *candidates;  // (threads, vocab_size)
     Decoder *all;           // that run,
@@ -3649,6 +3654,40 @@ typedef struct {
     bool told;              // in this turn of a chat a tool had one of its own
     double rate;            // tokens per second of the last one
 } Machine;
+
+// A reward model is trained to tell which answer people like better: it has, in place of the
+// classifier, one row, whose product with the last token's final x is the reward.
+static void reward_open(const Options *o, Model *m, Tokenizer *t) {
+    load_model(m, o->reward);
+    find_tokenizer(t, NULL, m);
+    if (!m->score.data) die("%s is no reward model: it has no row for a score", o->reward);
+}
+static double reward_of_ids(const Model *m, const int *ids, int n) {
+    Cache kv;
+    cache_open(&kv, m, n, 1);
+    prefill(m, &kv, 0, ids, 0, n - 1);
+    forward(m, &kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
+    double reward = (double)sum16(kv.state.xb, vec(&m->score), m->c.dim);
+    cache_close(&kv);
+    return reward;
+}
+// The reward of an answer, in the reward model's own chat format, if it has one.
+static double reward_of(const Model *m, const Tokenizer *t, Text question, Text answer) {
+    Prompt p = {0};
+    Ids ids = {0};
+    bool chat = t->chat[USER_BEFORE].len || t->chat[USER_AFTER].len;
+    if (chat) prompt_turn(&p, t, -1, (Text){NULL, 0}, question, REPLY_BEFORE);
+    else prompt_append(&p, question, true);
+    prompt_append(&p, answer, true);
+    if (chat) prompt_piece(&p, t, ASSISTANT_AFTER);
+    if (chat) prompt_encode(&p, t, true, &ids);
+    else encode(t, (Text){p.s, p.n}, NULL, true, &ids);
+    int n = (int)ids.n, most = m->c.seq_len, start = n > most ? n - most : 0;
+    double reward = n ? reward_of_ids(m, ids.ids + start, n - start) : 0;  // of its newest tokens
+    prompt_free(&p);
+    free(ids.ids);
+    return reward;
+}
 
 static void decoder_commit(Machine *w, Decoder *d) {
     if (d->seq == 0)  // with whole pages only: an unfinished one is written at the end
@@ -3844,6 +3883,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
             die("%s cannot draft for %s: it has another tokenizer", o->draft, m->path);
         cache_open(&w->draft.kv, small, w->ctx, 1);
     }
+    if (o->reward && o->samples > 1) reward_open(o, &w->judge, &w->judge_words);
+    w->question = o->input;
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
     d->seed = d->s.rng;
@@ -3857,6 +3898,7 @@ static void machine_close(Machine *w, Decoder *d) {
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
+    if (w->judge.layers) free_tokenizer(&w->judge_words), free_model(&w->judge);
     void *memory[] = {w->draft.text.ids, w->p, w->candidates, w->turns.ids, d->c.ids.ids,
                       d->own.memory};
     for (int i = 0; i < 6; i++) free(memory[i]);
@@ -3880,7 +3922,7 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
 // Lets the model go on with a text, until it ends or its budget is used up. With -k it does so k
 // times at once, in sequences that share the common beginning; all samples are printed, or with -b
 // the best one, which becomes the trunk's text. The best is the likeliest by the mean
-// log-probability of its tokens: likelihood stands in for a reward model that ranks answers.
+// log-probability of its tokens, or the one that a reward model ranks first.
 static void decoder_continue(Machine *w, Decoder *trunk) {
     int k = (int)w->o->samples, best = 0;
     if (k < 2) {
@@ -3891,8 +3933,15 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
     decoder_settle(w, trunk, 1);
     for (int i = 0; i < k; i++) samples_branch(w, trunk, &d[i], i);
     machine_run(w, d, k);
-    for (int i = 1; i < k; i++)
-        if (d[i].logprob * d[best].n_new > d[best].logprob * d[i].n_new) best = i;
+    double *reward = resize(NULL, (size_t)k, sizeof *reward);
+    for (int i = 0; i < k; i++) {
+        const Output *own = &d[i].own;  // its text ends with a newline
+        Text answer = {own->memory + own->start, own->n - own->start - 1};
+        reward[i] = d[i].logprob / (d[i].n_new + !d[i].n_new);
+        if (w->judge.layers) reward[i] = reward_of(&w->judge, &w->judge_words, w->question, answer);
+        if (w->judge.layers) fprintf(stderr, "sample %d of %d: reward %.4f\n", i + 1, k, reward[i]);
+        if (reward[i] > reward[best]) best = i;
+    }
     for (int i = 0; i < k; i++) {
         if (!w->o->quiet)
             fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
@@ -3909,6 +3958,7 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
             decoder_commit(w, trunk);
         } else free(d[i].c.ids.ids);
     }
+    free(reward);
     free(d);
     trunk->own.thinking = false;
     trunk->own.n = 0;
@@ -3989,7 +4039,10 @@ static double ensemble_bits(const Options *o, const Member *e, Text answer) {
 // per byte is printed.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
+    Model judge_model = {0};
+    Tokenizer judge_words = {0};
     double lowest = INFINITY;
+    if (o->reward) reward_open(o, &judge_model, &judge_words);
     for (; end <= all + o->others.n; end++) {
         load_model(&end->m, o->others.of[end - all - 1]);
         find_tokenizer(&end->t, NULL, &end->m);
@@ -4002,17 +4055,23 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     for (Member *e = all; e < end && !interrupted; e++) {
         Text answer = {e->answer.memory + e->answer.start, e->answer.n - e->answer.start - 1};
         double sum = 0;
-        if (!o->quiet) fprintf(stderr, "%s's answer:", e->m.path);
-        for (Member *judge = all; judge < end; judge++) {
+        if (!o->quiet && !o->reward) fprintf(stderr, "%s's answer:", e->m.path);
+        if (o->reward) {
+            sum = -reward_of(&judge_model, &judge_words, o->input, answer);
+            fprintf(stderr, "%s's answer: reward %.4f\n", e->m.path, -sum);
+        }
+        for (Member *judge = all; judge < end && !o->reward; judge++) {
             double bits = ensemble_bits(o, judge, answer);
             if (!o->quiet) fprintf(stderr, " %.4f", bits);
             sum += bits;
         }
-        if (!o->quiet) fprintf(stderr, " bits per byte, mean %.4f\n", sum / (double)(end - all));
+        if (!o->quiet && !o->reward)
+            fprintf(stderr, " bits per byte, mean %.4f\n", sum / (double)(end - all));
         if (sum < lowest) lowest = sum, best = e;
     }
     if (!interrupted && !o->quiet) fprintf(stderr, "the best answer is %s's\n", best->m.path);
     if (!interrupted) output_text(out, (Text){best->answer.memory, best->answer.n});
+    if (o->reward) free_tokenizer(&judge_words), free_model(&judge_model);
     for (Member *e = all; e < end; e++) {
         free(e->answer.memory);
         if (e > all) free_tokenizer(&e->t), free_model(&e->m);
@@ -4331,6 +4390,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
     const Options *o = w->o;
     const Tokenizer *t = w->t;
     Text system = {w->system, w->system ? strlen(w->system) : 0};
+    w->question = user;
     Ids *ids = &d->c.ids, head = {0};
     int start = (int)ids->n, last = start ? ids->ids[start - 1] : -1;
     int at = start - (start && decode(t, last, last).len);  // where the prompt's tokens begin
@@ -5449,6 +5509,7 @@ static const struct Option {
     {"-y, --system TEXT", TO(system), 0, 0, TURNS, "tells the model in a chat how to answer"},
     {"-k, --samples N", TO(samples), 1, MAX_SAMPLES, TALK, "write N different texts at once"},
     {"-b, --best", TO(best), 0, 0, TALK, "with -k: print only the text that is likeliest"},
+    {"    --reward MODEL", TO(reward), 1, 0, TALK, "with -k or -e: a reward model finds the best"},
     {"-e, --ensemble MODEL", TO(others), 1, 0, MIXED, "answers, too: the best one is printed"},
     {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
     {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
@@ -5544,6 +5605,7 @@ static int option_check(const Options *o) {
     if (o->others.n && (k || o->draft || o->session || o->receipt))
         usage_error("-e cannot be used with -k, -d, -S or --receipt");
     if (k && o->draft) usage_error("-k and -d cannot be used together");
+    if (o->reward && !k && !o->others.n) usage_error("--reward ranks answers: it needs -k or -e");
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
     if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
