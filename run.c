@@ -5762,7 +5762,7 @@ int main(int argc, char **argv) {
     out.mute = o.logprobs >= 0;
     o.input = input_read(o.prompt_file, o.prompt, DRAW >> mode & 1);  // which may wait for long
     o.lines = input_read(o.each, NULL, false);
-    if (TALK >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
+    if (DRAW >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
         o.input.len--;  // the end of a file's last line is no part of a prompt
     if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))
         usage_error("the prompt has no {} for the lines of --each");
