@@ -3888,7 +3888,8 @@ static Buffer page_tokens(const Tokenizer *t, const Buffer *page, Buffer texts[2
     return decoded(t, (int *)(void *)ids.p, ids.n / sizeof(int));
 }
 static void test_page(void) {
-    const char *hostile = "</script><img src=x onerror=alert(1)> \"\\ &lt; \xe2\x80\xa8\x01\xff\n\n";
+    const char *hostile = "</script><img src=x onerror=alert(1)> \"\\ &lt; \xe2\x80\xa8\x01\xff"
+                          "\n\n";
     const char *escaped = "\\x3c/script>\\x3cimg src=x onerror=alert(1)> \\x22\\x5c &lt; "
                           "\\\\xe2\\\\x80\\\\xa8\\\\x01\\\\xff\\\\n";
     const char *options_[] = {"-t 1", "-t 0", "-t 1.5 -p 1 --top-k 3", "-t 1 -p 1"};
