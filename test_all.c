@@ -1947,7 +1947,7 @@ static void test_added_tokens(void) {
         {"a<n> <nn>", "97 261 262", "NORMALIZED ones are found later", NULL, true},
         {"<w>p<w>!p", "60 119 62 112 60 119 62 33 263",
          "in the text that is changed: the piece behind ! begins with _", NULL, true},
-        {"?!", "264 33", "single characters can be control tokens", "", true},
+        {"?!", "264 33", "single characters can be control tokens", "\0", true},
         {"?!", "63 33", "but typed they are text", "\1\1", true}, {0}});
     free_tokenizer(&t);
 }
