@@ -66,8 +66,8 @@ test-isa: test_all.c run.c
 	@$(SUM) test-isa.log
 
 # Without part 4, and with one room of part 5 cut out: what is left is as it was.
-ROOMS = PLAIN NO_EXPLAIN NO_COMPRESS NO_SESSIONS NO_CHAT NO_TOOLS NO_ENSEMBLE NO_EACH
-ROOM_TESTS = commands decoders sessions explain compress signals
+ROOMS = PLAIN NO_EXPLAIN NO_COMPRESS NO_SESSIONS NO_CHAT NO_TOOLS NO_ENSEMBLE NO_EACH NO_SCHEMA
+ROOM_TESTS = commands decoders schema sessions explain compress signals
 
 test-rooms: test_all.c run.c
 	@for room in $(ROOMS); do \
@@ -125,7 +125,7 @@ test-faults: test_all
 
 # Feeds random inputs to everything that reads files or text (clang's libFuzzer), SECONDS for each target.
 SECONDS ?= 20
-FUZZ_TARGETS = checkpoint tokenizer encode session compressed chat command
+FUZZ_TARGETS = checkpoint tokenizer encode session compressed chat command schema
 # (Not for this machine: the sanitizers of its many kernels take clang nine minutes.)
 fuzz: test_all.c run.c
 	@echo 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | \

@@ -17,6 +17,7 @@
  *                              [5.3] sessions  [5.4] tools  [5.5] decoders  [5.6] generate
  *                              [5.7] chat  [5.8] explain  [5.9] tokenize, logits, eval
  *                              [5.10] compress  [5.11] check  [5.12] bench  [5.13] each
+ *                              [5.14] schema
  *     [6] The command line     options, modes, signals, main
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -27,6 +28,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // MAP_ANONYMOUS, MAP_NORESERVE, madvise
 #endif
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -575,6 +577,7 @@ typedef struct {
     uint64_t rng;           // state of the random generator
     float coin;             // the random number of the last draw
     int kept;               // how many candidates it drew from; 0: all tokens, in order of ids
+    const uint8_t *forbidden;  // (vocab_size) 1: a token that must not be drawn; NULL: all may
     float *p;               // (vocab_size) probabilities; at temperature 0 the logits
     Candidate *candidates;  // (vocab_size)
     int vocab_size;
@@ -606,11 +609,15 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
             s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
         }
     if (s->dry > 0) sample_dry(s, text, n);
+    for (int i = 0; s->forbidden && i < s->vocab_size; i++)
+        if (s->forbidden[i]) s->p[i] = -INFINITY;
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
     float max = s->p[best], cdf = 0;
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, s->vocab_size);
+    for (int i = 0; s->forbidden && i < s->vocab_size; i++)
+        if (s->forbidden[i]) s->p[i] = 0;  // exactly
     s->coin = random_f32(&s->rng);
     s->kept = 0;
     if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0) return sample_candidates(s);
@@ -618,7 +625,7 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
         cdf += s->p[i];
         if (s->coin < cdf) return i;
     }
-    return s->vocab_size - 1;
+    return s->forbidden ? best : s->vocab_size - 1;  // the sum was rounded down
 }
 
 // ---- [1.7] generate -----------------------------------------------------------------------------
@@ -2892,17 +2899,18 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each;
+    const char *tool, *each, *schema;
     List others, stops;
     long long at_once, skip, logprobs;
-    long long steps, context, threads, top_k, samples, layer, head;
+    long long steps, context, threads, top_k, samples, layer, head, indent;
     double temperature, top_p;  // -1: as the tokenizer's file says
     double min_p, repeat_penalty, dry;
     long long repeat_last;
     unsigned long long seed;
-    bool quiet, receipt, best, think, trace, quote, help, version;
+    bool quiet, receipt, best, json, think, trace, quote, help, version;
     Text input, lines; // not options: the text of -i or -f, and of --each
     double started;    // nor this: when the program was
+    struct Schema *compiled;  // of --schema
     uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
 
@@ -3587,6 +3595,1489 @@ static Text tool_question(Text text, const char **before, const char **after) {
     return (Text){text.s + at, n - at};
 }
 #endif
+// ---- [5.14] schema ------------------------------------------------------------------------------
+// `--schema` and `--json`: which tokens may come next, so that the text becomes one JSON value that
+// fits a JSON Schema. Enter with schema_open, then schema_start a text, ask schema_mask, tell
+// schema_step each byte. Contents of strings and scalars are regular languages, which derivatives
+// (Brzozowski 1964) make automata of, with intersection and complement as easily as union. A schema
+// is an expression over the same operators. Its form is what it allows: a language of scalars, one
+// of strings, and alternatives for arrays and objects. A text in progress has a stack of the values
+// that are open, each with the ways in which it may still fit: they run side by side.
+// It keeps nothing. Calls: index_find, next_char, decode.
+
+#ifndef NO_SCHEMA
+enum { MAX_NODES = 1 << 17, MAX_RUNS = 1 << 22, MAX_WAYS = 4096, MAX_NESTING = 500, MANY = 1000 };
+// Operators of expressions; the first ones without operands have the numbers of their nodes.
+enum { NOTHING, EMPTY, ANY_CHAR, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, PATTERN, MULTIPLE,
+       SCHEMA, CONSTANT };
+enum { TEXT_START = N_CHARS, TEXT_END };  // what ^ and $ match
+typedef struct { int op, a, b, c; } SchemaNode;
+typedef struct { int last, to; } SchemaRun;  // characters up to the last one lead to a node
+typedef struct {        // a node as a state of an automaton
+    int runs, n_runs;   // where each character leads to; 0: not known yet
+    int words;          // how many texts lead from here to acceptance, up to MANY
+    int free;           // so many characters, whatever they are, leave it alive
+    bool accepts;
+} SchemaState;
+typedef struct { int type, parent, first, next; Text text, key; } SchemaValue;  // of its file
+typedef struct { int names; Text name; int schema; bool required; } SchemaMember;
+typedef struct {        // of arrays: a member for each place, the last one for all that follow
+    int type, min, max, first, n;  // members are n from the first on
+    int names;          // the language of all keys
+} SchemaShape;
+typedef struct {
+    int scalar, string;  // languages
+    int first, n;        // of its shapes
+    bool known, busy, seen, alive, finished;
+} SchemaForm;
+typedef struct { Text text; int id, shared; bool plain; } SchemaToken;
+typedef struct {        // the vocabulary in order of its bytes; `shared` with the one before
+    SchemaToken *tokens;
+    uint8_t *plain;     // (vocab_size) 0: goes anywhere in a string that allows all characters
+    int n, n_plain, longest, think;
+} SchemaTokens;
+typedef struct Schema {
+    const char *name;   // for errors
+    char *at, *start;   // what is being read
+    int n_nodes, n_runs, n_values, n_shapes, n_members;
+    int place, depth, number, integer, scalars, indent, root;
+    bool old;           // draft 7 or before: nothing counts beside $ref
+    Index index;        // of nodes
+    SchemaNode *nodes;
+    SchemaState *states;
+    SchemaForm *forms;  // (MAX_NODES)
+    SchemaRun *runs;
+    SchemaValue *values;
+    SchemaShape *shapes;
+    SchemaMember *members;
+    SchemaTokens tokens;
+    struct SchemaText *work;  // (threads, longest token + 1) scratch of the masks,
+    uint8_t *forbidden;       // and these (threads, vocab_size)
+} Schema;
+
+static void schema_path(const Schema *s, int v) {
+    if (!v) return;
+    int i = 0, parent = s->values[v].parent;
+    schema_path(s, parent);
+    for (int w = s->values[parent].first; w && w != v; w = s->values[w].next) i++;
+    if (s->values[v].key.s) fprintf(stderr, "/%.*s", (int)s->values[v].key.len, s->values[v].key.s);
+    else fprintf(stderr, "/%d", i);
+}
+// Ends the program: what is wrong with the part of the schema that is being looked at.
+static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char *what) {
+    fprintf(stderr, "run: %s: #", s->name);
+    schema_path(s, s->place);
+    fprintf(stderr, " %s\n", what);
+    exit(2);
+}
+static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
+    if (++s->depth > 4 * MAX_NESTING) schema_refuse(s, "is nested too deeply");
+}
+static void *schema_room(void *old, int n, size_t size) {  // for one more than n
+    return n & (n - 1) ? old : resize(old, n ? 2 * (size_t)n : 1, size);
+}
+
+// Expressions. Equal ones are one node.
+static int schema_derive(Schema *s, int id, int c);
+static int schema_node(Schema *s, int op, int a, int b, int c) {
+    SchemaNode *n = &s->nodes[s->n_nodes];
+    *n = (SchemaNode){op, a, b, c};
+    int id = index_find(&s->index, (Text){(char *)n, sizeof *n}, s->n_nodes);
+    if (id < s->n_nodes) return id;
+    if (++s->n_nodes == MAX_NODES) schema_refuse(s, "needs too many states");
+    bool *accepts = &s->states[id].accepts, deep = op >= CAT && op <= PATTERN;
+    if (op == PATTERN) a = schema_derive(s, a, TEXT_END);
+    bool left = deep && s->states[a].accepts, right = op <= AND && deep && s->states[b].accepts;
+    if (op == CAT || op == AND) *accepts = left && right;
+    else if (op == ALT || op == PATTERN) *accepts = left || right;
+    else if (op == REPEAT || op == MULTIPLE) *accepts = left || !b;
+    else *accepts = op == EMPTY || op == ANYTHING || (op == NOT && !left);
+    return id;
+}
+static int schema_cat(Schema *s, int a, int b) {
+    const SchemaNode *n = &s->nodes[a];
+    if (a == NOTHING || b == NOTHING) return NOTHING;
+    if (a == EMPTY || b == EMPTY) return a == EMPTY ? b : a;
+    if (n->op == CAT) return schema_cat(s, n->a, schema_cat(s, n->b, b));
+    return schema_node(s, CAT, a, b, 0);
+}
+static int schema_repeat(Schema *s, int a, int min, int max) {
+    if (max == 0 || a == EMPTY) return EMPTY;
+    if (a == NOTHING) return min ? NOTHING : EMPTY;
+    if (a == ANY_CHAR && !min && max == INT_MAX) return ANYTHING;
+    return min == 1 && max == 1 ? a : schema_node(s, REPEAT, a, min, max);
+}
+static int schema_not(Schema *s, int a) {
+    if (s->nodes[a].op == NOT) return s->nodes[a].a;
+    return a == NOTHING ? ANYTHING : a == ANYTHING ? NOTHING : schema_node(s, NOT, a, 0, 0);
+}
+// Union or intersection: a list of operands, the newest first, none twice.
+static int schema_join(Schema *s, int op, int a, int b) {
+    int none = op == ALT ? NOTHING : ANYTHING, all = op == ALT ? ANYTHING : NOTHING;
+    if (a == b || b == none) return a;
+    if (a == none) return b;
+    if (a == all || b == all) return all;
+    if (op == AND && (a == EMPTY || b == EMPTY))
+        return s->states[a].accepts && s->states[b].accepts ? EMPTY : NOTHING;
+    bool many_a = s->nodes[a].op == op, many_b = s->nodes[b].op == op;
+    int first_a = many_a ? s->nodes[a].a : a, rest_a = many_a ? s->nodes[a].b : none;
+    int first_b = many_b ? s->nodes[b].a : b, rest_b = many_b ? s->nodes[b].b : none;
+    int first = first_a > first_b ? first_a : first_b;
+    int rest = schema_join(s, op, first == first_a ? rest_a : a, first == first_b ? rest_b : b);
+    return rest == none ? first : rest == all ? all : schema_node(s, op, first, rest, 0);
+}
+static int schema_chars(Schema *s, int low, int high) {
+    return schema_node(s, CHARS, low, high, 0);
+}
+
+// What is left to come after the character c.
+static int schema_derive(Schema *s, int id, int c) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == CHARS || n.op == ANY_CHAR) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
+    if (n.op == ANYTHING) return ANYTHING;
+    if (n.op == MULTIPLE && c >= '0' && c <= '9')
+        return schema_node(s, MULTIPLE, n.a, (10 * n.b + c - '0') % n.a, 0);
+    if (n.op < CAT || n.op > PATTERN) return NOTHING;
+    int a = schema_derive(s, n.a, c);
+    if (n.op == NOT) return schema_not(s, a);
+    if (n.op == PATTERN && a != ANYTHING && a != NOTHING) a = schema_node(s, PATTERN, a, 0, 0);
+    if (n.op == PATTERN) return a;
+    if (n.op == REPEAT)
+        return schema_cat(s, a, schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX)));
+    if (n.op != CAT) return schema_join(s, n.op, a, schema_derive(s, n.b, c));
+    a = schema_cat(s, a, n.b);
+    return s->states[n.a].accepts ? schema_join(s, ALT, a, schema_derive(s, n.b, c)) : a;
+}
+// The first character after c that may lead elsewhere than c does.
+static int schema_edge(const Schema *s, int id, int c) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == MULTIPLE) n.a = '0', n.b = '9';
+    if (n.op == MULTIPLE && c >= '0' && c <= '9') return c + 1;
+    if (n.op == CHARS || n.op == ANY_CHAR || n.op == MULTIPLE)
+        return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
+    if (n.op < CAT) return INT_MAX;
+    int a = schema_edge(s, n.a, c), b = INT_MAX;
+    if (n.op == ALT || n.op == AND || (n.op == CAT && s->states[n.a].accepts))
+        b = schema_edge(s, n.b, c);
+    return a < b ? a : b;
+}
+
+// How many texts (up to MANY) characters from low to high can be the beginning of.
+static int schema_words(const Schema *s, int id, int low, int high) {
+    const SchemaRun *r = s->runs + s->states[id].runs, *end = r + s->states[id].n_runs;
+    long long words = 0;
+    for (int first = 0; r < end && first <= high; first = r++->last + 1) {
+        int from = first > low ? first : low, to = r->last < high ? r->last : high;
+        if (from <= to) words += (long long)(to - from + 1) * s->states[r->to].words;
+    }
+    return words < MANY ? (int)words : MANY;
+}
+
+// Makes an automaton of an expression: all states that it can come to, where they lead, and what
+// can still be accepted from them. Returns how many texts it accepts.
+static int schema_automaton(Schema *s, int id) {
+    Ids found = {0};
+    if (!s->states[id].n_runs) push(&found, id);
+    for (size_t i = 0; i < found.n; i++) {
+        SchemaState *state = &s->states[found.ids[i]];
+        if (state->n_runs) continue;
+        int first = s->n_runs;
+        for (int c = 0, next; c < N_CHARS; c = next) {
+            next = schema_edge(s, found.ids[i], c);
+            if (next > N_CHARS) next = N_CHARS;
+            int to = schema_derive(s, found.ids[i], c), n = s->n_runs;
+            bool more = n > first && s->runs[n - 1].to == to;
+            if (!more && n == MAX_RUNS) schema_refuse(s, "needs too many states");
+            s->runs = more ? s->runs : schema_room(s->runs, n, sizeof *s->runs);
+            s->runs[n - more] = (SchemaRun){next - 1, to};
+            s->n_runs += !more;
+            if (!s->states[to].n_runs) push(&found, to);
+        }
+        state->runs = first, state->n_runs = s->n_runs - first;
+    }
+    for (bool changed = true; changed;) {
+        changed = false;
+        for (size_t i = found.n; i--;) {
+            SchemaState *state = &s->states[found.ids[i]];
+            int words = state->accepts + schema_words(s, found.ids[i], 0, N_CHARS - 1), chars = 0;
+            int to = s->runs[state->runs].to;
+            words = words < MANY ? words : MANY;
+            if (state->n_runs == 1 && s->states[to].words)
+                chars = to == found.ids[i] || s->states[to].free == INT_MAX ? INT_MAX
+                      : s->states[to].free + 1;
+            changed |= words != state->words || chars != state->free;
+            state->words = words, state->free = chars;
+        }
+    }
+    free(found.ids);
+    return s->states[id].words;
+}
+static int schema_go(const Schema *s, int id, int c) {  // the next state of an automaton
+    const SchemaRun *r = s->runs + s->states[id].runs;
+    while (r->last < c) r++;
+    return r->to;
+}
+static bool schema_accepts(Schema *s, int id, Text text) {
+    for (size_t i = 0, used; i < text.len; i += used) {
+        int c = (int)next_char(text.s + i, text.len - i, &used);
+        id = s->states[id].n_runs ? schema_go(s, id, c) : schema_derive(s, id, c);
+    }
+    return s->states[id].accepts;
+}
+static int schema_literal(Schema *s, Text text) {
+    int all = EMPTY;
+    for (size_t used; text.len;) {
+        while (text.len-- > 1 && (text.s[text.len] & 0xc0) == 0x80) {}
+        int c = (int)next_char(text.s + text.len, 4, &used);  // there is a zero byte behind
+        all = schema_cat(s, schema_chars(s, c, c), all);
+    }
+    return all;
+}
+
+// Patterns: ECMA 262's regular expressions, as far as they are regular.
+static int schema_either(Schema *s);
+static int schema_hex(Schema *s, int digits) {
+    int c = 0;
+    for (; digits; digits--, s->at++) {
+        if (!isxdigit((uint8_t)*s->at)) schema_refuse(s, "is not a pattern that is understood");
+        c = 16 * c + (*s->at & 15) + (*s->at > '9' ? 9 : 0);
+    }
+    return c;
+}
+// A character of a pattern, or of a class in it; or several: then *set is their expression.
+static int schema_pattern_char(Schema *s, int *set) {
+    static const char classes[] = "dDwWsS", controls[] = "nrtfv0", meant[] = "\n\r\t\f\v";
+    static const int ranges[3][24] = {{'0', '9'}, {'0', '9', 'A', 'Z', '_', '_', 'a', 'z'},
+        {9, 13, ' ', ' ', 160, 160, 0x1680, 0x1680, 0x2000, 0x200a, 0x2028, 0x2029, 0x202f, 0x202f,
+         0x205f, 0x205f, 0x3000, 0x3000, 0xfeff, 0xfeff}};
+    size_t used;
+    uint32_t c = next_char(s->at, strlen(s->at), &used);
+    s->at += used;
+    *set = NOTHING;
+    if (c != '\\') return (int)c;
+    char e = *s->at ? *s->at++ : 'b';
+    const char *class = strchr(classes, e), *control = strchr(controls, e);
+    if (control) return meant[control - controls];
+    if (e == 'x' || e == 'u') return schema_hex(s, e == 'x' ? 2 : 4);
+    if (!class && (isalnum((uint8_t)e) || (uint8_t)e >= 128))
+        schema_refuse(s, "is not a pattern that is understood");
+    for (const int *r = class ? ranges[(class - classes) / 2] : NULL; r && *r; r += 2)
+        *set = schema_join(s, ALT, *set, schema_chars(s, r[0], r[1]));
+    if (class && (class - classes) % 2)
+        *set = schema_join(s, AND, schema_chars(s, 0, N_CHARS - 1), schema_not(s, *set));
+    return (uint8_t)e;
+}
+static int schema_class(Schema *s) {
+    int all = NOTHING, set, high_set = NOTHING;
+    bool negated = *s->at == '^';
+    for (s->at += negated; *s->at != ']';) {
+        if (!*s->at) schema_refuse(s, "is not a pattern that is understood");
+        int low = schema_pattern_char(s, &set), high = low;
+        if (!set && s->at[0] == '-' && s->at[1] && s->at[1] != ']') {
+            s->at++;
+            high = schema_pattern_char(s, &high_set);
+        }
+        if (high < low || high_set) schema_refuse(s, "is not a pattern that is understood");
+        all = schema_join(s, ALT, all, set ? set : schema_chars(s, low, high));
+    }
+    s->at++;
+    return negated ? schema_join(s, AND, schema_chars(s, 0, N_CHARS - 1), schema_not(s, all)) : all;
+}
+static int schema_atom(Schema *s) {
+    int set, c;
+    if (s->at[0] == '(' && s->at[1] == '?' && s->at[2] != ':')
+        schema_refuse(s, "is not a pattern that is understood");
+    if (strchr("*+?)", *s->at)) schema_refuse(s, "is not a pattern that is understood");
+    if (*s->at == '(') {
+        s->at += s->at[1] == '?' ? 3 : 1;
+        set = schema_either(s);
+        if (*s->at++ != ')') schema_refuse(s, "is not a pattern that is understood");
+        return set;
+    }
+    c = *s->at;
+    if (strchr("[.^$", c)) s->at++;
+    if (c == '[') return schema_class(s);
+    if (c == '.') {
+        set = schema_join(s, ALT, schema_chars(s, '\n', '\n'), schema_chars(s, '\r', '\r'));
+        set = schema_join(s, ALT, set, schema_chars(s, 0x2028, 0x2029));
+        return schema_join(s, AND, schema_chars(s, 0, N_CHARS - 1), schema_not(s, set));
+    }
+    if (c == '^') return schema_chars(s, TEXT_START, TEXT_START);
+    if (c == '$') return schema_chars(s, TEXT_END, TEXT_END);
+    c = schema_pattern_char(s, &set);
+    return set ? set : schema_chars(s, c, c);
+}
+static int schema_either(Schema *s) {
+    int all = NOTHING, one = EMPTY;
+    Ids atoms = {0};
+    schema_deeper(s);
+    for (;;) {
+        if (*s->at == '|' || *s->at == ')' || !*s->at) {
+            for (one = EMPTY; atoms.n; atoms.n--) one = schema_cat(s, atoms.ids[atoms.n - 1], one);
+            all = schema_join(s, ALT, all, one);
+            if (*s->at != '|') break;
+            s->at++;
+            continue;
+        }
+        int atom = schema_atom(s), min = 1, max = 1, used = 0;
+        char c = *s->at, *before = s->at;
+        if (c == '*' || c == '+' || c == '?') {
+            min = c == '+', max = c == '?' ? 1 : INT_MAX;
+            s->at++;
+        } else if (sscanf(s->at, "{%d}%n", &min, &used), used) max = min;
+        else if (sscanf(s->at, "{%d,}%n", &min, &used), used) max = INT_MAX;
+        else if (sscanf(s->at, "{%d,%d}%n", &min, &max, &used), !used) min = max = 1;
+        s->at += used;
+        s->at += s->at > before && *s->at == '?';
+        if (min < 0 || max < min) schema_refuse(s, "is not a pattern that is understood");
+        push(&atoms, schema_repeat(s, atom, min, max));
+    }
+    free(atoms.ids);
+    s->depth--;
+    return all;
+}
+// The language of a pattern; `whole`: from the beginning to the end.
+static int schema_pattern(Schema *s, const char *pattern, bool whole) {
+    char *before = s->at;
+    s->at = (char *)(uintptr_t)pattern;
+    int all = schema_either(s);
+    if (*s->at) schema_refuse(s, "is not a pattern that is understood");
+    s->at = before;
+    if (whole) return all;
+    all = schema_derive(s, schema_cat(s, ANYTHING, schema_cat(s, all, ANYTHING)), TEXT_START);
+    return all == ANYTHING ? ANYTHING : schema_node(s, PATTERN, all, 0, 0);
+}
+
+// Numbers as they are written: all, those with an integer's value, and, where there are bounds, the
+// plain ones and those with an exponent as Python writes them (from e+16, and e-05 down).
+#define RE_PLAIN_NUMBER "(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?"
+#define RE_LARGE_NUMBER "[1-9](?:\\.[0-9]+)?[eE]\\+?0*(?:1[6-9]|[2-9][0-9]|[1-9][0-9]{2,})"
+#define RE_SMALL_NUMBER "[1-9](?:\\.[0-9]+)?[eE]-0*(?:[5-9]|[1-9][0-9]+)"
+#define RE_ANY_NUMBER "-?" RE_PLAIN_NUMBER "(?:[eE][+-]?[0-9]+)?"
+#define RE_AN_INTEGER "-?(?:(?:0|[1-9][0-9]*)(?:\\.0+)?|[1-9](?:[eE]\\+?[0-9]+|\\.[0-9]{1,16}" \
+    "[eE]\\+?0*(?:1[6-9]|[2-9][0-9]|[1-9][0-9]{2,})))"
+
+// Those above a bound without sign, or equal to it.
+static int schema_above(Schema *s, Text bound, bool equal) {
+    char digits[400], pattern[40000], *p = pattern;
+    size_t whole = 0, n = 0;
+    int exponent = 0, point = -1;
+    for (size_t i = 0; i < bound.len; i++) {  // as digits before and behind a point
+        if ((bound.s[i] | 32) == 'e') exponent = atoi(bound.s + i + 1);
+        if ((bound.s[i] | 32) == 'e') break;
+        if (bound.s[i] == '.') point = (int)n;
+        else if (n < 60) digits[n++] = bound.s[i];
+    }
+    if (bound.len > 60 || abs(exponent) > 300) schema_refuse(s, "has too many digits");
+    exponent += point < 0 ? (int)n : point;
+    for (; exponent < 1; exponent++) memmove(digits + 1, digits, n++), digits[0] = '0';
+    while ((int)n < exponent) digits[n++] = '0';
+    for (whole = (size_t)exponent; n > whole && digits[n - 1] == '0';) n--;
+    for (; whole > 1 && digits[0] == '0'; whole--) memmove(digits, digits + 1, --n);
+    if (whole == n) digits[n] = 0;
+    p += sprintf(p, "[1-9][0-9]{%zu,}(?:\\.[0-9]+)?", whole);
+    if (whole < 17) p += sprintf(p, "|" RE_LARGE_NUMBER);
+    if (n == 1 && digits[0] == '0') p += sprintf(p, "|" RE_SMALL_NUMBER);
+    for (size_t i = 0; i <= n; i++) {  // the same first i digits, and then a larger one
+        if (i < n && digits[i] == '9') continue;
+        p += sprintf(p, "|%.*s%s%.*s", (int)(i < whole ? i : whole), digits, i > whole ? "\\." : "",
+                     i > whole ? (int)(i - whole) : 0, digits + whole);
+        if (i < n) p += sprintf(p, "%s[%c-9]", i == whole ? "\\." : "", digits[i] + 1);
+        if (i < whole) p += sprintf(p, "[0-9]{%zu}(?:\\.[0-9]+)?", whole - 1 - i);
+        else if (i < n) p += sprintf(p, "[0-9]*");
+        else if (n > whole) p += sprintf(p, equal ? "[0-9]*" : "[0-9]*[1-9][0-9]*");
+        else p += sprintf(p, equal ? "(?:\\.[0-9]+)?" : "\\.[0-9]*[1-9][0-9]*");
+    }
+    return schema_pattern(s, pattern, true);
+}
+// Those above a bound, or, with `below`, those under it, or equal to it.
+static int schema_bound(Schema *s, Text bound, bool below, bool equal) {
+    static const char numbers[] = RE_PLAIN_NUMBER "|" RE_LARGE_NUMBER "|" RE_SMALL_NUMBER;
+    int size = schema_pattern(s, numbers, true), all;
+    int minus = schema_chars(s, '-', '-'), negative = schema_cat(s, minus, size);
+    char first = bound.s[strspn(bound.s, "-0.")];
+    bool zero = first < '1' || first > '9';
+    if (below) equal = !equal;
+    if (bound.s[0] == '-' && !zero) {
+        bound.s++, bound.len--;
+        all = schema_join(s, AND, size, schema_not(s, schema_above(s, bound, !equal)));
+        all = schema_join(s, ALT, size, schema_cat(s, minus, all));
+    } else {
+        all = zero ? schema_above(s, (Text){"0", 1}, equal) : schema_above(s, bound, equal);
+        if (zero && equal) all = schema_join(s, ALT, all, schema_pattern(s, "-0(?:\\.0+)?", true));
+    }
+    if (!below) return all;
+    return schema_join(s, AND, schema_join(s, ALT, size, negative), schema_not(s, all));
+}
+
+// The formats that count.
+#define RE_DAY "(?:0[1-9]|1[0-9]|2[0-8])"
+#define RE_LEAP "(?:0[48]|[2468][048]|[13579][26])"
+#define RE_DATE "(?:(?:[0-9]{2}" RE_LEAP "|" RE_LEAP "00)-02-29|[0-9]{4}-(?:02-" RE_DAY "|" \
+    "(?:0[13578]|1[02])-(?:" RE_DAY "|29|3[01])|(?:0[469]|11)-(?:" RE_DAY "|29|30)))"
+#define RE_MINUTE "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+#define RE_TIME "(?:" RE_MINUTE ":[0-5][0-9](?:\\.[0-9]+)?(?:[zZ]|[+-]" RE_MINUTE ")|" \
+    "23:59:60(?:\\.[0-9]+)?[zZ])"
+#define RE_BYTE_NUMBER "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+#define RE_IPV4 RE_BYTE_NUMBER "(?:\\." RE_BYTE_NUMBER "){3}"
+#define RE_H16 "[0-9a-fA-F]{1,4}"
+#define RE_H16S(n) "(?:" RE_H16 ":){" n "}"
+#define RE_LS32 "(?:" RE_H16 ":" RE_H16 "|" RE_IPV4 ")"
+#define RE_SOME(n) "|(?:" RE_H16 "(?::" RE_H16 "){0," n "})?::"
+#define RE_IPV6 "(?:" RE_H16S("6") RE_LS32 "|::" RE_H16S("5") RE_LS32 "|(?:" RE_H16 ")?::" \
+    RE_H16S("4") RE_LS32 RE_SOME("1") RE_H16S("3") RE_LS32 RE_SOME("2") RE_H16S("2") RE_LS32 \
+    RE_SOME("3") RE_H16S("1") RE_LS32 RE_SOME("4") RE_LS32 RE_SOME("5") RE_H16 RE_SOME("6") ")"
+#define RE_LABEL "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+#define RE_HOSTNAME RE_LABEL "(?:\\." RE_LABEL ")*"
+#define RE_ATOM "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
+#define RE_PCHAR "(?:[a-zA-Z0-9._~!$&'()*+,;=:@-]|%[0-9a-fA-F]{2})"
+#define RE_NAME_CHAR "[a-zA-Z0-9._~!$&'()*+,;=-]|%[0-9a-fA-F]{2}"
+#define RE_URI "[a-zA-Z][a-zA-Z0-9+.-]*:(?://(?:(?:" RE_NAME_CHAR "|:)*@)?(?:(?:" \
+    RE_NAME_CHAR ")*|\\[" RE_IPV6 "\\])(?::[0-9]*)?(?:/" RE_PCHAR "*)*" \
+    "|/(?:" RE_PCHAR "+(?:/" RE_PCHAR "*)*)?|" RE_PCHAR "+(?:/" RE_PCHAR "*)*|)" \
+    "(?:\\?(?:" RE_PCHAR "|[/?])*)?(?:#(?:" RE_PCHAR "|[/?])*)?"
+static const struct { const char *name, *pattern; } schema_formats[] = {
+    {"date", RE_DATE}, {"time", RE_TIME}, {"date-time", RE_DATE "[tT]" RE_TIME}, {"ipv4", RE_IPV4},
+    {"ipv6", RE_IPV6},
+    {"uuid", "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"}, {"hostname", RE_HOSTNAME},
+    {"email", RE_ATOM "(?:\\." RE_ATOM ")*@" RE_HOSTNAME}, {"uri", RE_URI}};
+
+static int schema_utf8(char *out, int c) {
+    int more = (c >= 0x80) + (c >= 0x800) + (c >= 0x10000);
+    out[0] = (char)(more ? (0xf00 >> more & 0xf0) | c >> 6 * more : c);
+    for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (c >> 6 * (more - i) & 63));
+    return more + 1;
+}
+
+// Reads the schema's JSON; strings are decoded in place.
+static Text schema_string(Schema *s) {
+    char *start = ++s->at, *end = start;
+    for (int c = *s->at++, low; c != '"'; c = *s->at++) {
+        static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+        if ((uint8_t)c < 32) schema_refuse(s, "has a string that does not end");
+        if (c != '\\') *end++ = (char)c;
+        else if (*s->at != 'u') {
+            const char *e = *s->at ? strchr(names, *s->at++) : NULL;
+            if (!e) schema_refuse(s, "has a wrong escape");
+            *end++ = meant[e - names];
+        } else {
+            s->at++;
+            c = schema_hex(s, 4);
+            if (c >> 10 == 0xd800 >> 10 && s->at[0] == '\\' && s->at[1] == 'u') {
+                s->at += 2;
+                low = schema_hex(s, 4);
+                c = 0x10000 + ((c & 1023) << 10) + (low & 1023);
+            }
+            end += schema_utf8(end, c);
+        }
+    }
+    *end = 0;
+    return (Text){start, (size_t)(end - start)};
+}
+static int schema_value(Schema *s, int parent, Text key, int depth) {
+    static const char white[] = " \t\r\n";
+    s->at += strspn(s->at, white);
+    int v = s->n_values++, last = 0;
+    s->values = schema_room(s->values, v, sizeof *s->values);
+    char *start = s->at, type = *start, close = type == '{' ? '}' : ']';
+    int n = 0;
+    SchemaValue value = {.type = type, .parent = parent, .key = key};
+    s->values[v] = value;
+    s->place = parent;
+    if (depth == MAX_NESTING) schema_refuse(s, "is nested too deeply");
+    if (type == '"') value.text = schema_string(s);
+    else if (type == '{' || type == '[') {
+        for (s->at++; s->at += strspn(s->at, white), *s->at != close || last;) {
+            Text name = {0};
+            if (type == '{') {
+                if (*s->at != '"') schema_refuse(s, "is no JSON: a name is missing");
+                name = schema_string(s);
+                s->at += strspn(s->at, white);
+                if (*s->at++ != ':') schema_refuse(s, "is no JSON: a colon is missing");
+            }
+            s->values[v] = value;
+            int child = schema_value(s, v, name, depth + 1);
+            if (last) s->values[last].next = child;
+            else value.first = child;
+            last = child;
+            s->place = v;
+            if (++n > 10000) schema_refuse(s, "needs too many states");
+            s->at += strspn(s->at, white);
+            if (*s->at != ',') break;
+            s->at++;
+        }
+        s->place = v;
+        if (*s->at++ != close) schema_refuse(s, "is no JSON: a bracket or comma is missing");
+    } else {
+        s->at += strspn(s->at, "+-.0123456789aeflnrstuE");
+        value.text = (Text){start, (size_t)(s->at - start)};
+        if (type == '-' || (type >= '0' && type <= '9')) value.type = '0';
+        if (!schema_accepts(s, s->scalars, value.text)) schema_refuse(s, "is no JSON");
+    }
+    s->values[v] = value;
+    return v;
+}
+static bool text_is(Text text, const char *name) {
+    return text.len == strlen(name) && !memcmp(text.s, name, text.len);
+}
+// The value of a keyword, whose first character is one of `types`; 0: it is not there.
+static int schema_get(Schema *s, int v, const char *name, const char *types) {
+    int found = 0;
+    for (int w = s->values[v].first; w; w = s->values[w].next)
+        if (text_is(s->values[w].key, name)) found = w;
+    s->place = found ? found : v;
+    if (found && !strchr(types, s->values[found].type)) schema_refuse(s, "is malformed");
+    return found;
+}
+static int schema_count(Schema *s, int v, const char *name, int none) {
+    int w = schema_get(s, v, name, "0");
+    double n = w ? strtod(s->values[w].text.s, NULL) : none;
+    if (n < 0 || n != floor(n)) schema_refuse(s, "is malformed");
+    return n < INT_MAX / 4 ? (int)n : INT_MAX;
+}
+
+// Forms.
+static SchemaForm schema_form(Schema *s, int id);
+static void schema_member(Schema *s, SchemaShape *shape, int names, Text name, int schema,
+                          bool required) {
+    s->members = schema_room(s->members, s->n_members, sizeof *s->members);
+    if (!shape->n++) shape->first = s->n_members;
+    s->members[s->n_members++] = (SchemaMember){names, name, schema, required};
+}
+static void schema_shape(Schema *s, SchemaForm *f, SchemaShape shape) {
+    if (s->n_shapes == MAX_NODES) schema_refuse(s, "needs too many states");
+    s->shapes = schema_room(s->shapes, s->n_shapes, sizeof shape);
+    s->shapes[s->n_shapes] = shape;
+    if (!f->n++) f->first = s->n_shapes;
+    s->n_shapes++;
+}
+static SchemaShape schema_any(Schema *s, int type, int schema) {
+    SchemaShape shape = {.type = type, .max = INT_MAX};
+    schema_member(s, &shape, ANYTHING, (Text){0}, schema, false);
+    return shape;
+}
+// Objects whose members with some names follow one schema, the others another one.
+static SchemaShape schema_split(Schema *s, int names, int schema, int other) {
+    SchemaShape shape = {.type = '{', .max = INT_MAX};
+    schema_member(s, &shape, names, (Text){0}, schema, false);
+    schema_member(s, &shape, schema_not(s, names), (Text){0}, other, false);
+    return shape;
+}
+static SchemaShape schema_named(Schema *s, Text name, int schema, bool required) {
+    SchemaShape shape = schema_split(s, schema_literal(s, name), schema, ANYTHING);
+    s->members[shape.first].name = name, s->members[shape.first].required = required;
+    return shape;
+}
+static SchemaForm schema_all(Schema *s) {
+    SchemaForm f = {.scalar = s->scalars, .string = ANYTHING};
+    schema_shape(s, &f, schema_any(s, '[', ANYTHING));
+    schema_shape(s, &f, schema_any(s, '{', ANYTHING));
+    return f;
+}
+static SchemaForm schema_union(Schema *s, SchemaForm a, SchemaForm b) {
+    SchemaForm f = {.scalar = schema_join(s, ALT, a.scalar, b.scalar),
+                    .string = schema_join(s, ALT, a.string, b.string)};
+    for (int i = 0; i < a.n; i++) schema_shape(s, &f, s->shapes[a.first + i]);
+    for (int i = 0; i < b.n; i++) schema_shape(s, &f, s->shapes[b.first + i]);
+    return f;
+}
+// What two shapes both allow.
+static SchemaShape schema_meet(Schema *s, SchemaShape a, SchemaShape b) {
+    SchemaShape shape = {.type = a.type, .min = a.min > b.min ? a.min : b.min,
+                         .max = a.max < b.max ? a.max : b.max};
+    for (int i = 0; a.type == '[' && (i < a.n || i < b.n); i++) {
+        SchemaMember x = s->members[a.first + (i < a.n ? i : a.n - 1)];
+        SchemaMember y = s->members[b.first + (i < b.n ? i : b.n - 1)];
+        int both = schema_join(s, AND, x.schema, y.schema);
+        schema_member(s, &shape, ANYTHING, x.name, both, false);
+    }
+    for (int i = 0; a.type == '{' && i < a.n * b.n; i++) {
+        SchemaMember x = s->members[a.first + i / b.n], y = s->members[b.first + i % b.n];
+        int names = x.name.s ? x.names : y.names;
+        if (x.name.s && y.name.s && x.names != y.names) continue;
+        if (x.name.s && !y.name.s && !schema_accepts(s, y.names, x.name)) continue;
+        if (y.name.s && !x.name.s && !schema_accepts(s, x.names, y.name)) continue;
+        if (!x.name.s && !y.name.s) names = schema_join(s, AND, x.names, y.names);
+        if (!x.name.s && !y.name.s && !schema_automaton(s, names)) continue;
+        schema_member(s, &shape, names, x.name.s ? x.name : y.name,
+                      schema_join(s, AND, x.schema, y.schema), x.required || y.required);
+    }
+    return shape;
+}
+static SchemaForm schema_both(Schema *s, SchemaForm a, SchemaForm b) {
+    SchemaForm f = {.scalar = schema_join(s, AND, a.scalar, b.scalar),
+                    .string = schema_join(s, AND, a.string, b.string)};
+    for (int i = 0; i < a.n * b.n; i++) {
+        SchemaShape x = s->shapes[a.first + i / b.n], y = s->shapes[b.first + i % b.n];
+        if (x.type == y.type) schema_shape(s, &f, schema_meet(s, x, y));
+    }
+    return f;
+}
+// What a shape does not allow, of its type.
+static SchemaForm schema_except(Schema *s, SchemaShape a) {
+    SchemaForm f = {0};
+    SchemaShape any = schema_any(s, a.type, ANYTHING);
+    any.max = a.min - 1;
+    if (a.min) schema_shape(s, &f, any);
+    any = schema_any(s, a.type, ANYTHING);
+    any.min = a.max + (a.max < INT_MAX);
+    if (a.max < INT_MAX) schema_shape(s, &f, any);
+    for (int i = 0; i < a.n; i++) {
+        SchemaMember m = s->members[a.first + i];
+        int other = schema_not(s, m.schema);
+        if (m.schema != ANYTHING && (a.type == '[' ? i == a.n - 1 : !m.name.s))
+            schema_refuse(s, "forbids what cannot be forbidden here");
+        SchemaShape b = {.type = a.type, .max = INT_MAX};
+        if (a.type == '[' && m.schema != ANYTHING) {
+            for (int j = 0; j < i; j++)
+                schema_member(s, &b, ANYTHING, m.name, ANYTHING, false);
+            schema_member(s, &b, ANYTHING, m.name, other, false);
+            schema_member(s, &b, ANYTHING, m.name, ANYTHING, false);
+            b.min = i + 1;
+            schema_shape(s, &f, b);
+        } else if (m.name.s && m.schema != ANYTHING)
+            schema_shape(s, &f, schema_named(s, m.name, other, true));
+        if (m.required) schema_shape(s, &f, schema_named(s, m.name, NOTHING, false));
+    }
+    return f;
+}
+static SchemaForm schema_complement(Schema *s, SchemaForm a) {
+    SchemaForm f = schema_all(s);
+    for (int i = 0; i < a.n; i++) {
+        SchemaShape shape = s->shapes[a.first + i];
+        SchemaForm other = schema_except(s, shape);
+        other.scalar = other.string = NOTHING;
+        schema_shape(s, &other, schema_any(s, shape.type == '[' ? '{' : '[', ANYTHING));
+        f = schema_both(s, f, other);
+    }
+    f.scalar = schema_join(s, AND, s->scalars, schema_not(s, a.scalar));
+    f.string = schema_not(s, a.string);
+    return f;
+}
+// The one value that a constant allows.
+static SchemaForm schema_constant(Schema *s, int v) {
+    SchemaValue value = s->values[v];
+    SchemaForm f = {0};
+    SchemaShape shape = {.type = value.type};
+    if (value.type == '"') f.string = schema_literal(s, value.text);
+    else if (value.type == '0')
+        f.scalar = schema_join(s, AND, schema_bound(s, value.text, false, true),
+                               schema_bound(s, value.text, true, true));
+    else if (value.type != '[' && value.type != '{') f.scalar = schema_literal(s, value.text);
+    if (f.string || f.scalar) return f;
+    int names = NOTHING;
+    for (int w = value.first; w; w = s->values[w].next, shape.min++) {
+        int name = schema_literal(s, s->values[w].key), one = schema_node(s, CONSTANT, w, 0, 0);
+        names = schema_join(s, ALT, names, name);
+        schema_member(s, &shape, name, s->values[w].key, one, value.type == '{');
+    }
+    schema_member(s, &shape, schema_not(s, names), (Text){0}, NOTHING, false);
+    shape.max = shape.min;
+    schema_shape(s, &f, shape);
+    return f;
+}
+static int schema_sub(Schema *s, int v) {  // the expression of a schema within a schema
+    char type = (char)s->values[v].type;
+    s->place = v;
+    if (!strchr("tf{", type)) schema_refuse(s, "is malformed");
+    return type == 't' ? ANYTHING : type == 'f' ? NOTHING : schema_node(s, SCHEMA, v, 0, 0);
+}
+// Where a $ref leads.
+static int schema_target(Schema *s, int ref) {
+    Text text = s->values[ref].text, name = {text.s, 0};
+    char part[1000];
+    int v = 0;
+    if (!text.len || *text.s != '#') schema_refuse(s, "leads out of this schema");
+    const char *p = text.s + 1, *end = text.s + text.len;
+    while (p < end) {
+        if (*p++ != '/' || text.len >= sizeof part) schema_refuse(s, "leads nowhere");
+        for (name = (Text){part, 0}; p < end && *p != '/'; p++) {
+            int c = (uint8_t)*p, used = 0, byte;
+            if (*p == '~') c = *++p == '1' ? '/' : '~';
+            else if (sscanf(p, "%%%2x%n", (unsigned *)&byte, &used), used) c = byte, p += used - 1;
+            part[name.len++] = (char)c;
+        }
+        part[name.len] = 0;
+        int w = s->values[v].first;
+        for (long i = strtol(part, NULL, 10); w && s->values[v].type == '[' && i > 0; i--)
+            w = s->values[w].next;
+        while (w && s->values[v].type == '{' && !(s->values[w].key.len == name.len &&
+                                                  !memcmp(s->values[w].key.s, part, name.len)))
+            w = s->values[w].next;
+        if (!(v = w)) schema_refuse(s, "leads nowhere");
+    }
+    return schema_sub(s, v);
+}
+
+static int schema_live(Schema *s, int id);
+// anyOf and its kin, as one expression.
+static int schema_combined(Schema *s, int v) {
+    static const char *const lists[] = {"allOf", "anyOf", "oneOf"};
+    int all = ANYTHING;
+    for (int i = 0; i < 3; i++) {
+        int list = schema_get(s, v, lists[i], "["), some = i ? NOTHING : ANYTHING;
+        if (!list) continue;
+        if (!s->values[list].first) schema_refuse(s, "is malformed");
+        for (int w = s->values[list].first; w; w = s->values[w].next) {
+            int one = schema_sub(s, w);
+            for (int x = s->values[list].first; x && i == 2; x = s->values[x].next) {
+                int other = schema_sub(s, x);
+                if (x != w && schema_live(s, schema_join(s, AND, schema_sub(s, w), other)))
+                    one = schema_join(s, AND, one, schema_not(s, other));
+            }
+            some = schema_join(s, i ? ALT : AND, some, one);
+        }
+        all = schema_join(s, AND, all, some);
+    }
+    int not = schema_get(s, v, "not", "tf{"), where = schema_get(s, v, "if", "tf{");
+    if (not) all = schema_join(s, AND, all, schema_not(s, schema_sub(s, not)));
+    for (int i = 0; i < 2 && where; i++) {  // if A then B is: not A, or B
+        int w = schema_get(s, v, i ? "else" : "then", "tf{"), a = schema_sub(s, where);
+        a = i ? a : schema_not(s, a);
+        if (w) all = schema_join(s, AND, all, schema_join(s, ALT, a, schema_sub(s, w)));
+    }
+    return all;
+}
+
+static int schema_scalar(Schema *s, int v, bool integer) {
+    static const char *const names[] = {"minimum", "maximum", "exclusiveMinimum",
+                                        "exclusiveMaximum"};
+    int all = integer ? s->integer : s->number;
+    for (int i = 0; i < 4; i++) {
+        int w = schema_get(s, v, names[i], i < 2 ? "0" : "0tf");
+        int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : w;
+        bool equal = i < 2 && !(strict && s->values[strict].type == 't');
+        if (!w || s->values[w].type != '0') continue;
+        s->place = w;
+        all = schema_join(s, AND, all, schema_bound(s, s->values[w].text, i & 1, equal));
+    }
+    int w = schema_get(s, v, "multipleOf", "0");
+    if (!w) return all;
+    double by = strtod(s->values[w].text.s, NULL);
+    if (!(by >= 1 && by == floor(by) && by < 1e6)) schema_refuse(s, "is no small integer");
+    int multiple = schema_node(s, MULTIPLE, (int)by, 0, 0);
+    multiple = schema_cat(s, multiple, schema_pattern(s, "(?:\\.0+)?", true));
+    multiple = schema_cat(s, schema_pattern(s, "-?", true), multiple);
+    return schema_join(s, AND, all, multiple);
+}
+static int schema_text(Schema *s, int v) {
+    int min = schema_count(s, v, "minLength", 0), max = schema_count(s, v, "maxLength", INT_MAX);
+    int all = max < min ? NOTHING : schema_repeat(s, ANY_CHAR, min, max);
+    int w = schema_get(s, v, "pattern", "\"");
+    if (w) {
+        all = schema_join(s, AND, all, schema_pattern(s, s->values[w].text.s, false));
+    }
+    w = schema_get(s, v, "format", "\"");
+    for (size_t i = 0; w && i < sizeof schema_formats / sizeof *schema_formats; i++) {
+        if (!text_is(s->values[w].text, schema_formats[i].name)) continue;
+        all = schema_join(s, AND, all, schema_pattern(s, schema_formats[i].pattern, true));
+        if (i == 6) all = schema_join(s, AND, all, schema_repeat(s, ANY_CHAR, 0, 253));
+    }
+    return all;
+}
+static SchemaForm schema_arrays(Schema *s, int v) {
+    SchemaForm f = {0};
+    SchemaShape shape = {.type = '['};
+    int items = schema_get(s, v, "items", "tf{["), prefix = schema_get(s, v, "prefixItems", "[");
+    if (items && s->values[items].type == '[') {
+        prefix = items;
+        items = schema_get(s, v, "additionalItems", "tf{");
+    }
+    for (int w = prefix ? s->values[prefix].first : 0; w; w = s->values[w].next)
+        schema_member(s, &shape, ANYTHING, (Text){0}, schema_sub(s, w), false);
+    items = items ? schema_sub(s, items) : ANYTHING;
+    schema_member(s, &shape, ANYTHING, (Text){0}, items, false);
+    shape.min = schema_count(s, v, "minItems", 0);
+    shape.max = schema_count(s, v, "maxItems", INT_MAX);
+    schema_shape(s, &f, shape);
+    return f;
+}
+static SchemaForm schema_objects(Schema *s, int v) {
+    SchemaForm f = {0};
+    SchemaShape shape = {.type = '{', .min = schema_count(s, v, "minProperties", 0),
+                         .max = schema_count(s, v, "maxProperties", INT_MAX)};
+    int properties = schema_get(s, v, "properties", "{");
+    int required = schema_get(s, v, "required", "[tf");
+    int patterns = schema_get(s, v, "patternProperties", "{"), names = NOTHING, n;
+    int other = schema_get(s, v, "additionalProperties", "tf{");
+    other = other ? schema_sub(s, other) : ANYTHING;
+    int rest = patterns ? ANYTHING : other;
+    for (int w = properties ? s->values[properties].first : 0; w; w = s->values[w].next) {
+        int name = schema_literal(s, s->values[w].key);
+        schema_member(s, &shape, name, s->values[w].key, schema_sub(s, w), false);
+        names = schema_join(s, ALT, names, name);
+    }
+    int patterned = names;
+    for (int w = required ? s->values[required].first : 0; w; w = s->values[w].next) {
+        int name = schema_literal(s, s->values[w].text);
+        if (s->values[w].type != '"') schema_refuse(s, "is malformed");
+        for (n = 0; n < shape.n && s->members[shape.first + n].names != name; n++) {}
+        if (n == shape.n) schema_member(s, &shape, name, s->values[w].text, rest, false);
+        s->members[shape.first + n].required = true;
+        names = schema_join(s, ALT, names, name);
+    }
+    schema_member(s, &shape, schema_not(s, names), (Text){0}, rest, false);
+    schema_shape(s, &f, shape);
+    for (int w = patterns ? s->values[patterns].first : 0; w; w = s->values[w].next) {
+        s->place = w;
+        int pattern = schema_pattern(s, s->values[w].key.s, false);
+        SchemaForm one = {0};
+        schema_shape(s, &one, schema_split(s, pattern, schema_sub(s, w), ANYTHING));
+        f = schema_both(s, f, one);
+        patterned = schema_join(s, ALT, patterned, pattern);
+    }
+    SchemaForm others = {0}, keys = {0};
+    schema_shape(s, &others, schema_split(s, patterned, ANYTHING, other));
+    if (patterns) f = schema_both(s, f, others);
+    n = schema_get(s, v, "propertyNames", "tf{");
+    if (!n) return f;
+    n = schema_form(s, schema_sub(s, n)).string;
+    schema_shape(s, &keys, schema_split(s, n, ANYTHING, NOTHING));
+    return schema_both(s, f, keys);
+}
+static SchemaForm schema_keywords(Schema *s, int v) {
+    static const char types[][8] = {"null", "boolean", "integer", "number", "string", "array",
+                                    "object"};
+    static const char *const refused[] = {
+        "dependencies", "dependentRequired", "dependentSchemas", "contains", "minContains",
+        "maxContains", "uniqueItems", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef",
+        "$recursiveRef", "disallow", "extends", "divisibleBy"};
+    int ref = schema_get(s, v, "$ref", "\""), all = ref ? schema_target(s, ref) : ANYTHING, set = 0;
+    if (ref && s->old) return schema_form(s, all);
+    for (int w = s->values[v].first; w; w = s->values[w].next)
+        for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+            s->place = w;
+            if (text_is(s->values[w].key, refused[i]) && s->values[w].type != 'f')
+                schema_refuse(s, "is a keyword that is not understood here");
+        }
+    int type = schema_get(s, v, "type", "\"["), list = type && s->values[type].type == '[';
+    for (int w = list ? s->values[type].first : type; w; w = list ? s->values[w].next : 0) {
+        int i = 0;
+        while (i < 7 && !text_is(s->values[w].text, types[i])) i++;
+        if (i == 7) schema_refuse(s, "is malformed");
+        set |= 1 << i;
+    }
+    if (!type) set = 127;
+    SchemaForm f = {.string = set & 16 ? schema_text(s, v) : NOTHING}, e = {0};
+    if (set & 1) f.scalar = schema_pattern(s, "null", true);
+    if (set & 2) f.scalar = schema_join(s, ALT, f.scalar, schema_pattern(s, "true|false", true));
+    if (set & 12) f.scalar = schema_join(s, ALT, f.scalar, schema_scalar(s, v, !(set & 8)));
+    if (set & 32) f = schema_union(s, f, schema_arrays(s, v));
+    if (set & 64) f = schema_union(s, f, schema_objects(s, v));
+    int options = schema_get(s, v, "enum", "[");
+    for (int w = options ? s->values[options].first : 0; w; w = s->values[w].next)
+        e = schema_union(s, e, schema_constant(s, w));
+    if (options) f = schema_both(s, f, e);
+    options = schema_get(s, v, "const", "\"0tfn[{");
+    if (options) f = schema_both(s, f, schema_constant(s, options));
+    all = schema_join(s, AND, all, schema_combined(s, v));
+    return all == ANYTHING ? f : schema_both(s, f, schema_form(s, all));
+}
+// What an expression of schemas allows; each is worked out once.
+static SchemaForm schema_form(Schema *s, int id) {
+    SchemaForm *f = &s->forms[id];
+    SchemaNode n = s->nodes[id];
+    if (f->busy) schema_refuse(s, "refers to itself");
+    if (f->known) return *f;
+    schema_deeper(s);
+    f->busy = true;
+    SchemaForm form = {0};
+    if (id == ANYTHING) form = schema_all(s);
+    else if (n.op == SCHEMA) form = schema_keywords(s, n.a);
+    else if (n.op == CONSTANT) form = schema_constant(s, n.a);
+    else if (n.op == NOT) form = schema_complement(s, schema_form(s, n.a));
+    else if (n.op == ALT || n.op == AND) {  // a list
+        SchemaForm (*join)(Schema *, SchemaForm, SchemaForm) = n.op == ALT ? schema_union
+                                                                           : schema_both;
+        form = schema_form(s, n.a);
+        for (SchemaNode rest = s->nodes[n.b]; rest.op == n.op; rest = s->nodes[n.b = rest.b])
+            form = join(s, form, schema_form(s, rest.a));
+        form = join(s, form, schema_form(s, n.b));
+    }
+    s->depth--;
+    form.known = true;
+    return *f = form;
+}
+
+// Whether anything fits an expression: a shape needs values for all members that must be there. (A
+// value that needs another one like itself never ends.)
+static int schema_live(Schema *s, int id);
+static bool schema_shape_live(Schema *s, SchemaShape shape) {
+    int needed = 0, names = NOTHING;
+    for (int i = 0; i < shape.n; i++) {
+        const SchemaMember m = s->members[shape.first + i];
+        needed += m.required;
+        bool must = m.required || (shape.type == '[' && i < shape.min);
+        bool may = (must || (shape.type == '[' ? 0 : shape.min)) && schema_live(s, m.schema);
+        if (must && !may) return false;
+        if (may) names = schema_join(s, ALT, names, m.names);
+    }
+    int enough = shape.type == '[' ? 0 : shape.min < MANY ? shape.min : MANY;
+    if (enough && schema_automaton(s, names) < enough) return false;
+    return shape.min <= shape.max && needed <= shape.max;
+}
+static int schema_live(Schema *s, int id) {
+    if (s->forms[id].busy) return true;  // not known yet: schema_finish asks again
+    SchemaForm f = schema_form(s, id);
+    if (f.alive || f.seen) return f.alive;
+    schema_deeper(s);
+    s->forms[id].seen = true;
+    bool alive = schema_automaton(s, f.scalar) || schema_automaton(s, f.string);
+    for (int i = 0; i < f.n && !alive; i++) alive = schema_shape_live(s, s->shapes[f.first + i]);
+    s->forms[id].seen = false;
+    s->depth--;
+    return s->forms[id].alive = alive;
+}
+
+// Makes ready all that a text can come to: leaves out what nothing can fit.
+static void schema_finish(Schema *s, int root) {
+    Ids all = {0};
+    push(&all, root);
+    for (int i = 0; i < s->n_nodes; i++) s->forms[i].alive = false;  // some was only assumed
+    for (size_t i = 0; i < all.n; i++) {
+        SchemaForm *f = &s->forms[all.ids[i]];
+        if (f->finished) continue;
+        schema_form(s, all.ids[i]);
+        f->finished = true;
+        int n = 0;
+        for (int j = f->first; j < f->first + f->n; j++)
+            if (schema_shape_live(s, s->shapes[j])) s->shapes[f->first + n++] = s->shapes[j];
+        f->n = n;
+        schema_automaton(s, f->scalar);
+        schema_automaton(s, f->string);
+        for (int j = f->first; j < f->first + n; j++) {
+            SchemaShape shape = s->shapes[j];
+            for (int k = 0; k < shape.n; k++) {
+                SchemaMember m = s->members[shape.first + k];
+                bool live = schema_live(s, m.schema);
+                if (shape.type == '[' && !live && shape.max > k) shape.max = k;
+                if (shape.type == '{' && live)
+                    shape.names = schema_join(s, ALT, shape.names, m.names);
+                if (live) push(&all, m.schema);
+                schema_automaton(s, m.names);
+            }
+            schema_automaton(s, shape.names);
+            s->shapes[j] = shape;
+        }
+    }
+    free(all.ids);
+}
+
+// A text in progress. A level for each value that is open, and in it the ways in which the value
+// may still fit: `state` is of a string's, a key's or a scalar's automaton, then of the member's
+// schema; `parent` the way of the level below that it belongs to.
+typedef struct { int type, shape, state, parent; } SchemaWay;
+typedef struct { int type, phase, first, count, keys; } SchemaLevel;  // keys: the last one so far
+enum { OPENED, NEXT, KEY, COLON, FILLED, LEAVING };  // phases of arrays and objects
+enum { ESCAPE = 4, HEX = 5, LOW = 10 };  // stages of a character; 1 to 3: bytes of UTF-8 to come
+typedef struct SchemaText {
+    Schema *s;
+    int depth, n_ways;
+    int stage, low, high;  // within a character: which ones it may still be
+    int gap;               // white space to come
+    bool newline;          // which begins with a line break
+    int keys;              // bytes of the keys, {int before, length; the name}
+    int key;               // where the one begins that is being written
+    bool writing;          // it is a model that writes
+    bool fresh, thinking;  // nothing is written yet; a thought is, up to </think>
+    int tag;               // so many bytes of that
+    char *memory;
+    int capacity;
+    SchemaLevel levels[MAX_NESTING];
+    SchemaWay ways[MAX_WAYS];
+} SchemaText;
+
+static Text schema_key(const SchemaText *x, int key, int *before) {
+    int head[2];
+    memcpy(head, x->memory + key, sizeof head);
+    *before = head[0];
+    return (Text){x->memory + key + sizeof head, (size_t)head[1]};
+}
+static bool text_same(Text a, Text b) { return a.len == b.len && !memcmp(a.s, b.s, a.len); }
+static bool schema_seen(const SchemaText *x, Text name) {
+    for (int key = x->levels[x->depth - 1].keys; key;)
+        if (text_same(schema_key(x, key, &key), name)) return true;
+    return false;
+}
+// Whether a name goes on as the key that is being written does, with a character of a range.
+static bool schema_begins(Text name, Text key, int low, int high) {
+    size_t used;
+    if (name.len <= key.len || (key.len && memcmp(name.s, key.s, key.len))) return false;
+    int c = (int)next_char(name.s + key.len, name.len - key.len, &used);
+    return c >= low && c <= high;
+}
+// Whether a key can go on with one of some characters, so that it becomes one that is not there
+// yet; where only the required ones have room, one of those.
+static bool schema_key_fits(const SchemaText *x, const SchemaWay *way, Text key, int low,
+                            int high) {
+    const SchemaShape *shape = &x->s->shapes[way->shape];
+    const SchemaLevel *l = &x->levels[x->depth - 1];
+    int missing = 0, fitting = 0, seen = 0;
+    for (int i = 0; i < shape->n; i++) {
+        const SchemaMember *m = &x->s->members[shape->first + i];
+        if (!m->required || schema_seen(x, m->name)) continue;
+        missing++;
+        fitting += schema_begins(m->name, key, low, high);
+    }
+    if (l->count + missing >= shape->max) return fitting > 0;
+    for (int other = l->keys; other;)
+        seen += schema_begins(schema_key(x, other, &other), key, low, high);
+    int words = schema_words(x->s, way->state, low, high);
+    return words == MANY || words > seen;
+}
+
+// Whether a way can end its value here, or have another member.
+static bool schema_can(const SchemaText *x, const SchemaWay *way, bool end) {
+    const SchemaLevel *l = &x->levels[x->depth - 1];
+    if (l->type != '[' && l->type != '{') return x->s->states[way->state].accepts;
+    const SchemaShape *shape = &x->s->shapes[way->shape];
+    if (end && l->count < shape->min) return false;
+    const SchemaMember *m = x->s->members + shape->first;
+    for (int i = 0; end && i < shape->n; i++)
+        if (m[i].required && !schema_seen(x, m[i].name)) return false;
+    if (end || l->count >= shape->max) return end;
+    SchemaWay start = {.shape = way->shape, .state = shape->names};
+    return l->type == '[' || schema_key_fits(x, &start, (Text){0}, 0, N_CHARS - 1);
+}
+static bool schema_keep(SchemaText *x, bool end) {  // the ways that can
+    int n = x->levels[x->depth - 1].first;
+    for (int i = n; i < x->n_ways; i++)
+        if (schema_can(x, &x->ways[i], end)) x->ways[n++] = x->ways[i];
+    x->n_ways = n;
+    return n > x->levels[x->depth - 1].first;
+}
+static void schema_way(SchemaText *x, int type, int shape, int state, int parent) {
+    if (x->n_ways < MAX_WAYS) x->ways[x->n_ways++] = (SchemaWay){type, shape, state, parent};
+}
+// Opens a level for a value: all ways to fit an expression. (Others may do so, too.)
+static void schema_ways(SchemaText *x, int id, int parent) {
+    const SchemaForm *f = &x->s->forms[id];
+    if (x->s->states[f->scalar].words) schema_way(x, 's', 0, f->scalar, parent);
+    if (x->s->states[f->string].words) schema_way(x, '"', 0, f->string, parent);
+    for (int i = f->first; i < f->first + f->n; i++)
+        schema_way(x, x->s->shapes[i].type, i, x->s->shapes[i].names, parent);
+}
+static bool schema_push(SchemaText *x) {
+    const SchemaLevel *l = &x->levels[x->depth - 1];
+    if (x->depth == MAX_NESTING) return false;
+    int first = x->n_ways;
+    for (int i = l->first; i < first; i++) {
+        const SchemaShape *shape = &x->s->shapes[x->ways[i].shape];
+        int place = l->count < shape->n ? l->count : shape->n - 1;
+        int id = l->type == '[' ? x->s->members[shape->first + place].schema : x->ways[i].state;
+        schema_ways(x, id, i);
+    }
+    x->levels[x->depth++] = (SchemaLevel){.first = first};
+    return x->n_ways < MAX_WAYS;
+}
+// Ends a value: of the ways below stay those that one of its own ways belongs to.
+static bool schema_pop(SchemaText *x) {
+    int first = x->levels[--x->depth].first, end = x->n_ways;
+    x->n_ways = first;
+    if (!x->depth) return true;
+    SchemaLevel *l = &x->levels[x->depth - 1];
+    int n = l->first;
+    for (int i = n; i < first; i++) {
+        bool kept = false;
+        for (int j = first; j < end && !kept; j++) kept = x->ways[j].parent == i;
+        if (kept) x->ways[n++] = x->ways[i];
+    }
+    x->n_ways = n;
+    l->count++;
+    l->phase = FILLED;
+    return true;
+}
+
+// Takes a byte of a string: what it says of the character. False: it does not belong there.
+static bool schema_byte(SchemaText *x, int b) {
+    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    int stage = x->stage, hex = b >= '0' && b <= '9' ? b - '0' : (b | 32) - 'a' + 10, unit = 0;
+    if (stage == 0) {
+        x->low = x->high = b;
+        if (b == '\\') x->stage = ESCAPE, x->low = 0, x->high = N_CHARS - 1;
+        if (b < 32 || (b >= 0x80 && b < 0xc2) || b > 0xf4) return false;
+        if (b < 0x80) return true;
+        x->stage = 1 + (b >= 0xe0) + (b >= 0xf0);
+        x->low = (b & (0x3f >> x->stage)) << 6 * x->stage;
+        unit = 1 << 6 * x->stage;
+    } else if (stage < ESCAPE) {
+        if (b >> 6 != 2) return false;
+        x->low += (b & 63) << 6 * --x->stage;
+        unit = 1 << 6 * x->stage;
+        if (stage > 1 && x->low + unit <= (stage == 2 ? 0x800 : 0x10000)) return false;
+        if (x->low >= N_CHARS || (x->low >> 11 == 27 && unit <= 1 << 11)) return false;
+    } else if (stage == ESCAPE) {
+        const char *e = b && b < 128 ? strchr(names, b) : NULL;
+        if (!e && b != 'u') return false;
+        x->stage = e ? 0 : HEX + 4;
+        x->low = e ? meant[e - names] : 0;
+        unit = e ? 1 : 1 << 16;
+    } else if (stage == LOW || stage == LOW + 1) {  // behind a high surrogate
+        x->stage++;
+        return b == (stage == LOW ? '\\' : 'u');
+    } else if (stage == LOW + 2) {
+        x->stage++;
+        return (b | 32) == 'd';
+    } else {
+        if (hex < 0 || hex > 15) return false;
+        int digits = stage > LOW ? LOW + 5 - stage : stage - HEX - 1;  // that follow
+        if (stage == LOW + 3) hex -= 12;
+        if (hex < 0) return false;
+        unit = 1 << 4 * digits;
+        x->low += hex * unit;
+        if (stage > LOW) x->stage = digits ? stage + 1 : 0;
+        else x->stage = digits ? stage - 1 : 0;
+        if (x->low >> 10 == 0xdc00 >> 10) return false;
+        if (stage < LOW && !digits && x->low >> 10 == 0xd800 >> 10) {
+            x->stage = LOW;
+            x->low = 0x10000 + ((x->low & 1023) << 10);
+            unit = 1024;
+        }
+    }
+    x->high = x->low + unit - 1;
+    return true;
+}
+static void schema_memory(SchemaText *x, int more) {
+    if (x->keys + more <= x->capacity) return;
+    x->capacity = 2 * (x->keys + more);
+    x->memory = resize(x->memory, (size_t)x->capacity, 1);
+}
+static bool schema_fits(const SchemaText *x, const SchemaWay *way, Text key, int low, int high) {
+    if (x->levels[x->depth - 1].type == '{') return schema_key_fits(x, way, key, low, high);
+    return schema_words(x->s, way->state, low, high) > 0;
+}
+// Goes on within a string: of the ways stay those that have a use for such a character. A model
+// escapes only what must be, or what is no printable ASCII.
+static bool schema_char(SchemaText *x, int b) {
+    static const int hard[][2] = {{0, 31}, {'"', '"'}, {'\\', '\\'}, {127, N_CHARS - 1}};
+    static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
+    SchemaLevel *l = &x->levels[x->depth - 1];
+    bool escape = x->stage >= ESCAPE;
+    if (!schema_byte(x, b)) return false;
+    Text key = {x->memory + x->key + 8, (size_t)(x->keys - x->key - 8)};
+    int low = x->low, high = x->high, n = l->first, n_parts = 0, parts[5][2];
+    escape |= x->stage >= ESCAPE;
+    if (x->stage < ESCAPE && low < least[x->stage]) low = least[x->stage];
+    if (x->stage > HEX && x->stage < LOW && low < 0xdc00 && high >= 0xd800) {  // the first of two
+        parts[0][0] = low > 0xd800 ? 0x10000 + ((low - 0xd800) << 10) : 0x10000;
+        parts[n_parts++][1] = high < 0xdbff ? 0x103ff + ((high - 0xd800) << 10) : N_CHARS - 1;
+        if (high <= 0xdfff) high = 0xd7ff;
+    }
+    for (int i = 0; i < 4; i++) {
+        bool all = !escape || !x->writing;
+        parts[n_parts][0] = all || low > hard[i][0] ? low : hard[i][0];
+        parts[n_parts++][1] = all || high < hard[i][1] ? high : hard[i][1];
+        if (all) break;
+    }
+    for (int i = n; i < x->n_ways; i++) {
+        SchemaWay way = x->ways[i];
+        bool fits = false;
+        for (int j = 0; j < n_parts && !fits; j++)
+            fits = parts[j][0] <= parts[j][1] &&
+                   schema_fits(x, &way, key, parts[j][0], parts[j][1]);
+        if (!fits) continue;
+        if (!x->stage) way.state = schema_go(x->s, way.state, low);
+        x->ways[n++] = way;
+    }
+    x->n_ways = n;
+    if (!x->stage && l->type == '{') {
+        schema_memory(x, 4);
+        x->keys += schema_utf8(x->memory + x->keys, low);
+    }
+    return n > l->first;
+}
+// A key ends: each way's state becomes the schema of its member.
+static bool schema_key_end(SchemaText *x) {
+    SchemaLevel *l = &x->levels[x->depth - 1];
+    int head[] = {l->keys, x->keys - x->key - 8}, n = l->first;
+    memcpy(x->memory + x->key, head, 8);
+    Text key = schema_key(x, x->key, head);
+    if (schema_seen(x, key)) return false;
+    for (int i = n; i < x->n_ways; i++) {
+        SchemaWay way = x->ways[i];
+        const SchemaMember *m = x->s->members + x->s->shapes[way.shape].first;
+        if (!x->s->states[way.state].accepts) continue;
+        while (m->name.s ? !text_same(m->name, key) : !schema_accepts(x->s, m->names, key)) m++;
+        way.state = m->schema;
+        x->ways[n++] = way;
+    }
+    x->n_ways = n;
+    l->keys = x->key;
+    l->phase = COLON;
+    return n > l->first;
+}
+static bool schema_member_step(SchemaText *x, uint8_t byte);
+static bool schema_space(SchemaText *x, bool line, int depth) {  // what is to come
+    x->newline = line && x->s->indent >= 0;
+    x->gap = x->newline ? 1 + x->s->indent * depth : 1;
+    return true;
+}
+// Takes the next byte of the text. False: no text that fits goes on so.
+static bool schema_step(SchemaText *x, uint8_t byte) {
+    if (x->gap) {
+        bool right = byte == (x->newline ? '\n' : ' ');
+        x->newline = false;
+        x->gap--;
+        return right;
+    }
+    if (!x->depth) return false;
+    SchemaLevel *l = &x->levels[x->depth - 1];
+    if (!l->type) {  // a value begins
+        int n = l->first;
+        l->type = byte == '{' || byte == '[' || byte == '"' ? byte : 's';
+        l->phase = OPENED;
+        for (int i = n; i < x->n_ways; i++)
+            if (x->ways[i].type == l->type) x->ways[n++] = x->ways[i];
+        x->n_ways = n;
+        if (l->type != 's') return n > l->first;
+    }
+    if (l->type == 's') {
+        if (byte && strchr(",]} \n", byte))
+            return schema_keep(x, true) && schema_pop(x) && schema_step(x, byte);
+        int n = l->first;
+        for (int i = n; i < x->n_ways; i++) {
+            x->ways[n] = x->ways[i];
+            x->ways[n].state = schema_go(x->s, x->ways[i].state, byte);
+            n += x->s->states[x->ways[n].state].words > 0;
+        }
+        x->n_ways = n;
+        return n > l->first;
+    }
+    bool ends = byte == '"' && !x->stage;
+    if (l->type == '"') return ends ? schema_keep(x, true) && schema_pop(x) : schema_char(x, byte);
+    return schema_member_step(x, byte);
+}
+// The same between the members of an array or object, and in keys.
+static bool schema_member_step(SchemaText *x, uint8_t byte) {
+    SchemaLevel *l = &x->levels[x->depth - 1];
+    bool lines = x->s->indent >= 0, array = l->type == '[';
+    if (l->phase == KEY) return byte == '"' && !x->stage ? schema_key_end(x) : schema_char(x, byte);
+    if (l->phase == COLON) return byte == ':' && schema_space(x, false, 0) && schema_push(x);
+    bool may_end = l->phase == LEAVING || l->phase == OPENED || (l->phase == FILLED && !lines);
+    if (byte == (array ? ']' : '}')) return may_end && schema_keep(x, true) && schema_pop(x);
+    if (l->phase == FILLED) {
+        l->phase = byte == ',' ? NEXT : LEAVING;
+        if (byte != ',' && !(lines && byte == '\n')) return false;
+        schema_space(x, true, x->depth - (byte != ','));
+        if (byte == '\n') x->gap--, x->newline = false;
+        return schema_keep(x, byte != ',');
+    }
+    if (l->phase == LEAVING) return false;
+    if (l->phase == OPENED && !schema_keep(x, false)) return false;
+    if (l->phase == OPENED && lines) {
+        l->phase = NEXT;
+        return schema_space(x, true, x->depth) && schema_step(x, byte);
+    }
+    l->phase = NEXT;
+    if (array) return schema_push(x) && schema_step(x, byte);
+    if (byte != '"') return false;
+    l->phase = KEY;
+    for (int i = l->first; i < x->n_ways; i++)
+        x->ways[i].state = x->s->shapes[x->ways[i].shape].names;
+    schema_memory(x, 8);
+    x->key = x->keys;
+    x->keys += 8;
+    return true;
+}
+// Whether the text is complete; with `last`, whether nothing can follow.
+static bool schema_complete(const SchemaText *x, bool last) {
+    bool ends = false, more = false;
+    if (!x->depth) return true;
+    for (int i = 0; i < x->n_ways && x->depth == 1 && x->levels[0].type == 's'; i++) {
+        ends |= x->s->states[x->ways[i].state].accepts;
+        more |= schema_words(x->s, x->ways[i].state, 0, N_CHARS - 1) > 0;
+    }
+    return ends && !(last && more);
+}
+static void schema_start(SchemaText *x, Schema *s) {
+    *x = (SchemaText){.s = s, .keys = 8, .depth = 1, .memory = x->memory, .capacity = x->capacity};
+    schema_ways(x, s->root, -1);
+}
+
+// Reads and prepares the schema of --schema or --json.
+static Schema *schema_open(const Options *o) {
+    Schema *s = zeros(1, sizeof *s);
+    bool here = o->json || o->schema[0] == '{';
+    Text text = {o->json ? "true" : o->schema, 0};
+    text.len = strlen(text.s);
+    if (!here) text = input_read(o->schema, NULL, true);
+    s->name = o->json ? "--json" : here ? "the schema" : o->schema;
+    s->indent = (int)o->indent;
+    s->nodes = zeros(MAX_NODES, sizeof *s->nodes);
+    s->states = zeros(MAX_NODES, sizeof *s->states);
+    s->forms = zeros(MAX_NODES, sizeof *s->forms);
+    s->index = index_new(MAX_NODES);
+    for (int op = 0; op < CHARS; op++)
+        schema_node(s, op, op == ANYTHING ? ANY_CHAR : 0, op == ANY_CHAR ? TEXT_END : 0, 0);
+    s->number = schema_pattern(s, RE_ANY_NUMBER, true);
+    s->integer = schema_pattern(s, RE_AN_INTEGER, true);
+    s->scalars = schema_join(s, ALT, s->number, schema_pattern(s, "null|true|false", true));
+    s->at = s->start = memcpy(resize(NULL, text.len + 1, 1), text.s, text.len);
+    s->start[text.len] = 0;
+    if (!here) free((char *)(uintptr_t)text.s);
+    schema_value(s, 0, (Text){0}, 0);
+    s->place = 0;
+    s->at += strspn(s->at, " \t\r\n");
+    if (s->at != s->start + text.len) schema_refuse(s, "is no JSON: something follows");
+    int draft = s->values[0].type == '{' ? schema_get(s, 0, "$schema", "\"") : 0;
+    s->old = draft && strstr(s->values[draft].text.s, "/draft-0");
+    if (s->old && strstr(s->values[draft].text.s, "/draft-04"))  // where 1.0 is no integer
+        s->integer = schema_pattern(s, "-?(?:0|[1-9][0-9]*)", true);
+    s->root = schema_sub(s, 0);
+    schema_finish(s, s->root);
+    s->place = 0;
+    if (!schema_live(s, s->root)) schema_refuse(s, "cannot be met by anything");
+    return s;
+}
+
+static void schema_close(Schema *s) {
+    void *memory[] = {s->nodes, s->states, s->forms, s->index.entries, s->runs, s->values,
+                      s->shapes, s->members, s->start, s->tokens.tokens, s->tokens.plain, s->work,
+                      s->forbidden, s};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
+}
+
+// The vocabulary in order of its bytes, so that tokens with a common beginning are neighbours.
+static int schema_order(const void *a, const void *b) {
+    const SchemaToken *x = a, *y = b;
+    size_t n = x->text.len < y->text.len ? x->text.len : y->text.len;
+    int order = y->plain - x->plain;
+    if (!order) order = memcmp(x->text.s, y->text.s, n);
+    return order ? order : (x->text.len > y->text.len) - (x->text.len < y->text.len);
+}
+static void schema_tokens(Schema *s, const Tokenizer *t, bool thinks, int threads) {
+    int vocab = t->h.vocab_size;
+    SchemaTokens v = {.tokens = resize(NULL, (size_t)vocab, sizeof(SchemaToken)),
+                      .plain = resize(NULL, (size_t)vocab, 1)};
+    v.think = thinks ? index_find(&t->by_text, (Text){"<think>", 7}, -1) : -1;
+    memset(v.plain, 1, (size_t)vocab);
+    for (int id = 0; id < vocab; id++) {
+        SchemaToken token = {decode(t, -1, id), id, 0, true};
+        if (!token.text.len || is_stop(t, id)) continue;
+        if (t->llama2c && token.text.len == 1 && (uint8_t)token.text.s[0] > 126) continue;
+        for (size_t i = 0, used; i < token.text.len; i += used) {
+            uint32_t c = next_char(token.text.s + i, token.text.len - i, &used);
+            if (c < 32 || c == '"' || c == '\\' || (c == 0xfffd && used == 1)) token.plain = false;
+        }
+        if ((int)token.text.len > v.longest) v.longest = (int)token.text.len;
+        v.plain[id] = !token.plain;
+        v.n_plain += token.plain;
+        v.tokens[v.n++] = token;
+    }
+    qsort(v.tokens, (size_t)v.n, sizeof *v.tokens, schema_order);
+    for (int i = 1; i < v.n; i++) {
+        Text a = v.tokens[i - 1].text, b = v.tokens[i].text;
+        int *n = &v.tokens[i].shared;
+        while ((size_t)*n < a.len && (size_t)*n < b.len && a.s[*n] == b.s[*n]) ++*n;
+    }
+    s->tokens = v;
+    s->work = resize(NULL, (size_t)(threads * (v.longest + 1)), sizeof *s->work);
+    s->forbidden = resize(NULL, (size_t)threads * (size_t)vocab, 1);
+}
+static void schema_copy(SchemaText *to, const SchemaText *from) {
+    memcpy(to, from, offsetof(SchemaText, levels));
+    memcpy(to->levels, from->levels, (size_t)from->depth * sizeof *from->levels);
+    memcpy(to->ways, from->ways, (size_t)from->n_ways * sizeof *from->ways);
+}
+// Whether any characters may follow here for as long as a token goes on.
+static bool schema_free(const SchemaText *x, int longest) {
+    const SchemaLevel *l = &x->levels[x->depth - 1];
+    bool string = x->depth && l->type == '"', key = x->depth && l->type == '{' && l->phase == KEY;
+    for (int i = x->depth ? l->first : 0; i < x->n_ways && !x->stage && (string || key); i++) {
+        int chars = x->s->states[x->ways[i].state].free;
+        int most = x->s->shapes[x->ways[i].shape].max;
+        if (string ? chars >= longest : chars == INT_MAX && most == INT_MAX) return true;
+    }
+    return false;
+}
+// The tokens that cannot come next; NULL: all can.
+static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
+    const SchemaTokens *v = &x->s->tokens;
+    size_t vocab = (size_t)t->h.vocab_size;
+    uint8_t *forbidden = x->s->forbidden + (size_t)this_thread * vocab;
+    SchemaText *work = x->s->work + this_thread * (v->longest + 1);
+    bool open = schema_free(x, v->longest), complete = schema_complete(x, false);
+    if (x->thinking) return NULL;
+    schema_memory(x, 16 * v->longest + 64);
+    if (open) memcpy(forbidden, v->plain, vocab);
+    else memset(forbidden, 1, vocab);
+    schema_copy(work, x);
+    for (int i = open ? v->n_plain : 0, n = 0, dead = INT_MAX; i < v->n; i++) {
+        const SchemaToken *token = &v->tokens[i];
+        if (i != v->n_plain || !open) n = token->shared;
+        if (n >= dead) continue;
+        for (dead = INT_MAX; n < (int)token->text.len && dead == INT_MAX; n++) {
+            schema_copy(work + n + 1, work + n);
+            if (!schema_step(work + n + 1, (uint8_t)token->text.s[n])) dead = n + 1;
+        }
+        forbidden[token->id] = dead < INT_MAX;
+    }
+    for (int id = 0; id < (int)vocab; id++)
+        if (is_stop(t, id)) forbidden[id] = !complete;
+    if (x->fresh && v->think >= 0) forbidden[v->think] = 0;
+    return forbidden;
+}
+// Takes the text of a token that was drawn. True: the text ends here.
+static bool schema_take(SchemaText *x, Text text, int id) {
+    x->thinking |= x->fresh && id == x->s->tokens.think;
+    for (size_t i = 0; i < text.len; i++) {
+        const char *tag = output_tags[1];
+        if (!x->thinking) {
+            if (!schema_step(x, (uint8_t)text.s[i])) return true;
+            continue;
+        }
+        x->tag = text.s[i] == tag[x->tag] ? x->tag + 1 : text.s[i] == tag[0];
+        if (!tag[x->tag]) x->thinking = false, x->tag = 0;
+    }
+    x->fresh = false;
+    return !x->thinking && schema_complete(x, true);
+}
+// Begins a text behind a prompt, which may have opened a thought.
+static SchemaText *schema_begin(Schema *s, Text prompt) {
+    SchemaText *x = zeros(1, sizeof *x);
+    schema_start(x, s);
+    x->fresh = x->writing = true;
+    for (size_t n = 1; s->tokens.think >= 0 && n <= prompt.len; n++)
+        if (text_ends(prompt.s, n, output_tags[x->thinking])) x->thinking = !x->thinking;
+    return x;
+}
+static SchemaText *schema_copy_of(const SchemaText *x) {  // one that has not begun
+    SchemaText *copy = zeros(1, sizeof *copy);
+    schema_start(copy, x->s);
+    copy->fresh = copy->writing = true;
+    copy->thinking = x->thinking;
+    return copy;
+}
+// Ends it. False: it is not complete.
+static bool schema_end(SchemaText **x) {
+    bool whole = !*x || (!(*x)->thinking && schema_complete(*x, false));
+    if (*x) free((*x)->memory);
+    free(*x);
+    *x = NULL;
+    return whole;
+}
+// Ends the program if a document does not fit. (A line break may follow it.)
+static void schema_check(Schema *s, Text text, const char *name) {
+    SchemaText *x = zeros(1, sizeof *x);
+    schema_start(x, s);
+    size_t n = 0, end = text.len - (text.len && text.s[text.len - 1] == '\n');
+    while (n < end && schema_step(x, (uint8_t)text.s[n])) n++;
+    if (n < end || !schema_complete(x, false))
+        die("%s does not fit %s: byte %zu %s", name, s->name, n,
+            n < end ? "goes wrong" : "is missing: it is not complete");
+    schema_end(&x);
+}
+#else
+typedef struct { char none; } SchemaText;
+#define schema_mask(x, t) NULL
+#define schema_take(x, text, id) false
+#define schema_begin(s, prompt) NULL
+#define schema_copy_of(x) NULL
+#define schema_end(x) true
+#define schema_check(s, text, name) (void)0
+#define schema_close(s) (void)0
+#define schema_tokens(s, t, thinks, threads) (void)0
+#endif
 // ---- [5.5] decoders, samples, speculation -------------------------------------------------------
 // Texts that grow, token by token: with -k several at once, with -d several tokens at once. Enter
 // with machine_open, give the decoder a text and a budget, then decoder_continue. A Machine keeps
@@ -3606,6 +5097,7 @@ typedef struct {
     unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
+    SchemaText *schema;     // what its text must fit; NULL: nothing
 } Decoder;
 
 typedef struct {            // what guesses, and how it pays
@@ -3764,6 +5256,7 @@ static void machine_draw(void *context, int i) {
     d->s.candidates = w->candidates + (size_t)this_thread * vocab;
     if (d->budget > 0) d->c.done = (int)ids->n;
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
+        d->s.forbidden = d->schema ? schema_mask(d->schema, w->t) : NULL;
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
         if (w->o->samples) d->logprob -= likelihood_of(logits, (int)vocab, next);
         if (w->o->receipt) d->receipt = mix64(d->receipt + hash64(logits, vocab * sizeof(float)));
@@ -3775,7 +5268,8 @@ static void machine_draw(void *context, int i) {
         push(ids, next);
         if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
         else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
-        if (d->out->stopped) d->budget = 0;
+        bool ended = d->schema && schema_take(d->schema, decode(w->t, previous, next), next);
+        if (d->out->stopped || ended) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
 }
@@ -3804,11 +5298,22 @@ static bool machine_step(Machine *w, Decoder *all, int n) {
     return true;
 }
 
+// Begins the text of a decoder behind a prompt.
+static void decoder_begin(const Machine *w, Decoder *d, Text prompt) {
+    output_begin(d->out, w->o, w->t, prompt);
+    schema_end(&d->schema);
+    if (w->o->compiled) d->schema = schema_begin(w->o->compiled, prompt);
+}
+
 // Runs n decoders until all have ended.
 static void machine_run(Machine *w, Decoder *all, int n) {
     while (machine_step(w, all, n)) {}
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
+        if (!schema_end(&d->schema) && !interrupted) {
+            fputs("run: the text ends before its JSON does: -n gives it more tokens\n", stderr);
+            unfinished = true;
+        }
         if (w->o->receipt) fprintf(stderr, "receipt: %016llx\n", d->receipt);
     }
 }
@@ -3824,6 +5329,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
     d->s.p = w->p, d->s.candidates = w->candidates;
+    if (o->compiled) schema_tokens(o->compiled, t, !strcmp(o->mode, "chat"), (int)o->threads);
     int n = o->each ? (int)o->at_once : o->samples > 1 ? (int)o->samples : 0;
     cache_open(&w->kv, m, w->ctx, 1 + n);
     if (o->draft && strcmp(o->draft, "lookup")) {
@@ -3839,6 +5345,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
 }
 
 static void machine_close(Machine *w, Decoder *d) {
+    schema_end(&d->schema);
     bool drawn = w->steps || d->s.rng != d->seed;
     if (!w->o->quiet && !w->o->seed && d->s.temperature > 0 && drawn)
         fprintf(stderr, "seed: %llu\n", d->seed);
@@ -3855,6 +5362,7 @@ static void machine_close(Machine *w, Decoder *d) {
 static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) {
     const Ids *ids = &trunk->c.ids;
     *d = *trunk;
+    if (d->schema) d->schema = schema_copy_of(trunk->schema);
     d->seq = i + 1;
     d->seed = d->s.rng = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
     d->out = &d->own;
@@ -3938,11 +5446,11 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     d.budget = start_text(o, m, t, o->input, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
-    for (size_t i = before; i < ids->n && t->llama2c; i++)
+    for (size_t i = before; i < ids->n && t->llama2c && !o->compiled; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
-    if (!t->llama2c) output_text(d.out, o->input);
+    if (!t->llama2c && !o->compiled) output_text(d.out, o->input);
     Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
-    output_begin(d.out, o, t, (Text){text.memory, text.n});
+    decoder_begin(&w, &d, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
     decoder_continue(&w, &d);
@@ -4344,7 +5852,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         d->budget = o->steps > 0 ? o->steps : w->ctx;
         d->n_new = 0;
         w->told = false;
-        output_begin(d->out, o, t, t->chat[USER_AFTER]);
+        decoder_begin(w, d, t->chat[USER_AFTER]);
         decoder_continue(w, d);
         prompt_turn(&settled, t, last, system, user, REPLY_BEFORE);
         if (w->turns.n && !w->told && (d->n_new || !interrupted))
@@ -4757,6 +6265,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     push(&all, start);
     encode(t, o->input, NULL, true, &all);
     bool twice = all.n > 1 && all.ids[1] == start;
+    if (o->compiled) schema_check(o->compiled, o->input, input_name(o));
     int n = (int)all.n - twice - 1;  // tokens to predict
     if (n < 1) die("no text to evaluate in %s: -f or -i gives one (- is stdin)", input_name(o));
     Cache kv;
@@ -5311,7 +6820,7 @@ static void each_begin(Each *e, Decoder *d) {
         d->budget = start_text(w->o, w->m, w->t, prompt, &d->c.ids);
         d->c.keep = (int)fmin((double)d->c.ids.n, 4);
         d->c.done = each_branch(e, &d->c.ids, (int)d->c.ids.n - 1, d->seq);
-        output_begin(&d->own, w->o, w->t, prompt);
+        decoder_begin(w, d, prompt);
         e->lines[d - e->all] = number;
     }
     free(ids.ids);
@@ -5322,6 +6831,12 @@ static void each_begin(Each *e, Decoder *d) {
 static void each_end(Each *e, Decoder *d) {
     Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
     output_awake(&d->own);
+    if (!schema_end(&d->schema) && !interrupted) {
+        fprintf(stderr, "run: -n ends line %lld before its JSON: it has no answer\n",
+                e->lines[d - e->all] + 1);
+        unfinished = true;
+        d->own.n = 0;
+    }
     if (e->w.o->quote) output_json(answer, (Text){d->own.memory, d->own.n});
     else output_put(answer, d->own.memory, d->own.n, SIZE_MAX);
     output_put(answer, "\n", 1, SIZE_MAX);
@@ -5409,6 +6924,7 @@ static const struct { const char *name; Mode *run; const char *help; } modes[] =
 enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE,
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
+       FITS = !DEFINED(NO_SCHEMA) * (TALK | 1 << EVAL),
        PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * (TEXTS | 1 << EVAL),
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
@@ -5448,6 +6964,9 @@ static const struct Option {
     {"    --quote", TO(quote), 0, 0, EACH, "with --each: whole answers, as strings of JSON"},
     {"    --logprobs N", TO(logprobs), 0, 1 << 24, PROBS, "instead: JSON, tokens and N likeliest"},
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
+    {"    --schema SCHEMA", TO(schema), 1, 0, FITS, "write JSON that fits it: a file, or {...}"},
+    {"    --json", TO(json), 0, 0, FITS, "write any JSON value: like a schema `true`"},
+    {"    --indent N", TO(indent), 0, 16, FITS, "of such JSON: lines, N spaces deeper each time"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
     {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
     {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens; 0: from all"},
@@ -5543,6 +7062,10 @@ static int option_check(const Options *o) {
         usage_error("--at-once, --skip and --quote need --each");
     if (o->each && !strcmp(o->each, "-") && o->prompt_file && !strcmp(o->prompt_file, "-"))
         usage_error("stdin cannot be both the prompt and the lines of --each");
+    if ((o->schema || o->json) && (o->others.n || o->tool || o->stops.n || (o->schema && o->json)))
+        usage_error("--schema and --json cannot be used together, nor with -e, -T or --stop");
+    if (o->indent >= 0 && (o->each || !(o->schema || o->json)))
+        usage_error("--indent needs --schema or --json, and no --each");
     if (layer && o->output && !o->trace) usage_error("--layer means nothing in a page: it has all");
     if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
         usage_error("mode %s writes no text for a terminal: use -o or a pipe", o->mode);
@@ -5655,8 +7178,8 @@ int main(int argc, char **argv) {
 #endif
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
                  .top_k = -1, .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1,
-                 .head = -1, .at_once = 16, .logprobs = -1, .started = seconds(),
-                 .threads = processors()};
+                 .head = -1, .indent = -1, .at_once = 16, .logprobs = -1,
+                 .started = seconds(), .threads = processors()};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
     volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
@@ -5671,6 +7194,9 @@ int main(int argc, char **argv) {
     int mode = option_check(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
     if (mode == LOGITS) o.temperature = 0;  // nothing is drawn: there is no seed to tell
+#ifndef NO_SCHEMA
+    if (o.schema || o.json) o.compiled = schema_open(&o);
+#endif
     bool zips = mode == COMPRESS || mode == DECOMPRESS;
     if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
     bool written = o.prompt || o.prompt_file || o.session || o.each;
@@ -5702,6 +7228,7 @@ int main(int argc, char **argv) {
     free(out.memory);
     free((char *)(uintptr_t)o.input.s);
     free((char *)(uintptr_t)o.lines.s);
+    if (o.compiled) schema_close(o.compiled);
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : unfinished;
