@@ -3608,8 +3608,8 @@ static Text tool_question(Text text, const char **before, const char **after) {
 #ifndef NO_SCHEMA
 enum { MAX_NODES = 1 << 17, MAX_RUNS = 1 << 22, MAX_WAYS = 4096, MAX_NESTING = 500, MANY = 1000 };
 // Operators of expressions; the first ones without operands have the numbers of their nodes.
-enum { NOTHING, EMPTY, ANY_CHAR, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, PATTERN, MULTIPLE,
-       SCHEMA, CONSTANT };
+enum { NOTHING, EMPTY, ANY_CHAR, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, PATTERN,
+       SCHEMA, CONSTANT, ONE_OF };
 enum { TEXT_START = N_CHARS, TEXT_END };  // what ^ and $ match
 typedef struct { int op, a, b, c; } SchemaNode;
 typedef struct { int last, to; } SchemaRun;  // characters up to the last one lead to a node
@@ -3619,7 +3619,7 @@ typedef struct {        // a node as a state of an automaton
     int free;           // so many characters, whatever they are, leave it alive
     bool accepts;
 } SchemaState;
-typedef struct { int type, parent, first, next; Text text, key; } SchemaValue;  // of its file
+typedef struct { int type, at, first, next; Text text, key; } SchemaValue;  // of its file
 typedef struct { int names; Text name; int schema; bool required; } SchemaMember;
 typedef struct {        // of arrays: a member for each place, the last one for all that follow
     int type, min, max, first, n;  // members are n from the first on
@@ -3640,7 +3640,7 @@ typedef struct Schema {
     const char *name;   // for errors
     char *at, *start;   // what is being read
     int n_nodes, n_runs, n_values, n_shapes, n_members;
-    int place, depth, number, integer, scalars, indent, root;
+    int place, depth, number, integer, scalars, root;
     bool old;           // draft 7 or before: nothing counts beside $ref
     Index index;        // of nodes
     SchemaNode *nodes;
@@ -3654,20 +3654,10 @@ typedef struct Schema {
     struct SchemaText *work;  // (threads, longest token + 1) scratch of the masks,
     uint8_t *forbidden;       // and these (threads, vocab_size)
 } Schema;
-
-static void schema_path(const Schema *s, int v) {
-    if (!v) return;
-    int i = 0, parent = s->values[v].parent;
-    schema_path(s, parent);
-    for (int w = s->values[parent].first; w && w != v; w = s->values[w].next) i++;
-    if (s->values[v].key.s) fprintf(stderr, "/%.*s", (int)s->values[v].key.len, s->values[v].key.s);
-    else fprintf(stderr, "/%d", i);
-}
 // Ends the program: what is wrong with the part of the schema that is being looked at.
 static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char *what) {
-    fprintf(stderr, "run: %s: #", s->name);
-    schema_path(s, s->place);
-    fprintf(stderr, " %s\n", what);
+    const SchemaValue *v = s->n_values ? &s->values[s->place] : &(SchemaValue){0};
+    fprintf(stderr, "run: %s: byte %d: %.*s %s\n", s->name, v->at, (int)v->key.len, v->key.s, what);
     exit(2);
 }
 static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
@@ -3690,7 +3680,7 @@ static int schema_node(Schema *s, int op, int a, int b, int c) {
     bool left = deep && s->states[a].accepts, right = op <= AND && deep && s->states[b].accepts;
     if (op == CAT || op == AND) *accepts = left && right;
     else if (op == ALT || op == PATTERN) *accepts = left || right;
-    else if (op == REPEAT || op == MULTIPLE) *accepts = left || !b;
+    else if (op == REPEAT) *accepts = left || !b;
     else *accepts = op == EMPTY || op == ANYTHING || (op == NOT && !left);
     return id;
 }
@@ -3735,8 +3725,6 @@ static int schema_derive(Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
     if (n.op == CHARS || n.op == ANY_CHAR) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
     if (n.op == ANYTHING) return ANYTHING;
-    if (n.op == MULTIPLE && c >= '0' && c <= '9')
-        return schema_node(s, MULTIPLE, n.a, (10 * n.b + c - '0') % n.a, 0);
     if (n.op < CAT || n.op > PATTERN) return NOTHING;
     int a = schema_derive(s, n.a, c);
     if (n.op == NOT) return schema_not(s, a);
@@ -3751,9 +3739,7 @@ static int schema_derive(Schema *s, int id, int c) {
 // The first character after c that may lead elsewhere than c does.
 static int schema_edge(const Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
-    if (n.op == MULTIPLE) n.a = '0', n.b = '9';
-    if (n.op == MULTIPLE && c >= '0' && c <= '9') return c + 1;
-    if (n.op == CHARS || n.op == ANY_CHAR || n.op == MULTIPLE)
+    if (n.op == CHARS || n.op == ANY_CHAR)
         return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
     if (n.op < CAT) return INT_MAX;
     int a = schema_edge(s, n.a, c), b = INT_MAX;
@@ -3957,57 +3943,35 @@ static int schema_pattern(Schema *s, const char *pattern, bool whole) {
 #define RE_AN_INTEGER "-?(?:(?:0|[1-9][0-9]*)(?:\\.0+)?|[1-9](?:[eE]\\+?[0-9]+|\\.[0-9]{1,16}" \
     "[eE]\\+?0*(?:1[6-9]|[2-9][0-9]|[1-9][0-9]{2,})))"
 
-// Those above a bound without sign, or equal to it.
-static int schema_above(Schema *s, Text bound, bool equal) {
-    char digits[400], pattern[40000], *p = pattern;
-    size_t whole = 0, n = 0;
-    int exponent = 0, point = -1;
-    for (size_t i = 0; i < bound.len; i++) {  // as digits before and behind a point
-        if ((bound.s[i] | 32) == 'e') exponent = atoi(bound.s + i + 1);
-        if ((bound.s[i] | 32) == 'e') break;
-        if (bound.s[i] == '.') point = (int)n;
-        else if (n < 60) digits[n++] = bound.s[i];
-    }
-    if (bound.len > 60 || abs(exponent) > 300) schema_refuse(s, "has too many digits");
-    exponent += point < 0 ? (int)n : point;
-    for (; exponent < 1; exponent++) memmove(digits + 1, digits, n++), digits[0] = '0';
-    while ((int)n < exponent) digits[n++] = '0';
-    for (whole = (size_t)exponent; n > whole && digits[n - 1] == '0';) n--;
-    for (; whole > 1 && digits[0] == '0'; whole--) memmove(digits, digits + 1, --n);
-    if (whole == n) digits[n] = 0;
-    p += sprintf(p, "[1-9][0-9]{%zu,}(?:\\.[0-9]+)?", whole);
-    if (whole < 17) p += sprintf(p, "|" RE_LARGE_NUMBER);
-    if (n == 1 && digits[0] == '0') p += sprintf(p, "|" RE_SMALL_NUMBER);
-    for (size_t i = 0; i <= n; i++) {  // the same first i digits, and then a larger one
-        if (i < n && digits[i] == '9') continue;
-        p += sprintf(p, "|%.*s%s%.*s", (int)(i < whole ? i : whole), digits, i > whole ? "\\." : "",
-                     i > whole ? (int)(i - whole) : 0, digits + whole);
-        if (i < n) p += sprintf(p, "%s[%c-9]", i == whole ? "\\." : "", digits[i] + 1);
-        if (i < whole) p += sprintf(p, "[0-9]{%zu}(?:\\.[0-9]+)?", whole - 1 - i);
-        else if (i < n) p += sprintf(p, "[0-9]*");
-        else if (n > whole) p += sprintf(p, equal ? "[0-9]*" : "[0-9]*[1-9][0-9]*");
-        else p += sprintf(p, equal ? "(?:\\.[0-9]+)?" : "\\.[0-9]*[1-9][0-9]*");
-    }
-    return schema_pattern(s, pattern, true);
-}
-// Those above a bound, or, with `below`, those under it, or equal to it.
-static int schema_bound(Schema *s, Text bound, bool below, bool equal) {
+// Those above a bound that is an integer, or, with `below`, under it, or equal to it.
+static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     static const char numbers[] = RE_PLAIN_NUMBER "|" RE_LARGE_NUMBER "|" RE_SMALL_NUMBER;
-    int size = schema_pattern(s, numbers, true), all;
-    int minus = schema_chars(s, '-', '-'), negative = schema_cat(s, minus, size);
-    char first = bound.s[strspn(bound.s, "-0.")];
-    bool zero = first < '1' || first > '9';
-    if (below) equal = !equal;
-    if (bound.s[0] == '-' && !zero) {
-        bound.s++, bound.len--;
-        all = schema_join(s, AND, size, schema_not(s, schema_above(s, bound, !equal)));
-        all = schema_join(s, ALT, size, schema_cat(s, minus, all));
-    } else {
-        all = zero ? schema_above(s, (Text){"0", 1}, equal) : schema_above(s, bound, equal);
-        if (zero && equal) all = schema_join(s, ALT, all, schema_pattern(s, "-0(?:\\.0+)?", true));
+    char pattern[5000], *p = pattern;
+    bool minus = bound.s[0] == '-';
+    const char *digits = bound.s + minus;
+    int n = (int)bound.len - minus, all;
+    for (; n > 2 && digits[n - 1] == '0' && memchr(digits, '.', (size_t)n - 1);) n--;
+    if (n > 1 && digits[n - 1] == '.') n--;  // 1.0
+    if (n > 40 || (int)strspn(digits, "0123456789") < n)
+        schema_refuse(s, "is no small integer");
+    bool zero = digits[0] == '0', strict = (below ? !equal : equal) == minus;
+    p += sprintf(p, "[1-9][0-9]{%d,}(?:\\.[0-9]+)?", n);
+    if (n < 17) p += sprintf(p, "|" RE_LARGE_NUMBER);
+    if (zero) p += sprintf(p, "|" RE_SMALL_NUMBER);
+    for (int i = 0; i < n; i++)  // the same first i digits, and then a larger one
+        if (digits[i] < '9')
+            p += sprintf(p, "|%.*s[%c-9][0-9]{%d}(?:\\.[0-9]+)?", i, digits, digits[i] + 1,
+                         n - 1 - i);
+    sprintf(p, strict ? "|%.*s\\.[0-9]*[1-9][0-9]*" : "|%.*s(?:\\.[0-9]+)?", n, digits);
+    int size = schema_pattern(s, numbers, true), sign = schema_chars(s, '-', '-');
+    int any = schema_join(s, ALT, size, schema_cat(s, sign, size));
+    all = schema_pattern(s, pattern, true);
+    if (zero && !strict) all = schema_join(s, ALT, all, schema_pattern(s, "-0(?:\\.0+)?", true));
+    if (minus && !zero) {
+        all = schema_join(s, AND, size, schema_not(s, all));
+        all = schema_join(s, ALT, size, schema_cat(s, sign, all));
     }
-    if (!below) return all;
-    return schema_join(s, AND, schema_join(s, ALT, size, negative), schema_not(s, all));
+    return below ? schema_join(s, AND, any, schema_not(s, all)) : all;
 }
 
 // The formats that count.
@@ -4018,28 +3982,18 @@ static int schema_bound(Schema *s, Text bound, bool below, bool equal) {
 #define RE_MINUTE "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 #define RE_TIME "(?:" RE_MINUTE ":[0-5][0-9](?:\\.[0-9]+)?(?:[zZ]|[+-]" RE_MINUTE ")|" \
     "23:59:60(?:\\.[0-9]+)?[zZ])"
-#define RE_BYTE_NUMBER "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-#define RE_IPV4 RE_BYTE_NUMBER "(?:\\." RE_BYTE_NUMBER "){3}"
-#define RE_H16 "[0-9a-fA-F]{1,4}"
-#define RE_H16S(n) "(?:" RE_H16 ":){" n "}"
-#define RE_LS32 "(?:" RE_H16 ":" RE_H16 "|" RE_IPV4 ")"
-#define RE_SOME(n) "|(?:" RE_H16 "(?::" RE_H16 "){0," n "})?::"
-#define RE_IPV6 "(?:" RE_H16S("6") RE_LS32 "|::" RE_H16S("5") RE_LS32 "|(?:" RE_H16 ")?::" \
-    RE_H16S("4") RE_LS32 RE_SOME("1") RE_H16S("3") RE_LS32 RE_SOME("2") RE_H16S("2") RE_LS32 \
-    RE_SOME("3") RE_H16S("1") RE_LS32 RE_SOME("4") RE_LS32 RE_SOME("5") RE_H16 RE_SOME("6") ")"
 #define RE_LABEL "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 #define RE_HOSTNAME RE_LABEL "(?:\\." RE_LABEL ")*"
 #define RE_ATOM "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
 #define RE_PCHAR "(?:[a-zA-Z0-9._~!$&'()*+,;=:@-]|%[0-9a-fA-F]{2})"
 #define RE_NAME_CHAR "[a-zA-Z0-9._~!$&'()*+,;=-]|%[0-9a-fA-F]{2}"
 #define RE_URI "[a-zA-Z][a-zA-Z0-9+.-]*:(?://(?:(?:" RE_NAME_CHAR "|:)*@)?(?:(?:" \
-    RE_NAME_CHAR ")*|\\[" RE_IPV6 "\\])(?::[0-9]*)?(?:/" RE_PCHAR "*)*" \
+    RE_NAME_CHAR ")*)(?::[0-9]*)?(?:/" RE_PCHAR "*)*" \
     "|/(?:" RE_PCHAR "+(?:/" RE_PCHAR "*)*)?|" RE_PCHAR "+(?:/" RE_PCHAR "*)*|)" \
     "(?:\\?(?:" RE_PCHAR "|[/?])*)?(?:#(?:" RE_PCHAR "|[/?])*)?"
 static const struct { const char *name, *pattern; } schema_formats[] = {
-    {"date", RE_DATE}, {"time", RE_TIME}, {"date-time", RE_DATE "[tT]" RE_TIME}, {"ipv4", RE_IPV4},
-    {"ipv6", RE_IPV6},
-    {"uuid", "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"}, {"hostname", RE_HOSTNAME},
+    {"date", RE_DATE}, {"time", RE_TIME}, {"date-time", RE_DATE "[tT]" RE_TIME},
+    {"uuid", "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"},
     {"email", RE_ATOM "(?:\\." RE_ATOM ")*@" RE_HOSTNAME}, {"uri", RE_URI}};
 
 static int schema_utf8(char *out, int c) {
@@ -4081,7 +4035,7 @@ static int schema_value(Schema *s, int parent, Text key, int depth) {
     s->values = schema_room(s->values, v, sizeof *s->values);
     char *start = s->at, type = *start, close = type == '{' ? '}' : ']';
     int n = 0;
-    SchemaValue value = {.type = type, .parent = parent, .key = key};
+    SchemaValue value = {.type = type, .at = (int)(start - s->start), .key = key};
     s->values[v] = value;
     s->place = parent;
     if (depth == MAX_NESTING) schema_refuse(s, "is nested too deeply");
@@ -4163,11 +4117,6 @@ static SchemaShape schema_split(Schema *s, int names, int schema, int other) {
     schema_member(s, &shape, schema_not(s, names), (Text){0}, other, false);
     return shape;
 }
-static SchemaShape schema_named(Schema *s, Text name, int schema, bool required) {
-    SchemaShape shape = schema_split(s, schema_literal(s, name), schema, ANYTHING);
-    s->members[shape.first].name = name, s->members[shape.first].required = required;
-    return shape;
-}
 static SchemaForm schema_all(Schema *s) {
     SchemaForm f = {.scalar = s->scalars, .string = ANYTHING};
     schema_shape(s, &f, schema_any(s, '[', ANYTHING));
@@ -4213,47 +4162,6 @@ static SchemaForm schema_both(Schema *s, SchemaForm a, SchemaForm b) {
     }
     return f;
 }
-// What a shape does not allow, of its type.
-static SchemaForm schema_except(Schema *s, SchemaShape a) {
-    SchemaForm f = {0};
-    SchemaShape any = schema_any(s, a.type, ANYTHING);
-    any.max = a.min - 1;
-    if (a.min) schema_shape(s, &f, any);
-    any = schema_any(s, a.type, ANYTHING);
-    any.min = a.max + (a.max < INT_MAX);
-    if (a.max < INT_MAX) schema_shape(s, &f, any);
-    for (int i = 0; i < a.n; i++) {
-        SchemaMember m = s->members[a.first + i];
-        int other = schema_not(s, m.schema);
-        if (m.schema != ANYTHING && (a.type == '[' ? i == a.n - 1 : !m.name.s))
-            schema_refuse(s, "forbids what cannot be forbidden here");
-        SchemaShape b = {.type = a.type, .max = INT_MAX};
-        if (a.type == '[' && m.schema != ANYTHING) {
-            for (int j = 0; j < i; j++)
-                schema_member(s, &b, ANYTHING, m.name, ANYTHING, false);
-            schema_member(s, &b, ANYTHING, m.name, other, false);
-            schema_member(s, &b, ANYTHING, m.name, ANYTHING, false);
-            b.min = i + 1;
-            schema_shape(s, &f, b);
-        } else if (m.name.s && m.schema != ANYTHING)
-            schema_shape(s, &f, schema_named(s, m.name, other, true));
-        if (m.required) schema_shape(s, &f, schema_named(s, m.name, NOTHING, false));
-    }
-    return f;
-}
-static SchemaForm schema_complement(Schema *s, SchemaForm a) {
-    SchemaForm f = schema_all(s);
-    for (int i = 0; i < a.n; i++) {
-        SchemaShape shape = s->shapes[a.first + i];
-        SchemaForm other = schema_except(s, shape);
-        other.scalar = other.string = NOTHING;
-        schema_shape(s, &other, schema_any(s, shape.type == '[' ? '{' : '[', ANYTHING));
-        f = schema_both(s, f, other);
-    }
-    f.scalar = schema_join(s, AND, s->scalars, schema_not(s, a.scalar));
-    f.string = schema_not(s, a.string);
-    return f;
-}
 // The one value that a constant allows.
 static SchemaForm schema_constant(Schema *s, int v) {
     SchemaValue value = s->values[v];
@@ -4261,8 +4169,8 @@ static SchemaForm schema_constant(Schema *s, int v) {
     SchemaShape shape = {.type = value.type};
     if (value.type == '"') f.string = schema_literal(s, value.text);
     else if (value.type == '0')
-        f.scalar = schema_join(s, AND, schema_bound(s, value.text, false, true),
-                               schema_bound(s, value.text, true, true));
+        f.scalar = schema_join(s, AND, schema_above(s, value.text, false, true),
+                               schema_above(s, value.text, true, true));
     else if (value.type != '[' && value.type != '{') f.scalar = schema_literal(s, value.text);
     if (f.string || f.scalar) return f;
     int names = NOTHING;
@@ -4309,32 +4217,17 @@ static int schema_target(Schema *s, int ref) {
     return schema_sub(s, v);
 }
 
-static int schema_live(Schema *s, int id);
 // anyOf and its kin, as one expression.
 static int schema_combined(Schema *s, int v) {
     static const char *const lists[] = {"allOf", "anyOf", "oneOf"};
     int all = ANYTHING;
     for (int i = 0; i < 3; i++) {
         int list = schema_get(s, v, lists[i], "["), some = i ? NOTHING : ANYTHING;
-        if (!list) continue;
-        if (!s->values[list].first) schema_refuse(s, "is malformed");
-        for (int w = s->values[list].first; w; w = s->values[w].next) {
-            int one = schema_sub(s, w);
-            for (int x = s->values[list].first; x && i == 2; x = s->values[x].next) {
-                int other = schema_sub(s, x);
-                if (x != w && schema_live(s, schema_join(s, AND, schema_sub(s, w), other)))
-                    one = schema_join(s, AND, one, schema_not(s, other));
-            }
-            some = schema_join(s, i ? ALT : AND, some, one);
-        }
-        all = schema_join(s, AND, all, some);
-    }
-    int not = schema_get(s, v, "not", "tf{"), where = schema_get(s, v, "if", "tf{");
-    if (not) all = schema_join(s, AND, all, schema_not(s, schema_sub(s, not)));
-    for (int i = 0; i < 2 && where; i++) {  // if A then B is: not A, or B
-        int w = schema_get(s, v, i ? "else" : "then", "tf{"), a = schema_sub(s, where);
-        a = i ? a : schema_not(s, a);
-        if (w) all = schema_join(s, AND, all, schema_join(s, ALT, a, schema_sub(s, w)));
+        if (list && !s->values[list].first) schema_refuse(s, "is malformed");
+        for (int w = list ? s->values[list].first : 0; w; w = s->values[w].next)
+            some = schema_join(s, i ? ALT : AND, some, schema_sub(s, w));
+        if (i == 2) some = schema_node(s, ONE_OF, list, 0, 0);
+        if (list) all = schema_join(s, AND, all, some);
     }
     return all;
 }
@@ -4344,21 +4237,13 @@ static int schema_scalar(Schema *s, int v, bool integer) {
                                         "exclusiveMaximum"};
     int all = integer ? s->integer : s->number;
     for (int i = 0; i < 4; i++) {
+        int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : 0;
         int w = schema_get(s, v, names[i], i < 2 ? "0" : "0tf");
-        int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : w;
         bool equal = i < 2 && !(strict && s->values[strict].type == 't');
-        if (!w || s->values[w].type != '0') continue;
-        s->place = w;
-        all = schema_join(s, AND, all, schema_bound(s, s->values[w].text, i & 1, equal));
+        if (w && s->values[w].type == '0')
+            all = schema_join(s, AND, all, schema_above(s, s->values[w].text, i & 1, equal));
     }
-    int w = schema_get(s, v, "multipleOf", "0");
-    if (!w) return all;
-    double by = strtod(s->values[w].text.s, NULL);
-    if (!(by >= 1 && by == floor(by) && by < 1e6)) schema_refuse(s, "is no small integer");
-    int multiple = schema_node(s, MULTIPLE, (int)by, 0, 0);
-    multiple = schema_cat(s, multiple, schema_pattern(s, "(?:\\.0+)?", true));
-    multiple = schema_cat(s, schema_pattern(s, "-?", true), multiple);
-    return schema_join(s, AND, all, multiple);
+    return all;
 }
 static int schema_text(Schema *s, int v) {
     int min = schema_count(s, v, "minLength", 0), max = schema_count(s, v, "maxLength", INT_MAX);
@@ -4371,7 +4256,6 @@ static int schema_text(Schema *s, int v) {
     for (size_t i = 0; w && i < sizeof schema_formats / sizeof *schema_formats; i++) {
         if (!text_is(s->values[w].text, schema_formats[i].name)) continue;
         all = schema_join(s, AND, all, schema_pattern(s, schema_formats[i].pattern, true));
-        if (i == 6) all = schema_join(s, AND, all, schema_repeat(s, ANY_CHAR, 0, 253));
     }
     return all;
 }
@@ -4426,21 +4310,17 @@ static SchemaForm schema_objects(Schema *s, int v) {
         f = schema_both(s, f, one);
         patterned = schema_join(s, ALT, patterned, pattern);
     }
-    SchemaForm others = {0}, keys = {0};
+    SchemaForm others = {0};
     schema_shape(s, &others, schema_split(s, patterned, ANYTHING, other));
     if (patterns) f = schema_both(s, f, others);
-    n = schema_get(s, v, "propertyNames", "tf{");
-    if (!n) return f;
-    n = schema_form(s, schema_sub(s, n)).string;
-    schema_shape(s, &keys, schema_split(s, n, ANYTHING, NOTHING));
-    return schema_both(s, f, keys);
+    return f;
 }
 static SchemaForm schema_keywords(Schema *s, int v) {
     static const char types[][8] = {"null", "boolean", "integer", "number", "string", "array",
                                     "object"};
     static const char *const refused[] = {
         "dependencies", "dependentRequired", "dependentSchemas", "contains", "minContains",
-        "maxContains", "uniqueItems", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef",
+        "maxContains", "uniqueItems", "not", "if", "multipleOf", "propertyNames", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef",
         "$recursiveRef", "disallow", "extends", "divisibleBy"};
     int ref = schema_get(s, v, "$ref", "\""), all = ref ? schema_target(s, ref) : ANYTHING, set = 0;
     if (ref && s->old) return schema_form(s, all);
@@ -4473,6 +4353,23 @@ static SchemaForm schema_keywords(Schema *s, int v) {
     all = schema_join(s, AND, all, schema_combined(s, v));
     return all == ANYTHING ? f : schema_both(s, f, schema_form(s, all));
 }
+static bool schema_shape_live(Schema *s, SchemaShape shape);
+// Of schemas of which exactly one must hold: texts that more than one allows are left out, and
+// arrays or objects must exclude each other.
+static SchemaForm schema_one(Schema *s, int list) {
+    SchemaForm f = {0}, all = {0};
+    for (int w = s->values[list].first; w; w = s->values[w].next) {
+        SchemaForm one = schema_form(s, schema_sub(s, w)), both = schema_both(s, all, one);
+        for (int i = 0; i < both.n; i++)
+            if (schema_shape_live(s, s->shapes[both.first + i]))
+                schema_refuse(s, "has alternatives that overlap");
+        all = schema_union(s, all, one);
+        f = schema_union(s, f, one);
+        f.scalar = schema_join(s, AND, f.scalar, schema_not(s, both.scalar));
+        f.string = schema_join(s, AND, f.string, schema_not(s, both.string));
+    }
+    return f;
+}
 // What an expression of schemas allows; each is worked out once.
 static SchemaForm schema_form(Schema *s, int id) {
     SchemaForm *f = &s->forms[id];
@@ -4485,7 +4382,7 @@ static SchemaForm schema_form(Schema *s, int id) {
     if (id == ANYTHING) form = schema_all(s);
     else if (n.op == SCHEMA) form = schema_keywords(s, n.a);
     else if (n.op == CONSTANT) form = schema_constant(s, n.a);
-    else if (n.op == NOT) form = schema_complement(s, schema_form(s, n.a));
+    else if (n.op == ONE_OF) form = schema_one(s, n.a);
     else if (n.op == ALT || n.op == AND) {  // a list
         SchemaForm (*join)(Schema *, SchemaForm, SchemaForm) = n.op == ALT ? schema_union
                                                                            : schema_both;
@@ -4568,17 +4465,15 @@ static void schema_finish(Schema *s, int root) {
 // schema; `parent` the way of the level below that it belongs to.
 typedef struct { int type, shape, state, parent; } SchemaWay;
 typedef struct { int type, phase, first, count, keys; } SchemaLevel;  // keys: the last one so far
-enum { OPENED, NEXT, KEY, COLON, FILLED, LEAVING };  // phases of arrays and objects
+enum { OPENED, NEXT, KEY, COLON, FILLED };  // phases of arrays and objects
 enum { ESCAPE = 4, HEX = 5, LOW = 10 };  // stages of a character; 1 to 3: bytes of UTF-8 to come
 typedef struct SchemaText {
     Schema *s;
     int depth, n_ways;
     int stage, low, high;  // within a character: which ones it may still be
-    int gap;               // white space to come
-    bool newline;          // which begins with a line break
+    bool gap;              // a space is to come
     int keys;              // bytes of the keys, {int before, length; the name}
     int key;               // where the one begins that is being written
-    bool writing;          // it is a model that writes
     bool fresh, thinking;  // nothing is written yet; a thought is, up to </think>
     int tag;               // so many bytes of that
     char *memory;
@@ -4746,36 +4641,23 @@ static bool schema_fits(const SchemaText *x, const SchemaWay *way, Text key, int
     if (x->levels[x->depth - 1].type == '{') return schema_key_fits(x, way, key, low, high);
     return schema_words(x->s, way->state, low, high) > 0;
 }
-// Goes on within a string: of the ways stay those that have a use for such a character. A model
-// escapes only what must be, or what is no printable ASCII.
+// Goes on within a string: of the ways stay those that have a use for such a character.
 static bool schema_char(SchemaText *x, int b) {
-    static const int hard[][2] = {{0, 31}, {'"', '"'}, {'\\', '\\'}, {127, N_CHARS - 1}};
     static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
     SchemaLevel *l = &x->levels[x->depth - 1];
-    bool escape = x->stage >= ESCAPE;
     if (!schema_byte(x, b)) return false;
     Text key = {x->memory + x->key + 8, (size_t)(x->keys - x->key - 8)};
-    int low = x->low, high = x->high, n = l->first, n_parts = 0, parts[5][2];
-    escape |= x->stage >= ESCAPE;
+    int low = x->low, high = x->high, n = l->first, low2 = 1, high2 = 0;
     if (x->stage < ESCAPE && low < least[x->stage]) low = least[x->stage];
     if (x->stage > HEX && x->stage < LOW && low < 0xdc00 && high >= 0xd800) {  // the first of two
-        parts[0][0] = low > 0xd800 ? 0x10000 + ((low - 0xd800) << 10) : 0x10000;
-        parts[n_parts++][1] = high < 0xdbff ? 0x103ff + ((high - 0xd800) << 10) : N_CHARS - 1;
+        low2 = low > 0xd800 ? 0x10000 + ((low - 0xd800) << 10) : 0x10000;
+        high2 = high < 0xdbff ? 0x103ff + ((high - 0xd800) << 10) : N_CHARS - 1;
         if (high <= 0xdfff) high = 0xd7ff;
-    }
-    for (int i = 0; i < 4; i++) {
-        bool all = !escape || !x->writing;
-        parts[n_parts][0] = all || low > hard[i][0] ? low : hard[i][0];
-        parts[n_parts++][1] = all || high < hard[i][1] ? high : hard[i][1];
-        if (all) break;
     }
     for (int i = n; i < x->n_ways; i++) {
         SchemaWay way = x->ways[i];
-        bool fits = false;
-        for (int j = 0; j < n_parts && !fits; j++)
-            fits = parts[j][0] <= parts[j][1] &&
-                   schema_fits(x, &way, key, parts[j][0], parts[j][1]);
-        if (!fits) continue;
+        bool fits = low <= high && schema_fits(x, &way, key, low, high);
+        if (!fits && (low2 > high2 || !schema_fits(x, &way, key, low2, high2))) continue;
         if (!x->stage) way.state = schema_go(x->s, way.state, low);
         x->ways[n++] = way;
     }
@@ -4807,18 +4689,11 @@ static bool schema_key_end(SchemaText *x) {
     return n > l->first;
 }
 static bool schema_member_step(SchemaText *x, uint8_t byte);
-static bool schema_space(SchemaText *x, bool line, int depth) {  // what is to come
-    x->newline = line && x->s->indent >= 0;
-    x->gap = x->newline ? 1 + x->s->indent * depth : 1;
-    return true;
-}
 // Takes the next byte of the text. False: no text that fits goes on so.
 static bool schema_step(SchemaText *x, uint8_t byte) {
     if (x->gap) {
-        bool right = byte == (x->newline ? '\n' : ' ');
-        x->newline = false;
-        x->gap--;
-        return right;
+        x->gap = false;
+        return byte == ' ';
     }
     if (!x->depth) return false;
     SchemaLevel *l = &x->levels[x->depth - 1];
@@ -4832,7 +4707,7 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
         if (l->type != 's') return n > l->first;
     }
     if (l->type == 's') {
-        if (byte && strchr(",]} \n", byte))
+        if (byte && strchr(",]}", byte))
             return schema_keep(x, true) && schema_pop(x) && schema_step(x, byte);
         int n = l->first;
         for (int i = n; i < x->n_ways; i++) {
@@ -4850,24 +4725,16 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
 // The same between the members of an array or object, and in keys.
 static bool schema_member_step(SchemaText *x, uint8_t byte) {
     SchemaLevel *l = &x->levels[x->depth - 1];
-    bool lines = x->s->indent >= 0, array = l->type == '[';
+    bool array = l->type == '[';
     if (l->phase == KEY) return byte == '"' && !x->stage ? schema_key_end(x) : schema_char(x, byte);
-    if (l->phase == COLON) return byte == ':' && schema_space(x, false, 0) && schema_push(x);
-    bool may_end = l->phase == LEAVING || l->phase == OPENED || (l->phase == FILLED && !lines);
-    if (byte == (array ? ']' : '}')) return may_end && schema_keep(x, true) && schema_pop(x);
+    if (l->phase == COLON) return x->gap = byte == ':', x->gap && schema_push(x);
+    if (byte == (array ? ']' : '}')) return l->phase != NEXT && schema_keep(x, true) && schema_pop(x);
     if (l->phase == FILLED) {
-        l->phase = byte == ',' ? NEXT : LEAVING;
-        if (byte != ',' && !(lines && byte == '\n')) return false;
-        schema_space(x, true, x->depth - (byte != ','));
-        if (byte == '\n') x->gap--, x->newline = false;
-        return schema_keep(x, byte != ',');
-    }
-    if (l->phase == LEAVING) return false;
-    if (l->phase == OPENED && !schema_keep(x, false)) return false;
-    if (l->phase == OPENED && lines) {
         l->phase = NEXT;
-        return schema_space(x, true, x->depth) && schema_step(x, byte);
+        x->gap = byte == ',';
+        return x->gap && schema_keep(x, false);
     }
+    if (l->phase == OPENED && !schema_keep(x, false)) return false;
     l->phase = NEXT;
     if (array) return schema_push(x) && schema_step(x, byte);
     if (byte != '"') return false;
@@ -4902,7 +4769,6 @@ static Schema *schema_open(const Options *o) {
     text.len = strlen(text.s);
     if (!here) text = input_read(o->schema, NULL, true);
     s->name = o->json ? "--json" : here ? "the schema" : o->schema;
-    s->indent = (int)o->indent;
     s->nodes = zeros(MAX_NODES, sizeof *s->nodes);
     s->states = zeros(MAX_NODES, sizeof *s->states);
     s->forms = zeros(MAX_NODES, sizeof *s->forms);
@@ -5036,7 +4902,7 @@ static bool schema_take(SchemaText *x, Text text, int id) {
 static SchemaText *schema_begin(Schema *s, Text prompt) {
     SchemaText *x = zeros(1, sizeof *x);
     schema_start(x, s);
-    x->fresh = x->writing = true;
+    x->fresh = true;
     for (size_t n = 1; s->tokens.think >= 0 && n <= prompt.len; n++)
         if (text_ends(prompt.s, n, output_tags[x->thinking])) x->thinking = !x->thinking;
     return x;
@@ -5044,7 +4910,7 @@ static SchemaText *schema_begin(Schema *s, Text prompt) {
 static SchemaText *schema_copy_of(const SchemaText *x) {  // one that has not begun
     SchemaText *copy = zeros(1, sizeof *copy);
     schema_start(copy, x->s);
-    copy->fresh = copy->writing = true;
+    copy->fresh = true;
     copy->thinking = x->thinking;
     return copy;
 }
