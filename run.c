@@ -3608,9 +3608,8 @@ static Text tool_question(Text text, const char **before, const char **after) {
 #ifndef NO_SCHEMA
 enum { MAX_NODES = 1 << 17, MAX_RUNS = 1 << 22, MAX_WAYS = 4096, MAX_NESTING = 500, MANY = 1000 };
 // Operators of expressions; the first ones without operands have the numbers of their nodes.
-enum { NOTHING, EMPTY, ANY_CHAR, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, PATTERN,
+enum { NOTHING, EMPTY, ANY_CHAR, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT,
        SCHEMA, CONSTANT, ONE_OF };
-enum { TEXT_START = N_CHARS, TEXT_END };  // what ^ and $ match
 typedef struct { int op, a, b, c; } SchemaNode;
 typedef struct { int last, to; } SchemaRun;  // characters up to the last one lead to a node
 typedef struct {        // a node as a state of an automaton
@@ -3668,18 +3667,16 @@ static void *schema_room(void *old, int n, size_t size) {  // for one more than 
 }
 
 // Expressions. Equal ones are one node.
-static int schema_derive(Schema *s, int id, int c);
 static int schema_node(Schema *s, int op, int a, int b, int c) {
     SchemaNode *n = &s->nodes[s->n_nodes];
     *n = (SchemaNode){op, a, b, c};
     int id = index_find(&s->index, (Text){(char *)n, sizeof *n}, s->n_nodes);
     if (id < s->n_nodes) return id;
     if (++s->n_nodes == MAX_NODES) schema_refuse(s, "needs too many states");
-    bool *accepts = &s->states[id].accepts, deep = op >= CAT && op <= PATTERN;
-    if (op == PATTERN) a = schema_derive(s, a, TEXT_END);
+    bool *accepts = &s->states[id].accepts, deep = op >= CAT && op <= REPEAT;
     bool left = deep && s->states[a].accepts, right = op <= AND && deep && s->states[b].accepts;
     if (op == CAT || op == AND) *accepts = left && right;
-    else if (op == ALT || op == PATTERN) *accepts = left || right;
+    else if (op == ALT) *accepts = left || right;
     else if (op == REPEAT) *accepts = left || !b;
     else *accepts = op == EMPTY || op == ANYTHING || (op == NOT && !left);
     return id;
@@ -3725,11 +3722,9 @@ static int schema_derive(Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
     if (n.op == CHARS || n.op == ANY_CHAR) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
     if (n.op == ANYTHING) return ANYTHING;
-    if (n.op < CAT || n.op > PATTERN) return NOTHING;
+    if (n.op < CAT || n.op > REPEAT) return NOTHING;
     int a = schema_derive(s, n.a, c);
     if (n.op == NOT) return schema_not(s, a);
-    if (n.op == PATTERN && a != ANYTHING && a != NOTHING) a = schema_node(s, PATTERN, a, 0, 0);
-    if (n.op == PATTERN) return a;
     if (n.op == REPEAT)
         return schema_cat(s, a, schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX)));
     if (n.op != CAT) return schema_join(s, n.op, a, schema_derive(s, n.b, c));
@@ -3819,105 +3814,85 @@ static int schema_literal(Schema *s, Text text) {
     }
     return all;
 }
-
-// Patterns: ECMA 262's regular expressions, as far as they are regular.
-static int schema_either(Schema *s);
-static int schema_hex(Schema *s, int digits) {
-    int c = 0;
-    for (; digits; digits--, s->at++) {
-        if (!isxdigit((uint8_t)*s->at)) schema_refuse(s, "is not a pattern that is understood");
-        c = 16 * c + (*s->at & 15) + (*s->at > '9' ? 9 : 0);
-    }
-    return c;
-}
-// A character of a pattern, or of a class in it; or several: then *set is their expression.
-static int schema_pattern_char(Schema *s, int *set) {
-    static const char classes[] = "dDwWsS", controls[] = "nrtfv0", meant[] = "\n\r\t\f\v";
-    static const int ranges[3][24] = {{'0', '9'}, {'0', '9', 'A', 'Z', '_', '_', 'a', 'z'},
-        {9, 13, ' ', ' ', 160, 160, 0x1680, 0x1680, 0x2000, 0x200a, 0x2028, 0x2029, 0x202f, 0x202f,
-         0x205f, 0x205f, 0x3000, 0x3000, 0xfeff, 0xfeff}};
+// Patterns: ECMA 262's regular expressions, as far as they are regular, with anchors at the ends.
+static int schema_class(Schema *s);
+static int schema_pattern_char(Schema *s) {  // of a pattern, or of a class in it
+    static const char names[] = "nrtfv", meant[] = "\n\r\t\f\v", classes[] = "dDwWsS";
+    static const char *const sets[] = {"0-9]", "^0-9]", "a-zA-Z0-9_]", "^a-zA-Z0-9_]",
+        "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]",
+        "^\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"};
     size_t used;
-    uint32_t c = next_char(s->at, strlen(s->at), &used);
+    int c = (int)next_char(s->at, strlen(s->at), &used);
     s->at += used;
-    *set = NOTHING;
-    if (c != '\\') return (int)c;
-    char e = *s->at ? *s->at++ : 'b';
-    const char *class = strchr(classes, e), *control = strchr(controls, e);
-    if (control) return meant[control - controls];
-    if (e == 'x' || e == 'u') return schema_hex(s, e == 'x' ? 2 : 4);
-    if (!class && (isalnum((uint8_t)e) || (uint8_t)e >= 128))
+    if (c != '\\') return schema_chars(s, c, c);
+    c = (uint8_t)*s->at;
+    const char *control = strchr(names, c), *class = strchr(classes, c);
+    if (!c || c > 127 || (!control && !class && isalnum(c)))
         schema_refuse(s, "is not a pattern that is understood");
-    for (const int *r = class ? ranges[(class - classes) / 2] : NULL; r && *r; r += 2)
-        *set = schema_join(s, ALT, *set, schema_chars(s, r[0], r[1]));
-    if (class && (class - classes) % 2)
-        *set = schema_join(s, AND, schema_chars(s, 0, N_CHARS - 1), schema_not(s, *set));
-    return (uint8_t)e;
+    char *rest = ++s->at;
+    if (!class) c = control ? meant[control - names] : c;
+    if (!class) return schema_chars(s, c, c);
+    s->at = (char *)(uintptr_t)sets[class - classes];
+    int all = schema_class(s);
+    s->at = rest;
+    return all;
 }
 static int schema_class(Schema *s) {
-    int all = NOTHING, set, high_set = NOTHING;
+    int all = NOTHING;
     bool negated = *s->at == '^';
-    for (s->at += negated; *s->at != ']';) {
-        if (!*s->at) schema_refuse(s, "is not a pattern that is understood");
-        int low = schema_pattern_char(s, &set), high = low;
-        if (!set && s->at[0] == '-' && s->at[1] && s->at[1] != ']') {
+    for (s->at += negated; *s->at && *s->at != ']';) {
+        int one = schema_pattern_char(s), low = s->nodes[one].a;
+        if (low == s->nodes[one].b && s->at[0] == '-' && s->at[1] && s->at[1] != ']') {
             s->at++;
-            high = schema_pattern_char(s, &high_set);
+            SchemaNode high = s->nodes[schema_pattern_char(s)];
+            if (high.a != high.b || high.a < low)
+                schema_refuse(s, "is not a pattern that is understood");
+            one = schema_chars(s, low, high.a);
         }
-        if (high < low || high_set) schema_refuse(s, "is not a pattern that is understood");
-        all = schema_join(s, ALT, all, set ? set : schema_chars(s, low, high));
+        all = schema_join(s, ALT, all, one);
     }
-    s->at++;
+    if (!*s->at++) schema_refuse(s, "is not a pattern that is understood");
     return negated ? schema_join(s, AND, schema_chars(s, 0, N_CHARS - 1), schema_not(s, all)) : all;
 }
+static int schema_either(Schema *s, bool search);
 static int schema_atom(Schema *s) {
-    int set, c;
-    if (s->at[0] == '(' && s->at[1] == '?' && s->at[2] != ':')
+    if (strchr("*+?^$", *s->at) || (s->at[0] == '(' && s->at[1] == '?' && s->at[2] != ':'))
         schema_refuse(s, "is not a pattern that is understood");
-    if (strchr("*+?)", *s->at)) schema_refuse(s, "is not a pattern that is understood");
-    if (*s->at == '(') {
-        s->at += s->at[1] == '?' ? 3 : 1;
-        set = schema_either(s);
-        if (*s->at++ != ')') schema_refuse(s, "is not a pattern that is understood");
-        return set;
-    }
-    c = *s->at;
-    if (strchr("[.^$", c)) s->at++;
-    if (c == '[') return schema_class(s);
-    if (c == '.') {
-        set = schema_join(s, ALT, schema_chars(s, '\n', '\n'), schema_chars(s, '\r', '\r'));
-        set = schema_join(s, ALT, set, schema_chars(s, 0x2028, 0x2029));
-        return schema_join(s, AND, schema_chars(s, 0, N_CHARS - 1), schema_not(s, set));
-    }
-    if (c == '^') return schema_chars(s, TEXT_START, TEXT_START);
-    if (c == '$') return schema_chars(s, TEXT_END, TEXT_END);
-    c = schema_pattern_char(s, &set);
-    return set ? set : schema_chars(s, c, c);
+    char c = *s->at, *rest = s->at + 1;
+    if (c != '(' && c != '[' && c != '.') return schema_pattern_char(s);
+    s->at = c == '.' ? (char[]){"^\n\r\u2028\u2029]"} : s->at[1] == '?' ? s->at + 3 : s->at + 1;
+    int all = c == '(' ? schema_either(s, false) : schema_class(s);
+    if (c == '.') s->at = rest;
+    if (c == '(' && *s->at++ != ')') schema_refuse(s, "is not a pattern that is understood");
+    return all;
 }
-static int schema_either(Schema *s) {
-    int all = NOTHING, one = EMPTY;
+// Alternatives. With `search` they may begin and end anywhere, unless anchors say otherwise.
+static int schema_either(Schema *s, bool search) {
+    int all = NOTHING, one;
     Ids atoms = {0};
     schema_deeper(s);
-    for (;;) {
-        if (*s->at == '|' || *s->at == ')' || !*s->at) {
-            for (one = EMPTY; atoms.n; atoms.n--) one = schema_cat(s, atoms.ids[atoms.n - 1], one);
-            all = schema_join(s, ALT, all, one);
-            if (*s->at != '|') break;
-            s->at++;
-            continue;
+    do {
+        if (*s->at == '|') s->at++;
+        if (search && *s->at == '^') s->at++;
+        else if (search) push(&atoms, ANYTHING);
+        while (*s->at && *s->at != '|' && *s->at != ')') {
+            if (search && *s->at == '$' && (s->at[1] == '|' || !s->at[1])) break;
+            int atom = schema_atom(s), min = 1, max = 1, used = 0;
+            char c = *s->at;
+            if (c && strchr("*+?", c)) min = c == '+', max = c == '?' ? 1 : INT_MAX, used = 1;
+            else if (sscanf(s->at, "{%d}%n", &min, &used), used) max = min;
+            else if (sscanf(s->at, "{%d,}%n", &min, &used), used) max = INT_MAX;
+            else if (sscanf(s->at, "{%d,%d}%n", &min, &max, &used), !used) min = max = 1;
+            s->at += used;
+            s->at += used && *s->at == '?';
+            if (min < 0 || max < min) schema_refuse(s, "is not a pattern that is understood");
+            push(&atoms, schema_repeat(s, atom, min, max));
         }
-        int atom = schema_atom(s), min = 1, max = 1, used = 0;
-        char c = *s->at, *before = s->at;
-        if (c == '*' || c == '+' || c == '?') {
-            min = c == '+', max = c == '?' ? 1 : INT_MAX;
-            s->at++;
-        } else if (sscanf(s->at, "{%d}%n", &min, &used), used) max = min;
-        else if (sscanf(s->at, "{%d,}%n", &min, &used), used) max = INT_MAX;
-        else if (sscanf(s->at, "{%d,%d}%n", &min, &max, &used), !used) min = max = 1;
-        s->at += used;
-        s->at += s->at > before && *s->at == '?';
-        if (min < 0 || max < min) schema_refuse(s, "is not a pattern that is understood");
-        push(&atoms, schema_repeat(s, atom, min, max));
-    }
+        if (search && *s->at == '$') s->at++;
+        else if (search) push(&atoms, ANYTHING);
+        for (one = EMPTY; atoms.n; atoms.n--) one = schema_cat(s, atoms.ids[atoms.n - 1], one);
+        all = schema_join(s, ALT, all, one);
+    } while (*s->at == '|');
     free(atoms.ids);
     s->depth--;
     return all;
@@ -3926,12 +3901,10 @@ static int schema_either(Schema *s) {
 static int schema_pattern(Schema *s, const char *pattern, bool whole) {
     char *before = s->at;
     s->at = (char *)(uintptr_t)pattern;
-    int all = schema_either(s);
+    int all = schema_either(s, !whole);
     if (*s->at) schema_refuse(s, "is not a pattern that is understood");
     s->at = before;
-    if (whole) return all;
-    all = schema_derive(s, schema_cat(s, ANYTHING, schema_cat(s, all, ANYTHING)), TEXT_START);
-    return all == ANYTHING ? ANYTHING : schema_node(s, PATTERN, all, 0, 0);
+    return all;
 }
 
 // Numbers as they are written: all, those with an integer's value, and, where there are bounds, the
@@ -4003,64 +3976,96 @@ static int schema_utf8(char *out, int c) {
     return more + 1;
 }
 
-// Reads the schema's JSON; strings are decoded in place.
-static Text schema_string(Schema *s) {
-    char *start = ++s->at, *end = start;
-    for (int c = *s->at++, low; c != '"'; c = *s->at++) {
-        static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
-        if ((uint8_t)c < 32) schema_refuse(s, "has a string that does not end");
-        if (c != '\\') *end++ = (char)c;
-        else if (*s->at != 'u') {
-            const char *e = *s->at ? strchr(names, *s->at++) : NULL;
-            if (!e) schema_refuse(s, "has a wrong escape");
-            *end++ = meant[e - names];
-        } else {
-            s->at++;
-            c = schema_hex(s, 4);
-            if (c >> 10 == 0xd800 >> 10 && s->at[0] == '\\' && s->at[1] == 'u') {
-                s->at += 2;
-                low = schema_hex(s, 4);
-                c = 0x10000 + ((c & 1023) << 10) + (low & 1023);
-            }
-            end += schema_utf8(end, c);
+// A character of a string as its bytes come: which ones it may still be, from low to high.
+enum { ESCAPE = 4, HEX = 5, LOW = 10 };  // stages; 1 to 3: bytes of UTF-8 to come
+typedef struct { int stage, low, high; } SchemaChar;
+// Takes a byte of a string: what it says of the character. False: it does not belong there.
+static bool schema_byte(SchemaChar *x, int b) {
+    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    int stage = x->stage, hex = b >= '0' && b <= '9' ? b - '0' : (b | 32) - 'a' + 10, unit = 0;
+    if (stage == 0) {
+        x->low = x->high = b;
+        if (b == '\\') x->stage = ESCAPE, x->low = 0, x->high = N_CHARS - 1;
+        if (b < 32 || (b >= 0x80 && b < 0xc2) || b > 0xf4) return false;
+        if (b < 0x80) return true;
+        x->stage = 1 + (b >= 0xe0) + (b >= 0xf0);
+        x->low = (b & (0x3f >> x->stage)) << 6 * x->stage;
+        unit = 1 << 6 * x->stage;
+    } else if (stage < ESCAPE) {
+        if (b >> 6 != 2) return false;
+        x->low += (b & 63) << 6 * --x->stage;
+        unit = 1 << 6 * x->stage;
+        if (stage > 1 && x->low + unit <= (stage == 2 ? 0x800 : 0x10000)) return false;
+        if (x->low >= N_CHARS || (x->low >> 11 == 27 && unit <= 1 << 11)) return false;
+    } else if (stage == ESCAPE) {
+        const char *e = b && b < 128 ? strchr(names, b) : NULL;
+        if (!e && b != 'u') return false;
+        x->stage = e ? 0 : HEX + 4;
+        x->low = e ? meant[e - names] : 0;
+        unit = e ? 1 : 1 << 16;
+    } else if (stage == LOW || stage == LOW + 1) {  // behind a high surrogate
+        x->stage++;
+        return b == (stage == LOW ? '\\' : 'u');
+    } else if (stage == LOW + 2) {
+        x->stage++;
+        return (b | 32) == 'd';
+    } else {
+        if (hex < 0 || hex > 15) return false;
+        int digits = stage > LOW ? LOW + 5 - stage : stage - HEX - 1;  // that follow
+        if (stage == LOW + 3) hex -= 12;
+        if (hex < 0) return false;
+        unit = 1 << 4 * digits;
+        x->low += hex * unit;
+        if (stage > LOW) x->stage = digits ? stage + 1 : 0;
+        else x->stage = digits ? stage - 1 : 0;
+        if (x->low >> 10 == 0xdc00 >> 10) return false;
+        if (stage < LOW && !digits && x->low >> 10 == 0xd800 >> 10) {
+            x->stage = LOW;
+            x->low = 0x10000 + ((x->low & 1023) << 10);
+            unit = 1024;
         }
     }
+    x->high = x->low + unit - 1;
+    return true;
+}
+// Reads the schema's JSON; strings are decoded in place.
+static Text schema_string(Schema *s) {
+    SchemaChar c = {0};
+    char *start = ++s->at, *end = start;
+    for (; *s->at != '"' || c.stage; s->at++) {
+        if (!schema_byte(&c, (uint8_t)*s->at)) schema_refuse(s, "is no JSON");
+        if (!c.stage) end += schema_utf8(end, c.low);
+    }
+    s->at++;
     *end = 0;
     return (Text){start, (size_t)(end - start)};
 }
-static int schema_value(Schema *s, int parent, Text key, int depth) {
+static int schema_value(Schema *s, Text key, int depth) {
     static const char white[] = " \t\r\n";
     s->at += strspn(s->at, white);
-    int v = s->n_values++, last = 0;
+    int v = s->n_values++, last = 0, n = 0;
     s->values = schema_room(s->values, v, sizeof *s->values);
     char *start = s->at, type = *start, close = type == '{' ? '}' : ']';
-    int n = 0;
     SchemaValue value = {.type = type, .at = (int)(start - s->start), .key = key};
     s->values[v] = value;
-    s->place = parent;
+    s->place = v;
     if (depth == MAX_NESTING) schema_refuse(s, "is nested too deeply");
     if (type == '"') value.text = schema_string(s);
     else if (type == '{' || type == '[') {
-        for (s->at++; s->at += strspn(s->at, white), *s->at != close || last;) {
+        s->at += 1 + strspn(s->at + 1, white);
+        for (bool more = *s->at != close; more; s->at += more) {
             Text name = {0};
-            if (type == '{') {
-                if (*s->at != '"') schema_refuse(s, "is no JSON: a name is missing");
-                name = schema_string(s);
-                s->at += strspn(s->at, white);
-                if (*s->at++ != ':') schema_refuse(s, "is no JSON: a colon is missing");
-            }
-            s->values[v] = value;
-            int child = schema_value(s, v, name, depth + 1);
-            if (last) s->values[last].next = child;
-            else value.first = child;
+            s->at += strspn(s->at, white);
+            if (type == '{' && *s->at != '"') schema_refuse(s, "is no JSON: a name is missing");
+            if (type == '{') name = schema_string(s), s->at += strspn(s->at, white);
+            if (type == '{' && *s->at++ != ':') schema_refuse(s, "is no JSON: a colon is missing");
+            int child = schema_value(s, name, depth + 1);
+            *(last ? &s->values[last].next : &value.first) = child;
             last = child;
             s->place = v;
             if (++n > 10000) schema_refuse(s, "needs too many states");
-            s->at += strspn(s->at, white);
-            if (*s->at != ',') break;
-            s->at++;
+            more = *s->at == ',';
         }
-        s->place = v;
         if (*s->at++ != close) schema_refuse(s, "is no JSON: a bracket or comma is missing");
     } else {
         s->at += strspn(s->at, "+-.0123456789aeflnrstuE");
@@ -4068,9 +4073,11 @@ static int schema_value(Schema *s, int parent, Text key, int depth) {
         if (type == '-' || (type >= '0' && type <= '9')) value.type = '0';
         if (!schema_accepts(s, s->scalars, value.text)) schema_refuse(s, "is no JSON");
     }
+    s->at += strspn(s->at, white);
     s->values[v] = value;
     return v;
 }
+static bool text_same(Text a, Text b) { return a.len == b.len && !memcmp(a.s, b.s, a.len); }
 static bool text_is(Text text, const char *name) {
     return text.len == strlen(name) && !memcmp(text.s, name, text.len);
 }
@@ -4192,27 +4199,16 @@ static int schema_sub(Schema *s, int v) {  // the expression of a schema within 
 }
 // Where a $ref leads.
 static int schema_target(Schema *s, int ref) {
-    Text text = s->values[ref].text, name = {text.s, 0};
-    char part[1000];
+    Text text = s->values[ref].text;
     int v = 0;
     if (!text.len || *text.s != '#') schema_refuse(s, "leads out of this schema");
-    const char *p = text.s + 1, *end = text.s + text.len;
-    while (p < end) {
-        if (*p++ != '/' || text.len >= sizeof part) schema_refuse(s, "leads nowhere");
-        for (name = (Text){part, 0}; p < end && *p != '/'; p++) {
-            int c = (uint8_t)*p, used = 0, byte;
-            if (*p == '~') c = *++p == '1' ? '/' : '~';
-            else if (sscanf(p, "%%%2x%n", (unsigned *)&byte, &used), used) c = byte, p += used - 1;
-            part[name.len++] = (char)c;
-        }
-        part[name.len] = 0;
-        int w = s->values[v].first;
-        for (long i = strtol(part, NULL, 10); w && s->values[v].type == '[' && i > 0; i--)
-            w = s->values[w].next;
-        while (w && s->values[v].type == '{' && !(s->values[w].key.len == name.len &&
-                                                  !memcmp(s->values[w].key.s, part, name.len)))
-            w = s->values[w].next;
-        if (!(v = w)) schema_refuse(s, "leads nowhere");
+    for (const char *p = text.s + 1, *end = text.s + text.len; p < end;) {
+        Text name = {p + 1, strcspn(p + 1, "/")};
+        int w = *p == '/' ? s->values[v].first : 0;
+        while (w && !text_same(s->values[w].key, name)) w = s->values[w].next;
+        if (!w) schema_refuse(s, "leads nowhere");
+        v = w;
+        p = name.s + name.len;
     }
     return schema_sub(s, v);
 }
@@ -4466,11 +4462,10 @@ static void schema_finish(Schema *s, int root) {
 typedef struct { int type, shape, state, parent; } SchemaWay;
 typedef struct { int type, phase, first, count, keys; } SchemaLevel;  // keys: the last one so far
 enum { OPENED, NEXT, KEY, COLON, FILLED };  // phases of arrays and objects
-enum { ESCAPE = 4, HEX = 5, LOW = 10 };  // stages of a character; 1 to 3: bytes of UTF-8 to come
 typedef struct SchemaText {
     Schema *s;
     int depth, n_ways;
-    int stage, low, high;  // within a character: which ones it may still be
+    SchemaChar c;          // that is being read
     bool gap;              // a space is to come
     int keys;              // bytes of the keys, {int before, length; the name}
     int key;               // where the one begins that is being written
@@ -4488,7 +4483,6 @@ static Text schema_key(const SchemaText *x, int key, int *before) {
     *before = head[0];
     return (Text){x->memory + key + sizeof head, (size_t)head[1]};
 }
-static bool text_same(Text a, Text b) { return a.len == b.len && !memcmp(a.s, b.s, a.len); }
 static bool schema_seen(const SchemaText *x, Text name) {
     for (int key = x->levels[x->depth - 1].keys; key;)
         if (text_same(schema_key(x, key, &key), name)) return true;
@@ -4582,56 +4576,6 @@ static bool schema_pop(SchemaText *x) {
     l->phase = FILLED;
     return true;
 }
-
-// Takes a byte of a string: what it says of the character. False: it does not belong there.
-static bool schema_byte(SchemaText *x, int b) {
-    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
-    int stage = x->stage, hex = b >= '0' && b <= '9' ? b - '0' : (b | 32) - 'a' + 10, unit = 0;
-    if (stage == 0) {
-        x->low = x->high = b;
-        if (b == '\\') x->stage = ESCAPE, x->low = 0, x->high = N_CHARS - 1;
-        if (b < 32 || (b >= 0x80 && b < 0xc2) || b > 0xf4) return false;
-        if (b < 0x80) return true;
-        x->stage = 1 + (b >= 0xe0) + (b >= 0xf0);
-        x->low = (b & (0x3f >> x->stage)) << 6 * x->stage;
-        unit = 1 << 6 * x->stage;
-    } else if (stage < ESCAPE) {
-        if (b >> 6 != 2) return false;
-        x->low += (b & 63) << 6 * --x->stage;
-        unit = 1 << 6 * x->stage;
-        if (stage > 1 && x->low + unit <= (stage == 2 ? 0x800 : 0x10000)) return false;
-        if (x->low >= N_CHARS || (x->low >> 11 == 27 && unit <= 1 << 11)) return false;
-    } else if (stage == ESCAPE) {
-        const char *e = b && b < 128 ? strchr(names, b) : NULL;
-        if (!e && b != 'u') return false;
-        x->stage = e ? 0 : HEX + 4;
-        x->low = e ? meant[e - names] : 0;
-        unit = e ? 1 : 1 << 16;
-    } else if (stage == LOW || stage == LOW + 1) {  // behind a high surrogate
-        x->stage++;
-        return b == (stage == LOW ? '\\' : 'u');
-    } else if (stage == LOW + 2) {
-        x->stage++;
-        return (b | 32) == 'd';
-    } else {
-        if (hex < 0 || hex > 15) return false;
-        int digits = stage > LOW ? LOW + 5 - stage : stage - HEX - 1;  // that follow
-        if (stage == LOW + 3) hex -= 12;
-        if (hex < 0) return false;
-        unit = 1 << 4 * digits;
-        x->low += hex * unit;
-        if (stage > LOW) x->stage = digits ? stage + 1 : 0;
-        else x->stage = digits ? stage - 1 : 0;
-        if (x->low >> 10 == 0xdc00 >> 10) return false;
-        if (stage < LOW && !digits && x->low >> 10 == 0xd800 >> 10) {
-            x->stage = LOW;
-            x->low = 0x10000 + ((x->low & 1023) << 10);
-            unit = 1024;
-        }
-    }
-    x->high = x->low + unit - 1;
-    return true;
-}
 static void schema_memory(SchemaText *x, int more) {
     if (x->keys + more <= x->capacity) return;
     x->capacity = 2 * (x->keys + more);
@@ -4645,11 +4589,11 @@ static bool schema_fits(const SchemaText *x, const SchemaWay *way, Text key, int
 static bool schema_char(SchemaText *x, int b) {
     static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
     SchemaLevel *l = &x->levels[x->depth - 1];
-    if (!schema_byte(x, b)) return false;
+    if (!schema_byte(&x->c, b)) return false;
     Text key = {x->memory + x->key + 8, (size_t)(x->keys - x->key - 8)};
-    int low = x->low, high = x->high, n = l->first, low2 = 1, high2 = 0;
-    if (x->stage < ESCAPE && low < least[x->stage]) low = least[x->stage];
-    if (x->stage > HEX && x->stage < LOW && low < 0xdc00 && high >= 0xd800) {  // the first of two
+    int low = x->c.low, high = x->c.high, n = l->first, low2 = 1, high2 = 0;
+    if (x->c.stage < ESCAPE && low < least[x->c.stage]) low = least[x->c.stage];
+    if (x->c.stage > HEX && x->c.stage < LOW && low < 0xdc00 && high >= 0xd800) {  // the first of two
         low2 = low > 0xd800 ? 0x10000 + ((low - 0xd800) << 10) : 0x10000;
         high2 = high < 0xdbff ? 0x103ff + ((high - 0xd800) << 10) : N_CHARS - 1;
         if (high <= 0xdfff) high = 0xd7ff;
@@ -4658,11 +4602,11 @@ static bool schema_char(SchemaText *x, int b) {
         SchemaWay way = x->ways[i];
         bool fits = low <= high && schema_fits(x, &way, key, low, high);
         if (!fits && (low2 > high2 || !schema_fits(x, &way, key, low2, high2))) continue;
-        if (!x->stage) way.state = schema_go(x->s, way.state, low);
+        if (!x->c.stage) way.state = schema_go(x->s, way.state, low);
         x->ways[n++] = way;
     }
     x->n_ways = n;
-    if (!x->stage && l->type == '{') {
+    if (!x->c.stage && l->type == '{') {
         schema_memory(x, 4);
         x->keys += schema_utf8(x->memory + x->keys, low);
     }
@@ -4718,7 +4662,7 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
         x->n_ways = n;
         return n > l->first;
     }
-    bool ends = byte == '"' && !x->stage;
+    bool ends = byte == '"' && !x->c.stage;
     if (l->type == '"') return ends ? schema_keep(x, true) && schema_pop(x) : schema_char(x, byte);
     return schema_member_step(x, byte);
 }
@@ -4726,7 +4670,7 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
 static bool schema_member_step(SchemaText *x, uint8_t byte) {
     SchemaLevel *l = &x->levels[x->depth - 1];
     bool array = l->type == '[';
-    if (l->phase == KEY) return byte == '"' && !x->stage ? schema_key_end(x) : schema_char(x, byte);
+    if (l->phase == KEY) return byte == '"' && !x->c.stage ? schema_key_end(x) : schema_char(x, byte);
     if (l->phase == COLON) return x->gap = byte == ':', x->gap && schema_push(x);
     if (byte == (array ? ']' : '}')) return l->phase != NEXT && schema_keep(x, true) && schema_pop(x);
     if (l->phase == FILLED) {
@@ -4774,16 +4718,15 @@ static Schema *schema_open(const Options *o) {
     s->forms = zeros(MAX_NODES, sizeof *s->forms);
     s->index = index_new(MAX_NODES);
     for (int op = 0; op < CHARS; op++)
-        schema_node(s, op, op == ANYTHING ? ANY_CHAR : 0, op == ANY_CHAR ? TEXT_END : 0, 0);
+        schema_node(s, op, op == ANYTHING ? ANY_CHAR : 0, op == ANY_CHAR ? N_CHARS - 1 : 0, 0);
     s->number = schema_pattern(s, RE_ANY_NUMBER, true);
     s->integer = schema_pattern(s, RE_AN_INTEGER, true);
     s->scalars = schema_join(s, ALT, s->number, schema_pattern(s, "null|true|false", true));
     s->at = s->start = memcpy(resize(NULL, text.len + 1, 1), text.s, text.len);
     s->start[text.len] = 0;
     if (!here) free((char *)(uintptr_t)text.s);
-    schema_value(s, 0, (Text){0}, 0);
+    schema_value(s, (Text){0}, 0);
     s->place = 0;
-    s->at += strspn(s->at, " \t\r\n");
     if (s->at != s->start + text.len) schema_refuse(s, "is no JSON: something follows");
     int draft = s->values[0].type == '{' ? schema_get(s, 0, "$schema", "\"") : 0;
     s->old = draft && strstr(s->values[draft].text.s, "/draft-0");
@@ -4849,7 +4792,7 @@ static void schema_copy(SchemaText *to, const SchemaText *from) {
 static bool schema_free(const SchemaText *x, int longest) {
     const SchemaLevel *l = &x->levels[x->depth - 1];
     bool string = x->depth && l->type == '"', key = x->depth && l->type == '{' && l->phase == KEY;
-    for (int i = x->depth ? l->first : 0; i < x->n_ways && !x->stage && (string || key); i++) {
+    for (int i = x->depth ? l->first : 0; i < x->n_ways && !x->c.stage && (string || key); i++) {
         int chars = x->s->states[x->ways[i].state].free;
         int most = x->s->shapes[x->ways[i].shape].max;
         if (string ? chars >= longest : chars == INT_MAX && most == INT_MAX) return true;
