@@ -3609,7 +3609,8 @@ static Text tool_question(Text text, const char **before, const char **after) {
 enum { MAX_NODES = 1 << 17, MAX_RUNS = 1 << 22, MAX_WAYS = 4096, MAX_NESTING = 500, MANY = 1000 };
 // Operators of expressions; the first ones without operands have the numbers of their nodes.
 enum { NOTHING, EMPTY, ANY_CHAR, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT,
-       SCHEMA, CONSTANT, ONE_OF };
+       STRING, SCHEMA, CONSTANT, ONE_OF };
+enum { QUOTE = N_CHARS };  // the symbol of a string's ends
 typedef struct { int op, a, b, c; } SchemaNode;
 typedef struct { int last, to; } SchemaRun;  // characters up to the last one lead to a node
 typedef struct {        // a node as a state of an automaton
@@ -3625,16 +3626,11 @@ typedef struct {        // of arrays: a member for each place, the last one for 
     int names;          // the language of all keys
 } SchemaShape;
 typedef struct {
-    int scalar, string;  // languages
+    int text;            // the language of its scalars and strings
     int first, n;        // of its shapes
     bool known, busy, seen, alive, finished;
 } SchemaForm;
 typedef struct { Text text; int id, shared; bool plain; } SchemaToken;
-typedef struct {        // the vocabulary in order of its bytes; `shared` with the one before
-    SchemaToken *tokens;
-    uint8_t *plain;     // (vocab_size) 0: goes anywhere in a string that allows all characters
-    int n, n_plain, longest, think;
-} SchemaTokens;
 typedef struct Schema {
     const char *name;   // for errors
     char *at, *start;   // what is being read
@@ -3649,7 +3645,9 @@ typedef struct Schema {
     SchemaValue *values;
     SchemaShape *shapes;
     SchemaMember *members;
-    SchemaTokens tokens;
+    SchemaToken *tokens;  // in order of their bytes, those that are n_plain first
+    int n_tokens, n_plain, longest;
+    uint8_t *special;     // (vocab_size) 0: goes anywhere in a string that allows all characters
     struct SchemaText *work;  // (threads, longest token + 1) scratch of the masks,
     uint8_t *forbidden;       // and these (threads, vocab_size)
 } Schema;
@@ -3717,13 +3715,19 @@ static int schema_chars(Schema *s, int low, int high) {
     return schema_node(s, CHARS, low, high, 0);
 }
 
+static int schema_quoted(Schema *s, int a) {
+    return schema_cat(s, schema_chars(s, QUOTE, QUOTE), schema_node(s, STRING, a, 0, 0));
+}
+
 // What is left to come after the character c.
 static int schema_derive(Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
     if (n.op == CHARS || n.op == ANY_CHAR) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
     if (n.op == ANYTHING) return ANYTHING;
-    if (n.op < CAT || n.op > REPEAT) return NOTHING;
+    if (n.op == STRING && c == QUOTE) return s->states[n.a].accepts ? EMPTY : NOTHING;
+    if (n.op < CAT || n.op > STRING) return NOTHING;
     int a = schema_derive(s, n.a, c);
+    if (n.op == STRING) return a == NOTHING ? NOTHING : schema_node(s, STRING, a, 0, 0);
     if (n.op == NOT) return schema_not(s, a);
     if (n.op == REPEAT)
         return schema_cat(s, a, schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX)));
@@ -3736,8 +3740,8 @@ static int schema_edge(const Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
     if (n.op == CHARS || n.op == ANY_CHAR)
         return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
-    if (n.op < CAT) return INT_MAX;
-    int a = schema_edge(s, n.a, c), b = INT_MAX;
+    if (n.op < CAT || n.op > STRING) return INT_MAX;
+    int a = schema_edge(s, n.a, c), b = n.op == STRING && c < QUOTE ? QUOTE : INT_MAX;
     if (n.op == ALT || n.op == AND || (n.op == CAT && s->states[n.a].accepts))
         b = schema_edge(s, n.b, c);
     return a < b ? a : b;
@@ -3763,9 +3767,9 @@ static int schema_automaton(Schema *s, int id) {
         SchemaState *state = &s->states[found.ids[i]];
         if (state->n_runs) continue;
         int first = s->n_runs;
-        for (int c = 0, next; c < N_CHARS; c = next) {
+        for (int c = 0, next; c <= QUOTE; c = next) {
             next = schema_edge(s, found.ids[i], c);
-            if (next > N_CHARS) next = N_CHARS;
+            if (next > QUOTE) next = QUOTE + 1;
             int to = schema_derive(s, found.ids[i], c), n = s->n_runs;
             bool more = n > first && s->runs[n - 1].to == to;
             if (!more && n == MAX_RUNS) schema_refuse(s, "needs too many states");
@@ -3780,10 +3784,10 @@ static int schema_automaton(Schema *s, int id) {
         changed = false;
         for (size_t i = found.n; i--;) {
             SchemaState *state = &s->states[found.ids[i]];
-            int words = state->accepts + schema_words(s, found.ids[i], 0, N_CHARS - 1), chars = 0;
+            int words = state->accepts + schema_words(s, found.ids[i], 0, QUOTE), chars = 0;
             int to = s->runs[state->runs].to;
             words = words < MANY ? words : MANY;
-            if (state->n_runs == 1 && s->states[to].words)
+            if (s->runs[state->runs].last >= QUOTE - 1 && s->states[to].words)
                 chars = to == found.ids[i] || s->states[to].free == INT_MAX ? INT_MAX
                       : s->states[to].free + 1;
             changed |= words != state->words || chars != state->free;
@@ -3967,7 +3971,8 @@ static int schema_above(Schema *s, Text bound, bool below, bool equal) {
 static const struct { const char *name, *pattern; } schema_formats[] = {
     {"date", RE_DATE}, {"time", RE_TIME}, {"date-time", RE_DATE "[tT]" RE_TIME},
     {"uuid", "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"},
-    {"email", RE_ATOM "(?:\\." RE_ATOM ")*@" RE_HOSTNAME}, {"uri", RE_URI}};
+    {"ipv4", NULL}, {"ipv6", NULL},
+    {"hostname", NULL}, {"email", RE_ATOM "(?:\\." RE_ATOM ")*@" RE_HOSTNAME}, {"uri", RE_URI}};
 
 static int schema_utf8(char *out, int c) {
     int more = (c >= 0x80) + (c >= 0x800) + (c >= 0x10000);
@@ -4125,14 +4130,13 @@ static SchemaShape schema_split(Schema *s, int names, int schema, int other) {
     return shape;
 }
 static SchemaForm schema_all(Schema *s) {
-    SchemaForm f = {.scalar = s->scalars, .string = ANYTHING};
+    SchemaForm f = {.text = schema_join(s, ALT, s->scalars, schema_quoted(s, ANYTHING))};
     schema_shape(s, &f, schema_any(s, '[', ANYTHING));
     schema_shape(s, &f, schema_any(s, '{', ANYTHING));
     return f;
 }
 static SchemaForm schema_union(Schema *s, SchemaForm a, SchemaForm b) {
-    SchemaForm f = {.scalar = schema_join(s, ALT, a.scalar, b.scalar),
-                    .string = schema_join(s, ALT, a.string, b.string)};
+    SchemaForm f = {.text = schema_join(s, ALT, a.text, b.text)};
     for (int i = 0; i < a.n; i++) schema_shape(s, &f, s->shapes[a.first + i]);
     for (int i = 0; i < b.n; i++) schema_shape(s, &f, s->shapes[b.first + i]);
     return f;
@@ -4161,8 +4165,7 @@ static SchemaShape schema_meet(Schema *s, SchemaShape a, SchemaShape b) {
     return shape;
 }
 static SchemaForm schema_both(Schema *s, SchemaForm a, SchemaForm b) {
-    SchemaForm f = {.scalar = schema_join(s, AND, a.scalar, b.scalar),
-                    .string = schema_join(s, AND, a.string, b.string)};
+    SchemaForm f = {.text = schema_join(s, AND, a.text, b.text)};
     for (int i = 0; i < a.n * b.n; i++) {
         SchemaShape x = s->shapes[a.first + i / b.n], y = s->shapes[b.first + i % b.n];
         if (x.type == y.type) schema_shape(s, &f, schema_meet(s, x, y));
@@ -4174,12 +4177,12 @@ static SchemaForm schema_constant(Schema *s, int v) {
     SchemaValue value = s->values[v];
     SchemaForm f = {0};
     SchemaShape shape = {.type = value.type};
-    if (value.type == '"') f.string = schema_literal(s, value.text);
+    if (value.type == '"') f.text = schema_quoted(s, schema_literal(s, value.text));
     else if (value.type == '0')
-        f.scalar = schema_join(s, AND, schema_above(s, value.text, false, true),
-                               schema_above(s, value.text, true, true));
-    else if (value.type != '[' && value.type != '{') f.scalar = schema_literal(s, value.text);
-    if (f.string || f.scalar) return f;
+        f.text = schema_join(s, AND, schema_above(s, value.text, false, true),
+                             schema_above(s, value.text, true, true));
+    else if (value.type != '[' && value.type != '{') f.text = schema_literal(s, value.text);
+    if (f.text) return f;
     int names = NOTHING;
     for (int w = value.first; w; w = s->values[w].next, shape.min++) {
         int name = schema_literal(s, s->values[w].key), one = schema_node(s, CONSTANT, w, 0, 0);
@@ -4187,7 +4190,7 @@ static SchemaForm schema_constant(Schema *s, int v) {
         schema_member(s, &shape, name, s->values[w].key, one, value.type == '{');
     }
     schema_member(s, &shape, schema_not(s, names), (Text){0}, NOTHING, false);
-    shape.max = shape.min;
+    shape.max = value.type == '[' ? shape.min : INT_MAX;
     schema_shape(s, &f, shape);
     return f;
 }
@@ -4245,15 +4248,14 @@ static int schema_text(Schema *s, int v) {
     int min = schema_count(s, v, "minLength", 0), max = schema_count(s, v, "maxLength", INT_MAX);
     int all = max < min ? NOTHING : schema_repeat(s, ANY_CHAR, min, max);
     int w = schema_get(s, v, "pattern", "\"");
-    if (w) {
-        all = schema_join(s, AND, all, schema_pattern(s, s->values[w].text.s, false));
-    }
+    if (w) all = schema_join(s, AND, all, schema_pattern(s, s->values[w].text.s, false));
     w = schema_get(s, v, "format", "\"");
     for (size_t i = 0; w && i < sizeof schema_formats / sizeof *schema_formats; i++) {
         if (!text_is(s->values[w].text, schema_formats[i].name)) continue;
+        if (!schema_formats[i].pattern) schema_refuse(s, "is a format that is not understood");
         all = schema_join(s, AND, all, schema_pattern(s, schema_formats[i].pattern, true));
     }
-    return all;
+    return schema_quoted(s, all);
 }
 static SchemaForm schema_arrays(Schema *s, int v) {
     SchemaForm f = {0};
@@ -4334,10 +4336,10 @@ static SchemaForm schema_keywords(Schema *s, int v) {
         set |= 1 << i;
     }
     if (!type) set = 127;
-    SchemaForm f = {.string = set & 16 ? schema_text(s, v) : NOTHING}, e = {0};
-    if (set & 1) f.scalar = schema_pattern(s, "null", true);
-    if (set & 2) f.scalar = schema_join(s, ALT, f.scalar, schema_pattern(s, "true|false", true));
-    if (set & 12) f.scalar = schema_join(s, ALT, f.scalar, schema_scalar(s, v, !(set & 8)));
+    SchemaForm f = {.text = set & 16 ? schema_text(s, v) : NOTHING}, e = {0};
+    if (set & 1) f.text = schema_join(s, ALT, f.text, schema_pattern(s, "null", true));
+    if (set & 2) f.text = schema_join(s, ALT, f.text, schema_pattern(s, "true|false", true));
+    if (set & 12) f.text = schema_join(s, ALT, f.text, schema_scalar(s, v, !(set & 8)));
     if (set & 32) f = schema_union(s, f, schema_arrays(s, v));
     if (set & 64) f = schema_union(s, f, schema_objects(s, v));
     int options = schema_get(s, v, "enum", "[");
@@ -4350,6 +4352,7 @@ static SchemaForm schema_keywords(Schema *s, int v) {
     return all == ANYTHING ? f : schema_both(s, f, schema_form(s, all));
 }
 static bool schema_shape_live(Schema *s, SchemaShape shape);
+static bool schema_shape_live(Schema *s, SchemaShape shape);
 // Of schemas of which exactly one must hold: texts that more than one allows are left out, and
 // arrays or objects must exclude each other.
 static SchemaForm schema_one(Schema *s, int list) {
@@ -4361,8 +4364,7 @@ static SchemaForm schema_one(Schema *s, int list) {
                 schema_refuse(s, "has alternatives that overlap");
         all = schema_union(s, all, one);
         f = schema_union(s, f, one);
-        f.scalar = schema_join(s, AND, f.scalar, schema_not(s, both.scalar));
-        f.string = schema_join(s, AND, f.string, schema_not(s, both.string));
+        f.text = schema_join(s, AND, f.text, schema_not(s, both.text));
     }
     return f;
 }
@@ -4401,13 +4403,14 @@ static bool schema_shape_live(Schema *s, SchemaShape shape) {
         const SchemaMember m = s->members[shape.first + i];
         needed += m.required;
         bool must = m.required || (shape.type == '[' && i < shape.min);
-        bool may = (must || (shape.type == '[' ? 0 : shape.min)) && schema_live(s, m.schema);
+        bool may = (must || (shape.type == '{' && shape.min)) && schema_live(s, m.schema);
         if (must && !may) return false;
         if (may) names = schema_join(s, ALT, names, m.names);
     }
+    if (needed && shape.type == '{' && shape.max < INT_MAX)
+        schema_refuse(s, "has maxProperties beside required");
     int enough = shape.type == '[' ? 0 : shape.min < MANY ? shape.min : MANY;
-    if (enough && schema_automaton(s, names) < enough) return false;
-    return shape.min <= shape.max && needed <= shape.max;
+    return shape.min <= shape.max && (!enough || schema_automaton(s, names) >= enough);
 }
 static int schema_live(Schema *s, int id) {
     if (s->forms[id].busy) return true;  // not known yet: schema_finish asks again
@@ -4415,7 +4418,7 @@ static int schema_live(Schema *s, int id) {
     if (f.alive || f.seen) return f.alive;
     schema_deeper(s);
     s->forms[id].seen = true;
-    bool alive = schema_automaton(s, f.scalar) || schema_automaton(s, f.string);
+    bool alive = schema_automaton(s, f.text);
     for (int i = 0; i < f.n && !alive; i++) alive = schema_shape_live(s, s->shapes[f.first + i]);
     s->forms[id].seen = false;
     s->depth--;
@@ -4428,49 +4431,44 @@ static void schema_finish(Schema *s, int root) {
     push(&all, root);
     for (int i = 0; i < s->n_nodes; i++) s->forms[i].alive = false;  // some was only assumed
     for (size_t i = 0; i < all.n; i++) {
-        SchemaForm *f = &s->forms[all.ids[i]];
-        if (f->finished) continue;
-        schema_form(s, all.ids[i]);
-        f->finished = true;
+        SchemaForm f = schema_form(s, all.ids[i]);
+        if (f.finished) continue;
         int n = 0;
-        for (int j = f->first; j < f->first + f->n; j++)
-            if (schema_shape_live(s, s->shapes[j])) s->shapes[f->first + n++] = s->shapes[j];
-        f->n = n;
-        schema_automaton(s, f->scalar);
-        schema_automaton(s, f->string);
-        for (int j = f->first; j < f->first + n; j++) {
+        schema_automaton(s, f.text);
+        for (int j = f.first; j < f.first + f.n; j++) {
             SchemaShape shape = s->shapes[j];
+            if (!schema_shape_live(s, shape)) continue;
             for (int k = 0; k < shape.n; k++) {
                 SchemaMember m = s->members[shape.first + k];
                 bool live = schema_live(s, m.schema);
                 if (shape.type == '[' && !live && shape.max > k) shape.max = k;
-                if (shape.type == '{' && live)
-                    shape.names = schema_join(s, ALT, shape.names, m.names);
+                if (live) shape.names = schema_join(s, ALT, shape.names, m.names);
                 if (live) push(&all, m.schema);
                 schema_automaton(s, m.names);
             }
             schema_automaton(s, shape.names);
-            s->shapes[j] = shape;
+            s->shapes[f.first + n++] = shape;
         }
+        f.n = n;
+        f.finished = true;
+        s->forms[all.ids[i]] = f;
     }
     free(all.ids);
 }
 
 // A text in progress. A level for each value that is open, and in it the ways in which the value
-// may still fit: `state` is of a string's, a key's or a scalar's automaton, then of the member's
-// schema; `parent` the way of the level below that it belongs to.
-typedef struct { int type, shape, state, parent; } SchemaWay;
+// may still fit: `state` is of a text's or key's automaton, then the member's schema; `parent` the
+// way of the level below that it belongs to.
+typedef struct { int shape, state, parent; } SchemaWay;  // shape -1: a scalar or string
 typedef struct { int type, phase, first, count, keys; } SchemaLevel;  // keys: the last one so far
 enum { OPENED, NEXT, KEY, COLON, FILLED };  // phases of arrays and objects
 typedef struct SchemaText {
     Schema *s;
     int depth, n_ways;
     SchemaChar c;          // that is being read
-    bool gap;              // a space is to come
+    bool gap, string;      // a space is to come; within a string or key
     int keys;              // bytes of the keys, {int before, length; the name}
     int key;               // where the one begins that is being written
-    bool fresh, thinking;  // nothing is written yet; a thought is, up to </think>
-    int tag;               // so many bytes of that
     char *memory;
     int capacity;
     SchemaLevel levels[MAX_NESTING];
@@ -4488,76 +4486,63 @@ static bool schema_seen(const SchemaText *x, Text name) {
         if (text_same(schema_key(x, key, &key), name)) return true;
     return false;
 }
-// Whether a name goes on as the key that is being written does, with a character of a range.
-static bool schema_begins(Text name, Text key, int low, int high) {
-    size_t used;
-    if (name.len <= key.len || (key.len && memcmp(name.s, key.s, key.len))) return false;
-    int c = (int)next_char(name.s + key.len, name.len - key.len, &used);
-    return c >= low && c <= high;
-}
-// Whether a key can go on with one of some characters, so that it becomes one that is not there
-// yet; where only the required ones have room, one of those.
-static bool schema_key_fits(const SchemaText *x, const SchemaWay *way, Text key, int low,
-                            int high) {
-    const SchemaShape *shape = &x->s->shapes[way->shape];
+// Whether a key can go on with one of some characters, so that it becomes one that is new.
+static bool schema_fits(const SchemaText *x, int state, int low, int high) {
     const SchemaLevel *l = &x->levels[x->depth - 1];
-    int missing = 0, fitting = 0, seen = 0;
-    for (int i = 0; i < shape->n; i++) {
-        const SchemaMember *m = &x->s->members[shape->first + i];
-        if (!m->required || schema_seen(x, m->name)) continue;
-        missing++;
-        fitting += schema_begins(m->name, key, low, high);
+    size_t used, done = l->phase == KEY ? (size_t)(x->keys - x->key - 8) : 0;
+    int words = schema_words(x->s, state, low, high);
+    for (int other = l->type == '{' ? l->keys : 0; other && words && words < MANY;) {
+        Text name = schema_key(x, other, &other);
+        if (name.len <= done || (done && memcmp(name.s, x->memory + x->key + 8, done))) continue;
+        int c = (int)next_char(name.s + done, name.len - done, &used);
+        words -= c >= low && c <= high && schema_accepts(x->s, state, (Text){name.s + done,
+                                                                             name.len - done});
     }
-    if (l->count + missing >= shape->max) return fitting > 0;
-    for (int other = l->keys; other;)
-        seen += schema_begins(schema_key(x, other, &other), key, low, high);
-    int words = schema_words(x->s, way->state, low, high);
-    return words == MANY || words > seen;
+    return words > 0;
 }
-
-// Whether a way can end its value here, or have another member.
-static bool schema_can(const SchemaText *x, const SchemaWay *way, bool end) {
+// Keeps the ways that can end their value here, or have another member.
+static bool schema_keep(SchemaText *x, bool end) {
     const SchemaLevel *l = &x->levels[x->depth - 1];
-    if (l->type != '[' && l->type != '{') return x->s->states[way->state].accepts;
-    const SchemaShape *shape = &x->s->shapes[way->shape];
-    if (end && l->count < shape->min) return false;
-    const SchemaMember *m = x->s->members + shape->first;
-    for (int i = 0; end && i < shape->n; i++)
-        if (m[i].required && !schema_seen(x, m[i].name)) return false;
-    if (end || l->count >= shape->max) return end;
-    SchemaWay start = {.shape = way->shape, .state = shape->names};
-    return l->type == '[' || schema_key_fits(x, &start, (Text){0}, 0, N_CHARS - 1);
-}
-static bool schema_keep(SchemaText *x, bool end) {  // the ways that can
-    int n = x->levels[x->depth - 1].first;
-    for (int i = n; i < x->n_ways; i++)
-        if (schema_can(x, &x->ways[i], end)) x->ways[n++] = x->ways[i];
+    int n = l->first;
+    for (int i = n; i < x->n_ways; i++) {
+        SchemaWay way = x->ways[i];
+        bool can = way.shape >= 0 || x->s->states[way.state].accepts;
+        const SchemaShape *shape = &x->s->shapes[way.shape < 0 ? 0 : way.shape];
+        const SchemaMember *m = x->s->members + shape->first;
+        if (way.shape >= 0) can = end ? l->count >= shape->min : l->count < shape->max;
+        for (int j = 0; way.shape >= 0 && can && end && j < shape->n; j++)
+            can = !m[j].required || schema_seen(x, m[j].name);
+        if (can && !end && l->type == '{') can = schema_fits(x, shape->names, 0, N_CHARS - 1);
+        if (can) x->ways[n++] = way;
+    }
     x->n_ways = n;
-    return n > x->levels[x->depth - 1].first;
+    return n > l->first;
 }
-static void schema_way(SchemaText *x, int type, int shape, int state, int parent) {
-    if (x->n_ways < MAX_WAYS) x->ways[x->n_ways++] = (SchemaWay){type, shape, state, parent};
+static bool schema_way(SchemaText *x, int shape, int state, int parent) {
+    if (x->n_ways == MAX_WAYS) return false;
+    x->ways[x->n_ways++] = (SchemaWay){shape, state, parent};
+    return true;
 }
-// Opens a level for a value: all ways to fit an expression. (Others may do so, too.)
-static void schema_ways(SchemaText *x, int id, int parent) {
+// Opens a level for a value: all ways to fit an expression.
+static bool schema_ways(SchemaText *x, int id, int parent) {
     const SchemaForm *f = &x->s->forms[id];
-    if (x->s->states[f->scalar].words) schema_way(x, 's', 0, f->scalar, parent);
-    if (x->s->states[f->string].words) schema_way(x, '"', 0, f->string, parent);
+    bool room = !x->s->states[f->text].words || schema_way(x, -1, f->text, parent);
     for (int i = f->first; i < f->first + f->n; i++)
-        schema_way(x, x->s->shapes[i].type, i, x->s->shapes[i].names, parent);
+        room = room && schema_way(x, i, x->s->shapes[i].names, parent);
+    return room;
 }
 static bool schema_push(SchemaText *x) {
     const SchemaLevel *l = &x->levels[x->depth - 1];
-    if (x->depth == MAX_NESTING) return false;
     int first = x->n_ways;
+    if (x->depth == MAX_NESTING) return false;
     for (int i = l->first; i < first; i++) {
         const SchemaShape *shape = &x->s->shapes[x->ways[i].shape];
         int place = l->count < shape->n ? l->count : shape->n - 1;
         int id = l->type == '[' ? x->s->members[shape->first + place].schema : x->ways[i].state;
-        schema_ways(x, id, i);
+        if (!schema_ways(x, id, i)) return false;
     }
     x->levels[x->depth++] = (SchemaLevel){.first = first};
-    return x->n_ways < MAX_WAYS;
+    return true;
 }
 // Ends a value: of the ways below stay those that one of its own ways belongs to.
 static bool schema_pop(SchemaText *x) {
@@ -4565,13 +4550,11 @@ static bool schema_pop(SchemaText *x) {
     x->n_ways = first;
     if (!x->depth) return true;
     SchemaLevel *l = &x->levels[x->depth - 1];
-    int n = l->first;
-    for (int i = n; i < first; i++) {
-        bool kept = false;
-        for (int j = first; j < end && !kept; j++) kept = x->ways[j].parent == i;
-        if (kept) x->ways[n++] = x->ways[i];
+    x->n_ways = l->first;
+    for (int i = l->first, j; i < first; i++) {
+        for (j = first; j < end && x->ways[j].parent != i; j++) {}
+        if (j < end) x->ways[x->n_ways++] = x->ways[i];
     }
-    x->n_ways = n;
     l->count++;
     l->phase = FILLED;
     return true;
@@ -4580,37 +4563,6 @@ static void schema_memory(SchemaText *x, int more) {
     if (x->keys + more <= x->capacity) return;
     x->capacity = 2 * (x->keys + more);
     x->memory = resize(x->memory, (size_t)x->capacity, 1);
-}
-static bool schema_fits(const SchemaText *x, const SchemaWay *way, Text key, int low, int high) {
-    if (x->levels[x->depth - 1].type == '{') return schema_key_fits(x, way, key, low, high);
-    return schema_words(x->s, way->state, low, high) > 0;
-}
-// Goes on within a string: of the ways stay those that have a use for such a character.
-static bool schema_char(SchemaText *x, int b) {
-    static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
-    SchemaLevel *l = &x->levels[x->depth - 1];
-    if (!schema_byte(&x->c, b)) return false;
-    Text key = {x->memory + x->key + 8, (size_t)(x->keys - x->key - 8)};
-    int low = x->c.low, high = x->c.high, n = l->first, low2 = 1, high2 = 0;
-    if (x->c.stage < ESCAPE && low < least[x->c.stage]) low = least[x->c.stage];
-    if (x->c.stage > HEX && x->c.stage < LOW && low < 0xdc00 && high >= 0xd800) {  // the first of two
-        low2 = low > 0xd800 ? 0x10000 + ((low - 0xd800) << 10) : 0x10000;
-        high2 = high < 0xdbff ? 0x103ff + ((high - 0xd800) << 10) : N_CHARS - 1;
-        if (high <= 0xdfff) high = 0xd7ff;
-    }
-    for (int i = n; i < x->n_ways; i++) {
-        SchemaWay way = x->ways[i];
-        bool fits = low <= high && schema_fits(x, &way, key, low, high);
-        if (!fits && (low2 > high2 || !schema_fits(x, &way, key, low2, high2))) continue;
-        if (!x->c.stage) way.state = schema_go(x->s, way.state, low);
-        x->ways[n++] = way;
-    }
-    x->n_ways = n;
-    if (!x->c.stage && l->type == '{') {
-        schema_memory(x, 4);
-        x->keys += schema_utf8(x->memory + x->keys, low);
-    }
-    return n > l->first;
 }
 // A key ends: each way's state becomes the schema of its member.
 static bool schema_key_end(SchemaText *x) {
@@ -4630,49 +4582,56 @@ static bool schema_key_end(SchemaText *x) {
     x->n_ways = n;
     l->keys = x->key;
     l->phase = COLON;
+    x->string = false;
     return n > l->first;
 }
-static bool schema_member_step(SchemaText *x, uint8_t byte);
+// Goes on within a scalar, string or key: the ways stay that have a use for such a character.
+static bool schema_char(SchemaText *x, int b) {
+    SchemaLevel *l = &x->levels[x->depth - 1];
+    bool quote = b == '"' && !x->c.stage, key = l->type == '{';
+    if (quote && key) return schema_key_end(x);
+    if (quote) x->string = !x->string;
+    if (quote || (!x->string && !key)) x->c.low = x->c.high = quote ? QUOTE : b;
+    else if (!schema_byte(&x->c, b)) return false;
+    int low = x->c.low, high = x->c.high, n = l->first, low2 = 1, high2 = 0;
+    if (x->c.stage > HEX && x->c.stage < LOW && low < 0xdc00 && high >= 0xd800) {  // one of two
+        low2 = low > 0xd800 ? 0x10000 + ((low - 0xd800) << 10) : 0x10000;
+        high2 = high < 0xdbff ? 0x103ff + ((high - 0xd800) << 10) : N_CHARS - 1;
+        if (high <= 0xdfff) high = 0xd7ff;
+    }
+    for (int i = n; i < x->n_ways; i++) {
+        SchemaWay way = x->ways[i];
+        bool fits = low <= high && schema_fits(x, way.state, low, high);
+        if (!fits && (low2 > high2 || !schema_fits(x, way.state, low2, high2))) continue;
+        if (!x->c.stage) way.state = schema_go(x->s, way.state, low);
+        x->ways[n++] = way;
+    }
+    x->n_ways = n;
+    if (!x->c.stage && key) {
+        schema_memory(x, 4);
+        x->keys += schema_utf8(x->memory + x->keys, low);
+    }
+    return n > l->first && (!quote || x->string || schema_pop(x));
+}
 // Takes the next byte of the text. False: no text that fits goes on so.
 static bool schema_step(SchemaText *x, uint8_t byte) {
-    if (x->gap) {
-        x->gap = false;
-        return byte == ' ';
-    }
+    if (x->gap) return x->gap = false, byte == ' ';
     if (!x->depth) return false;
     SchemaLevel *l = &x->levels[x->depth - 1];
     if (!l->type) {  // a value begins
+        l->type = byte == '{' || byte == '[' ? byte : 't';
         int n = l->first;
-        l->type = byte == '{' || byte == '[' || byte == '"' ? byte : 's';
-        l->phase = OPENED;
-        for (int i = n; i < x->n_ways; i++)
-            if (x->ways[i].type == l->type) x->ways[n++] = x->ways[i];
+        for (int i = n, shape; i < x->n_ways; i++)
+            if ((shape = x->ways[i].shape) < 0 ? l->type == 't' : x->s->shapes[shape].type == l->type)
+                x->ways[n++] = x->ways[i];
         x->n_ways = n;
-        if (l->type != 's') return n > l->first;
-    }
-    if (l->type == 's') {
-        if (byte && strchr(",]}", byte))
-            return schema_keep(x, true) && schema_pop(x) && schema_step(x, byte);
-        int n = l->first;
-        for (int i = n; i < x->n_ways; i++) {
-            x->ways[n] = x->ways[i];
-            x->ways[n].state = schema_go(x->s, x->ways[i].state, byte);
-            n += x->s->states[x->ways[n].state].words > 0;
-        }
-        x->n_ways = n;
-        return n > l->first;
-    }
-    bool ends = byte == '"' && !x->c.stage;
-    if (l->type == '"') return ends ? schema_keep(x, true) && schema_pop(x) : schema_char(x, byte);
-    return schema_member_step(x, byte);
-}
-// The same between the members of an array or object, and in keys.
-static bool schema_member_step(SchemaText *x, uint8_t byte) {
-    SchemaLevel *l = &x->levels[x->depth - 1];
-    bool array = l->type == '[';
-    if (l->phase == KEY) return byte == '"' && !x->c.stage ? schema_key_end(x) : schema_char(x, byte);
+        if (l->type != 't') return n > l->first;
+    } else if (l->type == 't' && !x->string && byte && strchr(",]}", byte))
+        return schema_keep(x, true) && schema_pop(x) && schema_step(x, byte);
+    if (l->type == 't' || l->phase == KEY) return schema_char(x, byte);
     if (l->phase == COLON) return x->gap = byte == ':', x->gap && schema_push(x);
-    if (byte == (array ? ']' : '}')) return l->phase != NEXT && schema_keep(x, true) && schema_pop(x);
+    if (byte == (l->type == '[' ? ']' : '}'))
+        return l->phase != NEXT && schema_keep(x, true) && schema_pop(x);
     if (l->phase == FILLED) {
         l->phase = NEXT;
         x->gap = byte == ',';
@@ -4680,23 +4639,21 @@ static bool schema_member_step(SchemaText *x, uint8_t byte) {
     }
     if (l->phase == OPENED && !schema_keep(x, false)) return false;
     l->phase = NEXT;
-    if (array) return schema_push(x) && schema_step(x, byte);
-    if (byte != '"') return false;
+    if (l->type == '[') return schema_push(x) && schema_step(x, byte);
     l->phase = KEY;
     for (int i = l->first; i < x->n_ways; i++)
         x->ways[i].state = x->s->shapes[x->ways[i].shape].names;
     schema_memory(x, 8);
     x->key = x->keys;
     x->keys += 8;
-    return true;
+    return x->string = byte == '"';
 }
 // Whether the text is complete; with `last`, whether nothing can follow.
 static bool schema_complete(const SchemaText *x, bool last) {
-    bool ends = false, more = false;
-    if (!x->depth) return true;
-    for (int i = 0; i < x->n_ways && x->depth == 1 && x->levels[0].type == 's'; i++) {
+    bool ends = !x->depth, more = false;
+    for (int i = 0; i < x->n_ways && x->depth == 1 && x->levels[0].type == 't'; i++) {
         ends |= x->s->states[x->ways[i].state].accepts;
-        more |= schema_words(x->s, x->ways[i].state, 0, N_CHARS - 1) > 0;
+        more |= schema_words(x->s, x->ways[i].state, 0, QUOTE) > 0;
     }
     return ends && !(last && more);
 }
@@ -4704,7 +4661,19 @@ static void schema_start(SchemaText *x, Schema *s) {
     *x = (SchemaText){.s = s, .keys = 8, .depth = 1, .memory = x->memory, .capacity = x->capacity};
     schema_ways(x, s->root, -1);
 }
-
+static SchemaText *schema_begin(Schema *s) {
+    SchemaText *x = zeros(1, sizeof *x);
+    schema_start(x, s);
+    return x;
+}
+// Ends it. False: it is not complete.
+static bool schema_end(SchemaText **x) {
+    bool whole = !*x || schema_complete(*x, false);
+    if (*x) free((*x)->memory);
+    free(*x);
+    *x = NULL;
+    return whole;
+}
 // Reads and prepares the schema of --schema or --json.
 static Schema *schema_open(const Options *o) {
     Schema *s = zeros(1, sizeof *s);
@@ -4741,7 +4710,7 @@ static Schema *schema_open(const Options *o) {
 
 static void schema_close(Schema *s) {
     void *memory[] = {s->nodes, s->states, s->forms, s->index.entries, s->runs, s->values,
-                      s->shapes, s->members, s->start, s->tokens.tokens, s->tokens.plain, s->work,
+                      s->shapes, s->members, s->start, s->tokens, s->special, s->work,
                       s->forbidden, s};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
 }
@@ -4754,13 +4723,11 @@ static int schema_order(const void *a, const void *b) {
     if (!order) order = memcmp(x->text.s, y->text.s, n);
     return order ? order : (x->text.len > y->text.len) - (x->text.len < y->text.len);
 }
-static void schema_tokens(Schema *s, const Tokenizer *t, bool thinks, int threads) {
-    int vocab = t->h.vocab_size;
-    SchemaTokens v = {.tokens = resize(NULL, (size_t)vocab, sizeof(SchemaToken)),
-                      .plain = resize(NULL, (size_t)vocab, 1)};
-    v.think = thinks ? index_find(&t->by_text, (Text){"<think>", 7}, -1) : -1;
-    memset(v.plain, 1, (size_t)vocab);
-    for (int id = 0; id < vocab; id++) {
+static void schema_tokens(Schema *s, const Tokenizer *t, int threads) {
+    size_t vocab = (size_t)t->h.vocab_size;
+    s->tokens = resize(NULL, vocab, sizeof *s->tokens);
+    s->special = memset(resize(NULL, vocab, 1), 1, vocab);
+    for (int id = 0; id < (int)vocab; id++) {
         SchemaToken token = {decode(t, -1, id), id, 0, true};
         if (!token.text.len || is_stop(t, id)) continue;
         if (t->llama2c && token.text.len == 1 && (uint8_t)token.text.s[0] > 126) continue;
@@ -4768,52 +4735,42 @@ static void schema_tokens(Schema *s, const Tokenizer *t, bool thinks, int thread
             uint32_t c = next_char(token.text.s + i, token.text.len - i, &used);
             if (c < 32 || c == '"' || c == '\\' || (c == 0xfffd && used == 1)) token.plain = false;
         }
-        if ((int)token.text.len > v.longest) v.longest = (int)token.text.len;
-        v.plain[id] = !token.plain;
-        v.n_plain += token.plain;
-        v.tokens[v.n++] = token;
+        if ((int)token.text.len > s->longest) s->longest = (int)token.text.len;
+        s->special[id] = !token.plain;
+        s->n_plain += token.plain;
+        s->tokens[s->n_tokens++] = token;
     }
-    qsort(v.tokens, (size_t)v.n, sizeof *v.tokens, schema_order);
-    for (int i = 1; i < v.n; i++) {
-        Text a = v.tokens[i - 1].text, b = v.tokens[i].text;
-        int *n = &v.tokens[i].shared;
+    qsort(s->tokens, (size_t)s->n_tokens, sizeof *s->tokens, schema_order);
+    for (int i = 1; i < s->n_tokens; i++) {
+        Text a = s->tokens[i - 1].text, b = s->tokens[i].text;
+        int *n = &s->tokens[i].shared;
         while ((size_t)*n < a.len && (size_t)*n < b.len && a.s[*n] == b.s[*n]) ++*n;
     }
-    s->tokens = v;
-    s->work = resize(NULL, (size_t)(threads * (v.longest + 1)), sizeof *s->work);
-    s->forbidden = resize(NULL, (size_t)threads * (size_t)vocab, 1);
+    s->work = resize(NULL, (size_t)(threads * (s->longest + 1)), sizeof *s->work);
+    s->forbidden = resize(NULL, (size_t)threads * vocab, 1);
 }
 static void schema_copy(SchemaText *to, const SchemaText *from) {
     memcpy(to, from, offsetof(SchemaText, levels));
     memcpy(to->levels, from->levels, (size_t)from->depth * sizeof *from->levels);
     memcpy(to->ways, from->ways, (size_t)from->n_ways * sizeof *from->ways);
 }
-// Whether any characters may follow here for as long as a token goes on.
-static bool schema_free(const SchemaText *x, int longest) {
-    const SchemaLevel *l = &x->levels[x->depth - 1];
-    bool string = x->depth && l->type == '"', key = x->depth && l->type == '{' && l->phase == KEY;
-    for (int i = x->depth ? l->first : 0; i < x->n_ways && !x->c.stage && (string || key); i++) {
-        int chars = x->s->states[x->ways[i].state].free;
-        int most = x->s->shapes[x->ways[i].shape].max;
-        if (string ? chars >= longest : chars == INT_MAX && most == INT_MAX) return true;
-    }
-    return false;
-}
-// The tokens that cannot come next; NULL: all can.
+// The tokens that cannot come next. Where any characters may follow for as long as a token goes on,
+// those without a quote or backslash need no look.
 static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
-    const SchemaTokens *v = &x->s->tokens;
+    Schema *s = x->s;
     size_t vocab = (size_t)t->h.vocab_size;
-    uint8_t *forbidden = x->s->forbidden + (size_t)this_thread * vocab;
-    SchemaText *work = x->s->work + this_thread * (v->longest + 1);
-    bool open = schema_free(x, v->longest), complete = schema_complete(x, false);
-    if (x->thinking) return NULL;
-    schema_memory(x, 16 * v->longest + 64);
-    if (open) memcpy(forbidden, v->plain, vocab);
+    uint8_t *forbidden = s->forbidden + (size_t)this_thread * vocab;
+    SchemaText *work = s->work + this_thread * (s->longest + 1);
+    bool open = false;
+    for (int i = x->depth ? x->levels[x->depth - 1].first : 0; i < x->n_ways && !x->c.stage; i++)
+        open |= x->string && s->states[x->ways[i].state].free >= s->longest;
+    schema_memory(x, 16 * s->longest + 64);
+    if (open) memcpy(forbidden, s->special, vocab);
     else memset(forbidden, 1, vocab);
     schema_copy(work, x);
-    for (int i = open ? v->n_plain : 0, n = 0, dead = INT_MAX; i < v->n; i++) {
-        const SchemaToken *token = &v->tokens[i];
-        if (i != v->n_plain || !open) n = token->shared;
+    for (int i = open ? s->n_plain : 0, n = 0, dead = INT_MAX; i < s->n_tokens; i++) {
+        const SchemaToken *token = &s->tokens[i];
+        n = i == s->n_plain && open ? 0 : token->shared;
         if (n >= dead) continue;
         for (dead = INT_MAX; n < (int)token->text.len && dead == INT_MAX; n++) {
             schema_copy(work + n + 1, work + n);
@@ -4822,70 +4779,33 @@ static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
         forbidden[token->id] = dead < INT_MAX;
     }
     for (int id = 0; id < (int)vocab; id++)
-        if (is_stop(t, id)) forbidden[id] = !complete;
-    if (x->fresh && v->think >= 0) forbidden[v->think] = 0;
+        if (is_stop(t, id)) forbidden[id] = !schema_complete(x, false);
     return forbidden;
 }
 // Takes the text of a token that was drawn. True: the text ends here.
-static bool schema_take(SchemaText *x, Text text, int id) {
-    x->thinking |= x->fresh && id == x->s->tokens.think;
-    for (size_t i = 0; i < text.len; i++) {
-        const char *tag = output_tags[1];
-        if (!x->thinking) {
-            if (!schema_step(x, (uint8_t)text.s[i])) return true;
-            continue;
-        }
-        x->tag = text.s[i] == tag[x->tag] ? x->tag + 1 : text.s[i] == tag[0];
-        if (!tag[x->tag]) x->thinking = false, x->tag = 0;
-    }
-    x->fresh = false;
-    return !x->thinking && schema_complete(x, true);
-}
-// Begins a text behind a prompt, which may have opened a thought.
-static SchemaText *schema_begin(Schema *s, Text prompt) {
-    SchemaText *x = zeros(1, sizeof *x);
-    schema_start(x, s);
-    x->fresh = true;
-    for (size_t n = 1; s->tokens.think >= 0 && n <= prompt.len; n++)
-        if (text_ends(prompt.s, n, output_tags[x->thinking])) x->thinking = !x->thinking;
-    return x;
-}
-static SchemaText *schema_copy_of(const SchemaText *x) {  // one that has not begun
-    SchemaText *copy = zeros(1, sizeof *copy);
-    schema_start(copy, x->s);
-    copy->fresh = true;
-    copy->thinking = x->thinking;
-    return copy;
-}
-// Ends it. False: it is not complete.
-static bool schema_end(SchemaText **x) {
-    bool whole = !*x || (!(*x)->thinking && schema_complete(*x, false));
-    if (*x) free((*x)->memory);
-    free(*x);
-    *x = NULL;
-    return whole;
+static bool schema_take(SchemaText *x, Text text) {
+    for (size_t i = 0; i < text.len; i++)
+        if (!schema_step(x, (uint8_t)text.s[i])) return true;
+    return schema_complete(x, true);
 }
 // Ends the program if a document does not fit. (A line break may follow it.)
 static void schema_check(Schema *s, Text text, const char *name) {
-    SchemaText *x = zeros(1, sizeof *x);
-    schema_start(x, s);
+    SchemaText *x = schema_begin(s);
     size_t n = 0, end = text.len - (text.len && text.s[text.len - 1] == '\n');
     while (n < end && schema_step(x, (uint8_t)text.s[n])) n++;
-    if (n < end || !schema_complete(x, false))
+    if (!schema_end(&x) || n < end)
         die("%s does not fit %s: byte %zu %s", name, s->name, n,
             n < end ? "goes wrong" : "is missing: it is not complete");
-    schema_end(&x);
 }
 #else
 typedef struct { char none; } SchemaText;
 #define schema_mask(x, t) NULL
-#define schema_take(x, text, id) false
-#define schema_begin(s, prompt) NULL
-#define schema_copy_of(x) NULL
+#define schema_take(x, text) false
+#define schema_begin(s) NULL
 #define schema_end(x) true
 #define schema_check(s, text, name) (void)0
 #define schema_close(s) (void)0
-#define schema_tokens(s, t, thinks, threads) (void)0
+#define schema_tokens(s, t, threads) (void)0
 #endif
 // ---- [5.5] decoders, samples, speculation -------------------------------------------------------
 // Texts that grow, token by token: with -k several at once, with -d several tokens at once. Enter
@@ -5077,7 +4997,7 @@ static void machine_draw(void *context, int i) {
         push(ids, next);
         if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
         else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
-        bool ended = d->schema && schema_take(d->schema, decode(w->t, previous, next), next);
+        bool ended = d->schema && schema_take(d->schema, decode(w->t, previous, next));
         if (d->out->stopped || ended) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
@@ -5111,7 +5031,7 @@ static bool machine_step(Machine *w, Decoder *all, int n) {
 static void decoder_begin(const Machine *w, Decoder *d, Text prompt) {
     output_begin(d->out, w->o, w->t, prompt);
     schema_end(&d->schema);
-    if (w->o->compiled) d->schema = schema_begin(w->o->compiled, prompt);
+    if (w->o->compiled) d->schema = schema_begin(w->o->compiled);
 }
 
 // Runs n decoders until all have ended.
@@ -5138,7 +5058,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
     d->s.p = w->p, d->s.candidates = w->candidates;
-    if (o->compiled) schema_tokens(o->compiled, t, !strcmp(o->mode, "chat"), (int)o->threads);
+    if (o->compiled) schema_tokens(o->compiled, t, (int)o->threads);
     int n = o->each ? (int)o->at_once : o->samples > 1 ? (int)o->samples : 0;
     cache_open(&w->kv, m, w->ctx, 1 + n);
     if (o->draft && strcmp(o->draft, "lookup")) {
@@ -5171,7 +5091,7 @@ static void machine_close(Machine *w, Decoder *d) {
 static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) {
     const Ids *ids = &trunk->c.ids;
     *d = *trunk;
-    if (d->schema) d->schema = schema_copy_of(trunk->schema);
+    if (d->schema) d->schema = schema_begin(w->o->compiled);
     d->seq = i + 1;
     d->seed = d->s.rng = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
     d->out = &d->own;
