@@ -2902,7 +2902,7 @@ typedef struct {
     const char *tool, *each, *schema;
     List others, stops;
     long long at_once, skip, logprobs;
-    long long steps, context, threads, top_k, samples, layer, head, indent;
+    long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
     double min_p, repeat_penalty, dry;
     long long repeat_last;
@@ -3976,7 +3976,7 @@ static const struct { const char *name, *pattern; } schema_formats[] = {
 
 static int schema_utf8(char *out, int c) {
     int more = (c >= 0x80) + (c >= 0x800) + (c >= 0x10000);
-    out[0] = (char)(more ? (0xf00 >> more & 0xf0) | c >> 6 * more : c);
+    out[0] = (char)(more ? (0xf00 >> (more + 1) & 0xf0) | c >> 6 * more : c);
     for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (c >> 6 * (more - i) & 63));
     return more + 1;
 }
@@ -4030,7 +4030,7 @@ static bool schema_byte(SchemaChar *x, int b) {
             unit = 1024;
         }
     }
-    x->high = x->low + unit - 1;
+    x->high = x->low + unit - 1 < N_CHARS ? x->low + unit - 1 : N_CHARS - 1;
     return true;
 }
 // Reads the schema's JSON; strings are decoded in place.
@@ -4587,6 +4587,7 @@ static bool schema_key_end(SchemaText *x) {
 }
 // Goes on within a scalar, string or key: the ways stay that have a use for such a character.
 static bool schema_char(SchemaText *x, int b) {
+    static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
     SchemaLevel *l = &x->levels[x->depth - 1];
     bool quote = b == '"' && !x->c.stage, key = l->type == '{';
     if (quote && key) return schema_key_end(x);
@@ -4594,6 +4595,7 @@ static bool schema_char(SchemaText *x, int b) {
     if (quote || (!x->string && !key)) x->c.low = x->c.high = quote ? QUOTE : b;
     else if (!schema_byte(&x->c, b)) return false;
     int low = x->c.low, high = x->c.high, n = l->first, low2 = 1, high2 = 0;
+    if (x->c.stage < ESCAPE && low < least[x->c.stage]) low = least[x->c.stage];
     if (x->c.stage > HEX && x->c.stage < LOW && low < 0xdc00 && high >= 0xd800) {  // one of two
         low2 = low > 0xd800 ? 0x10000 + ((low - 0xd800) << 10) : 0x10000;
         high2 = high < 0xdbff ? 0x103ff + ((high - 0xd800) << 10) : N_CHARS - 1;
@@ -6695,7 +6697,6 @@ static const struct Option {
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --schema SCHEMA", TO(schema), 1, 0, FITS, "write JSON that fits it: a file, or {...}"},
     {"    --json", TO(json), 0, 0, FITS, "write any JSON value: like a schema `true`"},
-    {"    --indent N", TO(indent), 0, 16, FITS, "of such JSON: lines, N spaces deeper each time"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
     {"-q, --quiet", TO(quiet), 0, 0, ALL, "no statistics and no progress on stderr"},
     {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens; 0: from all"},
@@ -6793,8 +6794,6 @@ static int option_check(const Options *o) {
         usage_error("stdin cannot be both the prompt and the lines of --each");
     if ((o->schema || o->json) && (o->others.n || o->tool || o->stops.n || (o->schema && o->json)))
         usage_error("--schema and --json cannot be used together, nor with -e, -T or --stop");
-    if (o->indent >= 0 && (o->each || !(o->schema || o->json)))
-        usage_error("--indent needs --schema or --json, and no --each");
     if (layer && o->output && !o->trace) usage_error("--layer means nothing in a page: it has all");
     if ((mode == COMPRESS || mode == LOGITS) && !o->output && isatty(1))
         usage_error("mode %s writes no text for a terminal: use -o or a pipe", o->mode);
@@ -6907,7 +6906,7 @@ int main(int argc, char **argv) {
 #endif
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
                  .top_k = -1, .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1,
-                 .head = -1, .indent = -1, .at_once = 16, .logprobs = -1,
+                 .head = -1, .at_once = 16, .logprobs = -1,
                  .started = seconds(), .threads = processors()};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);

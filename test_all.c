@@ -3507,15 +3507,12 @@ static void test_decoders(void) {
 #ifndef NO_SCHEMA
 // ==== Schemas ===================================================================================
 // How many bytes of a document fit a schema, and -1 if all do.
-static int fitting(const char *schema, const char *document, int indent) {
-    Schema *s = schema_open(&(Options){.schema = schema, .indent = indent});
-    SchemaText *x = resize(NULL, 1, sizeof *x);
-    x->memory = NULL, x->capacity = 0;
-    schema_start(x, s);
+static int fitting(const char *schema, const char *document) {
+    Schema *s = schema_open(&(Options){.schema = schema});
+    SchemaText *x = schema_begin(s);
     int n = 0, len = (int)strlen(document);
     while (n < len && schema_step(x, (uint8_t)document[n])) n++;
-    bool whole = n == len && schema_complete(x, false);
-    free(x->memory), free(x);
+    bool whole = schema_end(&x) && n == len;
     schema_close(s);
     return whole ? -1 : n;
 }
@@ -3528,15 +3525,13 @@ static void test_documents(void) {
         {"{}", "{\"a\": 1, \"\\u0061\": 2}", 16}, {"{}", "1.", 2}, {"{}", "[1, ]", 4},
         {"{\"type\": \"integer\"}", "12.0", -1}, {"{\"type\": \"integer\"}", "1.5", 3},
         {"{\"type\": \"integer\"}", "1e+16", -1}, {"{\"type\": \"integer\"}", "true", 0},
-        {"{\"minimum\": 3, \"maximum\": 12.5}", "12.50", -1},
-        {"{\"minimum\": 3, \"maximum\": 12.5}", "12.51", 4},
-        {"{\"minimum\": 3, \"maximum\": 12.5}", "2", 0},
+        {"{\"minimum\": 3, \"maximum\": 12}", "12.0", -1},
+        {"{\"minimum\": 3, \"maximum\": 12}", "12.51", 3},
+        {"{\"minimum\": 3, \"maximum\": 12}", "2", 0},
         {"{\"minimum\": -2, \"exclusiveMaximum\": 0}", "-0.5", -1},
         {"{\"minimum\": -2, \"exclusiveMaximum\": 0}", "-1e-07", -1},
         {"{\"minimum\": -2, \"exclusiveMaximum\": 0}", "0", 0},
         {"{\"minimum\": 9007199254740993}", "9007199254740992", 16},
-        {"{\"type\": \"integer\", \"multipleOf\": 7}", "-49", -1},
-        {"{\"type\": \"integer\", \"multipleOf\": 7}", "50", 2},
         {"{\"enum\": [\"caf\xc3\xa9\", 1, [2], {\"a\": null}]}", "\"caf\\u00e9\"", -1},
         {"{\"enum\": [\"caf\xc3\xa9\", 1, [2], {\"a\": null}]}", "1.0", -1},
         {"{\"enum\": [\"caf\xc3\xa9\", 1, [2], {\"a\": null}]}", "{\"a\": null}", -1},
@@ -3550,12 +3545,12 @@ static void test_documents(void) {
         {"{\"pattern\": \"^[^a-c]{2,}\\\\d$\"}", "\"xy7\"", -1},
         {"{\"format\": \"date\"}", "\"2024-02-29\"", -1},
         {"{\"format\": \"date\"}", "\"2023-02-29\"", 10},
-        {"{\"format\": \"ipv6\"}", "\"2001:db8::1\"", -1}, {"{\"format\": \"uri\"}", "\"a b\"", 2},
+        {"{\"format\": \"uri\"}", "\"a b\"", 2},
         {"{\"properties\": {\"a\": {\"type\": \"null\"}}, \"required\": [\"a\", \"b\"]}",
          "{\"b\": 1, \"a\": null}", -1},
         {"{\"properties\": {\"a\": {\"type\": \"null\"}}, \"required\": [\"a\", \"b\"]}",
          "{\"a\": null}", 10},
-        {"{\"required\": [\"a\", \"b\"], \"maxProperties\": 2}", "{\"c", 2},
+        {"{\"maxProperties\": 1}", "{\"c\": 1, ", 7},
         {"{\"properties\": {\"a\": {}}, \"additionalProperties\": false}", "{\"\\u0061\": 1}", -1},
         {"{\"properties\": {\"a\": {}}, \"additionalProperties\": false}", "{\"a\": 1, ", 7},
         {"{\"patternProperties\": {\"^a\": {\"type\": \"null\"}, \"b$\": {\"enum\": [null, 1]}}}",
@@ -3579,30 +3574,30 @@ static void test_documents(void) {
          "\"exclusiveMinimum\": true}", "1.0", 3},
         {"{\"anyOf\": [{\"required\": [\"a\"]}, {\"required\": [\"b\"]}], \"type\": \"object\"}",
          "{\"c\": 1}", 7},
+        {"{\"oneOf\": [{\"type\": \"integer\"}, {\"minimum\": 3}]}", "2", -1},
+        {"{\"oneOf\": [{\"type\": \"integer\"}, {\"minimum\": 3}]}", "3.5", -1},
         {"{\"allOf\": [{\"minimum\": 2}, {\"maximum\": 3}], \"type\": \"integer\"}", "4", 0},
-        {"{\"oneOf\": [{\"multipleOf\": 2}, {\"multipleOf\": 3}], \"type\": \"integer\"}", "4", -1},
-        {"{\"oneOf\": [{\"multipleOf\": 2}, {\"multipleOf\": 3}], \"type\": \"integer\"}", "6", 1},
-        {"{\"not\": {\"required\": [\"a\"]}, \"type\": \"object\"}", "{\"a\"", 3},
-        {"{\"if\": {\"required\": [\"a\"]}, \"then\": {\"required\": [\"b\"]}}", "{\"a\": 1}", 7},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        int wrong = fitting(cases[i].schema, cases[i].document, -1);
+        int wrong = fitting(cases[i].schema, cases[i].document);
         CHECK(wrong == cases[i].wrong, "%s with %s: %d, not %d", cases[i].document, cases[i].schema,
               wrong, cases[i].wrong);
     }
-    CHECK(fitting("{}", "[\n  1,\n  {\n    \"a\": []\n  }\n]", 2) == -1, "indented by 2");
-    CHECK(fitting("{}", "[\n  1]", 2) == 5, "brackets stand alone");
 }
 
 // What is not understood, and what nothing can meet, is refused before the model runs.
 static void test_refused_schemas(void) {
     static const struct { const char *schema, *says; } cases[] = {
-        {"{\"items\": {\"uniqueItems\": true}}", "#/items/uniqueItems is a keyword that"},
-        {"{\"pattern\": \"(?=a)\"}", "#/pattern is not a pattern"},
-        {"{\"$ref\": \"other.json\"}", "#/$ref leads out of"},
-        {"{\"$ref\": \"#/$defs/a\"}", "#/$ref leads nowhere"},
+        {"{\"items\": {\"uniqueItems\": true}}", "uniqueItems is a keyword that"},
+        {"{\"pattern\": \"(?=a)\"}", "byte 12: pattern is not a pattern"},
+        {"{\"$ref\": \"other.json\"}", "$ref leads out of"},
+        {"{\"$ref\": \"#/$defs/a\"}", "$ref leads nowhere"},
         {"{\"allOf\": [{\"$ref\": \"#\"}]}", "refers to itself"},
-        {"{\"type\": \"int\"}", "#/type is malformed"}, {"{\"minLength\": \"1\"}", "is malformed"},
+        {"{\"not\": {}}", "not is a keyword"}, {"{\"format\": \"ipv4\"}", "not understood"},
+        {"{\"maximum\": 0.5}", "is no small integer"},
+        {"{\"oneOf\": [{\"type\": \"array\"}, {\"maxItems\": 1}]}", "alternatives that overlap"},
+        {"{\"required\": [\"a\"], \"maxProperties\": 2}", "maxProperties beside required"},
+        {"{\"type\": \"int\"}", "type is malformed"}, {"{\"minLength\": \"1\"}", "is malformed"},
         {"{\"type\": \"string\"", "is no JSON"}, {"{\"type\": \"string\"} x", "something follows"},
         {"{\"maxLength\": 1000000, \"minLength\": 999999}", "needs too many states"},
         {"{\"enum\": [1], \"type\": \"string\"}", "cannot be met"},
@@ -3613,7 +3608,6 @@ static void test_refused_schemas(void) {
         refused(2, cases[i].says, text("run endless.bin --schema '%s'", cases[i].schema));
     refused(2, "cannot be used together", "run endless.bin --json --schema '{}'");
     refused(2, "nor with -e, -T", "run endless.bin --json --stop a");
-    refused(2, "--indent needs", "run endless.bin --indent 2");
     refused(1, "cannot open none", "run endless.bin --schema none");
 }
 
@@ -3622,7 +3616,7 @@ static void test_written(void) {
     static const char *const schemas[] = {
         "{\"enum\": [\"abc\", \"abd\", null]}",
         "{\"type\": \"string\", \"pattern\": \"^[0-9]{2}[#-&]?$\"}",
-        "{\"type\": \"string\", \"pattern\": \"^[a-f]{3}\\\\u00e9?$\"}",
+        "{\"type\": \"string\", \"pattern\": \"^[a-f]{3}\\u00e9?$\"}",
         "{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"boolean\"},"
         " \"cab\": {\"maxItems\": 2, \"type\": \"array\", \"items\": {\"type\": \"null\"}}},"
         " \"required\": [\"cab\"],"
@@ -3635,7 +3629,7 @@ static void test_written(void) {
                        seed % 3 == 1 ? " -d lookup" : seed % 3 == 2 ? " -k 3 -b" : "");
             char *document = (char *)r.out.p;
             if (r.out.n) document[r.out.n - 1] = 0;
-            CHECK(r.status == 0 && fitting(schemas[i], document, -1) == -1,
+            CHECK(r.status == 0 && fitting(schemas[i], document) == -1,
                   "what fits %s is written: %d, %s", schemas[i], r.status, document);
         }
     same("guesses are checked", "run endless.bin -q -i ab -s 3 -n 200 --schema schema",
@@ -4999,7 +4993,7 @@ static void fuzz_schema(const uint8_t *data, size_t n) {
     size_t end = strnlen((const char *)data, n);
     if (n < 2 || end == n) return;
     save("schema", data, end);
-    Schema *s = schema_open(&(Options){.schema = "schema", .indent = -1});
+    Schema *s = schema_open(&(Options){.schema = "schema"});
     schema_check(s, (Text){(const char *)data + end + 1, n - end - 1}, "the document");
     schema_close(s);
 }
