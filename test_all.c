@@ -332,7 +332,7 @@ enum { MOST_LAYERS = 16 };
 typedef struct {
     Shape s;
     float eps, attn_scale;
-    Tensor rope[2], embedding, positions, layer[MOST_LAYERS][PER_LAYER];
+    Tensor score, rope[2], embedding, positions, layer[MOST_LAYERS][PER_LAYER];
     Tensor final_norm, final_bias, classifier;
     Tensor check_ids, check_norms, check_logits, check_cases;
     uint64_t tokenizer_hash;
@@ -441,7 +441,7 @@ static Buffer version_5(const Made *m) {
         {"rope_freqs", &m->rope[0]}, {"rope_freqs_local", &m->rope[1]},
         {"token_embedding", &m->embedding}, {"final_norm", &m->final_norm},
         {"final_norm_bias", &m->final_bias}, {"position_embedding", &m->positions},
-        {"classifier", &m->classifier}, {"check_ids", &m->check_ids},
+        {"classifier", &m->classifier}, {"score", &m->score}, {"check_ids", &m->check_ids},
         {"check_norms", &m->check_norms}, {"check_logits", &m->check_logits},
         {"check_cases", &m->check_cases}};
     for (size_t offset = 512, n = 0;; offset = 512 + n) {  // again, with the directory's true size
@@ -3372,8 +3372,9 @@ static void test_each(void) {
 // the first of the likeliest is the greedy choice.
 static void test_logprobs(void) {
     static const char *const runs[] = {
-        "run tiny.bin -q -m eval -i 'a bad cab' --logprobs 2", "run tiny.bin -q -i 'ab' -n 9 -t 0 "
-        "--logprobs 1", "run endless.bin -q -i 'ab' -n 9 -s 3 --logprobs 0 -d lookup"};
+        "run tiny.bin -q -m eval -i 'a bad cab' --logprobs 2",
+        "run tiny.bin -q -i 'ab' -n 9 -t 0 --logprobs 1",
+        "run endless.bin -q -i 'ab' -n 9 -s 3 --logprobs 0 -d lookup"};
     Model m;
     Tokenizer t = {0};
     load_model(&m, "tiny.bin");
@@ -3482,8 +3483,40 @@ static void test_chats(void) {
 }
 #endif
 
+// A reward model whose row is one of a classifier: its reward is that token's logit. With --reward
+// the sample with the highest one is printed.
+static void test_reward(void) {
+    enum { ROW = 97 };
+    Made made = tiny_model(LLAMA, F32);
+    const Tensor *rows = made.classifier.values ? &made.classifier : &made.embedding;
+    made.score = vector(made.s.dim, 0, 0);
+    for (int i = 0; i < made.s.dim; i++)
+        made.score.values[i] = rows->values[(size_t)(ROW * made.s.dim + i)];
+    save_model("judge", &made, tiny_vocabulary());
+    Model m;
+    load_model(&m, "judge.bin");
+    int ids[] = {5, 97, 98, 3, 60}, best = 0;
+    float *logits = fresh_logits(&m, ids, 5);
+    double reward = reward_of_ids(&m, ids, 5), most = -INFINITY;
+    float logit = row_of(logits, 4, m.c.vocab_size)[ROW];
+    CHECK(fabs(reward - (double)logit) < 1e-4, "the reward is %g, not %g", reward, (double)logit);
+    free_model(&m);
+    Ran r = ran("run endless.bin -i abc -n 9 -s 2 -k 4 -b -q --reward judge.bin");
+    const char *at = (char *)r.err.p;
+    for (int i = 0; i < 4 && at; i++, at = strchr(at, '\n') + 1)
+        if (sscanf(at, "sample %*d of 4: reward %lf", &reward) == 1 && reward > most)
+            best = i, most = reward;
+    Ran alone = SH("run endless.bin -i abc -n 9 -q -s %llu",
+                   (unsigned long long)(2 + (uint64_t)best * 0x9E3779B97F4A7C15u));
+    CHECK(r.status == 0 && lines(&r.err) == 4 && equal(&r.out, &alone.out),
+          "the sample with the highest reward is printed: %s", r.err.p);
+    refused(2, "it needs -k or -e", "run endless.bin -i abc --reward judge.bin");
+    refused(1, "is no reward model", "run endless.bin -i abc -k 2 -b --reward tiny.bin");
+}
+
 static void test_decoders(void) {
     if (no_program()) return;
+    test_reward();
 #ifndef NO_CHAT
     test_chats();
 #endif
@@ -4007,7 +4040,8 @@ static Buffer page_tokens(const Tokenizer *t, const Buffer *page, Buffer texts[2
     return decoded(t, (int *)(void *)ids.p, ids.n / sizeof(int));
 }
 static void test_page(void) {
-    const char *hostile = "</script><img src=x onerror=alert(1)> \"\\ &lt; \xe2\x80\xa8\x01\xff\n";
+    const char *hostile = "</script><img src=x onerror=alert(1)> \"\\ &lt; \xe2\x80\xa8\x01\xff"
+                          "\n\n";
     const char *escaped = "\\x3c/script>\\x3cimg src=x onerror=alert(1)> \\x22\\x5c &lt; "
                           "\\\\xe2\\\\x80\\\\xa8\\\\x01\\\\xff\\\\n";
     const char *options_[] = {"-t 1", "-t 0", "-t 1.5 -p 1 --top-k 3", "-t 1 -p 1"};
