@@ -4021,12 +4021,9 @@ static bool schema_byte(SchemaChar *x, int b) {
         x->stage = e ? 0 : HEX + 4;
         x->low = e ? meant[e - names] : 0;
         unit = e ? 1 : 1 << 16;
-    } else if (stage == LOW || stage == LOW + 1) {  // behind a high surrogate
+    } else if (stage >= LOW && stage < LOW + 3) {  // behind a high surrogate
         x->stage++;
-        return b == (stage == LOW ? '\\' : 'u');
-    } else if (stage == LOW + 2) {
-        x->stage++;
-        return (b | 32) == 'd';
+        return (stage > LOW ? b | 32 : b) == "\\ud"[stage - LOW] && b != 'U';
     } else {
         if (hex < 0 || hex > 15) return false;
         int digits = stage > LOW ? LOW + 5 - stage : stage - HEX - 1;  // that follow
@@ -4130,11 +4127,6 @@ static void schema_shape(Schema *s, SchemaForm *f, SchemaShape shape) {
     if (!f->n++) f->first = s->n_shapes;
     s->n_shapes++;
 }
-static SchemaShape schema_any(Schema *s, int type, int schema) {
-    SchemaShape shape = {.type = type, .max = INT_MAX};
-    schema_member(s, &shape, ANYTHING, (Text){0}, schema, false);
-    return shape;
-}
 // Objects whose members with some names follow one schema, the others another one.
 static SchemaShape schema_split(Schema *s, int names, int schema, int other) {
     SchemaShape shape = {.type = '{', .max = INT_MAX};
@@ -4144,8 +4136,11 @@ static SchemaShape schema_split(Schema *s, int names, int schema, int other) {
 }
 static SchemaForm schema_all(Schema *s) {
     SchemaForm f = {.text = schema_join(s, ALT, s->scalars, schema_quoted(s, ANYTHING))};
-    schema_shape(s, &f, schema_any(s, '[', ANYTHING));
-    schema_shape(s, &f, schema_any(s, '{', ANYTHING));
+    for (int i = 0; i < 2; i++) {
+        SchemaShape any = {.type = "[{"[i], .max = INT_MAX};
+        schema_member(s, &any, ANYTHING, (Text){0}, ANYTHING, false);
+        schema_shape(s, &f, any);
+    }
     return f;
 }
 static SchemaForm schema_union(Schema *s, SchemaForm a, SchemaForm b) {
@@ -4270,9 +4265,9 @@ static int schema_text(Schema *s, int v) {
     }
     return schema_quoted(s, all);
 }
-static SchemaForm schema_arrays(Schema *s, int v) {
-    SchemaForm f = {0};
-    SchemaShape shape = {.type = '['};
+static SchemaShape schema_arrays(Schema *s, int v) {
+    SchemaShape shape = {.type = '[', .min = schema_count(s, v, "minItems", 0),
+                         .max = schema_count(s, v, "maxItems", INT_MAX)};
     int items = schema_get(s, v, "items", "tf{["), prefix = schema_get(s, v, "prefixItems", "[");
     if (items && s->values[items].type == '[') {
         prefix = items;
@@ -4282,13 +4277,9 @@ static SchemaForm schema_arrays(Schema *s, int v) {
         schema_member(s, &shape, ANYTHING, (Text){0}, schema_sub(s, w), false);
     items = items ? schema_sub(s, items) : ANYTHING;
     schema_member(s, &shape, ANYTHING, (Text){0}, items, false);
-    shape.min = schema_count(s, v, "minItems", 0);
-    shape.max = schema_count(s, v, "maxItems", INT_MAX);
-    schema_shape(s, &f, shape);
-    return f;
+    return shape;
 }
-static SchemaForm schema_objects(Schema *s, int v) {
-    SchemaForm f = {0};
+static SchemaShape schema_objects(Schema *s, int v) {
     SchemaShape shape = {.type = '{', .min = schema_count(s, v, "minProperties", 0),
                          .max = schema_count(s, v, "maxProperties", INT_MAX)};
     int properties = schema_get(s, v, "properties", "{");
@@ -4312,33 +4303,29 @@ static SchemaForm schema_objects(Schema *s, int v) {
         names = schema_join(s, ALT, names, name);
     }
     schema_member(s, &shape, schema_not(s, names), (Text){0}, rest, false);
-    schema_shape(s, &f, shape);
     for (int w = patterns ? s->values[patterns].first : 0; w; w = s->values[w].next) {
         s->place = w;
         int pattern = schema_pattern(s, s->values[w].key.s, false);
-        SchemaForm one = {0};
-        schema_shape(s, &one, schema_split(s, pattern, schema_sub(s, w), ANYTHING));
-        f = schema_both(s, f, one);
+        shape = schema_meet(s, shape, schema_split(s, pattern, schema_sub(s, w), ANYTHING));
         patterned = schema_join(s, ALT, patterned, pattern);
     }
-    SchemaForm others = {0};
-    schema_shape(s, &others, schema_split(s, patterned, ANYTHING, other));
-    if (patterns) f = schema_both(s, f, others);
-    return f;
+    if (!patterns) return shape;
+    return schema_meet(s, shape, schema_split(s, patterned, ANYTHING, other));
 }
 static SchemaForm schema_keywords(Schema *s, int v) {
     static const char types[][8] = {"null", "boolean", "integer", "number", "string", "array",
                                     "object"};
     static const char *const refused[] = {
-        "dependencies", "dependentRequired", "dependentSchemas", "contains", "minContains",
-        "maxContains", "uniqueItems", "not", "if", "multipleOf", "propertyNames", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef",
-        "$recursiveRef", "disallow", "extends", "divisibleBy"};
+        "uniqueItems", "dependencies", "dependentRequired", "dependentSchemas", "contains", "not",
+        "minContains", "maxContains", "if", "multipleOf", "divisibleBy", "propertyNames",
+        "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef", "disallow",
+        "extends"};
     int ref = schema_get(s, v, "$ref", "\""), all = ref ? schema_target(s, ref) : ANYTHING, set = 0;
     if (ref && s->old) return schema_form(s, all);
     for (int w = s->values[v].first; w; w = s->values[w].next)
         for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
             s->place = w;
-            if (text_is(s->values[w].key, refused[i]) && s->values[w].type != 'f')
+            if (text_is(s->values[w].key, refused[i]) && (i || s->values[w].type != 'f'))
                 schema_refuse(s, "is a keyword that is not understood here");
         }
     int type = schema_get(s, v, "type", "\"["), list = type && s->values[type].type == '[';
@@ -4353,8 +4340,8 @@ static SchemaForm schema_keywords(Schema *s, int v) {
     if (set & 1) f.text = schema_join(s, ALT, f.text, schema_pattern(s, "null", true));
     if (set & 2) f.text = schema_join(s, ALT, f.text, schema_pattern(s, "true|false", true));
     if (set & 12) f.text = schema_join(s, ALT, f.text, schema_scalar(s, v, !(set & 8)));
-    if (set & 32) f = schema_union(s, f, schema_arrays(s, v));
-    if (set & 64) f = schema_union(s, f, schema_objects(s, v));
+    if (set & 32) schema_shape(s, &f, schema_arrays(s, v));
+    if (set & 64) schema_shape(s, &f, schema_objects(s, v));
     int options = schema_get(s, v, "enum", "[");
     for (int w = options ? s->values[options].first : 0; w; w = s->values[w].next)
         e = schema_union(s, e, schema_constant(s, w));
@@ -4364,7 +4351,6 @@ static SchemaForm schema_keywords(Schema *s, int v) {
     all = schema_join(s, AND, all, schema_combined(s, v));
     return all == ANYTHING ? f : schema_both(s, f, schema_form(s, all));
 }
-static bool schema_shape_live(Schema *s, SchemaShape shape);
 static bool schema_shape_live(Schema *s, SchemaShape shape);
 // Of schemas of which exactly one must hold: texts that more than one allows are left out, and
 // arrays or objects must exclude each other.
@@ -4394,14 +4380,8 @@ static SchemaForm schema_form(Schema *s, int id) {
     else if (n.op == SCHEMA) form = schema_keywords(s, n.a);
     else if (n.op == CONSTANT) form = schema_constant(s, n.a);
     else if (n.op == ONE_OF) form = schema_one(s, n.a);
-    else if (n.op == ALT || n.op == AND) {  // a list
-        SchemaForm (*join)(Schema *, SchemaForm, SchemaForm) = n.op == ALT ? schema_union
-                                                                           : schema_both;
-        form = schema_form(s, n.a);
-        for (SchemaNode rest = s->nodes[n.b]; rest.op == n.op; rest = s->nodes[n.b = rest.b])
-            form = join(s, form, schema_form(s, rest.a));
-        form = join(s, form, schema_form(s, n.b));
-    }
+    else if (n.op == ALT) form = schema_union(s, schema_form(s, n.a), schema_form(s, n.b));
+    else if (n.op == AND) form = schema_both(s, schema_form(s, n.a), schema_form(s, n.b));
     s->depth--;
     form.known = true;
     return *f = form;
@@ -4636,9 +4616,10 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
     if (!l->type) {  // a value begins
         l->type = byte == '{' || byte == '[' ? byte : 't';
         int n = l->first;
-        for (int i = n, shape; i < x->n_ways; i++)
-            if ((shape = x->ways[i].shape) < 0 ? l->type == 't' : x->s->shapes[shape].type == l->type)
-                x->ways[n++] = x->ways[i];
+        for (int i = n; i < x->n_ways; i++) {
+            int shape = x->ways[i].shape;
+            if (l->type == (shape < 0 ? 't' : x->s->shapes[shape].type)) x->ways[n++] = x->ways[i];
+        }
         x->n_ways = n;
         if (l->type != 't') return n > l->first;
     } else if (l->type == 't' && !x->string && byte && strchr(",]}", byte))
