@@ -4025,7 +4025,7 @@ static bool schema_byte(SchemaChar *x, int b) {
         x->stage++;
         return (stage > LOW ? b | 32 : b) == "\\ud"[stage - LOW] && b != 'U';
     } else {
-        if (hex < 0 || hex > 15) return false;
+        if (!isxdigit(b)) return false;
         int digits = stage > LOW ? LOW + 5 - stage : stage - HEX - 1;  // that follow
         if (stage == LOW + 3) hex -= 12;
         if (hex < 0) return false;

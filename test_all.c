@@ -3554,6 +3554,7 @@ static int fitting(const char *schema, const char *document) {
 static void test_documents(void) {
     static const struct { const char *schema, *document; int wrong; } cases[] = {
         {"{}", "[1, -0.5e+3, true, null, {\"a\": {}}, \"\\u00e9\\ud83d\\ude00\"]", -1},
+        {"{}", "\"\\u006@\"", 6}, {"{\"enum\": [\"\\ud83d\\ude00\"]}", "\"\xf0\x9f\x98\x80\"", -1},
         {"{}", "[1,2]", 3}, {"{}", "01", 1}, {"{}", "\"\\ud83d\"", 7}, {"{}", "\"\xc0\xaf\"", 1},
         {"{}", "{\"a\": 1, \"\\u0061\": 2}", 16}, {"{}", "1.", 2}, {"{}", "[1, ]", 4},
         {"{\"type\": \"integer\"}", "12.0", -1}, {"{\"type\": \"integer\"}", "1.5", 3},
