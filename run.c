@@ -3927,11 +3927,13 @@ static int schema_pattern(Schema *s, const char *pattern, bool whole) {
 // Numbers as they are written: all, those with an integer's value, and, where there are bounds, the
 // plain ones and those with an exponent as Python writes them (from e+16, and e-05 down).
 #define RE_PLAIN_NUMBER "(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?"
-#define RE_LARGE_NUMBER "[1-9](?:\\.[0-9]+)?[eE]\\+?0*(?:1[6-9]|[2-9][0-9]|[1-9][0-9]{2,})"
+#define RE_FROM_16 "(?:1[6-9]|[2-9][0-9]|[12][0-9]{2}|30[0-7])"
+#define RE_LARGE_NUMBER "[1-9](?:\\.[0-9]+)?[eE]\\+?0*" RE_FROM_16
 #define RE_SMALL_NUMBER "[1-9](?:\\.[0-9]+)?[eE]-0*(?:[5-9]|[1-9][0-9]+)"
-#define RE_ANY_NUMBER "-?" RE_PLAIN_NUMBER "(?:[eE][+-]?[0-9]+)?"
-#define RE_AN_INTEGER "-?(?:(?:0|[1-9][0-9]*)(?:\\.0+)?|[1-9](?:[eE]\\+?[0-9]+|\\.[0-9]{1,16}" \
-    "[eE]\\+?0*(?:1[6-9]|[2-9][0-9]|[1-9][0-9]{2,})))"
+#define RE_ANY_NUMBER "-?(?:" RE_PLAIN_NUMBER "(?:[eE](?:-[0-9]+|\\+?0*[12]?[0-9]{1,2}))?|" \
+    RE_LARGE_NUMBER "|1\\.[0-7][0-9]*[eE]\\+?308)"
+#define RE_AN_INTEGER "-?(?:(?:0|[1-9][0-9]*)(?:\\.0+)?|[1-9](?:[eE]\\+?0*[12]?[0-9]{1,2}|" \
+    "\\.[0-9]{1,16}[eE]\\+?0*" RE_FROM_16 "))"
 
 // Those above a bound that is an integer, or, with `below`, under it, or equal to it.
 static int schema_above(Schema *s, Text bound, bool below, bool equal) {
