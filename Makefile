@@ -196,8 +196,15 @@ install: run
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 run $(DESTDIR)$(PREFIX)/bin/run
 
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/run
+
+# (Models, .venv and .cache stay; distclean removes what was fetched and made for the default model, too.)
 clean:
 	rm -rf run run-plain run-debug run-portable* test_all test-*
+
+distclean: clean
+	rm -rf model.bin .venv .cache .built-with
 
 help:
 	@echo "make          build ./run for this machine (CC=clang and ARCH=x86-64-v3 work)"
@@ -217,4 +224,4 @@ help:
 	@echo "make install  to PREFIX=$(PREFIX)"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test portable test-portable test-rooms test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install clean help
+.PHONY: demo test portable test-portable test-rooms test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install uninstall clean distclean help
