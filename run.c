@@ -5642,7 +5642,7 @@ static void option_help(void) {
     for (int i = 0; i < N_MODES; i++)
         if (modes[i].name) printf("  %-10s %s\n", modes[i].name, modes[i].help);
     puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped\n\n"
-         "./run model.bin -i \"Once upon a time\"     # a text\n"
+         "./run model.bin -i \"Once upon a time\"      # a text\n"
          "./run model.bin -m chat                    # a conversation\n"
          "./run model.bin -m explain -i \"Once\" -n 3  # why these words?");
 }
