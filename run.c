@@ -3350,11 +3350,13 @@ typedef struct {
     int first;      // from this one on
 } Given;
 
-// The logits of what follows ids[i], which is not before the last one that was asked for.
+// The logits of what follows ids[i], which is not before the last one that was asked for. NULL: it
+// was interrupted, so that tokens before are missing.
 static const float *given_logits(Given *g, int i) {
     Slot batch[MAX_BATCH];
     if (i >= g->done) {
         prefill(g->m, g->kv, g->seq, g->ids, g->done, i);
+        if (interrupted) return NULL;
         int n = likelihood_batch(g->m);
         if (n > g->end - i) n = g->end - i;
         for (int j = 0; j < n; j++) batch[j] = (Slot){g->ids[i + j], i + j, g->seq, true};
@@ -3366,9 +3368,10 @@ static const float *given_logits(Given *g, int i) {
 }
 // The sum of -ln p(ids[i + 1]) for `scored` <= i < end.
 static double given_likelihood(Given *g, int scored) {
+    const float *logits;
     double sum = 0;
-    for (int i = scored; i < g->end && !interrupted; i++)
-        sum += likelihood_of(given_logits(g, i), g->m->c.vocab_size, g->ids[i + 1]);
+    for (int i = scored; i < g->end && (logits = given_logits(g, i)); i++)
+        sum += likelihood_of(logits, g->m->c.vocab_size, g->ids[i + 1]);
     return sum;
 }
 // ---- [5.3] sessions -----------------------------------------------------------------------------
@@ -3665,9 +3668,10 @@ static void reward_open(const Options *o, Model *m, Tokenizer *t) {
 static double reward_of_ids(const Model *m, const int *ids, int n) {
     Cache kv;
     cache_open(&kv, m, n, 1);
+    double reward = -INFINITY;  // if it is interrupted
     prefill(m, &kv, 0, ids, 0, n - 1);
-    forward(m, &kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
-    double reward = (double)sum16(kv.state.xb, vec(&m->score), m->c.dim);
+    if (!interrupted) forward(m, &kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
+    if (!interrupted) reward = (double)sum16(kv.state.xb, vec(&m->score), m->c.dim);
     cache_close(&kv);
     return reward;
 }
@@ -4811,8 +4815,9 @@ static void write_logits(const Options *o, const Model *m, const Tokenizer *none
     if (ids->n > (size_t)w.ctx) die("%zu tokens are more than the context of %d", ids->n, w.ctx);
     if (!d.c.done) d.c.keep = ids->n < 4 ? (int)ids->n : 4;
     Given g = {.m = m, .kv = &w.kv, .ids = ids->ids, .done = d.c.done, .end = (int)ids->n};
-    for (int i = g.done; i < g.end && !interrupted; i++)
-        output_write(out, given_logits(&g, i), (size_t)m->c.vocab_size * sizeof(float));
+    const float *logits;
+    for (int i = g.done; i < g.end && (logits = given_logits(&g, i)); i++)
+        output_write(out, logits, (size_t)m->c.vocab_size * sizeof(float));
     d.c.done = g.done;
     ids->n = (size_t)d.c.done;  // what was not computed is no part of the session
     machine_close(&w, &d);
@@ -4837,8 +4842,10 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
         end = from + window < n ? from + window : n;
         Given g = {.m = m, .kv = &kv, .ids = all.ids + twice + from, .end = end - from};
         if (o->logprobs < 0) sum += given_likelihood(&g, scored - from);
-        for (int i = scored - from; o->logprobs >= 0 && i < g.end && !interrupted; i++)
-            output_logprob(out, o, t, given_logits(&g, i), m->c.vocab_size, g.ids + i);
+        const float *logits;
+        for (int i = scored - from; o->logprobs >= 0 && i < g.end; i++)
+            if ((logits = given_logits(&g, i)))
+                output_logprob(out, o, t, logits, m->c.vocab_size, g.ids + i);
         progress_show(o, (double)end / n);
     }
     char report[1200];  // (a perplexity can have 310 digits)
@@ -5329,9 +5336,17 @@ static int each_branch(Each *e, const Ids *ids, int most, int seq) {
     return same;
 }
 
+// A line that does not fit has no answer.
+static void each_refuse(const Each *e, size_t n, long long number, Output *answer) {
+    fprintf(stderr, "run: line %lld has %zu tokens with its prompt, too many for the context of "
+            "%d: it has no answer\n", number + 1, n, e->w.ctx);
+    output_put(answer, "\n", 1, SIZE_MAX);
+    unfinished = true;
+}
+
 // With -m eval: a line's log-probability in nats behind what stands before {}, its tokens, and its
 // bits per byte.
-static void each_measure(Each *e, Text line, Text prompt, Output *answer) {
+static void each_measure(Each *e, Text line, Text prompt, long long number, Output *answer) {
     const Machine *w = &e->w;
     const char *here = strstr(w->o->input.s, "{}");
     Ids ids = {0};
@@ -5340,13 +5355,18 @@ static void each_measure(Each *e, Text line, Text prompt, Output *answer) {
     start_text(w->o, w->m, w->t, prompt, &ids);
     int before = (int)ids.n;
     encode(w->t, line, NULL, false, &ids);
+    if ((int)ids.n > w->ctx) {  // cut here it can have more tokens than as a whole
+        each_refuse(e, ids.n, number, answer);
+        free(ids.ids);
+        return;
+    }
     int n = (int)ids.n - before;
     Given g = {.m = w->m, .kv = &e->w.kv, .seq = 1, .ids = ids.ids, .end = (int)ids.n - 1};
     g.done = each_branch(e, &ids, before - 1, 1);
     double nats = given_likelihood(&g, before - 1);
     int length = snprintf(said, sizeof said, "%.6f\t%d\t%.6f\n", 0 - nats, n,
                           line.len ? nats / 0.69314718055994531 / (double)line.len : 0.0);
-    output_put(answer, said, (size_t)length, SIZE_MAX);
+    if (!interrupted) output_put(answer, said, (size_t)length, SIZE_MAX);
     e->n_tokens += n;
     free(ids.ids);
 }
@@ -5369,12 +5389,8 @@ static void each_begin(Each *e, Decoder *d) {
     prompt = each_prompt(w->o, line);
     Ids ids = {0};
     encode(w->t, prompt, NULL, true, &ids);
-    if ((int)ids.n >= w->ctx) {
-        fprintf(stderr, "run: line %lld has %zu tokens with its prompt, too many for the context "
-                "of %d: it has no answer\n", number + 1, ids.n, w->ctx);
-        output_put(answer, "\n", 1, SIZE_MAX);
-        unfinished = true;
-    } else if (!strcmp(w->o->mode, "eval")) each_measure(e, line, prompt, answer);
+    if ((int)ids.n > w->ctx) each_refuse(e, ids.n, number, answer);
+    else if (!strcmp(w->o->mode, "eval")) each_measure(e, line, prompt, number, answer);
     else {
         *d = (Decoder){.seq = 1 + (int)(d - e->all), .s = e->trunk.s, .out = &d->own,
                        .own = {.fd = -1, .line = !w->o->quote}};
@@ -5414,7 +5430,8 @@ static void each_print(Each *e, bool last) {
     }
     if (o->quiet || (!last && (!isatty(2) || took < e->shown + 0.5))) return;
     e->shown = took;
-    fprintf(stderr, "%s%lld lines, %.1f tok/s", isatty(2) ? "\r" : "", e->printed - o->skip,
+    fprintf(stderr, "%s%lld lines, %.1f tok/s", isatty(2) ? "\r" : "",
+            e->printed < o->skip ? 0 : e->printed - o->skip,
             (double)e->n_tokens / took);
     if (last) fprintf(stderr, "%20s\n", "");
     else fprintf(stderr, ", %.0f s left   ", took / part - took);
@@ -5433,7 +5450,8 @@ static void each_run(const Options *o, const Model *m, const Tokenizer *t, Outpu
     own.seed = e->trunk.seed;  // it is said now, and not at the end
     for (bool more = true; more && !interrupted;) {
         for (size_t i = 0; i < n; i++)
-            while (e->lines[i] < 0 && e->rest.len && e->begun < e->printed + EACH_AHEAD) {
+            while (e->lines[i] < 0 && e->rest.len && e->begun < e->printed + EACH_AHEAD &&
+                   !interrupted) {
                 each_begin(e, &e->all[i]);
                 each_print(e, false);
             }

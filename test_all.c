@@ -3359,6 +3359,11 @@ static void test_each(void) {
     CHECK(sscanf((char *)r.out.p, "%lf\t%d\t%lf", &nats, &n, &bits) == 3 && n == 9 &&
               fabs(bits - bits_per_byte("tiny.bin", "ab", &cab)) < 1e-4 &&
               fabs(-nats / 9 / log(2) - bits) < 1e-4, "eval of each line: %s", r.out.p);
+    r = SH("run endless.bin -q -n 2 -t 0 --skip 99 --each lines 2>&1");
+    CHECK(r.status == 0 && !r.out.n, "no line is left: %s", r.out.p);
+    r = SH("run tiny.bin -q -m eval -c 9 -i 'ab{}' --each lines >a; s=$?; wc -l <a; exit $s");
+    CHECK(r.status == 1 && atoi((char *)r.out.p) == 7 && one_line(&r), "eval of a line that is "
+          "too long: %d, %s", r.status, r.err.p);
     refused(2, "the prompt has no {}", "run endless.bin -i ab --each lines");
     refused(2, "--each cannot be used", "run endless.bin -k 2 --each lines");
     refused(2, "need --each", "run endless.bin -i a --skip 3");
@@ -3482,6 +3487,24 @@ static void test_chats(void) {
 }
 #endif
 
+// What an interruption left out is not computed upon: pages before it are missing.
+static void test_interrupted(void) {
+    enum { N = 2 * PAGE_POSITIONS + 9 };
+    Model m;
+    Cache kv;
+    load_model(&m, "endless.bin");
+    cache_open(&kv, &m, N, 1);
+    int *ids = random_ids(N, m.c.vocab_size);
+    Given g = {.m = &m, .kv = &kv, .ids = ids, .end = N - 1};
+    interrupted = SIGINT;
+    CHECK(!given_logits(&g, N - 2) && given_likelihood(&g, N - 3) == 0 &&
+              reward_of_ids(&m, ids, N) == (double)-INFINITY,
+          "an interruption in what comes before ends the measure");
+    interrupted = 0;
+    CHECK(given_logits(&g, N - 2) && given_likelihood(&g, N - 2) > 0, "without one it goes on");
+    cache_close(&kv), free_model(&m);
+}
+
 // A reward model whose row is one of a classifier: its reward is that token's logit. With --reward
 // the sample with the highest one is printed.
 static void test_reward(void) {
@@ -3515,6 +3538,7 @@ static void test_reward(void) {
 
 static void test_decoders(void) {
     if (no_program()) return;
+    test_interrupted();
     test_reward();
 #ifndef NO_CHAT
     test_chats();
