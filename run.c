@@ -1654,7 +1654,9 @@ enum { TRIM_LEFT = 1, TRIM_RIGHT = 2, TRIM_NEWLINES = 4, CUT_THOUGHT = 8, FROM_T
        DATE = 128, HAS_SYSTEM = 256,  // it is a format of strftime; a system text has a place,
        EMPTY_IS_NONE = 512, SYSTEM_LAST = 1024,  // but not an empty one; it is in the last turn
        THOUGHTS = 2048, CHAT_FLAGS = 4095 };     // answers have thoughts: see output_think
-enum { N_CHARS = 0x110000, INSIDE = 63 };  // code points; the atom of a character's later bytes
+// A character is a code point, or N_CHARS + a byte that is not part of valid UTF-8; a flag marks
+// what was typed.
+enum { N_CHARS = 0x110000, TYPED = 1 << 22, CODE = TYPED - 1 };
 
 typedef struct { const char *s; size_t len; } Text;
 typedef struct { Text text; float score; int type; } Token;
@@ -1690,11 +1692,11 @@ typedef struct {
 typedef struct { uint8_t kind, how, n_from, n_to; uint32_t element; char from[12], to[12]; } Step;
 typedef struct { uint32_t first, last, value; } Range;     // of characters
 typedef struct { uint32_t whole, first, second; } Form;  // second 0: none; bit 31: never joined
-typedef struct { Text text; int id; uint32_t flags; } Added;
 
-// A hash table from texts to numbers (open addressing); an empty entry has number -1.
-typedef struct { const char *s; uint32_t len; int number; } Named;
-typedef struct { Named *entries; size_t mask; } Index;
+// A hash table of numbers (open addressing); an empty entry has number -1.
+typedef struct { uint64_t key; int number; } Keyed;
+typedef struct { Keyed *entries; size_t mask, n; } Index;
+typedef struct { int *ids; size_t n, capacity; } Ids;  // tokens, or characters
 
 typedef struct {
     TokenizerHeader h;
@@ -1703,23 +1705,17 @@ typedef struct {
     const uint8_t *file;
     size_t file_size;
     Token *tokens;            // (vocab_size)
-    Index by_text;            // tokens that byte pair encoding may give
-    Index merges;             // ranks of pairs of tokens, two uint32
+    Index index;              // all that is looked up: see OF_TEXT
     int *joined;              // (n_merges) what a pair becomes
-    Added *added;             // (n_added) tokens that are looked for in a text
-    Index by_content[2];      // those that are not NORMALIZED, those that are
-    size_t longest[2][256];   // of them, of those that start with this byte
-    uint8_t *atoms, *marks;   // (N_CHARS) of the characters; their canonical combining classes
+    uint8_t *atoms, *marks;   // of the characters; their canonical combining classes
     const Element *elements;
     const Step *steps;
-    const Form *forms;        // canonical decompositions into one or two characters
-    Index by_whole, by_parts;
+    Form *forms;              // canonical decompositions into one or two characters
     const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
     uint32_t chat_flags[N_CHAT];
 } Tokenizer;
 
-typedef struct { int *ids; size_t n, capacity; } Ids;
 static void push(Ids *ids, int id) {
     if (ids->n == ids->capacity) {
         ids->capacity = ids->capacity ? ids->capacity * 2 : 64;
@@ -1729,35 +1725,48 @@ static void push(Ids *ids, int id) {
 }
 
 // ---- [3.1] looking things up --------------------------------------------------------------------
-static Index index_new(size_t n) {
-    size_t size = 2;
-    while (size < 2 * n) size *= 2;
-    return (Index){memset(zeros(size, sizeof(Named)), -1, size * sizeof(Named)), size - 1};
+// What has a number: the text of a token that byte pair encoding may give; two tokens that can be
+// joined, their rank; forms, by their whole and by their parts. Added tokens are a tree: a node (the
+// roots are 0, and 1 for those that are NORMALIZED) has others behind it, one for each character,
+// and there may be a token that ends: 32 times its id, plus its flags.
+enum { OF_TEXT, OF_MERGE, OF_WHOLE, OF_PARTS, OF_NODE, OF_END };
+static uint64_t key_of(int kind, int a, int b) {
+    return (uint64_t)kind << 60 | (uint64_t)a << 30 | (uint64_t)b;
 }
-// The number of a text, or -1. One that is not there is added, unless the number for it is -1.
-static int index_find(const Index *index, Text text, int number) {
-    for (size_t i = (size_t)hash64(text.s, text.len);; i++) {
-        Named *e = &index->entries[i & index->mask];
-        if (e->number < 0 && number >= 0) *e = (Named){text.s, (uint32_t)text.len, number};
-        if (e->number < 0 || (e->len == text.len && !memcmp(e->s, text.s, text.len)))
-            return e->number;
+static uint64_t key_of_text(const char *s, size_t len) { return hash64(s, len) >> 4; }
+
+static Keyed *index_entry(const Index *x, uint64_t key) {
+    for (size_t i = (size_t)mix64(key);; i++) {
+        Keyed *e = &x->entries[i & x->mask];
+        if (e->number < 0 || e->key == key) return e;
     }
+}
+static int index_find(const Tokenizer *t, uint64_t key) {
+    return index_entry(&t->index, key)->number;
+}
+static void index_grow(Index *x, size_t size) {
+    Index old = *x;
+    x->mask = size - 1;
+    x->entries = memset(zeros(size, sizeof(Keyed)), -1, size * sizeof(Keyed));
+    for (size_t i = 0; old.n && i <= old.mask; i++)
+        if (old.entries[i].number >= 0) *index_entry(x, old.entries[i].key) = old.entries[i];
+    free(old.entries);
+}
+// Returns the number that a key has: this one, if there was none.
+static int index_add(Tokenizer *t, uint64_t key, int number) {
+    Index *x = &t->index;
+    if (2 * x->n >= x->mask) index_grow(x, 2 * x->mask + 2);
+    Keyed *e = index_entry(x, key);
+    if (e->number >= 0) return e->number;
+    x->n++;
+    *e = (Keyed){key, number};
+    return number;
 }
 // The token with this text that byte pair encoding may give, or -1.
 static int token_of(const Tokenizer *t, const char *s, size_t len) {
-    return index_find(&t->by_text, (Text){s, len}, -1);
-}
-// The longest added token at a place in a text, or NULL; `normalized`: which of them. One that only
-// counts untyped (a control token) is none where a flag in `typed` is set (NULL: none is).
-static const Added *added_at(const Tokenizer *t, Text text, size_t at, const char *typed,
-                             int normalized) {
-    size_t longest = t->longest[normalized][(uint8_t)text.s[at]], rest = text.len - at;
-    for (size_t n = longest < rest ? longest : rest; n; n--) {
-        int i = index_find(&t->by_content[normalized], (Text){text.s + at, n}, -1);
-        bool text_only = i >= 0 && t->added[i].flags & ONLY_UNTYPED && typed;
-        if (i >= 0 && !(text_only && memchr(typed + at, 1, n))) return &t->added[i];
-    }
-    return NULL;
+    int id = index_find(t, key_of_text(s, len));
+    bool right = id >= 0 && t->tokens[id].text.len == len && !memcmp(t->tokens[id].text.s, s, len);
+    return right ? id : -1;
 }
 
 // Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
@@ -1771,6 +1780,22 @@ static uint32_t next_char(const char *s, size_t len, size_t *used) {
                  (c < 0xd800 || c > 0xdfff);
     *used = valid ? n : 1;
     return valid ? c : 0xfffd;
+}
+// Appends the characters of a text, of which some bytes can be marked as typed.
+static void push_text(Ids *out, Text text, const char *typed) {
+    for (size_t i = 0, used; i < text.len; i += used) {
+        int c = (int)next_char(text.s + i, text.len - i, &used);
+        if (c == 0xfffd && used == 1) c = N_CHARS + (uint8_t)text.s[i];
+        push(out, typed && memchr(typed + i, 1, used) ? c | TYPED : c);
+    }
+}
+// Writes a character. Returns its number of bytes.
+static size_t put_char(char *s, int c) {
+    c &= CODE;
+    int more = c < N_CHARS ? (c >= 0x80) + (c >= 0x800) + (c >= 0x10000) : 0;
+    s[0] = (char)(more ? 256 - (128 >> more) + (c >> 6 * more) : c);
+    for (int i = 1; i <= more; i++) s[i] = (char)(0x80 | (c >> 6 * (more - i) & 0x3f));
+    return (size_t)more + 1;
 }
 
 // ---- [3.2] opening ------------------------------------------------------------------------------
@@ -1803,7 +1828,7 @@ static const uint8_t *record_take(const Tokenizer *t, Bytes *b, Text *text) {
 static bool read_tokens(Tokenizer *t, Bytes *file) {
     static char bytes[256];
     t->tokens = zeros((size_t)t->h.vocab_size, sizeof *t->tokens);
-    t->by_text = index_new((size_t)t->h.vocab_size);
+    index_grow(&t->index, 1 << 16);
     for (int id = 0; id < t->h.vocab_size; id++) {
         Text text;
         const uint8_t *start = record_take(t, file, &text);
@@ -1815,27 +1840,30 @@ static bool read_tokens(Tokenizer *t, Bytes *file) {
             text = (Text){&bytes[id - 3], 1};
         }
         t->tokens[id] = (Token){text, float_of(read_u32(start)), type};
-        if (type == NORMAL) index_find(&t->by_text, text, id);  // the first of equal texts
+        if (type == NORMAL) index_add(t, key_of_text(text.s, text.len), id);  // the first of equals
     }
     for (int id = 0; id < t->h.vocab_size; id++)  // bytes that are no other token
-        if (t->tokens[id].type == BYTE) index_find(&t->by_text, t->tokens[id].text, id);
+        if (t->tokens[id].type == BYTE)
+            index_add(t, key_of_text(t->tokens[id].text.s, t->tokens[id].text.len), id);
     return true;
 }
 
 static bool read_added(Tokenizer *t, Bytes *file) {
-    if (t->h.n_added > (uint64_t)(file->end - file->p) / 8) return false;
-    t->added = zeros(t->h.n_added, sizeof *t->added);
-    for (int i = 0; i < 2; i++) t->by_content[i] = index_new(t->h.n_added);
+    int n_nodes = 2;
     for (uint32_t i = 0; i < t->h.n_added; i++) {
         Text text;
+        Ids chars = {0};
         const uint8_t *start = record_take(t, file, &text);
         uint32_t id = start ? read_u32(start) : UINT32_MAX;
         if (id >= (uint32_t)t->h.vocab_size || start[4] > 31 || !text.len) return false;
-        t->added[i] = (Added){text, (int)id, start[4]};
-        int which = (start[4] & NORMALIZED) != 0;
-        size_t *longest = &t->longest[which][(uint8_t)*text.s];
-        if (text.len > *longest) *longest = text.len;
-        index_find(&t->by_content[which], text, (int)i);
+        int node = (start[4] & NORMALIZED) != 0;
+        push_text(&chars, text, NULL);
+        for (size_t j = 0; j < chars.n; j++) {
+            node = index_add(t, key_of(OF_NODE, node, chars.ids[j]), n_nodes);
+            n_nodes += node == n_nodes;
+        }
+        index_add(t, key_of(OF_END, node, 0), (int)(id << 5 | start[4]));
+        free(chars.ids);
     }
     return true;
 }
@@ -1845,30 +1873,52 @@ static bool read_merges(Tokenizer *t, const uint32_t *pair) {
     static char both[1 << 17];
     uint32_t n = (uint32_t)t->h.vocab_size;
     if (t->h.n_merges > 1 << 24) return false;  // a float holds no greater rank
-    t->merges = index_new(t->h.n_merges);
     t->joined = zeros(t->h.n_merges, sizeof *t->joined);
     for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2) {
         if (pair[0] >= n || pair[1] >= n) return false;
         Text a = t->tokens[pair[0]].text, b = t->tokens[pair[1]].text;
         memcpy(both, a.s, a.len), memcpy(both + a.len, b.s, b.len);
         t->joined[rank] = token_of(t, both, a.len + b.len);
-        if (t->joined[rank] >= 0) index_find(&t->merges, (Text){(const char *)pair, 8}, (int)rank);
+        if (t->joined[rank] >= 0)
+            index_add(t, key_of(OF_MERGE, (int)pair[0], (int)pair[1]), (int)rank);
     }
     return true;
 }
 
 // A table of a number for each character, from ranges; NULL: they are damaged.
 static uint8_t *read_ranges(const Range *range, uint32_t n, uint32_t limit) {
-    uint8_t *table = zeros(N_CHARS, 1);
+    uint8_t *table = zeros(N_CHARS + 256, 1);
     for (; n && range->first <= range->last && range->last < N_CHARS && range->value < limit;
          n--, range++)
         memset(table + range->first, (int)range->value, range->last + 1 - range->first);
+    memset(table + N_CHARS, table[0xfffd], 256);
     if (n) free(table);
     return n ? NULL : table;
 }
 
+// Normal form C (Unicode Standard Annex 15). Hangul syllables are made of three parts by rule.
+static bool read_forms(Tokenizer *t, const Form *forms) {
+    enum { SYLLABLE = 0xac00, LEAD = 0x1100, VOWEL = 0x1161, TAIL = 0x11a7, N = 11172 };
+    uint32_t n = t->h.n_forms;
+    t->forms = zeros(n + N, sizeof *t->forms);
+    for (uint32_t i = 0; n && i < n + N; i++) {
+        Form *f = &t->forms[i];
+        uint32_t s = i - n, tail = s % 28;
+        if (i < n) *f = forms[i];
+        else if (tail) *f = (Form){SYLLABLE + s, SYLLABLE + s - tail, TAIL + tail};
+        else *f = (Form){SYLLABLE + s, LEAD + s / (21 * 28), VOWEL + s / 28 % 21};
+        if (f->whole >= N_CHARS || f->first >= N_CHARS || (f->second & INT32_MAX) >= N_CHARS)
+            return false;
+        index_add(t, key_of(OF_WHOLE, (int)f->whole, 0), (int)i);
+        if (f->second <= INT32_MAX)
+            index_add(t, key_of(OF_PARTS, (int)f->first, (int)f->second), (int)i);
+    }
+    return true;
+}
+
 static bool steps_are_right(const Tokenizer *t) {
-    if (t->h.n_elements > 4096 || t->h.n_steps > 64) return false;  // calls are nested so deep
+    if (t->h.n_elements > 4096 || t->h.n_steps > 64 || t->h.n_forms > 4096)
+        return false;  // calls are nested so deep
     for (uint32_t i = 0; i < t->h.n_elements; i++) {
         const Element *x = &t->elements[i];
         if ((x->next && x->next <= i) || x->next >= t->h.n_elements || x->least > x->most ||
@@ -1893,7 +1943,7 @@ static bool read_tables(Tokenizer *t, Bytes *file) {
     const uint32_t *pairs = bytes_take(file, h->n_merges * 8ull);
     const Range *atoms = bytes_take(file, h->n_ranges * (uint64_t)sizeof *atoms);
     const Range *marks = bytes_take(file, h->n_marks * (uint64_t)sizeof *marks);
-    t->forms = bytes_take(file, h->n_forms * (uint64_t)sizeof *t->forms);
+    const Form *forms = bytes_take(file, h->n_forms * (uint64_t)sizeof *forms);
     t->stops = bytes_take(file, h->n_stops * 4ull);
     for (uint32_t i = 0; i < h->n_chat; i++) {
         const uint8_t *head = bytes_take(file, 8);
@@ -1904,23 +1954,13 @@ static bool read_tables(Tokenizer *t, Bytes *file) {
         if (t->chat_flags[i] > CHAT_FLAGS || (date && *(file->p - 1))) return false;
     }
     if (file->p != file->end || !steps_are_right(t) || !read_merges(t, pairs)) return false;
-    t->atoms = read_ranges(atoms, h->n_ranges, INSIDE);
+    t->atoms = read_ranges(atoms, h->n_ranges, 63);
     t->marks = read_ranges(marks, h->n_marks, 255);
-    t->by_whole = index_new(h->n_forms), t->by_parts = index_new(h->n_forms);
-    for (uint32_t i = 0; i < h->n_forms; i++) {
-        const Form *f = &t->forms[i];
-        uint32_t second = f->second & INT32_MAX;
-        if (f->whole >= N_CHARS || f->first >= N_CHARS || second >= N_CHARS) return false;
-        index_find(&t->by_whole, (Text){(const char *)&f->whole, 4}, (int)i);
-        index_find(&t->by_parts, (Text){(const char *)&f->first, 8}, (int)i);
-    }
-    return t->atoms && t->marks;
+    return t->atoms && t->marks && read_forms(t, forms);
 }
 
 static void free_tokenizer(Tokenizer *t) {
-    void *tables[] = {t->tokens, t->by_text.entries, t->merges.entries, t->joined, t->added,
-                      t->by_content[0].entries, t->by_content[1].entries, t->atoms, t->marks,
-                      t->by_whole.entries, t->by_parts.entries};
+    void *tables[] = {t->tokens, t->index.entries, t->joined, t->atoms, t->marks, t->forms};
     if (t->file) munmap((void *)(uintptr_t)t->file, t->file_size);
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) free(tables[i]);
     *t = (Tokenizer){0};
@@ -1971,98 +2011,111 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
 }
 
 // ---- [3.3] encoding, decoding -------------------------------------------------------------------
-// A word is covered by symbols. The two that are joined next, those of the highest priority, of
-// equals the leftmost, are found by a tournament.
+// A word is covered by symbols, in a ring with one of length 0 that is its beginning and its end.
+// The two that are joined next, those of the highest priority, of equals the leftmost, are found by
+// a tournament.
 
-typedef struct { int id, at, len, next, prev; } Symbol;  // len 0: joined to another; -1: none there
+typedef struct { int id, at, len, next, prev; } Symbol;  // len 0: joined to another
 typedef struct {
     const Tokenizer *t;
     Ids *out;
-    const char *word;
-    Symbol *symbols;  // (leaves)
-    int n, leaves;    // the least power of two that is not below n, the number of symbols
-    int room;         // for leaves
+    char *word;
+    Symbol *symbols;  // (n), and the one between the last and the first
+    int n, leaves;    // the least power of two that is above n
+    size_t word_room, room;  // for bytes of a word; for leaves
     float *winners;   // (2 leaves) [leaves + i]: the priority of joining symbol i to the next one,
                       // -INFINITY: none; [i]: the higher one of [2 i] and [2 i + 1]
     bool text_start;
     uint64_t budget;  // of tries to match a pattern, against patterns that take for ever
 } Encoder;
 
-// Part of a text. typed, atoms: of each byte, or NULL; first: it begins where the whole text does.
-typedef struct { Text text; const char *typed; const uint8_t *atoms; bool first; } Piece;
-static Piece piece_of(Piece p, size_t from, size_t to) {
-    return (Piece){{p.text.s + from, to - from}, p.typed ? p.typed + from : NULL,
-                   p.atoms ? p.atoms + from : NULL, p.first && !from};
-}
+// Characters of a text; first: it begins where the whole text does.
+typedef struct { const int *chars; size_t n; bool first; } Piece;
 static void encode_piece(Encoder *e, Piece p, uint32_t step);
+// Takes a part of a piece through a step.
+static void encode_part(Encoder *e, Piece p, size_t from, size_t to, uint32_t step) {
+    encode_piece(e, (Piece){p.chars + from, to - from, p.first && !from}, step);
+}
 
 // Finds out whether a symbol can be joined to the one behind it.
 static void encode_pair(Encoder *e, int i) {
     const Tokenizer *t = e->t;
-    const Symbol *a = &e->symbols[i], *b = &e->symbols[a->next < 0 ? 0 : a->next];
+    const Symbol *a = &e->symbols[i], *b = &e->symbols[a->next];
     float *w = e->winners, priority = -INFINITY;
-    if (a->len && a->next >= 0 && t->h.flags & BY_SCORE) {
+    if (a->len && b->len && t->h.flags & BY_SCORE) {
         int joined = token_of(t, e->word + a->at, (size_t)(a->len + b->len));
         if (joined >= 0) priority = t->tokens[joined].score;
-    } else if (a->len && a->next >= 0) {
-        int pair[] = {a->id, b->id}, rank = index_find(&t->merges, (Text){(char *)pair, 8}, -1);
+    } else if (a->len && b->len && a->id >= 0 && b->id >= 0) {
+        int rank = index_find(t, key_of(OF_MERGE, a->id, b->id));
         if (rank >= 0) priority = (float)-rank;
     }
     i += e->leaves;
     w[i] = priority;
-    while (i /= 2) w[i] = fmaxf(w[2 * i], w[2 * i + 1]);  // NOLINT: all set
+    while (i /= 2) w[i] = w[2 * i] > w[2 * i + 1] ? w[2 * i] : w[2 * i + 1];  // NOLINT: all set
 }
 
-static void encode_symbol(Encoder *e, int id, size_t at, size_t len) {
-    e->symbols[e->n] = (Symbol){id, (int)at, (int)len, -1, e->n - 1};
-    if (e->n) e->symbols[e->n - 1].next = e->n;
-    e->n++;
+// Whether each byte of a character is a token.
+static bool has_bytes(const Tokenizer *t, const char *s, int len) {
+    while (len && token_of(t, s + len - 1, 1) >= 0) len--;
+    return !len;
 }
 
-// Covers a word with symbols: its bytes or characters. What is no token becomes the tokens of its
-// bytes, else the unknown one, which comes before the next token, or is left out. (SentencePiece
-// joins symbols that are no tokens as well.)
+// Covers a word with symbols: its bytes or characters. Those that are no tokens can be joined to
+// others if tokens have scores; if nothing can become of one it is left out.
 static void encode_symbols(Encoder *e, Text word) {
     const Tokenizer *t = e->t;
-    bool unknown = false, scores = t->h.flags & BY_SCORE;
-    e->n = 0;
+    Symbol *s = e->symbols;
+    int n = 0;
     for (size_t i = 0, len = 1; i < word.len; i += len) {
         if (t->h.flags & CHARACTERS) next_char(word.s + i, word.len - i, &len);
         int id = token_of(t, word.s + i, len);
-        size_t bytes = 0;
-        while (id < 0 && bytes < len && token_of(t, word.s + i + bytes, 1) >= 0) bytes++;
-        if (unknown && (id >= 0 || (bytes < len && !(t->h.flags & FUSE_UNK))))
-            encode_symbol(e, t->h.unk, i, 1), unknown = false;
-        if (id >= 0 || scores) encode_symbol(e, id, i, len);
-        else if (bytes < len) unknown = t->h.unk >= 0;
-        else
-            for (size_t j = i; j < i + len; j++)
-                encode_symbol(e, token_of(t, word.s + j, 1), j, 1);
+        if (id >= 0 || t->h.unk >= 0 || t->h.flags & BY_SCORE ||
+            has_bytes(t, word.s + i, (int)len))
+            s[n] = (Symbol){id, (int)i, (int)len, n + 1, n - 1}, n++;
     }
-    if (unknown) encode_symbol(e, t->h.unk, word.len, 1);
+    s[n] = (Symbol){.prev = n - 1};
+    s[0].prev = e->n = n;
+    for (e->leaves = 1; e->leaves <= n;) e->leaves *= 2;
+    for (int i = 0; i < 2 * e->leaves; i++) e->winners[i] = -INFINITY;
+    for (int i = 0; i < n; i++) encode_pair(e, i);
+}
+
+// Appends the tokens of symbols. What is no token becomes the tokens of its bytes, or the unknown
+// one, which comes before the next token.
+static void encode_end(Encoder *e) {
+    const Tokenizer *t = e->t;
+    bool unknown = false, fuse = t->h.flags & FUSE_UNK;
+    for (const Symbol *a = &e->symbols[e->n]; a->next != e->n;) {
+        a = &e->symbols[a->next];
+        const char *s = e->word + a->at;
+        bool bytes = a->id < 0 && has_bytes(t, s, a->len);
+        if (unknown && (a->id >= 0 || !(bytes || fuse))) push(e->out, t->h.unk), unknown = false;
+        if (a->id >= 0) push(e->out, a->id);
+        else if (!bytes) unknown = t->h.unk >= 0;
+        for (int i = 0; i < a->len && bytes; i++) push(e->out, token_of(t, s + i, 1));
+    }
+    if (unknown) push(e->out, t->h.unk);
 }
 
 // Appends the tokens of a word.
-static void encode_word(Encoder *e, Text word) {
+static void encode_word(Encoder *e, Piece p) {
     const Tokenizer *t = e->t;
+    if (e->word_room < 4 * p.n) e->word = resize(e->word, e->word_room = 8 * p.n, 1);
+    Text word = {e->word, 0};
+    for (size_t i = 0; i < p.n; i++) word.len += put_char(e->word + word.len, p.chars[i]);
     int whole = t->h.flags & IGNORE_MERGES ? token_of(t, word.s, word.len) : -1;
     if (whole >= 0) {
         push(e->out, whole);
         return;
     }
     if (word.len > INT_MAX / 4) die("the text is too long: %zu bytes in one word", word.len);
-    for (e->leaves = 1; (size_t)e->leaves <= word.len;) e->leaves *= 2;
-    if (e->room < e->leaves) {
-        e->room = e->leaves;
-        e->symbols = resize(e->symbols, (size_t)e->room, sizeof *e->symbols);
-        e->winners = resize(e->winners, (size_t)e->room, 2 * sizeof *e->winners);
+    if (e->room <= word.len) {
+        for (e->room = 64; e->room <= word.len;) e->room *= 2;
+        e->symbols = resize(e->symbols, e->room, sizeof *e->symbols);
+        e->winners = resize(e->winners, e->room, 2 * sizeof *e->winners);
     }
-    e->word = word.s;
     encode_symbols(e, word);
-    for (e->leaves = 1; e->leaves < e->n;) e->leaves *= 2;
-    for (int i = 0; i < 2 * e->leaves; i++) e->winners[i] = -INFINITY;
-    for (int i = 0; i < e->n; i++) encode_pair(e, i);
-    while (e->n && e->winners[1] > -INFINITY) {
+    while (e->winners[1] > -INFINITY) {
         int i = 1;
         while (i < e->leaves) i = 2 * i + (e->winners[2 * i] < e->winners[2 * i + 1]);
         Symbol *a = &e->symbols[i - e->leaves], *b = &e->symbols[a->next];
@@ -2071,230 +2124,161 @@ static void encode_word(Encoder *e, Text word) {
         a->len += b->len;
         b->len = 0;
         a->next = b->next;
-        if (b->next >= 0) e->symbols[b->next].prev = i - e->leaves;
+        e->symbols[a->next].prev = i - e->leaves;
         encode_pair(e, (int)(b - e->symbols));
-        if (a->prev >= 0) encode_pair(e, a->prev);
+        encode_pair(e, a->prev);
         encode_pair(e, i - e->leaves);
     }
-    bool fused = false;
-    for (int i = e->n ? 0 : -1; i >= 0; i = e->symbols[i].next) {
-        const Symbol *a = &e->symbols[i];
-        bool unknown = false;
-        if (a->id >= 0) push(e->out, a->id);
-        else for (int j = 0; j < a->len; j++) {  // its bytes, or unknown
-            int byte = token_of(t, word.s + a->at + j, 1);
-            if (byte >= 0) push(e->out, byte);
-            else if (t->h.unk >= 0 && !unknown && !fused) push(e->out, t->h.unk);
-            unknown = byte < 0 || unknown;
-        }
-        fused = unknown && t->h.flags & FUSE_UNK;
-    }
+    encode_end(e);
 }
 
-// The end of the match of a pattern, from an element on, at a place in a piece, or SIZE_MAX.
-static size_t pattern_match(Encoder *e, const Piece *p, size_t from, const Element *x) {
-    const uint8_t *atoms = p->atoms;
+// Whether a character is in a set of atoms.
+static bool char_is(const Tokenizer *t, int c, uint64_t set) {
+    return set >> t->atoms[c & CODE] & 1;
+}
+
+// The end of the match of a pattern, from an element on, at a place in a piece; 0: there is none.
+static size_t pattern_match(Encoder *e, Piece p, size_t from, const Element *x) {
     if (!e->budget--) die("%s: its patterns take too long for this text", e->t->path);
     for (;; x = &e->t->elements[x->otherwise]) {
-        size_t at = from, least = x->least, n = 0, end;
-        while (n < x->most && at < p->text.len && x->set >> atoms[at] & 1)
-            for (at++, n++; at < p->text.len && atoms[at] == INSIDE; at++) {}
+        size_t at = from, least = x->least, end;
+        while (at < p.n && at - from < x->most && char_is(e->t, p.chars[at], x->set)) at++;
         if (x->kind >= FOLLOWED) {
-            n = (n > 0) == (x->kind == FOLLOWED) ? 0 : SIZE_MAX;  // SIZE_MAX: it does not fit
-            least = 0, at = from;
+            least = (at > from) == (x->kind == FOLLOWED) ? 0 : SIZE_MAX;  // SIZE_MAX: does not fit
+            at = from;
         }
-        for (; n + 1 > least; n--) {
+        for (; at - from >= least; at--) {
             end = x->next ? pattern_match(e, p, at, &e->t->elements[x->next]) : at;
-            if (end != SIZE_MAX) return end;
-            if (!n || x->kind != TAKE) break;
-            do at--; while (atoms[at] == INSIDE);
+            if (end) return end;
+            if (at == from || x->kind != TAKE) break;
         }
-        if (!x->otherwise) return SIZE_MAX;
+        if (!x->otherwise) return 0;
     }
 }
 
 static void encode_split(Encoder *e, Piece p, uint32_t step) {
     const Step *s = &e->t->steps[step];
-    size_t start = 0, n = p.text.len, used;
-    uint8_t *atoms = p.atoms ? NULL : resize(NULL, n, 1);
-    for (size_t i = 0; i < n && atoms; i += used) {
-        uint32_t c = next_char(p.text.s + i, n - i, &used);
-        memset(atoms + i, INSIDE, used);
-        atoms[i] = e->t->atoms[c];
-    }
-    if (atoms) p.atoms = atoms;
+    size_t start = 0;
     bool before = false;
-    for (size_t from = 0, at, end = 0; from < n; from = end) {
-        const Element *first = &e->t->elements[s->element];
-        for (at = from; at < n; at++) {  // an empty match is none
-            if (p.atoms[at] == INSIDE) continue;  // NOLINT: a text of n > 0 has some
-            end = pattern_match(e, &p, at, first);
-            if (end != SIZE_MAX && end > at) break;
+    for (size_t from = 0, to; from < p.n; from = to) {  // a match, or a character without
+        to = pattern_match(e, p, from, &e->t->elements[s->element]);
+        bool match = to > from;  // an empty one is none
+        if (!match) to = from + 1;
+        if (from && (before || match) && s->how >> (2 * before + match) & 1) {
+            if (!(s->how >> (4 + before) & 1)) encode_part(e, p, start, from, step + 1);
+            start = from;
         }
-        if (at == n) end = n;
-        for (int match = 0; match < 2; match++) {  // what comes before the match, the match
-            size_t here = match ? at : from;
-            if (here == (match ? end : at)) continue;
-            if (here > start && s->how >> (2 * before + match) & 1) {
-                bool dropped = s->how >> (4 + before) & 1;
-                if (!dropped) encode_piece(e, piece_of(p, start, here), step + 1);
-                start = here;
-            }
-            before = match;
-        }
+        before = match;
     }
-    if (!(s->how >> (4 + before) & 1)) encode_piece(e, piece_of(p, start, n), step + 1);
-    free(atoms);
+    if (!(s->how >> (4 + before) & 1)) encode_part(e, p, start, p.n, step + 1);
 }
 
-// Whether the character of a text at a place is in a set.
-static bool char_is(const Tokenizer *t, Text text, size_t at, uint64_t set) {
-    size_t used;
-    return set >> t->atoms[next_char(text.s + at, text.len - at, &used)] & 1;
-}
-// Where the character before a place begins.
-static size_t char_before(Text text, size_t at) {
-    do at--; while (at && ((uint8_t)text.s[at] & 0xc0) == 0x80);
-    return at;
+// The longest added token at a place (its id and flags, or -1), and where it ends; `normalized`:
+// which of them. One that only counts untyped (a control token) is none where something is typed.
+static int added_at(const Tokenizer *t, Piece p, size_t at, int normalized, size_t *end) {
+    int node = normalized, typed = 0, longest = -1;
+    for (; at < p.n; at++) {
+        node = index_find(t, key_of(OF_NODE, node, p.chars[at] & CODE));
+        if (node < 0) break;
+        typed |= p.chars[at] & TYPED;
+        int added = index_find(t, key_of(OF_END, node, 0));
+        if (added >= 0 && !(typed && added & ONLY_UNTYPED)) longest = added, *end = at + 1;
+    }
+    return longest;
 }
 
 static void encode_find(Encoder *e, Piece p, uint32_t step) {
     const Tokenizer *t = e->t;
-    Text text = p.text;
-    size_t from = 0, used;
-    for (size_t i = 0; i < text.len;) {
-        const Added *a = added_at(t, text, i, p.typed, t->steps[step].how);
-        size_t start = i, end = i + (a ? a->text.len : 1);
+    uint64_t word = t->h.word, white = t->h.white;
+    size_t from = 0;
+    for (size_t i = 0; i < p.n;) {
+        size_t start = i, end = i + 1;
+        int added = added_at(t, p, i, t->steps[step].how, &end);
         i = end;
-        if (!a || (a->flags & SINGLE_WORD &&
-                   ((start && char_is(t, text, char_before(text, start), t->h.word)) ||
-                    (end < text.len && char_is(t, text, end, t->h.word))))) continue;
-        while (a->flags & LSTRIP && start > from &&
-               char_is(t, text, char_before(text, start), t->h.white))
-            start = char_before(text, start);
-        while (a->flags & RSTRIP && end < text.len && char_is(t, text, end, t->h.white)) {
-            next_char(text.s + end, text.len - end, &used);
-            end += used;
-        }
-        if (from < start) encode_piece(e, piece_of(p, from, start), step + 1);
-        push(e->out, a->id);
+        if (added < 0 || (added & SINGLE_WORD &&
+                          ((start && char_is(t, p.chars[start - 1], word)) ||
+                           (end < p.n && char_is(t, p.chars[end], word))))) continue;
+        if (added & LSTRIP)
+            while (start > from && char_is(t, p.chars[start - 1], white)) start--;
+        if (added & RSTRIP)
+            while (end < p.n && char_is(t, p.chars[end], white)) end++;
+        if (from < start) encode_part(e, p, from, start, step + 1);
+        push(e->out, added >> 5);
         from = end;
     }
-    if (from < text.len) encode_piece(e, piece_of(p, from, text.len), step + 1);
+    if (from < p.n) encode_part(e, p, from, p.n, step + 1);
 }
 
-// What a step makes of a text, and flags of what was typed.
-typedef struct { char *s, *typed; size_t n, room; } Changed;
-static void changed_add(Changed *c, const char *s, size_t n, const char *typed) {
-    if (c->n + n > c->room) {
-        c->room = 2 * (c->n + n);
-        c->s = resize(c->s, c->room, 1), c->typed = resize(c->typed, c->room, 1);
+// Whether a text stands at a place: -1: it does not; TYPED: it does, and some of it is typed.
+static int piece_has(Piece p, size_t at, const Ids *text) {
+    int typed = 0;
+    if (text->n > p.n - at) return -1;
+    for (size_t i = 0; i < text->n; i++, at++) {
+        if ((p.chars[at] & CODE) != text->ids[i]) return -1;
+        typed |= p.chars[at] & TYPED;
     }
-    memcpy(c->s + c->n, s, n);
-    if (typed) memcpy(c->typed + c->n, typed, n);
-    else memset(c->typed + c->n, 0, n);
-    c->n += n;
+    return typed;
 }
-static const char all_typed[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
-static void change_replace(const Encoder *e, Piece p, const Step *s, Changed *c) {
-    size_t n = s->n_from, len = p.text.len;
-    bool there = len >= s->n_to && !memcmp(p.text.s, s->to, s->n_to);
-    bool in_front = !n && (p.first ? e->text_start : !(s->how & 2)) && !(s->how & 1 && there);
-    if (in_front) changed_add(c, s->to, s->n_to, NULL);
-    for (size_t i = 0, end; i < len; i = end + n) {
-        const char *at = n ? memmem(p.text.s + i, len - i, s->from, n) : NULL;
-        end = at ? (size_t)(at - p.text.s) : len;
-        changed_add(c, p.text.s + i, end - i, p.typed ? p.typed + i : NULL);
-        bool typed = at && p.typed && memchr(p.typed + end, 1, n);
-        if (at) changed_add(c, s->to, s->n_to, typed ? all_typed : NULL);
+static void change_replace(const Encoder *e, Piece p, const Step *s, Ids *out) {
+    Ids from = {0}, to = {0};
+    push_text(&from, (Text){s->from, s->n_from}, NULL);
+    push_text(&to, (Text){s->to, s->n_to}, NULL);
+    bool in_front = !from.n && (p.first ? e->text_start : !(s->how & 2)) &&
+                    !(s->how & 1 && piece_has(p, 0, &to) >= 0);
+    for (size_t j = 0; j < to.n && in_front; j++) push(out, to.ids[j]);
+    for (size_t i = 0; i < p.n;) {
+        int typed = from.n ? piece_has(p, i, &from) : -1;
+        for (size_t j = 0; j < to.n && typed >= 0; j++) push(out, to.ids[j] | typed);
+        if (typed < 0) push(out, p.chars[i]);
+        i += typed < 0 ? 1 : from.n;
     }
+    free(from.ids), free(to.ids);
 }
 
-// Normal form C (Unicode Standard Annex 15). Characters here can be marked as typed, or are bytes
-// that are none; both have no combining class. Hangul syllables are made of three parts by rule.
-enum { IS_BYTE = 1 << 21, IS_TYPED = 1 << 22, SYLLABLE = 0xac00, LEAD = 0x1100, VOWEL = 0x1161,
-       TAIL = 0x11a7, N_SYLLABLES = 11172, N_VOWELS = 21, N_TAILS = 28 };
-static int form_class(const Tokenizer *t, int c) {
-    return c & IS_BYTE ? 0 : t->marks[c & ~IS_TYPED];
-}
+static int class_of(const Tokenizer *t, int c) { return t->marks[c & CODE]; }
 // Appends a character, taken apart by the forms before one, with its marks in their order.
-static void form_take(const Tokenizer *t, Ids *out, int c, int typed, int before) {
-    int form = index_find(&t->by_whole, (Text){(char *)&c, 4}, -1), s = c - SYLLABLE;
-    if (s >= 0 && s < N_SYLLABLES) {
-        push(out, (LEAD + s / (N_VOWELS * N_TAILS)) | typed);
-        push(out, (VOWEL + s / N_TAILS % N_VOWELS) | typed);
-        if (s % N_TAILS) push(out, (TAIL + s % N_TAILS) | typed);
-    } else if (form >= 0 && form < before) {
+static void form_take(const Tokenizer *t, Ids *out, int c, int before) {
+    int form = index_find(t, key_of(OF_WHOLE, c & CODE, 0)), typed = c & TYPED;
+    if (form >= 0 && form < before) {
         int second = (int)(t->forms[form].second & INT32_MAX);
-        form_take(t, out, (int)t->forms[form].first, typed, form);
-        if (second) form_take(t, out, second, typed, form);
-    } else {
-        push(out, c | typed);
-        int *p = out->ids + out->n - 1, class = form_class(t, c);
-        for (; class && p > out->ids && form_class(t, p[-1]) > class; p--) p[0] = p[-1];
-        *p = c | typed;
+        form_take(t, out, (int)t->forms[form].first | typed, form);
+        if (second) form_take(t, out, second | typed, form);
+        return;
     }
+    push(out, c);
+    int *p = out->ids + out->n - 1;
+    for (; class_of(t, c) && p > out->ids && class_of(t, p[-1]) > class_of(t, c); p--) p[0] = p[-1];
+    *p = c;
 }
-// What two characters make together, or -1.
-static int form_join(const Tokenizer *t, int a, int b) {
-    int pair[] = {a & ~IS_TYPED, b & ~IS_TYPED}, typed = (a | b) & IS_TYPED;
-    int lead = pair[0] - LEAD, vowel = pair[1] - VOWEL;
-    int s = pair[0] - SYLLABLE, tail = pair[1] - TAIL;
-    if (lead >= 0 && lead < 19 && vowel >= 0 && vowel < N_VOWELS)
-        return (SYLLABLE + (lead * N_VOWELS + vowel) * N_TAILS) | typed;
-    if (s >= 0 && s < N_SYLLABLES && s % N_TAILS == 0 && tail > 0 && tail < N_TAILS)
-        return (pair[0] + tail) | typed;
-    int form = pair[1] ? index_find(&t->by_parts, (Text){(char *)pair, 8}, -1) : -1;
-    return form < 0 ? -1 : (int)t->forms[form].whole | typed;
-}
-static void change_form(const Encoder *e, Piece p, Changed *c) {
+static void change_form(const Encoder *e, Piece p, Ids *out) {
     const Tokenizer *t = e->t;
-    Ids chars = {0};
-    size_t used, n = 0, starter = 0;
-    for (size_t i = 0; i < p.text.len; i += used) {
-        int a = (int)next_char(p.text.s + i, p.text.len - i, &used);
-        if (a == 0xfffd && used == 1) a = IS_BYTE | (uint8_t)p.text.s[i];
-        bool typed = p.typed && memchr(p.typed + i, 1, used);
-        form_take(t, &chars, a, typed ? IS_TYPED : 0, INT_MAX);
+    size_t n = 0, starter = 0;
+    for (size_t i = 0; i < p.n; i++) form_take(t, out, p.chars[i], INT_MAX);
+    for (size_t i = 0; i < out->n; i++) {  // what begins with a starter is joined
+        int c = out->ids[i], class = class_of(t, c), *first = &out->ids[starter], form = -1;
+        if (n && !class_of(t, *first) && (starter == n - 1 || class_of(t, out->ids[n - 1]) < class))
+            form = index_find(t, key_of(OF_PARTS, *first & CODE, c & CODE));
+        if (form >= 0) *first = (int)t->forms[form].whole | ((*first | c) & TYPED);
+        else if (out->ids[n++] = c, !class) starter = n - 1;
     }
-    for (size_t i = 0; i < chars.n; i++) {  // what begins with a starter is joined
-        int a = chars.ids[i], class = form_class(t, a);
-        bool near = n && !form_class(t, chars.ids[starter]) &&
-                    (starter == n - 1 || form_class(t, chars.ids[n - 1]) < class);
-        int whole = near ? form_join(t, chars.ids[starter], a) : -1;
-        if (whole >= 0) chars.ids[starter] = whole;
-        else if (chars.ids[n] = a, n++, !class) starter = n - 1;
-    }
-    for (size_t i = 0; i < n; i++) {
-        int a = chars.ids[i] & ~IS_TYPED, more = (a >= 0x80) + (a >= 0x800) + (a >= 0x10000);
-        char s[4] = {(char)a};
-        if (more && !(a & IS_BYTE)) s[0] = (char)(256 - (128 >> more) + (a >> 6 * more));
-        else more = 0;
-        for (int j = 1; j <= more; j++) s[j] = (char)(0x80 | (a >> 6 * (more - j) & 0x3f));
-        changed_add(c, s, (size_t)more + 1, chars.ids[i] & IS_TYPED ? all_typed : NULL);
-    }
-    free(chars.ids);
+    out->n = n;
 }
 
 // Takes a piece through a step and all that follow it.
 static void encode_piece(Encoder *e, Piece p, uint32_t step) {
-    const Tokenizer *t = e->t;
-    const Step *s = &t->steps[step];
-    Changed c = {0};
-    if (!p.text.len) return;
-    if (step == t->h.n_steps) encode_word(e, p.text);
+    const Step *s = &e->t->steps[step];
+    Ids changed = {0};
+    if (!p.n) return;
+    if (step == e->t->h.n_steps) encode_word(e, p);
     else if (s->kind == FIND) encode_find(e, p, step);
     else if (s->kind == SPLIT) encode_split(e, p, step);
-    else if (t->h.flags & BARE) encode_piece(e, p, step + 1);
+    else if (e->t->h.flags & BARE) encode_piece(e, p, step + 1);
     else {
-        c.room = 2 * p.text.len + sizeof s->to;
-        c.s = resize(NULL, c.room, 1), c.typed = resize(NULL, c.room, 1);
-        if (s->kind == REPLACE) change_replace(e, p, s, &c);
-        else change_form(e, p, &c);
-        encode_piece(e, (Piece){{c.s, c.n}, p.typed ? c.typed : NULL, NULL, p.first}, step + 1);
+        if (s->kind == REPLACE) change_replace(e, p, s, &changed);
+        else change_form(e, p, &changed);
+        encode_piece(e, (Piece){changed.ids, changed.n, p.first}, step + 1);
     }
-    free(c.s), free(c.typed);
+    free(changed.ids);
 }
 
 // Appends the tokens of a text. At a text's start BOS and what the steps write in front come first,
@@ -2304,12 +2288,13 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool text_s
     Encoder e = {.t = t, .out = out, .text_start = text_start, .budget = (text.len + 1) << 12};
     bool bos = text_start && t->h.flags & ADD_BOS && t->h.bos >= 0;
     size_t start = out->n + bos;
+    Ids chars = {0};
+    push_text(&chars, text, typed);
     if (bos) push(out, t->h.bos);
-    encode_piece(&e, (Piece){text, typed, NULL, true}, 0);
+    encode_piece(&e, (Piece){chars.ids, chars.n, true}, 0);
     if (bos && out->n > start && out->ids[start] == t->h.bos)  // it has one itself
         memmove(out->ids + start, out->ids + start + 1, (--out->n - start) * sizeof(int));
-    free(e.symbols);
-    free(e.winners);
+    free(chars.ids), free(e.word), free(e.symbols), free(e.winners);
 }
 
 // The text of a token that follows another (-1: nothing). Control tokens have none; the space that
