@@ -2015,7 +2015,7 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
 // The two that are joined next, those of the highest priority, of equals the leftmost, are found by
 // a tournament.
 
-typedef struct { int id, at, len, next, prev; } Symbol;  // len 0: joined to another
+typedef struct { int id, at, len, next, prev, joined; } Symbol;  // len 0: joined to another
 typedef struct {
     const Tokenizer *t;
     Ids *out;
@@ -2037,20 +2037,19 @@ static void encode_part(Encoder *e, Piece p, size_t from, size_t to, uint32_t st
     encode_piece(e, (Piece){p.chars + from, to - from, p.first && !from}, step);
 }
 
-// Finds out whether a symbol can be joined to the one behind it.
+// Finds out whether a symbol can be joined to the one behind it, and what it becomes.
 static void encode_pair(Encoder *e, int i) {
     const Tokenizer *t = e->t;
-    const Symbol *a = &e->symbols[i], *b = &e->symbols[a->next];
-    float *w = e->winners, priority = -INFINITY;
+    Symbol *a = &e->symbols[i], *b = &e->symbols[a->next];
+    float priority = -INFINITY, *w = e->winners;
     if (a->len && b->len && t->h.flags & BY_SCORE) {
-        int joined = token_of(t, e->word + a->at, (size_t)(a->len + b->len));
-        if (joined >= 0) priority = t->tokens[joined].score;
-    } else if (a->len && b->len && a->id >= 0 && b->id >= 0) {
+        a->joined = token_of(t, e->word + a->at, (size_t)(a->len + b->len));
+        if (a->joined >= 0) priority = t->tokens[a->joined].score;
+    } else if (a->len && b->len) {
         int rank = index_find(t, key_of(OF_MERGE, a->id, b->id));
-        if (rank >= 0) priority = (float)-rank;
+        if (rank >= 0) a->joined = t->joined[rank], priority = (float)-rank;
     }
-    i += e->leaves;
-    w[i] = priority;
+    w[i += e->leaves] = priority;
     while (i /= 2) w[i] = w[2 * i] > w[2 * i + 1] ? w[2 * i] : w[2 * i + 1];  // NOLINT: all set
 }
 
@@ -2071,7 +2070,7 @@ static void encode_symbols(Encoder *e, Text word) {
         int id = token_of(t, word.s + i, len);
         if (id >= 0 || t->h.unk >= 0 || t->h.flags & BY_SCORE ||
             has_bytes(t, word.s + i, (int)len))
-            s[n] = (Symbol){id, (int)i, (int)len, n + 1, n - 1}, n++;
+            s[n] = (Symbol){id, (int)i, (int)len, n + 1, n - 1, -1}, n++;
     }
     s[n] = (Symbol){.prev = n - 1};
     s[0].prev = e->n = n;
@@ -2119,8 +2118,7 @@ static void encode_word(Encoder *e, Piece p) {
         int i = 1;
         while (i < e->leaves) i = 2 * i + (e->winners[2 * i] < e->winners[2 * i + 1]);
         Symbol *a = &e->symbols[i - e->leaves], *b = &e->symbols[a->next];
-        a->id = t->h.flags & BY_SCORE ? token_of(t, word.s + a->at, (size_t)(a->len + b->len))
-                                      : t->joined[(int)-e->winners[i]];
+        a->id = a->joined;
         a->len += b->len;
         b->len = 0;
         a->next = b->next;
