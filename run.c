@@ -1074,7 +1074,7 @@ typedef struct Experts {  // [2.7]
     float *route, *share;  // (n, n_experts) scores of experts; what each counts, 0: not visited
     float *rows;           // (guests, dim) tokens at experts, and what these answer
     Guest *guest;          // (guests) who that is, sorted by expert
-    Product *visits;       // (2 * n_experts)
+    Product *visits;       // (3 * n_experts) gate and up; down
 } Experts;
 struct Cache {
     const Model *m;
@@ -1140,6 +1140,7 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
     const Config *c = &m->c;
     State *s = &kv->state;
     int dtype = m->token_embedding.dtype, hd = c->head_dim, widest = 0;
+    int widths[] = {c->dim, c->n_heads * hd, c->hidden_dim, c->expert_hidden};  // of products' x
     *kv = (Cache){.m = m, .n_seqs = n_seqs, .ctx = ctx, .n_pages = (ctx - 1) / PAGE_POSITIONS + 1};
     kv->dtype = dtype <= F32 ? F32 : dtype == BF16 ? HALF : Q8;
     kv->head_bytes = matrix_bytes(kv->dtype, PAGE_POSITIONS, hd) +
@@ -1149,22 +1150,19 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
     kv->pages = zeros((size_t)n_seqs * (size_t)kv->n_pages, sizeof *kv->pages);
     Experts *e = s->at = zeros(1, sizeof *e);
     int n = MAX_BATCH, guests = n * (c->n_active + c->n_shared) + TILE * c->n_experts;
+    bool larger = (double)guests * c->expert_hidden > (double)n * c->hidden_dim;
+    int gate_rows = larger ? guests : n, gate_width = larger ? c->expert_hidden : c->hidden_dim;
     const struct { float **array; int rows, width; } arrays[] = {
         {&s->x, n, c->dim}, {&s->xb, n, c->dim}, {&s->q, n, c->n_heads * hd},
         {&s->att_out, n, c->n_heads * hd}, {&s->k, n, c->n_kv_heads * hd},
         {&s->v, n, c->n_kv_heads * hd}, {&s->rope, n, 2 * hd}, {&s->rope_local, n, 2 * hd},
         {&e->route, n, c->n_experts}, {&e->share, n, c->n_experts}, {&e->rows, guests, c->dim},
-        {&s->gate, n, c->hidden_dim}, {&s->up, n, c->hidden_dim},  // or, if those are larger:
-        {&s->gate, guests, c->expert_hidden}, {&s->up, guests, c->expert_hidden}};
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        size_t numbers = (size_t)arrays[i].rows * (size_t)arrays[i].width;
-        if (*arrays[i].array && numbers <= (size_t)n * (size_t)c->hidden_dim) continue;
-        free(*arrays[i].array);
-        *arrays[i].array = zeros(numbers, sizeof(float));
-        if (arrays[i].width > widest) widest = arrays[i].width;
-    }
+        {&s->gate, gate_rows, gate_width}, {&s->up, gate_rows, gate_width}};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+        *arrays[i].array = zeros((size_t)arrays[i].rows * (size_t)arrays[i].width, sizeof(float));
+    for (int i = 0; i < 4; i++) widest = widths[i] > widest ? widths[i] : widest;
     e->guest = zeros((size_t)guests, sizeof *e->guest);
-    e->visits = zeros((size_t)c->n_experts, 2 * sizeof *e->visits);
+    e->visits = zeros((size_t)c->n_experts, 3 * sizeof *e->visits);
     s->xq = new_quantized(n > guests ? n : guests, widest);
 }
 static void cache_close(Cache *kv) {
@@ -1177,38 +1175,30 @@ static void cache_close(Cache *kv) {
     *kv = (Cache){0};
 }
 
-static void put_number(const Matrix *w, int row, int c, float x) {
+// Writes a number into a matrix, into one of Q8 divided by d and rounded; with a block's first one
+// comes the scale, d.
+static inline void put_number(const Matrix *w, int row, int c, float x, float d) {
     void *p = (void *)(uintptr_t)place_of(w, row, c);
     if (w->dtype == F32) *(float *)p = x;
-    else *(uint16_t *)p = float_to_half(x);
-}
-// A number of a Q8 matrix, rounded; with a block's first one comes the scale.
-static inline void put_quant(const Matrix *w, int row, int c, int8_t q, float d) {
-    uint8_t *block = (uint8_t *)(uintptr_t)panel_of(w, row) + c / BLOCK * block_bytes(Q8);
-    block[quant_at(Q8, row, c)] = (uint8_t)q;
-    if (c % BLOCK == 0) ((uint16_t *)(void *)block)[row % PANEL] = float_to_half(d);
+    else if (w->dtype == HALF) *(uint16_t *)p = float_to_half(x);
+    else ((int8_t *)p)[quant_at(Q8, row, c)] = (int8_t)round_by(x, d);
+    if (w->dtype == Q8 && c % BLOCK == 0) ((uint16_t *)p)[row % PANEL] = float_to_half(d);
 }
 static void cache_put(const CacheHead *h, int pos, const float *k, const float *v) {
     const Cache *kv = h->kv;
     const uint8_t *data = head_at(h, pos);
     Matrix keys = cache_keys(kv, data), values = cache_values(kv, data);
     int at = pos % PAGE_POSITIONS, hd = kv->m->c.head_dim;
-    float d_key = scale_of(k, hd), d_value = scale_of(v, hd);
-    if (d_key != d_key || d_value != d_value) h->kv->damaged = true;
-    for (int i = 0; i < hd && kv->dtype != Q8; i++) {
-        put_number(&keys, at, i, k[i]);
-        put_number(&values, i, at, v[i]);
+    float d_key = 0, d_value = scale_of(v, hd), by = 1;
+    if (kv->dtype == Q8) {
+        value_scales(kv, data)[at] = d_value > 0 ? d_value : 0;
+        by = d_value > 0 ? 1.0f / d_value : 0;
     }
-    if (kv->dtype != Q8) return;
-    int8_t q[2][BLOCK];  // keys and values
-    value_scales(kv, data)[at] = d_value > 0 ? d_value : 0;
-    for (int b = 0; b < hd; b += BLOCK, k += BLOCK, v += BLOCK) {
-        int n = hd - b < BLOCK ? hd - b : BLOCK;
-        float d = scale_of(k, n);
-        for (int i = 0; i < n; i++) q[0][i] = (int8_t)round_by(k[i], d);
-        for (int i = 0; i < n; i++) q[1][i] = (int8_t)round_by(v[i], d_value);
-        for (int i = 0; i < n; i++) put_quant(&keys, at, b + i, q[0][i], d);
-        for (int i = 0; i < n; i++) put_quant(&values, b + i, at, q[1][i], 1);
+    for (int i = 0; i < hd; i++) {
+        if (i % BLOCK == 0) d_key = scale_of(k + i, hd - i < BLOCK ? hd - i : BLOCK);
+        if (d_key != d_key || d_value != d_value) h->kv->damaged = true;
+        put_number(&keys, at, i, k[i], d_key);
+        put_number(&values, i, at, v[i] * by, 1);
     }
 }
 
@@ -1301,64 +1291,49 @@ enum { MAX_LAYERS = 256 };
 static const uint32_t NO_LAYER = UINT32_MAX;
 
 // What a tensor is: VECTOR has one row; MATRIX any dtype of a matrix; DATA any number of bytes.
-enum { VECTOR = ROWS, MATRIX = F32, DATA = BYTES };
+enum { VECTOR = ROWS, MATRIX = F32, DATA = BYTES, NEEDED = 16 };
 typedef struct {
     const char *name;
     size_t field;             // in Model or Layer
     int layers;               // 0: it is in Model
-    bool needed;
-    int kind, rows, cols, count;  // count: so many of them, one after the other; 0: one
+    int kind, rows, cols;
 } TensorRule;
-enum { LLAMA2C_TENSORS = 12, N_TENSORS = 38, NEEDED = 1 };
+enum { LLAMA2C_TENSORS = 12, N_TENSORS = 38 };
 
-// All tensors that there are, in a layer with or without experts. The first come in the order of
-// llama2.c's version 0.
-static void tensor_rules(const Config *c, bool experts, TensorRule rules[N_TENSORS]) {
-    int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, q_dim = c->n_heads * hd;
-    int hidden = experts ? c->expert_hidden : c->hidden_dim, count = experts ? c->n_experts : 0;
-    int kv_dim = c->n_kv_heads * hd;
-    bool wide = c->flags & WIDE_NORMS;
-#define TENSOR(of, name)                                                                           \
-    #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
+// All tensors that there are; hidden: hidden_dim, or expert_hidden in a layer with experts. The
+// first come in the order of llama2.c's version 0; the last is loaded first.
+static void tensor_rules(const Config *c, int hidden, TensorRule rules[N_TENSORS]) {
+    int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, n_experts = c->n_experts;
+    int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd, wide = c->flags & WIDE_NORMS;
+#define IN(of, name) #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
     const TensorRule all[N_TENSORS] = {
-        {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim, 0},
-        {TENSOR(Layer, attn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, wq), NEEDED, MATRIX, q_dim, dim, 0},
-        {TENSOR(Layer, wk), NEEDED, MATRIX, kv_dim, dim, 0},
-        {TENSOR(Layer, wv), NEEDED, MATRIX, kv_dim, dim, 0},
-        {TENSOR(Layer, wo), NEEDED, MATRIX, dim, q_dim, 0},
-        {TENSOR(Layer, ffn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, w_gate), NEEDED, MATRIX, hidden, dim, count},
-        {TENSOR(Layer, w_down), NEEDED, MATRIX, dim, hidden, count},
-        {TENSOR(Layer, w_up), 0, MATRIX, hidden, dim, count},
-        {TENSOR(Model, final_norm), NEEDED, VECTOR, 1, dim, 0},
-        {TENSOR(Model, classifier), 0, MATRIX, vocab, dim, 0},
-        {TENSOR(Model, rope_freqs), NEEDED, VECTOR, 1, hd / 2, 0},
-        {TENSOR(Model, rope_freqs_local), 0, VECTOR, 1, hd / 2, 0},
-        {TENSOR(Layer, bq), 0, VECTOR, 1, q_dim, 0},
-        {TENSOR(Layer, bk), 0, VECTOR, 1, kv_dim, 0},
-        {TENSOR(Layer, bv), 0, VECTOR, 1, kv_dim, 0},
-        {TENSOR(Layer, q_norm), 0, VECTOR, 1, wide ? q_dim : hd, 0},
-        {TENSOR(Layer, k_norm), 0, VECTOR, 1, wide ? kv_dim : hd, 0},
-        {TENSOR(Layer, post_attn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, post_ffn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, attn_norm_bias), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, ffn_norm_bias), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Model, final_norm_bias), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Model, position_embedding), 0, MATRIX, c->seq_len, dim, 0},
-        {TENSOR(Layer, bo), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, b_gate), 0, VECTOR, 1, hidden, count},
-        {TENSOR(Layer, b_up), 0, VECTOR, 1, hidden, count},
-        {TENSOR(Layer, b_down), 0, VECTOR, 1, dim, count},
-        {TENSOR(Layer, sinks), 0, VECTOR, 1, c->n_heads, 0},
-        {TENSOR(Layer, router_bias), 0, VECTOR, 1, c->n_experts, 0},
-        {TENSOR(Layer, choice_bias), 0, VECTOR, 1, c->n_experts, 0},
-        {TENSOR(Model, check_ids), 0, DATA, 1, 0, 0},
-        {TENSOR(Model, check_norms), 0, VECTOR, 1, c->n_layers + 1, 0},
-        {TENSOR(Model, check_logits), 0, VECTOR, 1, vocab, 0},
-        {TENSOR(Model, check_cases), 0, DATA, 1, 0, 0},
-        {TENSOR(Model, score), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, router), 0, MATRIX, c->n_experts, dim, 0},  // the last: it is loaded first
+        {IN(Model, token_embedding), MATRIX | NEEDED, vocab, dim},
+        {IN(Layer, attn_norm), VECTOR, 1, dim}, {IN(Layer, wq), MATRIX | NEEDED, q_dim, dim},
+        {IN(Layer, wk), MATRIX | NEEDED, kv_dim, dim},
+        {IN(Layer, wv), MATRIX | NEEDED, kv_dim, dim},
+        {IN(Layer, wo), MATRIX | NEEDED, dim, q_dim}, {IN(Layer, ffn_norm), VECTOR, 1, dim},
+        {IN(Layer, w_gate), MATRIX | NEEDED, hidden, dim},
+        {IN(Layer, w_down), MATRIX | NEEDED, dim, hidden}, {IN(Layer, w_up), MATRIX, hidden, dim},
+        {IN(Model, final_norm), VECTOR | NEEDED, 1, dim},
+        {IN(Model, classifier), MATRIX, vocab, dim},
+        {IN(Model, rope_freqs), VECTOR | NEEDED, 1, hd / 2},
+        {IN(Model, rope_freqs_local), VECTOR, 1, hd / 2},
+        {IN(Layer, bq), VECTOR, 1, q_dim}, {IN(Layer, bk), VECTOR, 1, kv_dim},
+        {IN(Layer, bv), VECTOR, 1, kv_dim}, {IN(Layer, bo), VECTOR, 1, dim},
+        {IN(Layer, q_norm), VECTOR, 1, wide ? q_dim : hd},
+        {IN(Layer, k_norm), VECTOR, 1, wide ? kv_dim : hd},
+        {IN(Layer, post_attn_norm), VECTOR, 1, dim}, {IN(Layer, post_ffn_norm), VECTOR, 1, dim},
+        {IN(Layer, attn_norm_bias), VECTOR, 1, dim}, {IN(Layer, ffn_norm_bias), VECTOR, 1, dim},
+        {IN(Model, final_norm_bias), VECTOR, 1, dim},
+        {IN(Model, position_embedding), MATRIX, c->seq_len, dim},
+        {IN(Layer, b_gate), VECTOR, 1, hidden}, {IN(Layer, b_up), VECTOR, 1, hidden},
+        {IN(Layer, b_down), VECTOR, 1, dim}, {IN(Layer, sinks), VECTOR, 1, c->n_heads},
+        {IN(Layer, router_bias), VECTOR, 1, n_experts},
+        {IN(Layer, choice_bias), VECTOR, 1, n_experts},
+        {IN(Model, check_ids), DATA, 1, 0}, {IN(Model, check_cases), DATA, 1, 0},
+        {IN(Model, check_norms), VECTOR, 1, c->n_layers + 1},
+        {IN(Model, check_logits), VECTOR, 1, vocab}, {IN(Model, score), VECTOR, 1, dim},
+        {IN(Layer, router), MATRIX, n_experts, dim},
     };
     memcpy(rules, all, sizeof all);
 }
@@ -1401,16 +1376,19 @@ static uint64_t file_hash(const Model *m, size_t bytes) {
            hash_words(m->file + sizeof blank, bytes - sizeof blank, sizeof blank / 8);
 }
 
-// Puts a tensor where it belongs. Returns how many the directory has of it: 1, or 0.
+// Puts a tensor where it belongs. Returns how many the directory has of it: 1, or 0. (Of those from
+// w_gate to b_down each expert has one.)
 static uint32_t load_tensor(Model *m, const TensorRule *rule, int l) {
     const Entry *e = (const Entry *)(const void *)(m->header + 1), *end = e + m->header->n_tensors;
-    uint32_t layer = rule->layers ? (uint32_t)l : NO_LAYER;
+    uint32_t layer = rule->layers ? (uint32_t)l : NO_LAYER, kind = (uint32_t)rule->kind % NEEDED;
     while (e < end && (e->layer != layer || strncmp(e->name, rule->name, sizeof e->name))) e++;
-    if (e == end && !rule->needed) return 0;
-    bool right = e < end && (e->dtype == (uint32_t)rule->kind ||
-                             (rule->kind == MATRIX && e->dtype > F32 && e->dtype < BYTES));
-    int cols = right && rule->kind == DATA && e->cols <= INT_MAX ? (int)e->cols : rule->cols;
-    uint32_t count = rule->count ? (uint32_t)rule->count : 1;
+    if (e == end && rule->kind < NEEDED) return 0;
+    bool right = e < end && (e->dtype == kind ||
+                             (kind == MATRIX && e->dtype > F32 && e->dtype < BYTES));
+    bool experts = rule->layers && rule->field >= offsetof(Layer, w_gate) &&
+                   rule->field <= offsetof(Layer, b_down) && m->layers[l].router.data;
+    int cols = right && kind == DATA && e->cols <= INT_MAX ? (int)e->cols : rule->cols;
+    uint32_t count = experts ? (uint32_t)m->c.n_experts : 1;
     if (!right || e->rows != (uint32_t)rule->rows * count || e->cols != (uint32_t)cols ||
         e->offset % 64 || e->bytes != matrix_bytes((int)e->dtype, rule->rows, cols) * count ||
         e->offset > m->file_size || e->bytes > m->file_size - e->offset)
@@ -1437,7 +1415,8 @@ static void load_v5(Model *m) {
             "not know", m->path);
     m->c = h->c;
     check_config(m);
-    for (int i = 0; i < 2; i++) tensor_rules(&m->c, i, rules[i]);
+    for (int i = 0; i < 2; i++)
+        tensor_rules(&m->c, i ? m->c.expert_hidden : m->c.hidden_dim, rules[i]);
     for (int i = N_TENSORS; i-- > 0;)
         for (int l = 0; l < rules[0][i].layers || !l; l++)
             found += load_tensor(m, &rules[m->layers[l].router.data != NULL][i], l);
@@ -1453,15 +1432,41 @@ static void load_v5(Model *m) {
 // Packs a row of w[0], which lies row by row, into the panels of w[1].
 static void pack_task(void *context, int row) {
     const Matrix *w = context;
-    for (int c = 0; c < w->cols; c++) put_number(&w[1], row, c, weight(w, row, c));
+    for (int c = 0; c < w->cols; c++) put_number(&w[1], row, c, weight(w, row, c), 1);
 }
 
-// llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1: float32 row by
-// row, without any names. Files over 1 GiB are used as they are.
-static void load_llama2c(Model *m, bool v1) {
+// Goes through the tensors of llama2.c's versions 0 and 1, float32 row by row without any names.
+// Returns where they end, and of what is packed; if there is memory for that, puts them in place.
+static size_t llama2c_tensors(Model *m, bool v1, bool tied, bool in_place, size_t *packed) {
     static const char order[LLAMA2C_TENSORS] = {1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9, 11};  // of 1
-    Config *c = &m->c;
     TensorRule rules[N_TENSORS];
+    size_t at = v1 ? 256 : 28, to = (size_t)m->c.head_dim * 4;  // behind the header, frequencies
+    tensor_rules(&m->c, m->c.hidden_dim, rules);
+    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
+        const TensorRule *rule = &rules[v1 ? order[i] : i];
+        bool packs = rule->kind % NEEDED == MATRIX && !in_place;
+        for (int l = 0; l < rule->layers || !l; l++) {
+            Matrix w[] = {{ROWS, rule->rows, rule->cols, m->file},
+                          {F32, rule->rows, rule->cols, m->packed}};
+            if (m->packed) {
+                w[0].data += at, w[1].data += to;
+                if (packs) parallel(pack_task, w, rule->rows);
+                *tensor_of(m, rule, l) = w[packs];
+            }
+            at += matrix_bytes(ROWS, rule->rows, rule->cols);
+            if (packs) to += matrix_bytes(F32, rule->rows, rule->cols);
+        }
+        if (!v1 && i == LLAMA2C_TENSORS - 2)  // tables for RoPE, which are not used
+            at += (size_t)m->c.seq_len * (size_t)m->c.head_dim * 4;
+    }
+    *packed = to;
+    return at;
+}
+
+// Version 0 has a header of 7 numbers (negative vocab_size: untied). Files over 1 GiB are used as
+// they are.
+static void load_llama2c(Model *m, bool v1) {
+    Config *c = &m->c;
     *c = (Config){.norm_eps = 1e-5f, .embed_scale = 1};
     memcpy(c, m->file + (v1 ? 8 : 0), 28);  // dim to seq_len
     bool tied = v1 ? m->file[36] != 0 : c->vocab_size > 0, in_place = m->file_size > 1u << 30;
@@ -1469,33 +1474,13 @@ static void load_llama2c(Model *m, bool v1) {
     c->head_dim = c->n_heads > 0 && c->dim % c->n_heads == 0 ? c->dim / c->n_heads : 0;
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
     check_config(m);
-    tensor_rules(c, false, rules);
-    size_t at = v1 ? 256 : 28, to = (size_t)c->head_dim * 4;  // in the file; in what is packed
-    size_t angles = v1 ? 0 : (size_t)c->seq_len * to;  // not used: tables for RoPE
-    size_t end = at + angles, packed = to;
-    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++)
-        for (int l = 0; l < rules[i].layers || !l; l++) {
-            end += matrix_bytes(ROWS, rules[i].rows, rules[i].cols);
-            if (rules[i].kind == MATRIX) packed += matrix_bytes(F32, rules[i].rows, rules[i].cols);
-        }
+    size_t packed, end = llama2c_tensors(m, v1, tied, in_place, &packed);
     if (m->file_size != end)
         die("%s is %s: its header asks for %zu bytes, it has %zu", m->path,
             m->file_size < end ? "truncated, or not a checkpoint" : "too long", end, m->file_size);
     if (in_place) fprintf(stderr, "run: %s is read row by row; export.py makes it fast\n", m->path);
-    m->packed = zeros(in_place ? to : packed, 1);
-    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
-        const TensorRule *rule = &rules[v1 ? order[i] : i];
-        bool packs = rule->kind == MATRIX && !in_place;
-        if (i == LLAMA2C_TENSORS - 1) at += angles;
-        for (int l = 0; l < rule->layers || !l; l++) {
-            Matrix w[] = {{ROWS, rule->rows, rule->cols, m->file + at},
-                          {F32, rule->rows, rule->cols, m->packed + to}};
-            if (packs) parallel(pack_task, w, rule->rows);
-            *tensor_of(m, rule, l) = w[packs];
-            at += matrix_bytes(ROWS, rule->rows, rule->cols);
-            if (packs) to += matrix_bytes(F32, rule->rows, rule->cols);
-        }
-    }
+    m->packed = zeros(packed, 1);
+    llama2c_tensors(m, v1, tied, in_place, &packed);
     float *freqs = (float *)(void *)m->packed;
     for (int i = 0, half = c->head_dim / 2; i < half; i++)
         freqs[i] = (float)exp_double(-9.21034037197618274 * i / half);  // 10000^(-i/half)
@@ -1603,27 +1588,25 @@ static void experts(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
     int n_experts = f->m->c.n_experts, rows = 0, n = 0, n_down = 0;
-    products(f, "router", s->xb, (Product[]){{l->router, s->at->route, 0, 0}}, 1);
+    Guest *guest = s->at->guest;
+    Product *visits = s->at->visits, *down = visits + 2 * n_experts;
+    products(f, "router", s->xb, &(Product){.w = l->router, .y = s->at->route}, 1);
     each(f, "route", f->n, route);
     for (int e = 0; e < n_experts; e++) {
         int first = rows;
         for (int i = 0; i < f->n; i++)
-            if (row_of(s->at->share, i, n_experts)[e] > 0) s->at->guest[rows++] = (Guest){i, e};
+            if (row_of(s->at->share, i, n_experts)[e] > 0) guest[rows++] = (Guest){i, e};
         if (rows == first) continue;
-        s->at->visits[n++] = (Product){expert_matrix(&l->w_gate, e), s->gate, first, rows - first};
-        s->at->visits[n] = (Product){expert_matrix(&l->w_up, e), s->up, first, rows - first};
+        visits[n++] = (Product){expert_matrix(&l->w_gate, e), s->gate, first, rows - first};
+        visits[n] = (Product){expert_matrix(&l->w_up, e), s->up, first, rows - first};
         n += l->w_up.data != NULL;
-        while (rows % TILE) s->at->guest[rows++] = (Guest){-1, e};
+        down[n_down++] = (Product){expert_matrix(&l->w_down, e), s->at->rows, first, rows - first};
+        while (rows % TILE) guest[rows++] = (Guest){-1, e};
     }
     each(f, "arrive", rows, arrive);
-    products(f, "w_gate w_up", s->at->rows, s->at->visits, n);
+    products(f, "w_gate w_up", s->at->rows, visits, n);
     each(f, "activate", rows, activate_guest);
-    for (int i = 0; i < n; i += l->w_up.data ? 2 : 1) {
-        Product p = s->at->visits[i];
-        p.w = expert_matrix(&l->w_down, s->at->guest[p.first].expert), p.y = s->at->rows;
-        s->at->visits[n_down++] = p;
-    }
-    products(f, "w_down", s->gate, s->at->visits, n_down);
+    products(f, "w_down", s->gate, down, n_down);
     each(f, "leave", f->n, leave);
 }
 
@@ -1726,9 +1709,9 @@ static void push(Ids *ids, int id) {
 
 // ---- [3.1] looking things up --------------------------------------------------------------------
 // What has a number: the text of a token that byte pair encoding may give; two tokens that can be
-// joined, their rank; forms, by their whole and by their parts. Added tokens are a tree: a node (the
-// roots are 0, and 1 for those that are NORMALIZED) has others behind it, one for each character,
-// and there may be a token that ends: 32 times its id, plus its flags.
+// joined (their rank); forms, by their whole and by their parts. Added tokens are a tree. A node
+// (the roots are 0 and, for those that are NORMALIZED, 1) has others behind it, one for each
+// character, and a token may end there: 32 times its id, plus its flags.
 enum { OF_TEXT, OF_MERGE, OF_WHOLE, OF_PARTS, OF_NODE, OF_END };
 static uint64_t key_of(int kind, int a, int b) {
     return (uint64_t)kind << 60 | (uint64_t)a << 30 | (uint64_t)b;
