@@ -88,23 +88,22 @@
 //     next token                               drawn by lot with probabilities softmax(logits)
 //
 // x is the residual stream. A layer does not replace it but adds to it: what the layers before it
-// wrote stays readable, and each one has only to learn what is still missing.
+// wrote stays readable, and each one has only to learn what is still missing. A head is one of
+// several attentions side by side, with a slice of its own, head_dim numbers, of q, k and v.
 //
 // All that a model knows is in its matrices. They began as random numbers. Training showed it text,
 // and for each token moved every number a little to where the token that really came next would
 // have been likelier, again and again. What the layers do with a text was learned in this way, and
-// written by nobody; this part is only the frame.
-//
-// What this part takes from the others is declared here with a sentence.
+// written by nobody; this part is only the frame. (What it takes from the others is declared with a
+// sentence.)
 
 // ---- [1.1] parameters ---------------------------------------------------------------------------
 // A checkpoint is a file with the sizes in front and the matrices behind. To load it is to map it
-// into memory and to note where each matrix begins: load_model in [2.6].
-
-// A matrix; [2.2] tells how its numbers lie in memory. A vector is a matrix of one row of float32.
-// In families of models that do not have a matrix its data is NULL.
+// into memory and to note where each matrix begins: load_model in [2.6]. However it lies there
+// ([2.2]), weight gives w[row][col]. A vector is one row of float32. Where a family of models does
+// not have a matrix its data is NULL.
 typedef struct { int dtype, rows, cols; const uint8_t *data; } Matrix;
-static float weight(const Matrix *w, int row, int col);           // the parameter w[row][col]
+static float weight(const Matrix *w, int row, int col);
 static const float *vec(const Matrix *w) { return (const float *)(const void *)w->data; }
 
 typedef struct {
@@ -179,10 +178,10 @@ static bool is_local(const Config *c, int layer) {
 // Functions of arrays, in five steps. Those declared here are in [2.1] and [2.3].
 
 static inline float exp_(float x);                                // e^x
-static double log_(double x);                                     // natural logarithm
 static inline float gelu(float x);                                // x P(x), of step 5
 static void center(float *x, int n);                              // x[i] -= mean of x (LayerNorm)
 static void soft_cap(float *x, int n, float cap);                 // x[i] = cap tanh(x[i] / cap)
+static void grow_query(const Config *c, float *q, int n, int pos);
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
 static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
@@ -191,8 +190,8 @@ static int argmax(const float *x, int n);                         // where the l
 
 // 1. The matrix product, y = W x: y[r] = sum over c of w[r][c] * x[c]. A row of W says how much of
 // each number of x goes into one number of y. Nearly all parameters and all time are here. Where W
-// is quantized, its numbers are small integers times a scale; then x is rounded to such numbers as
-// well (xq), and the products are of integers: quantized_row.
+// is quantized, its numbers are small integers times a scale; x is rounded to such numbers as well
+// (xq), so that the products are of integers, whose sums are exact: quantized_row.
 typedef struct { int8_t *q; float *d, *dsum; int32_t *minus8; } Quantized;
 static void quantize(const Quantized *out, int token, const float *x, int n);
 static bool is_quantized(const Matrix *w);
@@ -229,7 +228,8 @@ static void softmax(float *x, int n) {
 //     (a, b) becomes (a cos - b sin, b cos + a sin)
 // The product of a query and a key then depends on how far apart they are. The first pair turns by
 // 1 radian per position, the last hardly: theta, 10000 or more, sets how far distances can be told.
-// Checkpoints hold the frequencies. The table has cos, cos, ... and -sin, sin, ... for a head.
+// Checkpoints hold the frequencies, and rows of wq and wk in an order that makes pairs neighbours
+// (export.py). The table has cos, cos, ... and -sin, sin, ... for a head: the minus is in there.
 static void rope_angles(float *table, const float *freq, int pos, int head_dim) {
     float *cosine = table, *sine = table + head_dim;
     for (int i = 0; i < head_dim; i += 2) {
@@ -247,16 +247,16 @@ static void rope(float *head, const float *table, int head_dim) {
     }
 }
 
-// 5. The gated activation (SwiGLU, arXiv:2002.05202): gate[i] = act(gate[i]) * up[i]. The act is
-// near x for x > 0 and near 0 for x < 0, so a number of gate says whether a number of up counts:
-// an if, learned. Without a bend, two matrices in a row could as well be one.
+// 5. The activation function, act, with a gate (SwiGLU, arXiv:2002.05202): gate = act(gate) * up. It
+// is near x for x > 0 and near 0 for x < 0, so a number of gate says whether one of up counts: an if,
+// learned. Without a bend, two matrices in a row could as well be one.
 //     SiLU(x) = x / (1 + e^-x);  ReLU(x) = x or, if that is negative, 0
 //     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u),
 //     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
-// Where nothing is gated (GPT-2), up counts as 1.
 static void gated_activation(float *gate, const float *up, int n, int kind) {
-    if (kind == SILU)
-        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-gate[i]));
+    float by = kind == SILU ? -1.0f : -1.702f;
+    if (kind == SILU || kind == GELU_SIGMOID)
+        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(by * gate[i]));
     if (kind == GELU)
         for (int i = 0; i < n; i++) gate[i] = gelu(gate[i]);
     if (kind == GELU_TANH)
@@ -264,24 +264,22 @@ static void gated_activation(float *gate, const float *up, int n, int kind) {
             float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
             gate[i] = x / (1.0f + exp_(-2.0f * u));
         }
-    if (kind == GELU_SIGMOID)
-        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-1.702f * gate[i]));
     if (kind == RELU_SQUARED)
         for (int i = 0; i < n; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
-    if (up)
+    if (up)  // NULL: nothing is gated (GPT-2)
         for (int i = 0; i < n; i++) gate[i] *= up[i];
 }
 
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
-static void add_bias(float *x, const Matrix *b) { if (b->data) add(x, vec(b), b->cols); }
+static void add_bias(float *x, const Matrix *b) { if (b && b->data) add(x, vec(b), b->cols); }
 
 // ---- [1.3] a batch on its way -------------------------------------------------------------------
-// n positions are computed together: one token to go on, or a prompt, or the newest tokens of many
-// sequences (texts of which each has its own positions from 0 on).
+// Read it first as if n were 1: the newest token of one text. But n are computed together, those of
+// a prompt, or of many sequences, texts of which each has its own positions from 0 on.
 
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
-typedef struct {           // the activations: row i of an array that is w wide begins at i * w
+typedef struct {           // the activations, numbers on their way: row i is at i * its width
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
     float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
@@ -328,8 +326,8 @@ static void each(const Pass *f, const char *name, int n, Stage *stage) {
 }
 
 // Matrix products of n tokens, y (n, rows) = x (n, cols) W^T; xq has room for x, rounded. Each row
-// of a matrix is a piece of work. matmul can point to a faster function of part 4. A product can be
-// of n rows of x only, from `first` on.
+// of a matrix is a piece of work. (A product can be of n rows of x only, from `first` on.) Usually
+// matmul, and attention below, are set to functions of part 4, which give the same bits.
 typedef struct Product { Matrix w; float *y; int first, n; } Product;
 typedef void Matmul(const Product *p, int n_products, const float *x, const Quantized *xq, int n);
 typedef struct { const Product *p; const float *x; const Quantized *xq; int n; } ProductJob;
@@ -402,7 +400,7 @@ static void attention_plain(const Pass *f) {
     get_scores(f);
     parallel(each_task, &(EachJob){f, attend}, f->n * f->m->c.n_heads);
 }
-static void (*attention)(const Pass *f) = attention_plain;  // or a function of part 4
+static void (*attention)(const Pass *f) = attention_plain;
 
 // ---- [1.5] forward ------------------------------------------------------------------------------
 // The stages of a pass, each for one token.
@@ -425,12 +423,14 @@ static void embed(const Pass *f, int i) {
     rope_angles(row_of(f->s->rope_local, i, 2 * hd), vec(&f->m->rope_freqs_local), pos, hd);
 }
 
-// out = norm(x), before attention and the feed-forward layer. out may be x.
-static void norm(const Config *c, float *out, const float *x, const Matrix *w, const Matrix *bias) {
-    memmove(out, x, (size_t)c->dim * sizeof(float));
-    if (c->flags & CENTERED) center(out, c->dim);
-    if (w->data) rmsnorm(out, out, vec(w), c->dim, c->norm_eps);
-    add_bias(out, bias);
+// xb = norm(x), before attention, the feed-forward layer and the classifier. x may be xb.
+static void norm(const Pass *f, int i, float *x, const Matrix *w, const Matrix *bias) {
+    int dim = f->m->c.dim;
+    float *xb = row_of(f->s->xb, i, dim);
+    memmove(xb, row_of(x, i, dim), (size_t)dim * sizeof(float));
+    if (f->m->c.flags & CENTERED) center(xb, dim);
+    if (w->data) rmsnorm(xb, xb, vec(w), dim, f->m->c.norm_eps);
+    add_bias(xb, bias);
 }
 
 // x += xb: what a layer found is added to the residual stream (Gemma 3 brings it to a standard
@@ -467,24 +467,17 @@ static void position(const Pass *f, int i) {
     add_bias(q, &l->bq), add_bias(k, &l->bk), add_bias(v, &l->bv);
     norm_and_rope(c, q, q_dim, &l->q_norm, angles);
     norm_and_rope(c, k, kv_dim, &l->k_norm, angles);
-    int pos = f->batch[i].pos;  // attention over a long text may have to get sharper
-    int lengths = c->query_growth > 0 ? pos / c->query_length : 0;
-    float size = lengths ? c->query_growth * (float)log_(1 + lengths) : 0;
-    for (int j = 0; j < q_dim && size > 0; j++) q[j] *= 1.0f + size;
+    int pos = f->batch[i].pos;
+    grow_query(c, q, q_dim, pos);
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd)
         cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, pos, k, v);
 }
-static void norm_of_stream(const Pass *f, int i, const Matrix *w, const Matrix *bias) {
-    int dim = f->m->c.dim;
-    norm(&f->m->c, row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), w, bias);
-}
 static void attention_in(const Pass *f, int i) {
-    norm_of_stream(f, i, &f->l->attn_norm, &f->l->attn_norm_bias);
+    norm(f, i, f->s->x, &f->l->attn_norm, &f->l->attn_norm_bias);
 }
 static void feed_forward_in(const Pass *f, int i) {
-    float *xb = row_of(f->s->xb, i, f->m->c.dim);
     add_to_stream(f, i, &f->l->bo, &f->l->post_attn_norm);
-    norm(&f->m->c, xb, xb, &f->l->ffn_norm, &f->l->ffn_norm_bias);
+    norm(f, i, f->s->xb, &f->l->ffn_norm, &f->l->ffn_norm_bias);
 }
 static void activate(const Pass *f, int i) {
     int n = f->l->w_gate.rows;
@@ -493,11 +486,11 @@ static void activate(const Pass *f, int i) {
     gated_activation(gate, up, n, f->m->c.activation);
 }
 static void feed_forward_out(const Pass *f, int i) {
-    static const Matrix none;  // experts have added their own
-    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
+    const Matrix *bias = f->l->router.data ? NULL : &f->l->b_down;  // experts have added their own
+    add_to_stream(f, i, bias, &f->l->post_ffn_norm);
 }
 static void last(const Pass *f, int i) {
-    norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
+    norm(f, i, f->s->x, &f->m->final_norm, &f->m->final_norm_bias);
 }
 
 // Experts (arXiv:1701.06538): many feed-forward layers, of which each token visits a few, so that a
@@ -513,21 +506,20 @@ static void experts(const Pass *f);  // xb = sum over e of share[e] * expert e o
 static void layer(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
+    Product qkv[] = {{.w = l->wq, .y = s->q}, {.w = l->wk, .y = s->k}, {.w = l->wv, .y = s->v}};
+    Product wide[] = {{.w = l->w_gate, .y = s->gate}, {.w = l->w_up, .y = s->up}};
     each(f, "attention_in", f->n, attention_in);
-    products(f, "wq wk wv", s->xb, (Product[]){{l->wq, s->q, 0, 0}, {l->wk, s->k, 0, 0},
-                                               {l->wv, s->v, 0, 0}}, 3);
+    products(f, "wq wk wv", s->xb, qkv, 3);
     each(f, "position", f->n, position);
     attention(f);
     seen(f, "attend");
-    products(f, "wo", s->att_out, (Product[]){{l->wo, s->xb, 0, 0}}, 1);
+    products(f, "wo", s->att_out, &(Product){.w = l->wo, .y = s->xb}, 1);
     each(f, "feed_forward_in", f->n, feed_forward_in);
     if (l->router.data) experts(f);
     else {
-        products(f, "w_gate w_up", s->xb,
-                 (Product[]){{l->w_gate, s->gate, 0, 0}, {l->w_up, s->up, 0, 0}},
-                 l->w_up.data ? 2 : 1);
+        products(f, "w_gate w_up", s->xb, wide, l->w_up.data ? 2 : 1);
         each(f, "activate", f->n, activate);
-        products(f, "w_down", s->gate, (Product[]){{l->w_down, s->xb, 0, 0}}, 1);
+        products(f, "w_down", s->gate, &(Product){.w = l->w_down, .y = s->xb}, 1);
     }
     each(f, "feed_forward_out", f->n, feed_forward_out);
 }
@@ -549,7 +541,7 @@ static int forward_batch(Pass *f, float *logits) {
     f->n = wanted;
     if (!wanted) return 0;
     each(f, "last", wanted, last);
-    products(f, "classifier", f->s->xb, (Product[]){{f->m->classifier, logits, 0, 0}}, 1);
+    products(f, "classifier", f->s->xb, &(Product){.w = f->m->classifier, .y = logits}, 1);
     if (f->m->c.logit_cap > 0) soft_cap(logits, wanted * f->m->c.vocab_size, f->m->c.logit_cap);
     return wanted;
 }
@@ -598,24 +590,17 @@ static uint32_t random_u32(uint64_t *state) {
 }
 static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
 
-// The limits: draws only from the likeliest tokens, those that every limit allows. The many others
-// are unlikely each, but together they would be drawn now and then, and spoil the text.
+// Makes less likely what would repeat the text. Then, draws only from the likeliest tokens, those
+// that every limit allows: the many others would be drawn now and then, and spoil the text.
+static void sample_repeats(Sampler *s, const float *logits, const int *text, int n);
 static int sample_candidates(Sampler *s);
-static void sample_dry(Sampler *s, const int *text, int n);  // what --dry asks for
 
-// Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
-// Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum. Two tokens
-// with logits 2 and 1 are drawn with 73% and 27%; at T = 0.5, with logits 4 and 2, with 88% and
-// 12%; at T = 2 with 62% and 38%. So a low temperature sharpens, a high one levels.
+// Draws a token from logits (vocab_size); text (n) is what must not be repeated too much.
+// Temperature T divides the logits before the softmax. A low one sharpens, a high one levels: 2 and
+// 1 mean 73% and 27%, but at T = 0.5, where they become 4 and 2, 88% and 12%.
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
-    int recent = s->repeat_last && s->repeat_last < n ? s->repeat_last : n;
-    if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
-        for (int i = n - recent; i < n; i++) {
-            float l = logits[text[i]];
-            s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-        }
-    if (s->dry > 0) sample_dry(s, text, n);
+    sample_repeats(s, logits, text, n);
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
     float max = s->p[best], cdf = 0;
@@ -632,8 +617,9 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
 }
 
 // ---- [1.7] generate -----------------------------------------------------------------------------
-// And so a text grows. Of tokens[0..n) the first n_prompt are given, the others are drawn. Part 5
-// does this with streaming, stopping and many texts at once.
+// And so a text grows. Of tokens[0..n) the first n_prompt are given, the others are drawn. A test
+// runs this loop. The program's own, in [5.6], prints as it goes, lets many texts grow at once, and
+// ends one when the end token is drawn: in training it came behind every text.
 
 void generate_tokens(const Model *m, Cache *kv, Sampler *s, int *tokens, int n_prompt, int n) {
     for (int pos = 0; pos + 1 < n; pos++) {
@@ -750,6 +736,12 @@ static void center(float *x, int n) {
 static void soft_cap(float *x, int n, float cap) {
     for (int i = 0; i < n; i++) x[i] = cap * (1.0f - 2.0f / (1.0f + exp_(2.0f * x[i] / cap)));
 }
+// Attention over a long text may have to get sharper.
+static void grow_query(const Config *c, float *q, int n, int pos) {
+    int lengths = c->query_growth > 0 ? pos / c->query_length : 0;
+    float size = lengths ? c->query_growth * (float)log_(1 + lengths) : 0;
+    for (int i = 0; i < n && size > 0; i++) q[i] *= 1.0f + size;
+}
 // Bits of floats are integers in the same order, but that negative ones have to be turned around.
 static float largest(const float *x, int n) {
     int32_t max = INT32_MIN;
@@ -800,10 +792,17 @@ static int sample_candidates(Sampler *s) {
     return c[n].token;
 }
 
-// DRY, "don't repeat yourself" (p-e-w, 2024): where the text's last L tokens, two or more, have
-// occurred before, the logit of the token that followed then is lowered by dry * 1.75^(L - 2).
-static void sample_dry(Sampler *s, const int *text, int n) {
+// The repetition penalty (arXiv:1909.05858), of each token once. DRY, "don't repeat yourself" (by
+// p-e-w, 2024): where the text's last L tokens, two or more, have occurred before, the logit of the
+// token that followed then is lowered by dry * 1.75^(L - 2).
+static void sample_repeats(Sampler *s, const float *logits, const int *text, int n) {
     Candidate *less = s->candidates;  // (vocab_size) of each token
+    int recent = s->repeat_last && s->repeat_last < n ? s->repeat_last : n;
+    for (int i = n - recent; i < n && s->repeat_penalty != 1; i++) {
+        float l = logits[text[i]];
+        s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
+    }
+    if (s->dry <= 0) return;
     for (int i = 1; i < n; i++) less[text[i]].p = 0;
     for (int i = n - 1; i > 1; i--) {
         int same = 0;
@@ -4484,12 +4483,13 @@ static void explain_weights(const Explain *e, const float *w) {
 
 // Attention goes into the page, all of it, and into the mean, what was asked for. The logit lens
 // (nostalgebraist, "interpreting GPT: the logit lens", 2020) is what the model would answer if a
-// layer were its last: its x is normed as the last one's. A pass of one token leaves row 1 free.
+// layer were its last: its x is normed as the last one's. (This xb is not needed any more, nor in a
+// pass of one token the second row of logits.)
 static void explain_watch(void *context, const Pass *f, const char *stage) {
     Explain *e = context;
     const Config *c = &f->m->c;
     State *s = f->s;
-    float *x = row_of(s->xb, 1, c->dim), *logits = row_of(s->logits, 1, c->vocab_size);
+    float *logits = row_of(s->logits, 1, c->vocab_size);
     int l = (int)e->w.o->layer, h = (int)e->w.o->head;
     int n_means = (l < 0 ? c->n_layers : 1) * (h < 0 ? c->n_heads : 1);
     for (int i = 0; i < c->n_heads && !strcmp(stage, "attend"); i++) {
@@ -4499,8 +4499,8 @@ static void explain_watch(void *context, const Pass *f, const char *stage) {
         if (e->page) explain_weights(e, w);
     }
     if (strcmp(stage, "feed_forward_out")) return;
-    norm(c, x, s->x, &f->m->final_norm, &f->m->final_norm_bias);
-    matmul((Product[]){{f->m->classifier, logits, 0, 0}}, 1, x, &s->xq, 1);
+    last(f, 0);
+    matmul(&(Product){.w = f->m->classifier, .y = logits}, 1, s->xb, &s->xq, 1);
     if (c->logit_cap > 0) soft_cap(logits, c->vocab_size, c->logit_cap);
     softmax(logits, c->vocab_size);
     int best = argmax(logits, c->vocab_size);
