@@ -88,23 +88,22 @@
 //     next token                               drawn by lot with probabilities softmax(logits)
 //
 // x is the residual stream. A layer does not replace it but adds to it: what the layers before it
-// wrote stays readable, and each one has only to learn what is still missing.
+// wrote stays readable, and each one has only to learn what is still missing. A head is one of
+// several attentions side by side, with a slice of its own, head_dim numbers, of q, k and v.
 //
 // All that a model knows is in its matrices. They began as random numbers. Training showed it text,
 // and for each token moved every number a little to where the token that really came next would
 // have been likelier, again and again. What the layers do with a text was learned in this way, and
-// written by nobody; this part is only the frame.
-//
-// What this part takes from the others is declared here with a sentence.
+// written by nobody; this part is only the frame. (What it takes from the others is declared with a
+// sentence.)
 
 // ---- [1.1] parameters ---------------------------------------------------------------------------
 // A checkpoint is a file with the sizes in front and the matrices behind. To load it is to map it
-// into memory and to note where each matrix begins: load_model in [2.6].
-
-// A matrix; [2.2] tells how its numbers lie in memory. A vector is a matrix of one row of float32.
-// In families of models that do not have a matrix its data is NULL.
+// into memory and to note where each matrix begins: load_model in [2.6]. However it lies there
+// ([2.2]), weight gives w[row][col]. A vector is one row of float32. Where a family of models does
+// not have a matrix its data is NULL.
 typedef struct { int dtype, rows, cols; const uint8_t *data; } Matrix;
-static float weight(const Matrix *w, int row, int col);           // the parameter w[row][col]
+static float weight(const Matrix *w, int row, int col);
 static const float *vec(const Matrix *w) { return (const float *)(const void *)w->data; }
 
 typedef struct {
@@ -179,10 +178,10 @@ static bool is_local(const Config *c, int layer) {
 // Functions of arrays, in five steps. Those declared here are in [2.1] and [2.3].
 
 static inline float exp_(float x);                                // e^x
-static double log_(double x);                                     // natural logarithm
 static inline float gelu(float x);                                // x P(x), of step 5
 static void center(float *x, int n);                              // x[i] -= mean of x (LayerNorm)
 static void soft_cap(float *x, int n, float cap);                 // x[i] = cap tanh(x[i] / cap)
+static void grow_query(const Config *c, float *q, int n, int pos);
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
 static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
@@ -191,8 +190,8 @@ static int argmax(const float *x, int n);                         // where the l
 
 // 1. The matrix product, y = W x: y[r] = sum over c of w[r][c] * x[c]. A row of W says how much of
 // each number of x goes into one number of y. Nearly all parameters and all time are here. Where W
-// is quantized, its numbers are small integers times a scale; then x is rounded to such numbers as
-// well (xq), and the products are of integers: quantized_row.
+// is quantized, its numbers are small integers times a scale; x is rounded to such numbers as well
+// (xq), so that the products are of integers, whose sums are exact: quantized_row.
 typedef struct { int8_t *q; float *d, *dsum; int32_t *minus8; } Quantized;
 static void quantize(const Quantized *out, int token, const float *x, int n);
 static bool is_quantized(const Matrix *w);
@@ -229,7 +228,8 @@ static void softmax(float *x, int n) {
 //     (a, b) becomes (a cos - b sin, b cos + a sin)
 // The product of a query and a key then depends on how far apart they are. The first pair turns by
 // 1 radian per position, the last hardly: theta, 10000 or more, sets how far distances can be told.
-// Checkpoints hold the frequencies. The table has cos, cos, ... and -sin, sin, ... for a head.
+// Checkpoints hold the frequencies, and rows of wq and wk in an order that makes pairs neighbours
+// (export.py). The table has cos, cos, ... and -sin, sin, ... for a head: the minus is in there.
 static void rope_angles(float *table, const float *freq, int pos, int head_dim) {
     float *cosine = table, *sine = table + head_dim;
     for (int i = 0; i < head_dim; i += 2) {
@@ -247,16 +247,16 @@ static void rope(float *head, const float *table, int head_dim) {
     }
 }
 
-// 5. The gated activation (SwiGLU, arXiv:2002.05202): gate[i] = act(gate[i]) * up[i]. The act is
-// near x for x > 0 and near 0 for x < 0, so a number of gate says whether a number of up counts:
-// an if, learned. Without a bend, two matrices in a row could as well be one.
+// 5. The activation function, act, with a gate (SwiGLU, arXiv:2002.05202): gate = act(gate) * up. It
+// is near x for x > 0 and near 0 for x < 0, so a number of gate says whether one of up counts: an if,
+// learned. Without a bend, two matrices in a row could as well be one.
 //     SiLU(x) = x / (1 + e^-x);  ReLU(x) = x or, if that is negative, 0
 //     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u),
 //     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
-// Where nothing is gated (GPT-2), up counts as 1.
 static void gated_activation(float *gate, const float *up, int n, int kind) {
-    if (kind == SILU)
-        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-gate[i]));
+    float by = kind == SILU ? -1.0f : -1.702f;
+    if (kind == SILU || kind == GELU_SIGMOID)
+        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(by * gate[i]));
     if (kind == GELU)
         for (int i = 0; i < n; i++) gate[i] = gelu(gate[i]);
     if (kind == GELU_TANH)
@@ -264,24 +264,22 @@ static void gated_activation(float *gate, const float *up, int n, int kind) {
             float x = gate[i], u = 0.797884561f * (x + 0.044715f * (x * x * x));
             gate[i] = x / (1.0f + exp_(-2.0f * u));
         }
-    if (kind == GELU_SIGMOID)
-        for (int i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp_(-1.702f * gate[i]));
     if (kind == RELU_SQUARED)
         for (int i = 0; i < n; i++) gate[i] *= gate[i] > 0 ? gate[i] : 0;
-    if (up)
+    if (up)  // NULL: nothing is gated (GPT-2)
         for (int i = 0; i < n; i++) gate[i] *= up[i];
 }
 
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
-static void add_bias(float *x, const Matrix *b) { if (b->data) add(x, vec(b), b->cols); }
+static void add_bias(float *x, const Matrix *b) { if (b && b->data) add(x, vec(b), b->cols); }
 
 // ---- [1.3] a batch on its way -------------------------------------------------------------------
-// n positions are computed together: one token to go on, or a prompt, or the newest tokens of many
-// sequences (texts of which each has its own positions from 0 on).
+// Read it first as if n were 1: the newest token of one text. But n are computed together, those of
+// a prompt, or of many sequences, texts of which each has its own positions from 0 on.
 
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
-typedef struct {           // the activations: row i of an array that is w wide begins at i * w
+typedef struct {           // the activations, numbers on their way: row i is at i * its width
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
     float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
     float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
@@ -328,8 +326,8 @@ static void each(const Pass *f, const char *name, int n, Stage *stage) {
 }
 
 // Matrix products of n tokens, y (n, rows) = x (n, cols) W^T; xq has room for x, rounded. Each row
-// of a matrix is a piece of work. matmul can point to a faster function of part 4. A product can be
-// of n rows of x only, from `first` on.
+// of a matrix is a piece of work. (A product can be of n rows of x only, from `first` on.) Usually
+// matmul, and attention below, are set to functions of part 4, which give the same bits.
 typedef struct Product { Matrix w; float *y; int first, n; } Product;
 typedef void Matmul(const Product *p, int n_products, const float *x, const Quantized *xq, int n);
 typedef struct { const Product *p; const float *x; const Quantized *xq; int n; } ProductJob;
@@ -402,7 +400,7 @@ static void attention_plain(const Pass *f) {
     get_scores(f);
     parallel(each_task, &(EachJob){f, attend}, f->n * f->m->c.n_heads);
 }
-static void (*attention)(const Pass *f) = attention_plain;  // or a function of part 4
+static void (*attention)(const Pass *f) = attention_plain;
 
 // ---- [1.5] forward ------------------------------------------------------------------------------
 // The stages of a pass, each for one token.
@@ -425,12 +423,14 @@ static void embed(const Pass *f, int i) {
     rope_angles(row_of(f->s->rope_local, i, 2 * hd), vec(&f->m->rope_freqs_local), pos, hd);
 }
 
-// out = norm(x), before attention and the feed-forward layer. out may be x.
-static void norm(const Config *c, float *out, const float *x, const Matrix *w, const Matrix *bias) {
-    memmove(out, x, (size_t)c->dim * sizeof(float));
-    if (c->flags & CENTERED) center(out, c->dim);
-    if (w->data) rmsnorm(out, out, vec(w), c->dim, c->norm_eps);
-    add_bias(out, bias);
+// xb = norm(x), before attention, the feed-forward layer and the classifier. x may be xb.
+static void norm(const Pass *f, int i, float *x, const Matrix *w, const Matrix *bias) {
+    int dim = f->m->c.dim;
+    float *xb = row_of(f->s->xb, i, dim);
+    memmove(xb, row_of(x, i, dim), (size_t)dim * sizeof(float));
+    if (f->m->c.flags & CENTERED) center(xb, dim);
+    if (w->data) rmsnorm(xb, xb, vec(w), dim, f->m->c.norm_eps);
+    add_bias(xb, bias);
 }
 
 // x += xb: what a layer found is added to the residual stream (Gemma 3 brings it to a standard
@@ -467,24 +467,17 @@ static void position(const Pass *f, int i) {
     add_bias(q, &l->bq), add_bias(k, &l->bk), add_bias(v, &l->bv);
     norm_and_rope(c, q, q_dim, &l->q_norm, angles);
     norm_and_rope(c, k, kv_dim, &l->k_norm, angles);
-    int pos = f->batch[i].pos;  // attention over a long text may have to get sharper
-    int lengths = c->query_growth > 0 ? pos / c->query_length : 0;
-    float size = lengths ? c->query_growth * (float)log_(1 + lengths) : 0;
-    for (int j = 0; j < q_dim && size > 0; j++) q[j] *= 1.0f + size;
+    int pos = f->batch[i].pos;
+    grow_query(c, q, q_dim, pos);
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd)
         cache_put(&(CacheHead){f->kv, f->batch[i].seq, f->layer, h}, pos, k, v);
 }
-static void norm_of_stream(const Pass *f, int i, const Matrix *w, const Matrix *bias) {
-    int dim = f->m->c.dim;
-    norm(&f->m->c, row_of(f->s->xb, i, dim), row_of(f->s->x, i, dim), w, bias);
-}
 static void attention_in(const Pass *f, int i) {
-    norm_of_stream(f, i, &f->l->attn_norm, &f->l->attn_norm_bias);
+    norm(f, i, f->s->x, &f->l->attn_norm, &f->l->attn_norm_bias);
 }
 static void feed_forward_in(const Pass *f, int i) {
-    float *xb = row_of(f->s->xb, i, f->m->c.dim);
     add_to_stream(f, i, &f->l->bo, &f->l->post_attn_norm);
-    norm(&f->m->c, xb, xb, &f->l->ffn_norm, &f->l->ffn_norm_bias);
+    norm(f, i, f->s->xb, &f->l->ffn_norm, &f->l->ffn_norm_bias);
 }
 static void activate(const Pass *f, int i) {
     int n = f->l->w_gate.rows;
@@ -493,11 +486,11 @@ static void activate(const Pass *f, int i) {
     gated_activation(gate, up, n, f->m->c.activation);
 }
 static void feed_forward_out(const Pass *f, int i) {
-    static const Matrix none;  // experts have added their own
-    add_to_stream(f, i, f->l->router.data ? &none : &f->l->b_down, &f->l->post_ffn_norm);
+    const Matrix *bias = f->l->router.data ? NULL : &f->l->b_down;  // experts have added their own
+    add_to_stream(f, i, bias, &f->l->post_ffn_norm);
 }
 static void last(const Pass *f, int i) {
-    norm_of_stream(f, i, &f->m->final_norm, &f->m->final_norm_bias);
+    norm(f, i, f->s->x, &f->m->final_norm, &f->m->final_norm_bias);
 }
 
 // Experts (arXiv:1701.06538): many feed-forward layers, of which each token visits a few, so that a
@@ -513,21 +506,20 @@ static void experts(const Pass *f);  // xb = sum over e of share[e] * expert e o
 static void layer(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
+    Product qkv[] = {{.w = l->wq, .y = s->q}, {.w = l->wk, .y = s->k}, {.w = l->wv, .y = s->v}};
+    Product wide[] = {{.w = l->w_gate, .y = s->gate}, {.w = l->w_up, .y = s->up}};
     each(f, "attention_in", f->n, attention_in);
-    products(f, "wq wk wv", s->xb, (Product[]){{l->wq, s->q, 0, 0}, {l->wk, s->k, 0, 0},
-                                               {l->wv, s->v, 0, 0}}, 3);
+    products(f, "wq wk wv", s->xb, qkv, 3);
     each(f, "position", f->n, position);
     attention(f);
     seen(f, "attend");
-    products(f, "wo", s->att_out, (Product[]){{l->wo, s->xb, 0, 0}}, 1);
+    products(f, "wo", s->att_out, &(Product){.w = l->wo, .y = s->xb}, 1);
     each(f, "feed_forward_in", f->n, feed_forward_in);
     if (l->router.data) experts(f);
     else {
-        products(f, "w_gate w_up", s->xb,
-                 (Product[]){{l->w_gate, s->gate, 0, 0}, {l->w_up, s->up, 0, 0}},
-                 l->w_up.data ? 2 : 1);
+        products(f, "w_gate w_up", s->xb, wide, l->w_up.data ? 2 : 1);
         each(f, "activate", f->n, activate);
-        products(f, "w_down", s->gate, (Product[]){{l->w_down, s->xb, 0, 0}}, 1);
+        products(f, "w_down", s->gate, &(Product){.w = l->w_down, .y = s->xb}, 1);
     }
     each(f, "feed_forward_out", f->n, feed_forward_out);
 }
@@ -549,7 +541,7 @@ static int forward_batch(Pass *f, float *logits) {
     f->n = wanted;
     if (!wanted) return 0;
     each(f, "last", wanted, last);
-    products(f, "classifier", f->s->xb, (Product[]){{f->m->classifier, logits, 0, 0}}, 1);
+    products(f, "classifier", f->s->xb, &(Product){.w = f->m->classifier, .y = logits}, 1);
     if (f->m->c.logit_cap > 0) soft_cap(logits, wanted * f->m->c.vocab_size, f->m->c.logit_cap);
     return wanted;
 }
@@ -598,24 +590,17 @@ static uint32_t random_u32(uint64_t *state) {
 }
 static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
 
-// The limits: draws only from the likeliest tokens, those that every limit allows. The many others
-// are unlikely each, but together they would be drawn now and then, and spoil the text.
+// Makes less likely what would repeat the text. Then, draws only from the likeliest tokens, those
+// that every limit allows: the many others would be drawn now and then, and spoil the text.
+static void sample_repeats(Sampler *s, const float *logits, const int *text, int n);
 static int sample_candidates(Sampler *s);
-static void sample_dry(Sampler *s, const int *text, int n);  // what --dry asks for
 
-// Draws a token from logits (vocab_size); text (n) is what the repetition penalty looks at.
-// Temperature T divides the logits before the softmax: p[i] = e^(logit[i] / T) / sum. Two tokens
-// with logits 2 and 1 are drawn with 73% and 27%; at T = 0.5, with logits 4 and 2, with 88% and
-// 12%; at T = 2 with 62% and 38%. So a low temperature sharpens, a high one levels.
+// Draws a token from logits (vocab_size); text (n) is what must not be repeated too much.
+// Temperature T divides the logits before the softmax. A low one sharpens, a high one levels: 2 and
+// 1 mean 73% and 27%, but at T = 0.5, where they become 4 and 2, 88% and 12%.
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
-    int recent = s->repeat_last && s->repeat_last < n ? s->repeat_last : n;
-    if (s->repeat_penalty != 1)  // arXiv:1909.05858, each token once
-        for (int i = n - recent; i < n; i++) {
-            float l = logits[text[i]];
-            s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-        }
-    if (s->dry > 0) sample_dry(s, text, n);
+    sample_repeats(s, logits, text, n);
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
     float max = s->p[best], cdf = 0;
@@ -632,8 +617,9 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
 }
 
 // ---- [1.7] generate -----------------------------------------------------------------------------
-// And so a text grows. Of tokens[0..n) the first n_prompt are given, the others are drawn. Part 5
-// does this with streaming, stopping and many texts at once.
+// And so a text grows. Of tokens[0..n) the first n_prompt are given, the others are drawn. A test
+// runs this loop. The program's own, in [5.6], prints as it goes, lets many texts grow at once, and
+// ends one when the end token is drawn: in training it came behind every text.
 
 void generate_tokens(const Model *m, Cache *kv, Sampler *s, int *tokens, int n_prompt, int n) {
     for (int pos = 0; pos + 1 < n; pos++) {
@@ -750,6 +736,12 @@ static void center(float *x, int n) {
 static void soft_cap(float *x, int n, float cap) {
     for (int i = 0; i < n; i++) x[i] = cap * (1.0f - 2.0f / (1.0f + exp_(2.0f * x[i] / cap)));
 }
+// Attention over a long text may have to get sharper.
+static void grow_query(const Config *c, float *q, int n, int pos) {
+    int lengths = c->query_growth > 0 ? pos / c->query_length : 0;
+    float size = lengths ? c->query_growth * (float)log_(1 + lengths) : 0;
+    for (int i = 0; i < n && size > 0; i++) q[i] *= 1.0f + size;
+}
 // Bits of floats are integers in the same order, but that negative ones have to be turned around.
 static float largest(const float *x, int n) {
     int32_t max = INT32_MIN;
@@ -800,10 +792,17 @@ static int sample_candidates(Sampler *s) {
     return c[n].token;
 }
 
-// DRY, "don't repeat yourself" (p-e-w, 2024): where the text's last L tokens, two or more, have
-// occurred before, the logit of the token that followed then is lowered by dry * 1.75^(L - 2).
-static void sample_dry(Sampler *s, const int *text, int n) {
+// The repetition penalty (arXiv:1909.05858), of each token once. DRY, "don't repeat yourself" (by
+// p-e-w, 2024): where the text's last L tokens, two or more, have occurred before, the logit of the
+// token that followed then is lowered by dry * 1.75^(L - 2).
+static void sample_repeats(Sampler *s, const float *logits, const int *text, int n) {
     Candidate *less = s->candidates;  // (vocab_size) of each token
+    int recent = s->repeat_last && s->repeat_last < n ? s->repeat_last : n;
+    for (int i = n - recent; i < n && s->repeat_penalty != 1; i++) {
+        float l = logits[text[i]];
+        s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
+    }
+    if (s->dry <= 0) return;
     for (int i = 1; i < n; i++) less[text[i]].p = 0;
     for (int i = n - 1; i > 1; i--) {
         int same = 0;
@@ -1074,7 +1073,7 @@ typedef struct Experts {  // [2.7]
     float *route, *share;  // (n, n_experts) scores of experts; what each counts, 0: not visited
     float *rows;           // (guests, dim) tokens at experts, and what these answer
     Guest *guest;          // (guests) who that is, sorted by expert
-    Product *visits;       // (2 * n_experts)
+    Product *visits;       // (3 * n_experts) gate and up; down
 } Experts;
 struct Cache {
     const Model *m;
@@ -1140,6 +1139,7 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
     const Config *c = &m->c;
     State *s = &kv->state;
     int dtype = m->token_embedding.dtype, hd = c->head_dim, widest = 0;
+    int widths[] = {c->dim, c->n_heads * hd, c->hidden_dim, c->expert_hidden};  // of products' x
     *kv = (Cache){.m = m, .n_seqs = n_seqs, .ctx = ctx, .n_pages = (ctx - 1) / PAGE_POSITIONS + 1};
     kv->dtype = dtype <= F32 ? F32 : dtype == BF16 ? HALF : Q8;
     kv->head_bytes = matrix_bytes(kv->dtype, PAGE_POSITIONS, hd) +
@@ -1149,22 +1149,19 @@ static void cache_open(Cache *kv, const Model *m, int ctx, int n_seqs) {
     kv->pages = zeros((size_t)n_seqs * (size_t)kv->n_pages, sizeof *kv->pages);
     Experts *e = s->at = zeros(1, sizeof *e);
     int n = MAX_BATCH, guests = n * (c->n_active + c->n_shared) + TILE * c->n_experts;
+    bool larger = (double)guests * c->expert_hidden > (double)n * c->hidden_dim;
+    int gate_rows = larger ? guests : n, gate_width = larger ? c->expert_hidden : c->hidden_dim;
     const struct { float **array; int rows, width; } arrays[] = {
         {&s->x, n, c->dim}, {&s->xb, n, c->dim}, {&s->q, n, c->n_heads * hd},
         {&s->att_out, n, c->n_heads * hd}, {&s->k, n, c->n_kv_heads * hd},
         {&s->v, n, c->n_kv_heads * hd}, {&s->rope, n, 2 * hd}, {&s->rope_local, n, 2 * hd},
         {&e->route, n, c->n_experts}, {&e->share, n, c->n_experts}, {&e->rows, guests, c->dim},
-        {&s->gate, n, c->hidden_dim}, {&s->up, n, c->hidden_dim},  // or, if those are larger:
-        {&s->gate, guests, c->expert_hidden}, {&s->up, guests, c->expert_hidden}};
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        size_t numbers = (size_t)arrays[i].rows * (size_t)arrays[i].width;
-        if (*arrays[i].array && numbers <= (size_t)n * (size_t)c->hidden_dim) continue;
-        free(*arrays[i].array);
-        *arrays[i].array = zeros(numbers, sizeof(float));
-        if (arrays[i].width > widest) widest = arrays[i].width;
-    }
+        {&s->gate, gate_rows, gate_width}, {&s->up, gate_rows, gate_width}};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+        *arrays[i].array = zeros((size_t)arrays[i].rows * (size_t)arrays[i].width, sizeof(float));
+    for (int i = 0; i < 4; i++) widest = widths[i] > widest ? widths[i] : widest;
     e->guest = zeros((size_t)guests, sizeof *e->guest);
-    e->visits = zeros((size_t)c->n_experts, 2 * sizeof *e->visits);
+    e->visits = zeros((size_t)c->n_experts, 3 * sizeof *e->visits);
     s->xq = new_quantized(n > guests ? n : guests, widest);
 }
 static void cache_close(Cache *kv) {
@@ -1177,38 +1174,30 @@ static void cache_close(Cache *kv) {
     *kv = (Cache){0};
 }
 
-static void put_number(const Matrix *w, int row, int c, float x) {
+// Writes a number into a matrix, into one of Q8 divided by d and rounded; with a block's first one
+// comes the scale, d.
+static inline void put_number(const Matrix *w, int row, int c, float x, float d) {
     void *p = (void *)(uintptr_t)place_of(w, row, c);
     if (w->dtype == F32) *(float *)p = x;
-    else *(uint16_t *)p = float_to_half(x);
-}
-// A number of a Q8 matrix, rounded; with a block's first one comes the scale.
-static inline void put_quant(const Matrix *w, int row, int c, int8_t q, float d) {
-    uint8_t *block = (uint8_t *)(uintptr_t)panel_of(w, row) + c / BLOCK * block_bytes(Q8);
-    block[quant_at(Q8, row, c)] = (uint8_t)q;
-    if (c % BLOCK == 0) ((uint16_t *)(void *)block)[row % PANEL] = float_to_half(d);
+    else if (w->dtype == HALF) *(uint16_t *)p = float_to_half(x);
+    else ((int8_t *)p)[quant_at(Q8, row, c)] = (int8_t)round_by(x, d);
+    if (w->dtype == Q8 && c % BLOCK == 0) ((uint16_t *)p)[row % PANEL] = float_to_half(d);
 }
 static void cache_put(const CacheHead *h, int pos, const float *k, const float *v) {
     const Cache *kv = h->kv;
     const uint8_t *data = head_at(h, pos);
     Matrix keys = cache_keys(kv, data), values = cache_values(kv, data);
     int at = pos % PAGE_POSITIONS, hd = kv->m->c.head_dim;
-    float d_key = scale_of(k, hd), d_value = scale_of(v, hd);
-    if (d_key != d_key || d_value != d_value) h->kv->damaged = true;
-    for (int i = 0; i < hd && kv->dtype != Q8; i++) {
-        put_number(&keys, at, i, k[i]);
-        put_number(&values, i, at, v[i]);
+    float d_key = 0, d_value = scale_of(v, hd), by = 1;
+    if (kv->dtype == Q8) {
+        value_scales(kv, data)[at] = d_value > 0 ? d_value : 0;
+        by = d_value > 0 ? 1.0f / d_value : 0;
     }
-    if (kv->dtype != Q8) return;
-    int8_t q[2][BLOCK];  // keys and values
-    value_scales(kv, data)[at] = d_value > 0 ? d_value : 0;
-    for (int b = 0; b < hd; b += BLOCK, k += BLOCK, v += BLOCK) {
-        int n = hd - b < BLOCK ? hd - b : BLOCK;
-        float d = scale_of(k, n);
-        for (int i = 0; i < n; i++) q[0][i] = (int8_t)round_by(k[i], d);
-        for (int i = 0; i < n; i++) q[1][i] = (int8_t)round_by(v[i], d_value);
-        for (int i = 0; i < n; i++) put_quant(&keys, at, b + i, q[0][i], d);
-        for (int i = 0; i < n; i++) put_quant(&values, b + i, at, q[1][i], 1);
+    for (int i = 0; i < hd; i++) {
+        if (i % BLOCK == 0) d_key = scale_of(k + i, hd - i < BLOCK ? hd - i : BLOCK);
+        if (d_key != d_key || d_value != d_value) h->kv->damaged = true;
+        put_number(&keys, at, i, k[i], d_key);
+        put_number(&values, i, at, v[i] * by, 1);
     }
 }
 
@@ -1301,64 +1290,49 @@ enum { MAX_LAYERS = 256 };
 static const uint32_t NO_LAYER = UINT32_MAX;
 
 // What a tensor is: VECTOR has one row; MATRIX any dtype of a matrix; DATA any number of bytes.
-enum { VECTOR = ROWS, MATRIX = F32, DATA = BYTES };
+enum { VECTOR = ROWS, MATRIX = F32, DATA = BYTES, NEEDED = 16 };
 typedef struct {
     const char *name;
     size_t field;             // in Model or Layer
     int layers;               // 0: it is in Model
-    bool needed;
-    int kind, rows, cols, count;  // count: so many of them, one after the other; 0: one
+    int kind, rows, cols;
 } TensorRule;
-enum { LLAMA2C_TENSORS = 12, N_TENSORS = 38, NEEDED = 1 };
+enum { LLAMA2C_TENSORS = 12, N_TENSORS = 38 };
 
-// All tensors that there are, in a layer with or without experts. The first come in the order of
-// llama2.c's version 0.
-static void tensor_rules(const Config *c, bool experts, TensorRule rules[N_TENSORS]) {
-    int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, q_dim = c->n_heads * hd;
-    int hidden = experts ? c->expert_hidden : c->hidden_dim, count = experts ? c->n_experts : 0;
-    int kv_dim = c->n_kv_heads * hd;
-    bool wide = c->flags & WIDE_NORMS;
-#define TENSOR(of, name)                                                                           \
-    #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
+// All tensors that there are; hidden: hidden_dim, or expert_hidden in a layer with experts. The
+// first come in the order of llama2.c's version 0; the last is loaded first.
+static void tensor_rules(const Config *c, int hidden, TensorRule rules[N_TENSORS]) {
+    int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, n_experts = c->n_experts;
+    int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd, wide = c->flags & WIDE_NORMS;
+#define IN(of, name) #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
     const TensorRule all[N_TENSORS] = {
-        {TENSOR(Model, token_embedding), NEEDED, MATRIX, vocab, dim, 0},
-        {TENSOR(Layer, attn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, wq), NEEDED, MATRIX, q_dim, dim, 0},
-        {TENSOR(Layer, wk), NEEDED, MATRIX, kv_dim, dim, 0},
-        {TENSOR(Layer, wv), NEEDED, MATRIX, kv_dim, dim, 0},
-        {TENSOR(Layer, wo), NEEDED, MATRIX, dim, q_dim, 0},
-        {TENSOR(Layer, ffn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, w_gate), NEEDED, MATRIX, hidden, dim, count},
-        {TENSOR(Layer, w_down), NEEDED, MATRIX, dim, hidden, count},
-        {TENSOR(Layer, w_up), 0, MATRIX, hidden, dim, count},
-        {TENSOR(Model, final_norm), NEEDED, VECTOR, 1, dim, 0},
-        {TENSOR(Model, classifier), 0, MATRIX, vocab, dim, 0},
-        {TENSOR(Model, rope_freqs), NEEDED, VECTOR, 1, hd / 2, 0},
-        {TENSOR(Model, rope_freqs_local), 0, VECTOR, 1, hd / 2, 0},
-        {TENSOR(Layer, bq), 0, VECTOR, 1, q_dim, 0},
-        {TENSOR(Layer, bk), 0, VECTOR, 1, kv_dim, 0},
-        {TENSOR(Layer, bv), 0, VECTOR, 1, kv_dim, 0},
-        {TENSOR(Layer, q_norm), 0, VECTOR, 1, wide ? q_dim : hd, 0},
-        {TENSOR(Layer, k_norm), 0, VECTOR, 1, wide ? kv_dim : hd, 0},
-        {TENSOR(Layer, post_attn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, post_ffn_norm), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, attn_norm_bias), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, ffn_norm_bias), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Model, final_norm_bias), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Model, position_embedding), 0, MATRIX, c->seq_len, dim, 0},
-        {TENSOR(Layer, bo), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, b_gate), 0, VECTOR, 1, hidden, count},
-        {TENSOR(Layer, b_up), 0, VECTOR, 1, hidden, count},
-        {TENSOR(Layer, b_down), 0, VECTOR, 1, dim, count},
-        {TENSOR(Layer, sinks), 0, VECTOR, 1, c->n_heads, 0},
-        {TENSOR(Layer, router_bias), 0, VECTOR, 1, c->n_experts, 0},
-        {TENSOR(Layer, choice_bias), 0, VECTOR, 1, c->n_experts, 0},
-        {TENSOR(Model, check_ids), 0, DATA, 1, 0, 0},
-        {TENSOR(Model, check_norms), 0, VECTOR, 1, c->n_layers + 1, 0},
-        {TENSOR(Model, check_logits), 0, VECTOR, 1, vocab, 0},
-        {TENSOR(Model, check_cases), 0, DATA, 1, 0, 0},
-        {TENSOR(Model, score), 0, VECTOR, 1, dim, 0},
-        {TENSOR(Layer, router), 0, MATRIX, c->n_experts, dim, 0},  // the last: it is loaded first
+        {IN(Model, token_embedding), MATRIX | NEEDED, vocab, dim},
+        {IN(Layer, attn_norm), VECTOR, 1, dim}, {IN(Layer, wq), MATRIX | NEEDED, q_dim, dim},
+        {IN(Layer, wk), MATRIX | NEEDED, kv_dim, dim},
+        {IN(Layer, wv), MATRIX | NEEDED, kv_dim, dim},
+        {IN(Layer, wo), MATRIX | NEEDED, dim, q_dim}, {IN(Layer, ffn_norm), VECTOR, 1, dim},
+        {IN(Layer, w_gate), MATRIX | NEEDED, hidden, dim},
+        {IN(Layer, w_down), MATRIX | NEEDED, dim, hidden}, {IN(Layer, w_up), MATRIX, hidden, dim},
+        {IN(Model, final_norm), VECTOR | NEEDED, 1, dim},
+        {IN(Model, classifier), MATRIX, vocab, dim},
+        {IN(Model, rope_freqs), VECTOR | NEEDED, 1, hd / 2},
+        {IN(Model, rope_freqs_local), VECTOR, 1, hd / 2},
+        {IN(Layer, bq), VECTOR, 1, q_dim}, {IN(Layer, bk), VECTOR, 1, kv_dim},
+        {IN(Layer, bv), VECTOR, 1, kv_dim}, {IN(Layer, bo), VECTOR, 1, dim},
+        {IN(Layer, q_norm), VECTOR, 1, wide ? q_dim : hd},
+        {IN(Layer, k_norm), VECTOR, 1, wide ? kv_dim : hd},
+        {IN(Layer, post_attn_norm), VECTOR, 1, dim}, {IN(Layer, post_ffn_norm), VECTOR, 1, dim},
+        {IN(Layer, attn_norm_bias), VECTOR, 1, dim}, {IN(Layer, ffn_norm_bias), VECTOR, 1, dim},
+        {IN(Model, final_norm_bias), VECTOR, 1, dim},
+        {IN(Model, position_embedding), MATRIX, c->seq_len, dim},
+        {IN(Layer, b_gate), VECTOR, 1, hidden}, {IN(Layer, b_up), VECTOR, 1, hidden},
+        {IN(Layer, b_down), VECTOR, 1, dim}, {IN(Layer, sinks), VECTOR, 1, c->n_heads},
+        {IN(Layer, router_bias), VECTOR, 1, n_experts},
+        {IN(Layer, choice_bias), VECTOR, 1, n_experts},
+        {IN(Model, check_ids), DATA, 1, 0}, {IN(Model, check_cases), DATA, 1, 0},
+        {IN(Model, check_norms), VECTOR, 1, c->n_layers + 1},
+        {IN(Model, check_logits), VECTOR, 1, vocab}, {IN(Model, score), VECTOR, 1, dim},
+        {IN(Layer, router), MATRIX, n_experts, dim},
     };
     memcpy(rules, all, sizeof all);
 }
@@ -1401,16 +1375,19 @@ static uint64_t file_hash(const Model *m, size_t bytes) {
            hash_words(m->file + sizeof blank, bytes - sizeof blank, sizeof blank / 8);
 }
 
-// Puts a tensor where it belongs. Returns how many the directory has of it: 1, or 0.
+// Puts a tensor where it belongs. Returns how many the directory has of it: 1, or 0. (Of those from
+// w_gate to b_down each expert has one.)
 static uint32_t load_tensor(Model *m, const TensorRule *rule, int l) {
     const Entry *e = (const Entry *)(const void *)(m->header + 1), *end = e + m->header->n_tensors;
-    uint32_t layer = rule->layers ? (uint32_t)l : NO_LAYER;
+    uint32_t layer = rule->layers ? (uint32_t)l : NO_LAYER, kind = (uint32_t)rule->kind % NEEDED;
     while (e < end && (e->layer != layer || strncmp(e->name, rule->name, sizeof e->name))) e++;
-    if (e == end && !rule->needed) return 0;
-    bool right = e < end && (e->dtype == (uint32_t)rule->kind ||
-                             (rule->kind == MATRIX && e->dtype > F32 && e->dtype < BYTES));
-    int cols = right && rule->kind == DATA && e->cols <= INT_MAX ? (int)e->cols : rule->cols;
-    uint32_t count = rule->count ? (uint32_t)rule->count : 1;
+    if (e == end && rule->kind < NEEDED) return 0;
+    bool right = e < end && (e->dtype == kind ||
+                             (kind == MATRIX && e->dtype > F32 && e->dtype < BYTES));
+    bool experts = rule->layers && rule->field >= offsetof(Layer, w_gate) &&
+                   rule->field <= offsetof(Layer, b_down) && m->layers[l].router.data;
+    int cols = right && kind == DATA && e->cols <= INT_MAX ? (int)e->cols : rule->cols;
+    uint32_t count = experts ? (uint32_t)m->c.n_experts : 1;
     if (!right || e->rows != (uint32_t)rule->rows * count || e->cols != (uint32_t)cols ||
         e->offset % 64 || e->bytes != matrix_bytes((int)e->dtype, rule->rows, cols) * count ||
         e->offset > m->file_size || e->bytes > m->file_size - e->offset)
@@ -1437,7 +1414,8 @@ static void load_v5(Model *m) {
             "not know", m->path);
     m->c = h->c;
     check_config(m);
-    for (int i = 0; i < 2; i++) tensor_rules(&m->c, i, rules[i]);
+    for (int i = 0; i < 2; i++)
+        tensor_rules(&m->c, i ? m->c.expert_hidden : m->c.hidden_dim, rules[i]);
     for (int i = N_TENSORS; i-- > 0;)
         for (int l = 0; l < rules[0][i].layers || !l; l++)
             found += load_tensor(m, &rules[m->layers[l].router.data != NULL][i], l);
@@ -1453,15 +1431,41 @@ static void load_v5(Model *m) {
 // Packs a row of w[0], which lies row by row, into the panels of w[1].
 static void pack_task(void *context, int row) {
     const Matrix *w = context;
-    for (int c = 0; c < w->cols; c++) put_number(&w[1], row, c, weight(w, row, c));
+    for (int c = 0; c < w->cols; c++) put_number(&w[1], row, c, weight(w, row, c), 1);
 }
 
-// llama2.c's versions 0 (a header of 7 numbers, negative vocab_size: untied) and 1: float32 row by
-// row, without any names. Files over 1 GiB are used as they are.
-static void load_llama2c(Model *m, bool v1) {
+// Goes through the tensors of llama2.c's versions 0 and 1, float32 row by row without any names.
+// Returns where they end, and of what is packed; if there is memory for that, puts them in place.
+static size_t llama2c_tensors(Model *m, bool v1, bool tied, bool in_place, size_t *packed) {
     static const char order[LLAMA2C_TENSORS] = {1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9, 11};  // of 1
-    Config *c = &m->c;
     TensorRule rules[N_TENSORS];
+    size_t at = v1 ? 256 : 28, to = (size_t)m->c.head_dim * 4;  // behind the header, frequencies
+    tensor_rules(&m->c, m->c.hidden_dim, rules);
+    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
+        const TensorRule *rule = &rules[v1 ? order[i] : i];
+        bool packs = rule->kind % NEEDED == MATRIX && !in_place;
+        for (int l = 0; l < rule->layers || !l; l++) {
+            Matrix w[] = {{ROWS, rule->rows, rule->cols, m->file},
+                          {F32, rule->rows, rule->cols, m->packed}};
+            if (m->packed) {
+                w[0].data += at, w[1].data += to;
+                if (packs) parallel(pack_task, w, rule->rows);
+                *tensor_of(m, rule, l) = w[packs];
+            }
+            at += matrix_bytes(ROWS, rule->rows, rule->cols);
+            if (packs) to += matrix_bytes(F32, rule->rows, rule->cols);
+        }
+        if (!v1 && i == LLAMA2C_TENSORS - 2)  // tables for RoPE, which are not used
+            at += (size_t)m->c.seq_len * (size_t)m->c.head_dim * 4;
+    }
+    *packed = to;
+    return at;
+}
+
+// Version 0 has a header of 7 numbers (negative vocab_size: untied). Files over 1 GiB are used as
+// they are.
+static void load_llama2c(Model *m, bool v1) {
+    Config *c = &m->c;
     *c = (Config){.norm_eps = 1e-5f, .embed_scale = 1};
     memcpy(c, m->file + (v1 ? 8 : 0), 28);  // dim to seq_len
     bool tied = v1 ? m->file[36] != 0 : c->vocab_size > 0, in_place = m->file_size > 1u << 30;
@@ -1469,33 +1473,13 @@ static void load_llama2c(Model *m, bool v1) {
     c->head_dim = c->n_heads > 0 && c->dim % c->n_heads == 0 ? c->dim / c->n_heads : 0;
     c->attn_scale = 1.0f / sqrtf((float)c->head_dim);
     check_config(m);
-    tensor_rules(c, false, rules);
-    size_t at = v1 ? 256 : 28, to = (size_t)c->head_dim * 4;  // in the file; in what is packed
-    size_t angles = v1 ? 0 : (size_t)c->seq_len * to;  // not used: tables for RoPE
-    size_t end = at + angles, packed = to;
-    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++)
-        for (int l = 0; l < rules[i].layers || !l; l++) {
-            end += matrix_bytes(ROWS, rules[i].rows, rules[i].cols);
-            if (rules[i].kind == MATRIX) packed += matrix_bytes(F32, rules[i].rows, rules[i].cols);
-        }
+    size_t packed, end = llama2c_tensors(m, v1, tied, in_place, &packed);
     if (m->file_size != end)
         die("%s is %s: its header asks for %zu bytes, it has %zu", m->path,
             m->file_size < end ? "truncated, or not a checkpoint" : "too long", end, m->file_size);
     if (in_place) fprintf(stderr, "run: %s is read row by row; export.py makes it fast\n", m->path);
-    m->packed = zeros(in_place ? to : packed, 1);
-    for (int i = 0; i < LLAMA2C_TENSORS - tied; i++) {
-        const TensorRule *rule = &rules[v1 ? order[i] : i];
-        bool packs = rule->kind == MATRIX && !in_place;
-        if (i == LLAMA2C_TENSORS - 1) at += angles;
-        for (int l = 0; l < rule->layers || !l; l++) {
-            Matrix w[] = {{ROWS, rule->rows, rule->cols, m->file + at},
-                          {F32, rule->rows, rule->cols, m->packed + to}};
-            if (packs) parallel(pack_task, w, rule->rows);
-            *tensor_of(m, rule, l) = w[packs];
-            at += matrix_bytes(ROWS, rule->rows, rule->cols);
-            if (packs) to += matrix_bytes(F32, rule->rows, rule->cols);
-        }
-    }
+    m->packed = zeros(packed, 1);
+    llama2c_tensors(m, v1, tied, in_place, &packed);
     float *freqs = (float *)(void *)m->packed;
     for (int i = 0, half = c->head_dim / 2; i < half; i++)
         freqs[i] = (float)exp_double(-9.21034037197618274 * i / half);  // 10000^(-i/half)
@@ -1603,27 +1587,25 @@ static void experts(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
     int n_experts = f->m->c.n_experts, rows = 0, n = 0, n_down = 0;
-    products(f, "router", s->xb, (Product[]){{l->router, s->at->route, 0, 0}}, 1);
+    Guest *guest = s->at->guest;
+    Product *visits = s->at->visits, *down = visits + 2 * n_experts;
+    products(f, "router", s->xb, &(Product){.w = l->router, .y = s->at->route}, 1);
     each(f, "route", f->n, route);
     for (int e = 0; e < n_experts; e++) {
         int first = rows;
         for (int i = 0; i < f->n; i++)
-            if (row_of(s->at->share, i, n_experts)[e] > 0) s->at->guest[rows++] = (Guest){i, e};
+            if (row_of(s->at->share, i, n_experts)[e] > 0) guest[rows++] = (Guest){i, e};
         if (rows == first) continue;
-        s->at->visits[n++] = (Product){expert_matrix(&l->w_gate, e), s->gate, first, rows - first};
-        s->at->visits[n] = (Product){expert_matrix(&l->w_up, e), s->up, first, rows - first};
+        visits[n++] = (Product){expert_matrix(&l->w_gate, e), s->gate, first, rows - first};
+        visits[n] = (Product){expert_matrix(&l->w_up, e), s->up, first, rows - first};
         n += l->w_up.data != NULL;
-        while (rows % TILE) s->at->guest[rows++] = (Guest){-1, e};
+        down[n_down++] = (Product){expert_matrix(&l->w_down, e), s->at->rows, first, rows - first};
+        while (rows % TILE) guest[rows++] = (Guest){-1, e};
     }
     each(f, "arrive", rows, arrive);
-    products(f, "w_gate w_up", s->at->rows, s->at->visits, n);
+    products(f, "w_gate w_up", s->at->rows, visits, n);
     each(f, "activate", rows, activate_guest);
-    for (int i = 0; i < n; i += l->w_up.data ? 2 : 1) {
-        Product p = s->at->visits[i];
-        p.w = expert_matrix(&l->w_down, s->at->guest[p.first].expert), p.y = s->at->rows;
-        s->at->visits[n_down++] = p;
-    }
-    products(f, "w_down", s->gate, s->at->visits, n_down);
+    products(f, "w_down", s->gate, down, n_down);
     each(f, "leave", f->n, leave);
 }
 
@@ -1654,7 +1636,9 @@ enum { TRIM_LEFT = 1, TRIM_RIGHT = 2, TRIM_NEWLINES = 4, CUT_THOUGHT = 8, FROM_T
        DATE = 128, HAS_SYSTEM = 256,  // it is a format of strftime; a system text has a place,
        EMPTY_IS_NONE = 512, SYSTEM_LAST = 1024,  // but not an empty one; it is in the last turn
        THOUGHTS = 2048, CHAT_FLAGS = 4095 };     // answers have thoughts: see output_think
-enum { N_CHARS = 0x110000, INSIDE = 63 };  // code points; the atom of a character's later bytes
+// A character is a code point, or N_CHARS + a byte that is not part of valid UTF-8; a flag marks
+// what was typed.
+enum { N_CHARS = 0x110000, TYPED = 1 << 22, CODE = TYPED - 1 };
 
 typedef struct { const char *s; size_t len; } Text;
 typedef struct { Text text; float score; int type; } Token;
@@ -1690,11 +1674,11 @@ typedef struct {
 typedef struct { uint8_t kind, how, n_from, n_to; uint32_t element; char from[12], to[12]; } Step;
 typedef struct { uint32_t first, last, value; } Range;     // of characters
 typedef struct { uint32_t whole, first, second; } Form;  // second 0: none; bit 31: never joined
-typedef struct { Text text; int id; uint32_t flags; } Added;
 
-// A hash table from texts to numbers (open addressing); an empty entry has number -1.
-typedef struct { const char *s; uint32_t len; int number; } Named;
-typedef struct { Named *entries; size_t mask; } Index;
+// A hash table of numbers (open addressing); an empty entry has number -1.
+typedef struct { uint64_t key; int number; } Keyed;
+typedef struct { Keyed *entries; size_t mask, n; } Index;
+typedef struct { int *ids; size_t n, capacity; } Ids;  // tokens, or characters
 
 typedef struct {
     TokenizerHeader h;
@@ -1703,23 +1687,17 @@ typedef struct {
     const uint8_t *file;
     size_t file_size;
     Token *tokens;            // (vocab_size)
-    Index by_text;            // tokens that byte pair encoding may give
-    Index merges;             // ranks of pairs of tokens, two uint32
+    Index index;              // all that is looked up: see OF_TEXT
     int *joined;              // (n_merges) what a pair becomes
-    Added *added;             // (n_added) tokens that are looked for in a text
-    Index by_content[2];      // those that are not NORMALIZED, those that are
-    size_t longest[2][256];   // of them, of those that start with this byte
-    uint8_t *atoms, *marks;   // (N_CHARS) of the characters; their canonical combining classes
+    uint8_t *atoms, *marks;   // of the characters; their canonical combining classes
     const Element *elements;
     const Step *steps;
-    const Form *forms;        // canonical decompositions into one or two characters
-    Index by_whole, by_parts;
+    Form *forms;              // canonical decompositions into one or two characters
     const int32_t *stops;     // (n_stops) tokens that end an answer
     Text chat[N_CHAT];
     uint32_t chat_flags[N_CHAT];
 } Tokenizer;
 
-typedef struct { int *ids; size_t n, capacity; } Ids;
 static void push(Ids *ids, int id) {
     if (ids->n == ids->capacity) {
         ids->capacity = ids->capacity ? ids->capacity * 2 : 64;
@@ -1729,35 +1707,48 @@ static void push(Ids *ids, int id) {
 }
 
 // ---- [3.1] looking things up --------------------------------------------------------------------
-static Index index_new(size_t n) {
-    size_t size = 2;
-    while (size < 2 * n) size *= 2;
-    return (Index){memset(zeros(size, sizeof(Named)), -1, size * sizeof(Named)), size - 1};
+// What has a number: the text of a token that byte pair encoding may give; two tokens that can be
+// joined (their rank); forms, by their whole and by their parts. Added tokens are a tree. A node
+// (the roots are 0 and, for those that are NORMALIZED, 1) has others behind it, one for each
+// character, and a token may end there: 32 times its id, plus its flags.
+enum { OF_TEXT, OF_MERGE, OF_WHOLE, OF_PARTS, OF_NODE, OF_END };
+static uint64_t key_of(int kind, int a, int b) {
+    return (uint64_t)kind << 60 | (uint64_t)a << 30 | (uint64_t)b;
 }
-// The number of a text, or -1. One that is not there is added, unless the number for it is -1.
-static int index_find(const Index *index, Text text, int number) {
-    for (size_t i = (size_t)hash64(text.s, text.len);; i++) {
-        Named *e = &index->entries[i & index->mask];
-        if (e->number < 0 && number >= 0) *e = (Named){text.s, (uint32_t)text.len, number};
-        if (e->number < 0 || (e->len == text.len && !memcmp(e->s, text.s, text.len)))
-            return e->number;
+static uint64_t key_of_text(const char *s, size_t len) { return hash64(s, len) >> 4; }
+
+static Keyed *index_entry(const Index *x, uint64_t key) {
+    for (size_t i = (size_t)mix64(key);; i++) {
+        Keyed *e = &x->entries[i & x->mask];
+        if (e->number < 0 || e->key == key) return e;
     }
+}
+static int index_find(const Tokenizer *t, uint64_t key) {
+    return index_entry(&t->index, key)->number;
+}
+static void index_grow(Index *x, size_t size) {
+    Index old = *x;
+    x->mask = size - 1;
+    x->entries = memset(zeros(size, sizeof(Keyed)), -1, size * sizeof(Keyed));
+    for (size_t i = 0; old.n && i <= old.mask; i++)
+        if (old.entries[i].number >= 0) *index_entry(x, old.entries[i].key) = old.entries[i];
+    free(old.entries);
+}
+// Returns the number that a key has: this one, if there was none.
+static int index_add(Tokenizer *t, uint64_t key, int number) {
+    Index *x = &t->index;
+    if (2 * x->n >= x->mask) index_grow(x, 2 * x->mask + 2);
+    Keyed *e = index_entry(x, key);
+    if (e->number >= 0) return e->number;
+    x->n++;
+    *e = (Keyed){key, number};
+    return number;
 }
 // The token with this text that byte pair encoding may give, or -1.
 static int token_of(const Tokenizer *t, const char *s, size_t len) {
-    return index_find(&t->by_text, (Text){s, len}, -1);
-}
-// The longest added token at a place in a text, or NULL; `normalized`: which of them. One that only
-// counts untyped (a control token) is none where a flag in `typed` is set (NULL: none is).
-static const Added *added_at(const Tokenizer *t, Text text, size_t at, const char *typed,
-                             int normalized) {
-    size_t longest = t->longest[normalized][(uint8_t)text.s[at]], rest = text.len - at;
-    for (size_t n = longest < rest ? longest : rest; n; n--) {
-        int i = index_find(&t->by_content[normalized], (Text){text.s + at, n}, -1);
-        bool text_only = i >= 0 && t->added[i].flags & ONLY_UNTYPED && typed;
-        if (i >= 0 && !(text_only && memchr(typed + at, 1, n))) return &t->added[i];
-    }
-    return NULL;
+    int id = index_find(t, key_of_text(s, len));
+    bool right = id >= 0 && t->tokens[id].text.len == len && !memcmp(t->tokens[id].text.s, s, len);
+    return right ? id : -1;
 }
 
 // Decodes one character of UTF-8; a byte that is not part of a valid one counts as U+FFFD.
@@ -1771,6 +1762,22 @@ static uint32_t next_char(const char *s, size_t len, size_t *used) {
                  (c < 0xd800 || c > 0xdfff);
     *used = valid ? n : 1;
     return valid ? c : 0xfffd;
+}
+// Appends the characters of a text, of which some bytes can be marked as typed.
+static void push_text(Ids *out, Text text, const char *typed) {
+    for (size_t i = 0, used; i < text.len; i += used) {
+        int c = (int)next_char(text.s + i, text.len - i, &used);
+        if (c == 0xfffd && used == 1) c = N_CHARS + (uint8_t)text.s[i];
+        push(out, typed && memchr(typed + i, 1, used) ? c | TYPED : c);
+    }
+}
+// Writes a character. Returns its number of bytes.
+static size_t put_char(char *s, int c) {
+    c &= CODE;
+    int more = c < N_CHARS ? (c >= 0x80) + (c >= 0x800) + (c >= 0x10000) : 0;
+    s[0] = (char)(more ? 256 - (128 >> more) + (c >> 6 * more) : c);
+    for (int i = 1; i <= more; i++) s[i] = (char)(0x80 | (c >> 6 * (more - i) & 0x3f));
+    return (size_t)more + 1;
 }
 
 // ---- [3.2] opening ------------------------------------------------------------------------------
@@ -1803,7 +1810,7 @@ static const uint8_t *record_take(const Tokenizer *t, Bytes *b, Text *text) {
 static bool read_tokens(Tokenizer *t, Bytes *file) {
     static char bytes[256];
     t->tokens = zeros((size_t)t->h.vocab_size, sizeof *t->tokens);
-    t->by_text = index_new((size_t)t->h.vocab_size);
+    index_grow(&t->index, 1 << 16);
     for (int id = 0; id < t->h.vocab_size; id++) {
         Text text;
         const uint8_t *start = record_take(t, file, &text);
@@ -1815,27 +1822,30 @@ static bool read_tokens(Tokenizer *t, Bytes *file) {
             text = (Text){&bytes[id - 3], 1};
         }
         t->tokens[id] = (Token){text, float_of(read_u32(start)), type};
-        if (type == NORMAL) index_find(&t->by_text, text, id);  // the first of equal texts
+        if (type == NORMAL) index_add(t, key_of_text(text.s, text.len), id);  // the first of equals
     }
     for (int id = 0; id < t->h.vocab_size; id++)  // bytes that are no other token
-        if (t->tokens[id].type == BYTE) index_find(&t->by_text, t->tokens[id].text, id);
+        if (t->tokens[id].type == BYTE)
+            index_add(t, key_of_text(t->tokens[id].text.s, t->tokens[id].text.len), id);
     return true;
 }
 
 static bool read_added(Tokenizer *t, Bytes *file) {
-    if (t->h.n_added > (uint64_t)(file->end - file->p) / 8) return false;
-    t->added = zeros(t->h.n_added, sizeof *t->added);
-    for (int i = 0; i < 2; i++) t->by_content[i] = index_new(t->h.n_added);
+    int n_nodes = 2;
     for (uint32_t i = 0; i < t->h.n_added; i++) {
         Text text;
+        Ids chars = {0};
         const uint8_t *start = record_take(t, file, &text);
         uint32_t id = start ? read_u32(start) : UINT32_MAX;
         if (id >= (uint32_t)t->h.vocab_size || start[4] > 31 || !text.len) return false;
-        t->added[i] = (Added){text, (int)id, start[4]};
-        int which = (start[4] & NORMALIZED) != 0;
-        size_t *longest = &t->longest[which][(uint8_t)*text.s];
-        if (text.len > *longest) *longest = text.len;
-        index_find(&t->by_content[which], text, (int)i);
+        int node = (start[4] & NORMALIZED) != 0;
+        push_text(&chars, text, NULL);
+        for (size_t j = 0; j < chars.n; j++) {
+            node = index_add(t, key_of(OF_NODE, node, chars.ids[j]), n_nodes);
+            n_nodes += node == n_nodes;
+        }
+        index_add(t, key_of(OF_END, node, 0), (int)(id << 5 | start[4]));
+        free(chars.ids);
     }
     return true;
 }
@@ -1845,30 +1855,52 @@ static bool read_merges(Tokenizer *t, const uint32_t *pair) {
     static char both[1 << 17];
     uint32_t n = (uint32_t)t->h.vocab_size;
     if (t->h.n_merges > 1 << 24) return false;  // a float holds no greater rank
-    t->merges = index_new(t->h.n_merges);
     t->joined = zeros(t->h.n_merges, sizeof *t->joined);
     for (uint32_t rank = 0; rank < t->h.n_merges; rank++, pair += 2) {
         if (pair[0] >= n || pair[1] >= n) return false;
         Text a = t->tokens[pair[0]].text, b = t->tokens[pair[1]].text;
         memcpy(both, a.s, a.len), memcpy(both + a.len, b.s, b.len);
         t->joined[rank] = token_of(t, both, a.len + b.len);
-        if (t->joined[rank] >= 0) index_find(&t->merges, (Text){(const char *)pair, 8}, (int)rank);
+        if (t->joined[rank] >= 0)
+            index_add(t, key_of(OF_MERGE, (int)pair[0], (int)pair[1]), (int)rank);
     }
     return true;
 }
 
 // A table of a number for each character, from ranges; NULL: they are damaged.
 static uint8_t *read_ranges(const Range *range, uint32_t n, uint32_t limit) {
-    uint8_t *table = zeros(N_CHARS, 1);
+    uint8_t *table = zeros(N_CHARS + 256, 1);
     for (; n && range->first <= range->last && range->last < N_CHARS && range->value < limit;
          n--, range++)
         memset(table + range->first, (int)range->value, range->last + 1 - range->first);
+    memset(table + N_CHARS, table[0xfffd], 256);
     if (n) free(table);
     return n ? NULL : table;
 }
 
+// Normal form C (Unicode Standard Annex 15). Hangul syllables are made of three parts by rule.
+static bool read_forms(Tokenizer *t, const Form *forms) {
+    enum { SYLLABLE = 0xac00, LEAD = 0x1100, VOWEL = 0x1161, TAIL = 0x11a7, N = 11172 };
+    uint32_t n = t->h.n_forms;
+    t->forms = zeros(n + N, sizeof *t->forms);
+    for (uint32_t i = 0; n && i < n + N; i++) {
+        Form *f = &t->forms[i];
+        uint32_t s = i - n, tail = s % 28;
+        if (i < n) *f = forms[i];
+        else if (tail) *f = (Form){SYLLABLE + s, SYLLABLE + s - tail, TAIL + tail};
+        else *f = (Form){SYLLABLE + s, LEAD + s / (21 * 28), VOWEL + s / 28 % 21};
+        if (f->whole >= N_CHARS || f->first >= N_CHARS || (f->second & INT32_MAX) >= N_CHARS)
+            return false;
+        index_add(t, key_of(OF_WHOLE, (int)f->whole, 0), (int)i);
+        if (f->second <= INT32_MAX)
+            index_add(t, key_of(OF_PARTS, (int)f->first, (int)f->second), (int)i);
+    }
+    return true;
+}
+
 static bool steps_are_right(const Tokenizer *t) {
-    if (t->h.n_elements > 4096 || t->h.n_steps > 64) return false;  // calls are nested so deep
+    if (t->h.n_elements > 4096 || t->h.n_steps > 64 || t->h.n_forms > 4096)
+        return false;  // calls are nested so deep
     for (uint32_t i = 0; i < t->h.n_elements; i++) {
         const Element *x = &t->elements[i];
         if ((x->next && x->next <= i) || x->next >= t->h.n_elements || x->least > x->most ||
@@ -1893,7 +1925,7 @@ static bool read_tables(Tokenizer *t, Bytes *file) {
     const uint32_t *pairs = bytes_take(file, h->n_merges * 8ull);
     const Range *atoms = bytes_take(file, h->n_ranges * (uint64_t)sizeof *atoms);
     const Range *marks = bytes_take(file, h->n_marks * (uint64_t)sizeof *marks);
-    t->forms = bytes_take(file, h->n_forms * (uint64_t)sizeof *t->forms);
+    const Form *forms = bytes_take(file, h->n_forms * (uint64_t)sizeof *forms);
     t->stops = bytes_take(file, h->n_stops * 4ull);
     for (uint32_t i = 0; i < h->n_chat; i++) {
         const uint8_t *head = bytes_take(file, 8);
@@ -1904,23 +1936,13 @@ static bool read_tables(Tokenizer *t, Bytes *file) {
         if (t->chat_flags[i] > CHAT_FLAGS || (date && *(file->p - 1))) return false;
     }
     if (file->p != file->end || !steps_are_right(t) || !read_merges(t, pairs)) return false;
-    t->atoms = read_ranges(atoms, h->n_ranges, INSIDE);
+    t->atoms = read_ranges(atoms, h->n_ranges, 63);
     t->marks = read_ranges(marks, h->n_marks, 255);
-    t->by_whole = index_new(h->n_forms), t->by_parts = index_new(h->n_forms);
-    for (uint32_t i = 0; i < h->n_forms; i++) {
-        const Form *f = &t->forms[i];
-        uint32_t second = f->second & INT32_MAX;
-        if (f->whole >= N_CHARS || f->first >= N_CHARS || second >= N_CHARS) return false;
-        index_find(&t->by_whole, (Text){(const char *)&f->whole, 4}, (int)i);
-        index_find(&t->by_parts, (Text){(const char *)&f->first, 8}, (int)i);
-    }
-    return t->atoms && t->marks;
+    return t->atoms && t->marks && read_forms(t, forms);
 }
 
 static void free_tokenizer(Tokenizer *t) {
-    void *tables[] = {t->tokens, t->by_text.entries, t->merges.entries, t->joined, t->added,
-                      t->by_content[0].entries, t->by_content[1].entries, t->atoms, t->marks,
-                      t->by_whole.entries, t->by_parts.entries};
+    void *tables[] = {t->tokens, t->index.entries, t->joined, t->atoms, t->marks, t->forms};
     if (t->file) munmap((void *)(uintptr_t)t->file, t->file_size);
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) free(tables[i]);
     *t = (Tokenizer){0};
@@ -1971,330 +1993,272 @@ static void find_tokenizer(Tokenizer *t, const char *named, const Model *m) {
 }
 
 // ---- [3.3] encoding, decoding -------------------------------------------------------------------
-// A word is covered by symbols. The two that are joined next, those of the highest priority, of
-// equals the leftmost, are found by a tournament.
+// A word is covered by symbols, in a ring with one of length 0 that is its beginning and its end.
+// The two that are joined next, those of the highest priority, of equals the leftmost, are found by
+// a tournament.
 
-typedef struct { int id, at, len, next, prev; } Symbol;  // len 0: joined to another; -1: none there
+typedef struct { int id, at, len, next, prev, joined; } Symbol;  // len 0: joined to another
 typedef struct {
     const Tokenizer *t;
     Ids *out;
-    const char *word;
-    Symbol *symbols;  // (leaves)
-    int n, leaves;    // the least power of two that is not below n, the number of symbols
-    int room;         // for leaves
+    char *word;
+    Symbol *symbols;  // (n), and the one between the last and the first
+    int n, leaves;    // the least power of two that is above n
+    size_t word_room, room;  // for bytes of a word; for leaves
     float *winners;   // (2 leaves) [leaves + i]: the priority of joining symbol i to the next one,
                       // -INFINITY: none; [i]: the higher one of [2 i] and [2 i + 1]
     bool text_start;
     uint64_t budget;  // of tries to match a pattern, against patterns that take for ever
 } Encoder;
 
-// Part of a text. typed, atoms: of each byte, or NULL; first: it begins where the whole text does.
-typedef struct { Text text; const char *typed; const uint8_t *atoms; bool first; } Piece;
-static Piece piece_of(Piece p, size_t from, size_t to) {
-    return (Piece){{p.text.s + from, to - from}, p.typed ? p.typed + from : NULL,
-                   p.atoms ? p.atoms + from : NULL, p.first && !from};
-}
+// Characters of a text; first: it begins where the whole text does.
+typedef struct { const int *chars; size_t n; bool first; } Piece;
 static void encode_piece(Encoder *e, Piece p, uint32_t step);
+// Takes a part of a piece through a step.
+static void encode_part(Encoder *e, Piece p, size_t from, size_t to, uint32_t step) {
+    encode_piece(e, (Piece){p.chars + from, to - from, p.first && !from}, step);
+}
 
-// Finds out whether a symbol can be joined to the one behind it.
+// Finds out whether a symbol can be joined to the one behind it, and what it becomes.
 static void encode_pair(Encoder *e, int i) {
     const Tokenizer *t = e->t;
-    const Symbol *a = &e->symbols[i], *b = &e->symbols[a->next < 0 ? 0 : a->next];
-    float *w = e->winners, priority = -INFINITY;
-    if (a->len && a->next >= 0 && t->h.flags & BY_SCORE) {
-        int joined = token_of(t, e->word + a->at, (size_t)(a->len + b->len));
-        if (joined >= 0) priority = t->tokens[joined].score;
-    } else if (a->len && a->next >= 0) {
-        int pair[] = {a->id, b->id}, rank = index_find(&t->merges, (Text){(char *)pair, 8}, -1);
-        if (rank >= 0) priority = (float)-rank;
+    Symbol *a = &e->symbols[i], *b = &e->symbols[a->next];
+    float priority = -INFINITY, *w = e->winners;
+    if (a->len && b->len && t->h.flags & BY_SCORE) {
+        a->joined = token_of(t, e->word + a->at, (size_t)(a->len + b->len));
+        if (a->joined >= 0) priority = t->tokens[a->joined].score;
+    } else if (a->len && b->len) {
+        int rank = index_find(t, key_of(OF_MERGE, a->id, b->id));
+        if (rank >= 0) a->joined = t->joined[rank], priority = (float)-rank;
     }
-    i += e->leaves;
-    w[i] = priority;
-    while (i /= 2) w[i] = fmaxf(w[2 * i], w[2 * i + 1]);  // NOLINT: all set
+    w[i += e->leaves] = priority;
+    while (i /= 2) w[i] = w[2 * i] > w[2 * i + 1] ? w[2 * i] : w[2 * i + 1];  // NOLINT: all set
 }
 
-static void encode_symbol(Encoder *e, int id, size_t at, size_t len) {
-    e->symbols[e->n] = (Symbol){id, (int)at, (int)len, -1, e->n - 1};
-    if (e->n) e->symbols[e->n - 1].next = e->n;
-    e->n++;
+// Whether each byte of a character is a token.
+static bool has_bytes(const Tokenizer *t, const char *s, int len) {
+    while (len && token_of(t, s + len - 1, 1) >= 0) len--;
+    return !len;
 }
 
-// Covers a word with symbols: its bytes or characters. What is no token becomes the tokens of its
-// bytes, else the unknown one, which comes before the next token, or is left out. (SentencePiece
-// joins symbols that are no tokens as well.)
+// Covers a word with symbols: its bytes or characters. Those that are no tokens can be joined to
+// others if tokens have scores; if nothing can become of one it is left out.
 static void encode_symbols(Encoder *e, Text word) {
     const Tokenizer *t = e->t;
-    bool unknown = false, scores = t->h.flags & BY_SCORE;
-    e->n = 0;
+    Symbol *s = e->symbols;
+    int n = 0;
     for (size_t i = 0, len = 1; i < word.len; i += len) {
         if (t->h.flags & CHARACTERS) next_char(word.s + i, word.len - i, &len);
         int id = token_of(t, word.s + i, len);
-        size_t bytes = 0;
-        while (id < 0 && bytes < len && token_of(t, word.s + i + bytes, 1) >= 0) bytes++;
-        if (unknown && (id >= 0 || (bytes < len && !(t->h.flags & FUSE_UNK))))
-            encode_symbol(e, t->h.unk, i, 1), unknown = false;
-        if (id >= 0 || scores) encode_symbol(e, id, i, len);
-        else if (bytes < len) unknown = t->h.unk >= 0;
-        else
-            for (size_t j = i; j < i + len; j++)
-                encode_symbol(e, token_of(t, word.s + j, 1), j, 1);
+        if (id >= 0 || t->h.unk >= 0 || t->h.flags & BY_SCORE ||
+            has_bytes(t, word.s + i, (int)len))
+            s[n] = (Symbol){id, (int)i, (int)len, n + 1, n - 1, -1}, n++;
     }
-    if (unknown) encode_symbol(e, t->h.unk, word.len, 1);
+    s[n] = (Symbol){.prev = n - 1};
+    s[0].prev = e->n = n;
+    for (e->leaves = 1; e->leaves <= n;) e->leaves *= 2;
+    for (int i = 0; i < 2 * e->leaves; i++) e->winners[i] = -INFINITY;
+    for (int i = 0; i < n; i++) encode_pair(e, i);
+}
+
+// Appends the tokens of symbols. What is no token becomes the tokens of its bytes, or the unknown
+// one, which comes before the next token.
+static void encode_end(Encoder *e) {
+    const Tokenizer *t = e->t;
+    bool unknown = false, fuse = t->h.flags & FUSE_UNK;
+    for (const Symbol *a = &e->symbols[e->n]; a->next != e->n;) {
+        a = &e->symbols[a->next];
+        const char *s = e->word + a->at;
+        bool bytes = a->id < 0 && has_bytes(t, s, a->len);
+        if (unknown && (a->id >= 0 || !(bytes || fuse))) push(e->out, t->h.unk), unknown = false;
+        if (a->id >= 0) push(e->out, a->id);
+        else if (!bytes) unknown = t->h.unk >= 0;
+        for (int i = 0; i < a->len && bytes; i++) push(e->out, token_of(t, s + i, 1));
+    }
+    if (unknown) push(e->out, t->h.unk);
 }
 
 // Appends the tokens of a word.
-static void encode_word(Encoder *e, Text word) {
+static void encode_word(Encoder *e, Piece p) {
     const Tokenizer *t = e->t;
+    if (e->word_room < 4 * p.n) e->word = resize(e->word, e->word_room = 8 * p.n, 1);
+    Text word = {e->word, 0};
+    for (size_t i = 0; i < p.n; i++) word.len += put_char(e->word + word.len, p.chars[i]);
     int whole = t->h.flags & IGNORE_MERGES ? token_of(t, word.s, word.len) : -1;
     if (whole >= 0) {
         push(e->out, whole);
         return;
     }
     if (word.len > INT_MAX / 4) die("the text is too long: %zu bytes in one word", word.len);
-    for (e->leaves = 1; (size_t)e->leaves <= word.len;) e->leaves *= 2;
-    if (e->room < e->leaves) {
-        e->room = e->leaves;
-        e->symbols = resize(e->symbols, (size_t)e->room, sizeof *e->symbols);
-        e->winners = resize(e->winners, (size_t)e->room, 2 * sizeof *e->winners);
+    if (e->room <= word.len) {
+        for (e->room = 64; e->room <= word.len;) e->room *= 2;
+        e->symbols = resize(e->symbols, e->room, sizeof *e->symbols);
+        e->winners = resize(e->winners, e->room, 2 * sizeof *e->winners);
     }
-    e->word = word.s;
     encode_symbols(e, word);
-    for (e->leaves = 1; e->leaves < e->n;) e->leaves *= 2;
-    for (int i = 0; i < 2 * e->leaves; i++) e->winners[i] = -INFINITY;
-    for (int i = 0; i < e->n; i++) encode_pair(e, i);
-    while (e->n && e->winners[1] > -INFINITY) {
+    while (e->winners[1] > -INFINITY) {
         int i = 1;
         while (i < e->leaves) i = 2 * i + (e->winners[2 * i] < e->winners[2 * i + 1]);
         Symbol *a = &e->symbols[i - e->leaves], *b = &e->symbols[a->next];
-        a->id = t->h.flags & BY_SCORE ? token_of(t, word.s + a->at, (size_t)(a->len + b->len))
-                                      : t->joined[(int)-e->winners[i]];
+        a->id = a->joined;
         a->len += b->len;
         b->len = 0;
         a->next = b->next;
-        if (b->next >= 0) e->symbols[b->next].prev = i - e->leaves;
+        e->symbols[a->next].prev = i - e->leaves;
         encode_pair(e, (int)(b - e->symbols));
-        if (a->prev >= 0) encode_pair(e, a->prev);
+        encode_pair(e, a->prev);
         encode_pair(e, i - e->leaves);
     }
-    bool fused = false;
-    for (int i = e->n ? 0 : -1; i >= 0; i = e->symbols[i].next) {
-        const Symbol *a = &e->symbols[i];
-        bool unknown = false;
-        if (a->id >= 0) push(e->out, a->id);
-        else for (int j = 0; j < a->len; j++) {  // its bytes, or unknown
-            int byte = token_of(t, word.s + a->at + j, 1);
-            if (byte >= 0) push(e->out, byte);
-            else if (t->h.unk >= 0 && !unknown && !fused) push(e->out, t->h.unk);
-            unknown = byte < 0 || unknown;
-        }
-        fused = unknown && t->h.flags & FUSE_UNK;
-    }
+    encode_end(e);
 }
 
-// The end of the match of a pattern, from an element on, at a place in a piece, or SIZE_MAX.
-static size_t pattern_match(Encoder *e, const Piece *p, size_t from, const Element *x) {
-    const uint8_t *atoms = p->atoms;
+// Whether a character is in a set of atoms.
+static bool char_is(const Tokenizer *t, int c, uint64_t set) {
+    return set >> t->atoms[c & CODE] & 1;
+}
+
+// The end of the match of a pattern, from an element on, at a place in a piece; 0: there is none.
+static size_t pattern_match(Encoder *e, Piece p, size_t from, const Element *x) {
     if (!e->budget--) die("%s: its patterns take too long for this text", e->t->path);
     for (;; x = &e->t->elements[x->otherwise]) {
-        size_t at = from, least = x->least, n = 0, end;
-        while (n < x->most && at < p->text.len && x->set >> atoms[at] & 1)
-            for (at++, n++; at < p->text.len && atoms[at] == INSIDE; at++) {}
+        size_t at = from, least = x->least, end;
+        while (at < p.n && at - from < x->most && char_is(e->t, p.chars[at], x->set)) at++;
         if (x->kind >= FOLLOWED) {
-            n = (n > 0) == (x->kind == FOLLOWED) ? 0 : SIZE_MAX;  // SIZE_MAX: it does not fit
-            least = 0, at = from;
+            least = (at > from) == (x->kind == FOLLOWED) ? 0 : SIZE_MAX;  // SIZE_MAX: does not fit
+            at = from;
         }
-        for (; n + 1 > least; n--) {
+        for (; at - from >= least; at--) {
             end = x->next ? pattern_match(e, p, at, &e->t->elements[x->next]) : at;
-            if (end != SIZE_MAX) return end;
-            if (!n || x->kind != TAKE) break;
-            do at--; while (atoms[at] == INSIDE);
+            if (end) return end;
+            if (at == from || x->kind != TAKE) break;
         }
-        if (!x->otherwise) return SIZE_MAX;
+        if (!x->otherwise) return 0;
     }
 }
 
 static void encode_split(Encoder *e, Piece p, uint32_t step) {
     const Step *s = &e->t->steps[step];
-    size_t start = 0, n = p.text.len, used;
-    uint8_t *atoms = p.atoms ? NULL : resize(NULL, n, 1);
-    for (size_t i = 0; i < n && atoms; i += used) {
-        uint32_t c = next_char(p.text.s + i, n - i, &used);
-        memset(atoms + i, INSIDE, used);
-        atoms[i] = e->t->atoms[c];
-    }
-    if (atoms) p.atoms = atoms;
+    size_t start = 0;
     bool before = false;
-    for (size_t from = 0, at, end = 0; from < n; from = end) {
-        const Element *first = &e->t->elements[s->element];
-        for (at = from; at < n; at++) {  // an empty match is none
-            if (p.atoms[at] == INSIDE) continue;  // NOLINT: a text of n > 0 has some
-            end = pattern_match(e, &p, at, first);
-            if (end != SIZE_MAX && end > at) break;
+    for (size_t from = 0, to; from < p.n; from = to) {  // a match, or a character without
+        to = pattern_match(e, p, from, &e->t->elements[s->element]);
+        bool match = to > from;  // an empty one is none
+        if (!match) to = from + 1;
+        if (from && (before || match) && s->how >> (2 * before + match) & 1) {
+            if (!(s->how >> (4 + before) & 1)) encode_part(e, p, start, from, step + 1);
+            start = from;
         }
-        if (at == n) end = n;
-        for (int match = 0; match < 2; match++) {  // what comes before the match, the match
-            size_t here = match ? at : from;
-            if (here == (match ? end : at)) continue;
-            if (here > start && s->how >> (2 * before + match) & 1) {
-                bool dropped = s->how >> (4 + before) & 1;
-                if (!dropped) encode_piece(e, piece_of(p, start, here), step + 1);
-                start = here;
-            }
-            before = match;
-        }
+        before = match;
     }
-    if (!(s->how >> (4 + before) & 1)) encode_piece(e, piece_of(p, start, n), step + 1);
-    free(atoms);
+    if (!(s->how >> (4 + before) & 1)) encode_part(e, p, start, p.n, step + 1);
 }
 
-// Whether the character of a text at a place is in a set.
-static bool char_is(const Tokenizer *t, Text text, size_t at, uint64_t set) {
-    size_t used;
-    return set >> t->atoms[next_char(text.s + at, text.len - at, &used)] & 1;
-}
-// Where the character before a place begins.
-static size_t char_before(Text text, size_t at) {
-    do at--; while (at && ((uint8_t)text.s[at] & 0xc0) == 0x80);
-    return at;
+// The longest added token at a place (its id and flags, or -1), and where it ends; `normalized`:
+// which of them. One that only counts untyped (a control token) is none where something is typed.
+static int added_at(const Tokenizer *t, Piece p, size_t at, int normalized, size_t *end) {
+    int node = normalized, typed = 0, longest = -1;
+    for (; at < p.n; at++) {
+        node = index_find(t, key_of(OF_NODE, node, p.chars[at] & CODE));
+        if (node < 0) break;
+        typed |= p.chars[at] & TYPED;
+        int added = index_find(t, key_of(OF_END, node, 0));
+        if (added >= 0 && !(typed && added & ONLY_UNTYPED)) longest = added, *end = at + 1;
+    }
+    return longest;
 }
 
 static void encode_find(Encoder *e, Piece p, uint32_t step) {
     const Tokenizer *t = e->t;
-    Text text = p.text;
-    size_t from = 0, used;
-    for (size_t i = 0; i < text.len;) {
-        const Added *a = added_at(t, text, i, p.typed, t->steps[step].how);
-        size_t start = i, end = i + (a ? a->text.len : 1);
+    uint64_t word = t->h.word, white = t->h.white;
+    size_t from = 0;
+    for (size_t i = 0; i < p.n;) {
+        size_t start = i, end = i + 1;
+        int added = added_at(t, p, i, t->steps[step].how, &end);
         i = end;
-        if (!a || (a->flags & SINGLE_WORD &&
-                   ((start && char_is(t, text, char_before(text, start), t->h.word)) ||
-                    (end < text.len && char_is(t, text, end, t->h.word))))) continue;
-        while (a->flags & LSTRIP && start > from &&
-               char_is(t, text, char_before(text, start), t->h.white))
-            start = char_before(text, start);
-        while (a->flags & RSTRIP && end < text.len && char_is(t, text, end, t->h.white)) {
-            next_char(text.s + end, text.len - end, &used);
-            end += used;
-        }
-        if (from < start) encode_piece(e, piece_of(p, from, start), step + 1);
-        push(e->out, a->id);
+        if (added < 0 || (added & SINGLE_WORD &&
+                          ((start && char_is(t, p.chars[start - 1], word)) ||
+                           (end < p.n && char_is(t, p.chars[end], word))))) continue;
+        if (added & LSTRIP)
+            while (start > from && char_is(t, p.chars[start - 1], white)) start--;
+        if (added & RSTRIP)
+            while (end < p.n && char_is(t, p.chars[end], white)) end++;
+        if (from < start) encode_part(e, p, from, start, step + 1);
+        push(e->out, added >> 5);
         from = end;
     }
-    if (from < text.len) encode_piece(e, piece_of(p, from, text.len), step + 1);
+    if (from < p.n) encode_part(e, p, from, p.n, step + 1);
 }
 
-// What a step makes of a text, and flags of what was typed.
-typedef struct { char *s, *typed; size_t n, room; } Changed;
-static void changed_add(Changed *c, const char *s, size_t n, const char *typed) {
-    if (c->n + n > c->room) {
-        c->room = 2 * (c->n + n);
-        c->s = resize(c->s, c->room, 1), c->typed = resize(c->typed, c->room, 1);
+// Whether a text stands at a place: -1: it does not; TYPED: it does, and some of it is typed.
+static int piece_has(Piece p, size_t at, const Ids *text) {
+    int typed = 0;
+    if (text->n > p.n - at) return -1;
+    for (size_t i = 0; i < text->n; i++, at++) {
+        if ((p.chars[at] & CODE) != text->ids[i]) return -1;
+        typed |= p.chars[at] & TYPED;
     }
-    memcpy(c->s + c->n, s, n);
-    if (typed) memcpy(c->typed + c->n, typed, n);
-    else memset(c->typed + c->n, 0, n);
-    c->n += n;
+    return typed;
 }
-static const char all_typed[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
-static void change_replace(const Encoder *e, Piece p, const Step *s, Changed *c) {
-    size_t n = s->n_from, len = p.text.len;
-    bool there = len >= s->n_to && !memcmp(p.text.s, s->to, s->n_to);
-    bool in_front = !n && (p.first ? e->text_start : !(s->how & 2)) && !(s->how & 1 && there);
-    if (in_front) changed_add(c, s->to, s->n_to, NULL);
-    for (size_t i = 0, end; i < len; i = end + n) {
-        const char *at = n ? memmem(p.text.s + i, len - i, s->from, n) : NULL;
-        end = at ? (size_t)(at - p.text.s) : len;
-        changed_add(c, p.text.s + i, end - i, p.typed ? p.typed + i : NULL);
-        bool typed = at && p.typed && memchr(p.typed + end, 1, n);
-        if (at) changed_add(c, s->to, s->n_to, typed ? all_typed : NULL);
+static void change_replace(const Encoder *e, Piece p, const Step *s, Ids *out) {
+    Ids from = {0}, to = {0};
+    push_text(&from, (Text){s->from, s->n_from}, NULL);
+    push_text(&to, (Text){s->to, s->n_to}, NULL);
+    bool in_front = !from.n && (p.first ? e->text_start : !(s->how & 2)) &&
+                    !(s->how & 1 && piece_has(p, 0, &to) >= 0);
+    for (size_t j = 0; j < to.n && in_front; j++) push(out, to.ids[j]);
+    for (size_t i = 0; i < p.n;) {
+        int typed = from.n ? piece_has(p, i, &from) : -1;
+        for (size_t j = 0; j < to.n && typed >= 0; j++) push(out, to.ids[j] | typed);
+        if (typed < 0) push(out, p.chars[i]);
+        i += typed < 0 ? 1 : from.n;
     }
+    free(from.ids), free(to.ids);
 }
 
-// Normal form C (Unicode Standard Annex 15). Characters here can be marked as typed, or are bytes
-// that are none; both have no combining class. Hangul syllables are made of three parts by rule.
-enum { IS_BYTE = 1 << 21, IS_TYPED = 1 << 22, SYLLABLE = 0xac00, LEAD = 0x1100, VOWEL = 0x1161,
-       TAIL = 0x11a7, N_SYLLABLES = 11172, N_VOWELS = 21, N_TAILS = 28 };
-static int form_class(const Tokenizer *t, int c) {
-    return c & IS_BYTE ? 0 : t->marks[c & ~IS_TYPED];
-}
+static int class_of(const Tokenizer *t, int c) { return t->marks[c & CODE]; }
 // Appends a character, taken apart by the forms before one, with its marks in their order.
-static void form_take(const Tokenizer *t, Ids *out, int c, int typed, int before) {
-    int form = index_find(&t->by_whole, (Text){(char *)&c, 4}, -1), s = c - SYLLABLE;
-    if (s >= 0 && s < N_SYLLABLES) {
-        push(out, (LEAD + s / (N_VOWELS * N_TAILS)) | typed);
-        push(out, (VOWEL + s / N_TAILS % N_VOWELS) | typed);
-        if (s % N_TAILS) push(out, (TAIL + s % N_TAILS) | typed);
-    } else if (form >= 0 && form < before) {
+static void form_take(const Tokenizer *t, Ids *out, int c, int before) {
+    int form = index_find(t, key_of(OF_WHOLE, c & CODE, 0)), typed = c & TYPED;
+    if (form >= 0 && form < before) {
         int second = (int)(t->forms[form].second & INT32_MAX);
-        form_take(t, out, (int)t->forms[form].first, typed, form);
-        if (second) form_take(t, out, second, typed, form);
-    } else {
-        push(out, c | typed);
-        int *p = out->ids + out->n - 1, class = form_class(t, c);
-        for (; class && p > out->ids && form_class(t, p[-1]) > class; p--) p[0] = p[-1];
-        *p = c | typed;
+        form_take(t, out, (int)t->forms[form].first | typed, form);
+        if (second) form_take(t, out, second | typed, form);
+        return;
     }
+    push(out, c);
+    int *p = out->ids + out->n - 1;
+    for (; class_of(t, c) && p > out->ids && class_of(t, p[-1]) > class_of(t, c); p--) p[0] = p[-1];
+    *p = c;
 }
-// What two characters make together, or -1.
-static int form_join(const Tokenizer *t, int a, int b) {
-    int pair[] = {a & ~IS_TYPED, b & ~IS_TYPED}, typed = (a | b) & IS_TYPED;
-    int lead = pair[0] - LEAD, vowel = pair[1] - VOWEL;
-    int s = pair[0] - SYLLABLE, tail = pair[1] - TAIL;
-    if (lead >= 0 && lead < 19 && vowel >= 0 && vowel < N_VOWELS)
-        return (SYLLABLE + (lead * N_VOWELS + vowel) * N_TAILS) | typed;
-    if (s >= 0 && s < N_SYLLABLES && s % N_TAILS == 0 && tail > 0 && tail < N_TAILS)
-        return (pair[0] + tail) | typed;
-    int form = pair[1] ? index_find(&t->by_parts, (Text){(char *)pair, 8}, -1) : -1;
-    return form < 0 ? -1 : (int)t->forms[form].whole | typed;
-}
-static void change_form(const Encoder *e, Piece p, Changed *c) {
+static void change_form(const Encoder *e, Piece p, Ids *out) {
     const Tokenizer *t = e->t;
-    Ids chars = {0};
-    size_t used, n = 0, starter = 0;
-    for (size_t i = 0; i < p.text.len; i += used) {
-        int a = (int)next_char(p.text.s + i, p.text.len - i, &used);
-        if (a == 0xfffd && used == 1) a = IS_BYTE | (uint8_t)p.text.s[i];
-        bool typed = p.typed && memchr(p.typed + i, 1, used);
-        form_take(t, &chars, a, typed ? IS_TYPED : 0, INT_MAX);
+    size_t n = 0, starter = 0;
+    for (size_t i = 0; i < p.n; i++) form_take(t, out, p.chars[i], INT_MAX);
+    for (size_t i = 0; i < out->n; i++) {  // what begins with a starter is joined
+        int c = out->ids[i], class = class_of(t, c), *first = &out->ids[starter], form = -1;
+        if (n && !class_of(t, *first) && (starter == n - 1 || class_of(t, out->ids[n - 1]) < class))
+            form = index_find(t, key_of(OF_PARTS, *first & CODE, c & CODE));
+        if (form >= 0) *first = (int)t->forms[form].whole | ((*first | c) & TYPED);
+        else if (out->ids[n++] = c, !class) starter = n - 1;
     }
-    for (size_t i = 0; i < chars.n; i++) {  // what begins with a starter is joined
-        int a = chars.ids[i], class = form_class(t, a);
-        bool near = n && !form_class(t, chars.ids[starter]) &&
-                    (starter == n - 1 || form_class(t, chars.ids[n - 1]) < class);
-        int whole = near ? form_join(t, chars.ids[starter], a) : -1;
-        if (whole >= 0) chars.ids[starter] = whole;
-        else if (chars.ids[n] = a, n++, !class) starter = n - 1;
-    }
-    for (size_t i = 0; i < n; i++) {
-        int a = chars.ids[i] & ~IS_TYPED, more = (a >= 0x80) + (a >= 0x800) + (a >= 0x10000);
-        char s[4] = {(char)a};
-        if (more && !(a & IS_BYTE)) s[0] = (char)(256 - (128 >> more) + (a >> 6 * more));
-        else more = 0;
-        for (int j = 1; j <= more; j++) s[j] = (char)(0x80 | (a >> 6 * (more - j) & 0x3f));
-        changed_add(c, s, (size_t)more + 1, chars.ids[i] & IS_TYPED ? all_typed : NULL);
-    }
-    free(chars.ids);
+    out->n = n;
 }
 
 // Takes a piece through a step and all that follow it.
 static void encode_piece(Encoder *e, Piece p, uint32_t step) {
-    const Tokenizer *t = e->t;
-    const Step *s = &t->steps[step];
-    Changed c = {0};
-    if (!p.text.len) return;
-    if (step == t->h.n_steps) encode_word(e, p.text);
+    const Step *s = &e->t->steps[step];
+    Ids changed = {0};
+    if (!p.n) return;
+    if (step == e->t->h.n_steps) encode_word(e, p);
     else if (s->kind == FIND) encode_find(e, p, step);
     else if (s->kind == SPLIT) encode_split(e, p, step);
-    else if (t->h.flags & BARE) encode_piece(e, p, step + 1);
+    else if (e->t->h.flags & BARE) encode_piece(e, p, step + 1);
     else {
-        c.room = 2 * p.text.len + sizeof s->to;
-        c.s = resize(NULL, c.room, 1), c.typed = resize(NULL, c.room, 1);
-        if (s->kind == REPLACE) change_replace(e, p, s, &c);
-        else change_form(e, p, &c);
-        encode_piece(e, (Piece){{c.s, c.n}, p.typed ? c.typed : NULL, NULL, p.first}, step + 1);
+        if (s->kind == REPLACE) change_replace(e, p, s, &changed);
+        else change_form(e, p, &changed);
+        encode_piece(e, (Piece){changed.ids, changed.n, p.first}, step + 1);
     }
-    free(c.s), free(c.typed);
+    free(changed.ids);
 }
 
 // Appends the tokens of a text. At a text's start BOS and what the steps write in front come first,
@@ -2304,12 +2268,13 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool text_s
     Encoder e = {.t = t, .out = out, .text_start = text_start, .budget = (text.len + 1) << 12};
     bool bos = text_start && t->h.flags & ADD_BOS && t->h.bos >= 0;
     size_t start = out->n + bos;
+    Ids chars = {0};
+    push_text(&chars, text, typed);
     if (bos) push(out, t->h.bos);
-    encode_piece(&e, (Piece){text, typed, NULL, true}, 0);
+    encode_piece(&e, (Piece){chars.ids, chars.n, true}, 0);
     if (bos && out->n > start && out->ids[start] == t->h.bos)  // it has one itself
         memmove(out->ids + start, out->ids + start + 1, (--out->n - start) * sizeof(int));
-    free(e.symbols);
-    free(e.winners);
+    free(chars.ids), free(e.word), free(e.symbols), free(e.winners);
 }
 
 // The text of a token that follows another (-1: nothing). Control tokens have none; the space that
@@ -4518,12 +4483,13 @@ static void explain_weights(const Explain *e, const float *w) {
 
 // Attention goes into the page, all of it, and into the mean, what was asked for. The logit lens
 // (nostalgebraist, "interpreting GPT: the logit lens", 2020) is what the model would answer if a
-// layer were its last: its x is normed as the last one's. A pass of one token leaves row 1 free.
+// layer were its last: its x is normed as the last one's. (This xb is not needed any more, nor in a
+// pass of one token the second row of logits.)
 static void explain_watch(void *context, const Pass *f, const char *stage) {
     Explain *e = context;
     const Config *c = &f->m->c;
     State *s = f->s;
-    float *x = row_of(s->xb, 1, c->dim), *logits = row_of(s->logits, 1, c->vocab_size);
+    float *logits = row_of(s->logits, 1, c->vocab_size);
     int l = (int)e->w.o->layer, h = (int)e->w.o->head;
     int n_means = (l < 0 ? c->n_layers : 1) * (h < 0 ? c->n_heads : 1);
     for (int i = 0; i < c->n_heads && !strcmp(stage, "attend"); i++) {
@@ -4533,8 +4499,8 @@ static void explain_watch(void *context, const Pass *f, const char *stage) {
         if (e->page) explain_weights(e, w);
     }
     if (strcmp(stage, "feed_forward_out")) return;
-    norm(c, x, s->x, &f->m->final_norm, &f->m->final_norm_bias);
-    matmul((Product[]){{f->m->classifier, logits, 0, 0}}, 1, x, &s->xq, 1);
+    last(f, 0);
+    matmul(&(Product){.w = f->m->classifier, .y = logits}, 1, s->xb, &s->xq, 1);
     if (c->logit_cap > 0) soft_cap(logits, c->vocab_size, c->logit_cap);
     softmax(logits, c->vocab_size);
     int best = argmax(logits, c->vocab_size);
