@@ -1555,6 +1555,13 @@ BEHAVIORS = {"Isolated": 15, "Removed": 47, "MergedWithPrevious": 13, "MergedWit
 SPACE = "\u2581"        # how SentencePiece writes a space
 END_OF_TURN = (b"<|im_end|>", b"<end_of_turn>", b"<|eot_id|>", b"<|eom_id|>", b"<|endoftext|>",
                b"<|end_of_text|>", b"<|end|>")
+# What a text to be filled in looks like: {} is what is before the gap, \1 behind it (Qwen2.5-Coder,
+# StarCoder and Granite, CodeLlama, DeepSeek Coder, Codestral); and tokens that end the filling.
+FILL_FORMS = ("<|fim_prefix|>{}<|fim_suffix|>\1<|fim_middle|>",
+              "<fim_prefix>{}<fim_suffix>\1<fim_middle>", "\u2581<PRE>{}\u2581<SUF>\1\u2581<MID>",
+              "<|fim\u2581begin|>{}<|fim\u2581hole|>\1<|fim\u2581end|>".replace("|", "\uff5c"),
+              "[SUFFIX]\1[PREFIX]{}")
+FILL_ENDS = ("\u2581<EOT>", "<|fim_pad|>", "<|file_sep|>", "<file_sep>")
 Added = namedtuple("Added", "text id flags")
 Step = namedtuple("Step", "kind how origin to pattern", defaults=(0, "", "", None))
 
@@ -1889,6 +1896,7 @@ class Vocab:
     sampling: tuple = (-1.0, -1.0, 0, 0.0, 0.0)     # temperature, top-p; top-k, min-p, penalty
     stops: list = ()
     chat: dict = field(default_factory=dict)    # of CHAT_PIECES: (text, flags), or none
+    fill: str = ""                # of FILL_FORMS
     render: object = None         # (messages, add_generation_prompt, date) -> text
     cases: list = ()                # texts for the checkpoint
 
@@ -1923,6 +1931,10 @@ class Vocab:
         if self.chat:       # the special token after an assistant's text ends its turn
             end = self.library(self.chat["assistant_after"][0])
             ends += [i for i in end if i in special.values()][:1]
+        for form in FILL_FORMS:
+            if all(t.encode() in special for t in re.split("{}|\1", form) if t):
+                self.fill = self.fill or form
+                ends += [special[t.encode()] for t in FILL_ENDS if t.encode() in special]
         self.stops = sorted({i for i in (self.eos, *eos_ids, *ends) if 0 <= i < vocab_size})
         return self
 
@@ -2139,10 +2151,12 @@ def tokenizer_bytes(v):
         steps.append(struct.pack("<4BI12s12s", step.kind, step.how, *map(len, texts),
                                  last - step.pattern.entry if graph else 0, *texts))
     white, word = (v.atoms.masks.get(e, 0) for e in (r"\s", "word"))
+    pieces = [*v.chat.values()] if v.chat or not v.fill else [("", 0)] * len(CHAT_PIECES)
+    pieces += [(v.fill, 0)] if v.fill else []
     body = struct.pack("<4i10I2fi2fI2Q", len(v.tokens), v.bos, v.eos, v.unk,
                        v.flags | ADD_BOS * v.add_bos, len(v.merges), len(v.added),
                        len(v.atoms.ranges), len(elements), len(steps), len(v.marks), len(v.forms),
-                       len(v.stops), len(v.chat), *v.sampling, 0, white, word)
+                       len(v.stops), len(pieces), *v.sampling, 0, white, word)
     parts = [body]
     for token, kind, score in zip(v.tokens, v.types, v.scores):
         parts.append(struct.pack("<fBBH", score, kind, 0, len(token)) + token)
@@ -2152,7 +2166,7 @@ def tokenizer_bytes(v):
     parts += elements + steps
     parts += [np.array(a, "<u4").tobytes() for a in (v.merges, v.atoms.ranges, v.marks, v.forms,
                                                      v.stops)]
-    for piece, flags in v.chat.values():
+    for piece, flags in pieces:
         piece = piece.encode() + b"\0" * bool(flags & DATE)
         parts.append(struct.pack("<II", len(piece), flags) + piece)
     data = b"".join(parts)

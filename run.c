@@ -1631,7 +1631,8 @@ enum { TAKE, TAKE_ALL, FOLLOWED, NOT_FOLLOWED };  // elements of a pattern
 // the text behind a piece: blanks at its ends; newlines at its beginning; all up to </think>, and
 // then, FROM_THOUGHT bits further up, blanks of what follows.
 enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_BEFORE_SYSTEM, LATER_BEFORE,
-       USER_AFTER, REPLY_BEFORE, ASSISTANT_AFTER, N_CHAT };
+       USER_AFTER, REPLY_BEFORE, ASSISTANT_AFTER, N_CHAT,
+       FILL = N_CHAT, N_PIECES };  // what a text to be filled in looks like: see input_fill
 enum { TRIM_LEFT = 1, TRIM_RIGHT = 2, TRIM_NEWLINES = 4, CUT_THOUGHT = 8, FROM_THOUGHT = 4,
        DATE = 128, HAS_SYSTEM = 256,  // it is a format of strftime; a system text has a place,
        EMPTY_IS_NONE = 512, SYSTEM_LAST = 1024,  // but not an empty one; it is in the last turn
@@ -1694,8 +1695,8 @@ typedef struct {
     const Step *steps;
     Form *forms;              // canonical decompositions into one or two characters
     const int32_t *stops;     // (n_stops) tokens that end an answer
-    Text chat[N_CHAT];
-    uint32_t chat_flags[N_CHAT];
+    Text chat[N_PIECES];
+    uint32_t chat_flags[N_PIECES];
 } Tokenizer;
 
 static void push(Ids *ids, int id) {
@@ -1968,7 +1969,7 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     uint32_t n = (uint32_t)h->vocab_size;
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
     if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
-        h->unk + 1u > n || h->flags >= BARE || h->zero || h->n_chat > N_CHAT ||
+        h->unk + 1u > n || h->flags >= BARE || h->zero || h->n_chat > N_PIECES ||
         !read_tokens(t, &file) || !read_added(t, &file) || !read_tables(t, &file))
         return "is damaged, or not this model's tokenizer";
     return NULL;
@@ -2870,7 +2871,7 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each, *reward;
+    const char *tool, *each, *reward, *suffix;
     List others, stops;
     long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
@@ -2936,13 +2937,16 @@ static bool output_send(int fd, const char *p, size_t n) {  // all of it, or err
 // Writes a file whole or not at all: it gets its name at the end, and signals wait for that.
 // Returns NULL, or what is wrong. Without data it only tries.
 static const char *file_replace(const char *path, const void *data, size_t n) {
-    char target[PATH_MAX], temporary[PATH_MAX + 32];
+    char target[PATH_MAX], temporary[PATH_MAX + 32];  // whose name is short
     struct stat st;
     sigset_t all, old;
     const char *name = realpath(path, target) ? target : path;  // where a link leads to
     bool exists = !stat(path, &st);
+    if (!exists && errno != ENOENT) return strerror(errno);
     if (exists && !S_ISREG(st.st_mode)) return "it is not a file that can be written";
-    snprintf(temporary, sizeof temporary, "%s.%.9f", name, seconds());
+    const char *slash = strrchr(name, '/');
+    int folder = slash ? (int)(slash + 1 - name) : 0;
+    snprintf(temporary, sizeof temporary, "%.*s.run.%.9f", folder, name, seconds());
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
@@ -2986,6 +2990,19 @@ static void output_put(Output *out, const void *data, size_t n, size_t keep) {
 }
 static void output_write(Output *out, const void *data, size_t n) { output_put(out, data, n, 0); }
 
+// Adds what printf would print; it is sent with what follows, or at the end.
+static __attribute__((format(printf, 2, 3)))
+void output_print(Output *out, const char *format, ...) {
+    char *s = NULL;
+    va_list args;
+    va_start(args, format);
+    int n = vasprintf(&s, format, args);
+    va_end(args);
+    if (n < 0) die("out of memory");
+    output_put(out, s, (size_t)n, SIZE_MAX);
+    free(s);
+}
+
 // Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces.
 static void output_byte(Output *out, char byte) {
     uint8_t c = (uint8_t)byte, last = out->n ? (uint8_t)out->memory[out->n - 1] : 0;
@@ -3010,52 +3027,50 @@ static void output_think(Output *out, size_t tag) {
     if (out->terminal && out->fd >= 0) dimmed = out->thinking ? out->fd : 0;
 }
 
-// What the model's own text may end with next: a tag, or (i from 0) a stop; NULL: no more.
-static const char *output_end_at(const Output *out, int i) {
-    if (i < 0) return out->filter ? output_tags[out->thinking] : "";
-    return out->stops && i < out->stops->n ? out->stops->of[i] : NULL;
+// How much the model's own text ends with of the beginning of something.
+static size_t output_match(const Output *out, const char *what) {
+    size_t n = strlen(what), own = out->n - out->start;
+    while (n && (n > own || memcmp(out->memory + out->n - n, what, n))) n--;
+    return n;
 }
 // Adds text and sends it, up to a stop. A beginning of one, of a tag or of a character waits.
 static void output_text(Output *out, Text text) {
-    const char *end;
+    int n_stops = out->stops ? out->stops->n : 0;
     size_t keep = 0;
-    if (out->mute) return;
-    for (size_t i = 0; i < text.len && !out->stopped; i++) {
+    for (size_t i = 0; i < text.len && !out->stopped && !out->mute; i++) {
         bool line = out->line && !out->thinking;
         bool blank = text.s[i] && strchr(" \t\r\n", text.s[i]);
         if (line && blank && out->n == out->start) continue;
         out->stopped = line && text.s[i] == '\n';
         if (!out->stopped) output_byte(out, text.s[i]);
-        for (int k = -1; (end = output_end_at(out, k)) && !out->stopped; k++) {
-            if (!*end || !text_ends(out->memory + out->start, out->n - out->start, end)) continue;
-            out->stopped = k >= 0;
-            if (k < 0) output_think(out, strlen(end));
-            else out->n -= strlen(end);
+        keep = 0;
+        for (int k = out->filter ? -1 : 0; k < n_stops && !out->stopped; k++) {
+            const char *end = k < 0 ? output_tags[out->thinking] : out->stops->of[k];
+            size_t n = output_match(out, end);
+            if (n < strlen(end)) keep = n > keep ? n : keep;
+            else if (k < 0) output_think(out, n);
+            else out->stopped = true, out->n -= n, keep = 0;
         }
     }
-    for (int k = -1; (end = output_end_at(out, k)) && !out->stopped; k++)
-        for (size_t n = strlen(end), own = out->n - out->start; n > keep; n--)
-            if (n <= own && end[n] && !memcmp(out->memory + out->n - n, end, n)) keep = n;
     for (size_t n = 1; n < 4 && n <= out->n; n++)  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
         if ((uint8_t)out->memory[out->n - n] >= 256 - (128 >> n) && keep < n) keep = n;
-    output_put(out, NULL, 0, out->thinking && !out->terminal ? out->n - out->thought : keep);
+    if (out->thinking && !out->terminal) keep = out->n - out->thought;
+    if (text.len) output_put(out, NULL, 0, keep);
 }
 
 // Adds a text as a string of JSON. What is not UTF-8 becomes U+FFFD.
 static void output_json(Output *out, Text text) {
     static const char special[] = "\"\\\n\t\r\b\f", names[] = "\"\\ntrbf";
-    char escape[8];
-    output_put(out, "\"", 1, SIZE_MAX);
+    output_print(out, "\"");
     for (size_t used; text.len; text.s += used, text.len -= used) {
         uint32_t c = next_char(text.s, text.len, &used);
         const char *at = c && c < 128 ? strchr(special, (int)c) : NULL;
-        if (at) snprintf(escape, sizeof escape, "\\%c", names[at - special]);
-        else if (c < 32) snprintf(escape, sizeof escape, "\\u%04x", c);
-        else snprintf(escape, sizeof escape, "%.*s", c == 0xfffd ? 3 : (int)used,
-                      c == 0xfffd ? "\xef\xbf\xbd" : text.s);
-        output_put(out, escape, strlen(escape), SIZE_MAX);
+        if (at) output_print(out, "\\%c", names[at - special]);
+        else if (c < 32) output_print(out, "\\u%04x", c);
+        else if (c == 0xfffd) output_print(out, "\xef\xbf\xbd");
+        else output_put(out, text.s, used, SIZE_MAX);
     }
-    output_put(out, "\"", 1, SIZE_MAX);
+    output_print(out, "\"");
 }
 
 // Begins the model's text behind a prompt, which may have opened a thought.
@@ -3068,13 +3083,11 @@ static void output_begin(Output *out, const Options *o, const Tokenizer *t, Text
         if (text_ends(prompt.s, n, output_tags[out->thinking])) output_think(out, 0);
 }
 // Ends it: a thought that has no end; with what is held back, and a newline.
-static void output_awake(Output *out) {
-    if (!out->thinking) return;
-    fputs("run: an answer ended within its thought: -n gives it more tokens\n", stderr);
-    output_think(out, 0);
-}
 static void output_end(Output *out) {
-    output_awake(out);
+    if (out->thinking) {
+        fputs("run: an answer ended within its thought: -n gives it more tokens\n", stderr);
+        output_think(out, 0);
+    }
     if (!out->mute) output_write(out, "\n", 1);
 }
 
@@ -3109,6 +3122,27 @@ static Text input_read(const char *path, const char *text, bool is_prompt) {
     if (is_prompt && path && !strncmp(in.memory, "\xef\xbb\xbf", 3))
         memmove(in.memory, in.memory + 3, in.n -= 3);
     return (Text){in.memory, in.n - 1};
+}
+
+// A text with another one in the place of each mark. To be freed.
+static Text text_fill(Text text, const char *mark, Text by) {
+    Output all = {.fd = -1};
+    for (size_t n, len = strlen(mark); text.len; text.s += n, text.len -= n) {
+        bool here = text.len >= len && !memcmp(text.s, mark, len);
+        n = here ? len : 1;
+        output_write(&all, here ? by.s : text.s, here ? by.len : 1);
+    }
+    output_write(&all, "", 1);
+    return (Text){all.memory, all.n - 1};
+}
+// What a model that fills in reads: a form of the tokenizer's file, with the prompt in the place of
+// {}, and what follows the gap in that of a byte 1.
+static Text input_fill(const Tokenizer *t, Text prompt, const char *suffix) {
+    Text form = t->chat[FILL], half = text_fill(form, "{}", prompt);
+    Text all = text_fill(half, "\1", (Text){suffix, strlen(suffix)});
+    if (!form.len) die("%s has no tokens for --suffix: its model cannot fill in", t->path);
+    free((char *)(uintptr_t)prompt.s), free((char *)(uintptr_t)half.s);
+    return all;
 }
 
 // A line on the terminal's stderr: how much of the input is done, how fast, and the time left.
@@ -3224,23 +3258,32 @@ static void prompt_encode(const Prompt *p, const Tokenizer *t, bool text_start, 
     plain.h.flags &= ~(uint32_t)ADD_BOS;
     encode(&plain, (Text){p->s, p->n}, p->typed, text_start, out);
 }
+// How many tokens stay when the context is full: those of the first n bytes, the system turn.
+static int prompt_keep(const Prompt *p, const Tokenizer *t, size_t n) {
+    Ids head = {0};
+    prompt_encode(&(Prompt){p->s, p->typed, n}, t, true, &head);
+    free(head.ids);
+    return head.n > 4 ? (int)head.n : 4;
+}
 
+// What was asked for, or else the tokenizer's file recommends, or else is usual; -1: nothing.
+static float sampler_value(double asked, float recommended, float usual) {
+    return asked >= 0 ? (float)asked : recommended >= 0 ? recommended : usual;
+}
 static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t) {
     uint64_t now = mix64((uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9)) | 1;  // not 0
-    const TokenizerHeader none = {.temperature = -1, .top_p = -1}, *h = &none;
     bool talk = o->mode && !strcmp(o->mode, "chat"), calm = talk && t->h.temperature < 0;
-    if (talk) h = &t->h;
-    Sampler s = {.top_k = (int)o->top_k, .min_p = (float)o->min_p, .rng = o->seed ? o->seed : now,
-                 .repeat_penalty = (float)o->repeat_penalty, .dry = (float)o->dry,
-                 .repeat_last = (int)o->repeat_last, .vocab_size = m->c.vocab_size,
-                 .temperature = (float)o->temperature, .top_p = (float)o->top_p};
-    if (o->temperature < 0) s.temperature = h->temperature >= 0 ? h->temperature : calm ? 0.7f : 1;
-    if (o->top_p < 0) s.top_p = h->top_p >= 0 ? h->top_p : 0.9f;
-    if (o->top_k < 0) s.top_k = h->top_k > 0 ? h->top_k : 0;
-    if (o->min_p < 0) s.min_p = h->min_p > 0 ? h->min_p : 0;
-    if (o->repeat_penalty < 0)
-        s.repeat_penalty = h->repeat_penalty > 0 ? h->repeat_penalty : calm ? 1.1f : 1;
-    return s;
+    TokenizerHeader h = {.temperature = -1, .top_p = -1};
+    if (talk) h = t->h;
+    if (h.repeat_penalty <= 0) h.repeat_penalty = calm ? 1.1f : 1;
+    return (Sampler){
+        .temperature = sampler_value(o->temperature, h.temperature, calm ? 0.7f : 1),
+        .top_p = sampler_value(o->top_p, h.top_p, 0.9f),
+        .top_k = o->top_k < 0 ? h.top_k : (int)o->top_k,
+        .min_p = sampler_value(o->min_p, h.min_p, 0), .dry = (float)o->dry,
+        .repeat_penalty = sampler_value(o->repeat_penalty, h.repeat_penalty, 1),
+        .repeat_last = (int)o->repeat_last, .rng = o->seed ? o->seed : now,
+        .vocab_size = m->c.vocab_size};
 }
 
 // Writes a token's text. Of its tokens of a single byte, llama2.c prints only printable ones.
@@ -3265,19 +3308,15 @@ static double likelihood_of(const float *logits, int n, int target) {
 // Writes a token as a member of a line of JSON: its text, id and log-probability.
 static void output_logprob_token(Output *out, const Tokenizer *t, int previous, int id, double lp) {
     Text text = decode(t, previous, id);
-    char number[40];
     bool valid = true;
-    output_put(out, "\"token\": ", 9, SIZE_MAX);
+    output_print(out, "\"token\": ");
     output_json(out, text);
     for (size_t i = 0, used; i < text.len; i += used)
         valid &= next_char(text.s + i, text.len - i, &used) != 0xfffd || used > 1;
-    for (size_t i = 0; i < text.len && !valid; i++) {
-        int n = snprintf(number, sizeof number, "%s%d%s", i ? ", " : ", \"bytes\": [",
-                         (uint8_t)text.s[i], i + 1 < text.len ? "" : "]");
-        output_put(out, number, (size_t)n, SIZE_MAX);
-    }
-    int n = snprintf(number, sizeof number, ", \"id\": %d, \"logprob\": %.6f", id, lp);
-    output_put(out, number, (size_t)n, SIZE_MAX);
+    for (size_t i = 0; i < text.len && !valid; i++)
+        output_print(out, "%s%d%s", i ? ", " : ", \"bytes\": [", (uint8_t)text.s[i],
+                     i + 1 < text.len ? "" : "]");
+    output_print(out, ", \"id\": %d, \"logprob\": %.6f", id, lp);
 }
 // With --logprobs N: a line of JSON for the second of two tokens, and the N likeliest in its place.
 static void output_logprob(Output *out, const Options *o, const Tokenizer *t, const float *logits,
@@ -3285,14 +3324,14 @@ static void output_logprob(Output *out, const Options *o, const Tokenizer *t, co
     double sum = likelihood_of(logits, vocab, ids[1]) + (double)logits[ids[1]];  // ln of e^x summed
     float *rest = resize(NULL, (size_t)vocab, sizeof(float));
     memcpy(rest, logits, (size_t)vocab * sizeof(float));
-    output_put(out, "{", 1, SIZE_MAX);
+    output_print(out, "{");
     output_logprob_token(out, t, ids[0], ids[1], (double)logits[ids[1]] - sum);
-    output_put(out, ", \"top\": [", 10, SIZE_MAX);
+    output_print(out, ", \"top\": [");
     for (int i = 0; i < o->logprobs && i < vocab; i++) {
         int best = argmax(rest, vocab);
-        output_put(out, i ? ", {" : "{", i ? 3 : 1, SIZE_MAX);
+        output_print(out, i ? ", {" : "{");
         output_logprob_token(out, t, ids[0], best, (double)logits[best] - sum);
-        output_put(out, "}", 1, SIZE_MAX);
+        output_print(out, "}");
         rest[best] = -INFINITY;
     }
     output_write(out, "]}\n", 3);
@@ -3583,7 +3622,8 @@ typedef struct {
     int first;              // of the logits that its next tokens are drawn from
     long long budget;       // tokens that it may still draw; 0 after one that ends the text
     int n_new;              // tokens that it drew
-    double logprob;         // the sum of their log-probabilities (with -k)
+    long long line;         // of --each: 1, 2, ...; 0: it has none
+    double logprob, score;  // with -k: the sum, then the mean, for each; the best has the highest
     unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
@@ -3598,6 +3638,9 @@ typedef struct {            // what guesses, and how it pays
     int proposed;           // how many were made
 } Draft;
 
+// Another model, which answers too, or judges answers.
+typedef struct { Model m; Tokenizer t; Output answer; } Member;
+
 typedef struct {
     const Options *o;
     const Model *m;
@@ -3607,8 +3650,7 @@ typedef struct {
     Cache kv;
     Session session;
     Draft draft;
-    Model judge;            // of --reward; its layers are NULL: there is none
-    Tokenizer judge_words;
+    Member judge;           // of --reward; its layers are NULL: there is none
     Text question;          // what its answers answer
     float *p;               // (threads, vocab_size) scratch of the samplers
     Candidate *candidates;  // (threads, vocab_size)
@@ -3623,25 +3665,34 @@ typedef struct {
     double rate;            // tokens per second of the last one
 } Machine;
 
+static void member_open(Member *e, const char *path) {
+    *e = (Member){.answer = {.fd = -1}};
+    load_model(&e->m, path);
+    find_tokenizer(&e->t, NULL, &e->m);
+}
+static void member_close(Member *e) {
+    free(e->answer.memory);
+    free_tokenizer(&e->t), free_model(&e->m);
+}
+
 // A reward model is trained to tell which answer people like better: it has, in place of the
 // classifier, one row, whose product with the last token's final x is the reward.
-static void reward_open(const Options *o, Model *m, Tokenizer *t) {
-    load_model(m, o->reward);
-    find_tokenizer(t, NULL, m);
-    if (!m->score.data) die("%s is no reward model: it has no row for a score", o->reward);
+static void reward_open(const Options *o, Member *judge) {
+    member_open(judge, o->reward);
+    if (!judge->m.score.data) die("%s is no reward model: it has no row for a score", o->reward);
 }
 static double reward_of_ids(const Model *m, const int *ids, int n) {
     Cache kv;
     cache_open(&kv, m, n, 1);
-    double reward = -INFINITY;  // if it is interrupted
-    prefill(m, &kv, 0, ids, 0, n - 1);
-    if (!interrupted) forward(m, &kv, &(Slot){ids[n - 1], n - 1, 0, true}, 1);
-    if (!interrupted) reward = (double)sum16(kv.state.xb, vec(&m->score), m->c.dim);
+    prefill(m, &kv, 0, ids, 0, n);
+    double reward = interrupted ? -INFINITY : (double)sum16(kv.state.xb, vec(&m->score), m->c.dim);
     cache_close(&kv);
     return reward;
 }
 // The reward of an answer, in the reward model's own chat format, if it has one.
-static double reward_of(const Model *m, const Tokenizer *t, Text question, Text answer) {
+static double reward_of(const Member *judge, Text question, Text answer) {
+    const Model *m = &judge->m;
+    const Tokenizer *t = &judge->t;
     Prompt p = {0};
     Ids ids = {0};
     bool chat = t->chat[USER_BEFORE].len || t->chat[USER_AFTER].len;
@@ -3837,6 +3888,11 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
                          const Tokenizer *t, Output *out) {
     size_t vocab = (size_t)m->c.vocab_size * (size_t)o->threads;
     Model *small = &w->draft.small;
+    bool chat = o->mode && !strcmp(o->mode, "chat");
+    if (chat && !t->chat[USER_BEFORE].len && !t->chat[USER_AFTER].len)
+        die("%s has no chat format: its model continues texts (-m generate)", t->path);
+    if (chat && o->system && !(t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM))
+        fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
                    .draft = {.guesses = 1}, .p = resize(NULL, vocab, sizeof *w->p),
                    .candidates = resize(NULL, vocab, sizeof *w->candidates)};
@@ -3852,7 +3908,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
             die("%s cannot draft for %s: it has another tokenizer", o->draft, m->path);
         cache_open(&w->draft.kv, small, w->ctx, 1);
     }
-    if (o->reward && o->samples > 1) reward_open(o, &w->judge, &w->judge_words);
+    if (o->reward && o->samples > 1) reward_open(o, &w->judge);
     w->question = o->input;
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
@@ -3867,10 +3923,9 @@ static void machine_close(Machine *w, Decoder *d) {
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
-    if (w->judge.layers) free_tokenizer(&w->judge_words), free_model(&w->judge);
-    void *memory[] = {w->draft.text.ids, w->p, w->candidates, w->turns.ids, d->c.ids.ids,
-                      d->own.memory};
-    for (int i = 0; i < 6; i++) free(memory[i]);
+    if (w->judge.m.layers) member_close(&w->judge);
+    free(w->p), free(w->candidates), free(w->draft.text.ids), free(w->turns.ids);
+    free(d->c.ids.ids), free(d->own.memory);
 }
 
 // Makes the decoder of sample i: all that the trunk has, in a sequence and with a seed of its own.
@@ -3893,41 +3948,38 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
 // the best one, which becomes the trunk's text. The best is the likeliest by the mean
 // log-probability of its tokens, or the one that a reward model ranks first.
 static void decoder_continue(Machine *w, Decoder *trunk) {
-    int k = (int)w->o->samples, best = 0;
+    int k = (int)w->o->samples;
     if (k < 2) {
         machine_run(w, trunk, 1);
         return;
     }
-    Decoder *d = resize(NULL, (size_t)k, sizeof *d);
+    Decoder *d = resize(NULL, (size_t)k, sizeof *d), *best = d;
     decoder_settle(w, trunk, 1);
     for (int i = 0; i < k; i++) samples_branch(w, trunk, &d[i], i);
     machine_run(w, d, k);
-    double *reward = resize(NULL, (size_t)k, sizeof *reward);
-    for (int i = 0; i < k; i++) {
-        const Output *own = &d[i].own;  // its text ends with a newline
-        Text answer = {own->memory + own->start, own->n - own->start - 1};
-        reward[i] = d[i].logprob / (d[i].n_new + !d[i].n_new);
-        if (w->judge.layers) reward[i] = reward_of(&w->judge, &w->judge_words, w->question, answer);
-        if (w->judge.layers) fprintf(stderr, "sample %d of %d: reward %.4f\n", i + 1, k, reward[i]);
-        if (reward[i] > reward[best]) best = i;
+    for (Decoder *s = d; s < d + k; s++) {
+        Text answer = {s->own.memory + s->own.start, s->own.n - s->own.start - 1};  // a newline
+        s->logprob /= s->n_new + !s->n_new;
+        s->score = w->judge.m.layers ? reward_of(&w->judge, w->question, answer) : s->logprob;
+        if (s->score > best->score) best = s;
     }
-    for (int i = 0; i < k; i++) {
+    for (Decoder *s = d; s < d + k; s++) {
         if (!w->o->quiet)
             fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
-                    i + 1, k, d[i].seed, d[i].n_new, d[i].logprob / (d[i].n_new + !d[i].n_new),
-                    i == best ? ", the best" : "");
-        if (!w->o->best || i == best) output_write(w->out, d[i].own.memory, d[i].own.n);
-        trunk->n_new += d[i].n_new;
-        free(d[i].own.memory);
-        if (w->o->best && i == best && d[i].n_new) {  // it was not interrupted before
-            cache_branch(&w->kv, d[i].seq, 0, d[i].c.done);
+                    s->seq, k, s->seed, s->n_new, s->logprob, s == best ? ", the best" : "");
+        if (!w->o->quiet && w->judge.m.layers)
+            fprintf(stderr, "sample %d of %d: reward %.4f\n", s->seq, k, s->score);
+        if (!w->o->best || s == best) output_write(w->out, s->own.memory, s->own.n);
+        trunk->n_new += s->n_new;
+        free(s->own.memory);
+        if (w->o->best && s == best && s->n_new) {  // it was not interrupted before
+            cache_branch(&w->kv, s->seq, 0, s->c.done);
             free(trunk->c.ids.ids);
-            trunk->c = d[i].c;
-            trunk->s.rng = d[i].s.rng;
+            trunk->c = s->c;
+            trunk->s.rng = s->s.rng;
             decoder_commit(w, trunk);
-        } else free(d[i].c.ids.ids);
+        } else free(s->c.ids.ids);
     }
-    free(reward);
     free(d);
     trunk->own.thinking = false;
     trunk->own.n = 0;
@@ -3936,20 +3988,22 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
 // `-m generate` continues a text; with -e several models do, and judge each other's answers. Enter
 // with generate. It keeps nothing. Calls: machine_open, decoder_continue, given_likelihood.
 
-// Appends a prompt's tokens and returns how many may be drawn after them.
+// Appends a prompt's tokens and returns how many may be drawn after them. One that has no room ends
+// the program, or with --each is left to it.
 static long long start_text(const Options *o, const Model *m, const Tokenizer *t, Text prompt,
                             Ids *ids) {
     long long before = (long long)ids->n, left;
     int ctx = context_of(o, m), start = t->h.bos >= 0 ? t->h.bos : t->h.eos;
     encode(t, prompt, NULL, before == 0, ids);
-    if ((long long)ids->n - before > ctx)
+    bool fits = (long long)ids->n - before <= ctx;
+    if (!fits && !o->each)
         die("the prompt has %zu tokens, the context of %s only %d: shorten it, or see -c",
             ids->n - (size_t)before, m->path, ctx);
     if (!ids->n && start < 0)
         die("the prompt is empty, and %s has neither BOS nor EOS to start from", m->path);
     if (!ids->n) push(ids, start);
     left = ctx + 1 - (long long)ids->n;
-    if (!t->llama2c) return o->steps ? o->steps : left > 0 ? left : ctx - ctx / 2;
+    if (!t->llama2c || !fits) return o->steps ? o->steps : left > 0 ? left : ctx - ctx / 2;
     // llama2c.c counts positions, the prompt's included, and stays within the context.
     // (A session's last token is no such position yet: it was drawn, and not computed.)
     long long counted = o->steps + (before ? before : 1) - (long long)ids->n;
@@ -3957,8 +4011,7 @@ static long long start_text(const Options *o, const Model *m, const Tokenizer *t
     if (left < 0) ids->n -= (size_t)-left;
     return left > 0 ? left : 0;
 }
-
-static void generate_text(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
+static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     double start = seconds();
     Machine w;
     Decoder d;
@@ -3970,7 +4023,7 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
     for (size_t i = before; i < ids->n && t->llama2c; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
-    if (!t->llama2c) output_text(d.out, o->input);
+    if (!t->llama2c && !o->suffix) output_text(d.out, o->input);
     Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
     output_begin(d.out, o, t, (Text){text.memory, text.n});
     free(text.memory);
@@ -3987,73 +4040,56 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
 }
 
 #ifndef NO_ENSEMBLE
-typedef struct { Model m; Tokenizer t; Output answer; } Member;
-
-// Bits per byte of an answer to a prompt: a measure that does not depend on the tokenizer.
-static double ensemble_bits(const Options *o, const Member *e, Text answer) {
+// How good an answer is for a judge: its reward, or minus its bits per byte, a measure that does
+// not depend on the tokenizer.
+static double member_score(const Options *o, const Member *judge, Text answer) {
+    if (o->reward) return reward_of(judge, o->input, answer);
     Ids ids = {0};
     Cache kv;
-    start_text(o, &e->m, &e->t, o->input, &ids);
+    start_text(o, &judge->m, &judge->t, o->input, &ids);
     int n_prompt = (int)ids.n;
-    encode(&e->t, answer, NULL, false, &ids);
-    cache_open(&kv, &e->m, (int)ids.n, 1);
-    Given g = {.m = &e->m, .kv = &kv, .ids = ids.ids, .end = (int)ids.n - 1};
+    encode(&judge->t, answer, NULL, false, &ids);
+    cache_open(&kv, &judge->m, (int)ids.n, 1);
+    Given g = {.m = &judge->m, .kv = &kv, .ids = ids.ids, .end = (int)ids.n - 1};
     double sum = given_likelihood(&g, n_prompt - 1);
     cache_close(&kv);
     free(ids.ids);
-    return sum / 0.69314718055994531 / (double)answer.len;
+    return -sum / 0.69314718055994531 / (double)answer.len;
 }
 
-// All models answer the prompt; each scores each answer; the one with the lowest average of bits
-// per byte is printed.
+// All models answer the prompt. The answer that pleases its judges best is printed: the reward
+// model, or else all of them, by the average.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, *best = all, *end = all + 1;
-    Model judge_model = {0};
-    Tokenizer judge_words = {0};
-    double lowest = INFINITY;
-    if (o->reward) reward_open(o, &judge_model, &judge_words);
-    for (; end <= all + o->others.n; end++) {
-        load_model(&end->m, o->others.of[end - all - 1]);
-        find_tokenizer(&end->t, NULL, &end->m);
-        end->answer = (Output){.fd = -1};
-    }
+    Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, reward, *best = all;
+    Member *end = all + 1 + o->others.n, *judges = o->reward ? &reward : all;
+    int n_judges = o->reward ? 1 : 1 + o->others.n;
+    double highest = -INFINITY;
+    if (o->reward) reward_open(o, &reward);
+    for (Member *e = all + 1; e < end; e++) member_open(e, o->others.of[e - all - 1]);
     for (Member *e = all; e < end && !interrupted; e++) {
         if (!o->quiet) fprintf(stderr, "%s answers\n", e->m.path);
-        generate_text(o, &e->m, &e->t, &e->answer);
+        generate(o, &e->m, &e->t, &e->answer);
     }
     for (Member *e = all; e < end && !interrupted; e++) {
         Text answer = {e->answer.memory + e->answer.start, e->answer.n - e->answer.start - 1};
         double sum = 0;
-        if (!o->quiet && !o->reward) fprintf(stderr, "%s's answer:", e->m.path);
-        if (o->reward) {
-            sum = -reward_of(&judge_model, &judge_words, o->input, answer);
-            fprintf(stderr, "%s's answer: reward %.4f\n", e->m.path, -sum);
+        if (!o->quiet) fprintf(stderr, "%s's answer:%s", e->m.path, o->reward ? " reward" : "");
+        for (int i = 0; i < n_judges; i++) {
+            double score = member_score(o, &judges[i], answer);
+            if (!o->quiet) fprintf(stderr, " %.4f", o->reward ? score : -score);
+            sum += score;
         }
-        for (Member *judge = all; judge < end && !o->reward; judge++) {
-            double bits = ensemble_bits(o, judge, answer);
-            if (!o->quiet) fprintf(stderr, " %.4f", bits);
-            sum += bits;
-        }
-        if (!o->quiet && !o->reward)
-            fprintf(stderr, " bits per byte, mean %.4f\n", sum / (double)(end - all));
-        if (sum < lowest) lowest = sum, best = e;
+        if (!o->quiet && o->reward) fputs("\n", stderr);
+        else if (!o->quiet) fprintf(stderr, " bits per byte, mean %.4f\n", -sum / n_judges);
+        if (sum > highest) highest = sum, best = e;
     }
     if (!interrupted && !o->quiet) fprintf(stderr, "the best answer is %s's\n", best->m.path);
     if (!interrupted) output_text(out, (Text){best->answer.memory, best->answer.n});
-    if (o->reward) free_tokenizer(&judge_words), free_model(&judge_model);
-    for (Member *e = all; e < end; e++) {
-        free(e->answer.memory);
-        if (e > all) free_tokenizer(&e->t), free_model(&e->m);
-    }
+    if (o->reward) member_close(&reward);
+    for (Member *e = all + 1; e < end; e++) member_close(e);
+    free(all->answer.memory);
 }
 #endif
-
-static void generate(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-#ifndef NO_ENSEMBLE
-    if (o->others.n) ensemble(o, m, t, out);
-#endif
-    if (!o->others.n) generate_text(o, m, t, out);
-}
 // ---- [5.7] chat ---------------------------------------------------------------------------------
 // `-m chat`: a conversation. Its keys and values stay in the cache, and in a session's file, from
 // turn to turn: a turn costs only its own tokens. Enter with chat. It keeps a Machine and where the
@@ -4360,7 +4396,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
     const Tokenizer *t = w->t;
     Text system = {w->system, w->system ? strlen(w->system) : 0};
     w->question = user;
-    Ids *ids = &d->c.ids, head = {0};
+    Ids *ids = &d->c.ids;
     int start = (int)ids->n, last = start ? ids->ids[start - 1] : -1;
     int at = start - (start && decode(t, last, last).len);  // where the prompt's tokens begin
     double began = seconds();
@@ -4378,8 +4414,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
     } else {
         d->c.done = (int)fmin(d->c.done, at);
         if (start && ids->ids[start - 1] != last) d->c.saved = (int)fmin(d->c.saved, at);
-        prompt_encode(&(Prompt){p.s, p.typed, start ? 0 : head_end}, t, true, &head);
-        if (!start) d->c.keep = head.n > 4 ? (int)head.n : 4;  // the system turn stays
+        if (!start) d->c.keep = prompt_keep(&p, t, head_end);
         push(&w->turns, start), push(&w->turns, last);
         d->budget = o->steps > 0 ? o->steps : w->ctx;
         d->n_new = 0;
@@ -4393,17 +4428,12 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         w->rate = d->n_new / (seconds() - began);
         if (interrupted == SIGINT) interrupted = 0;
     }
-    free(head.ids);
     prompt_free(&p);
     prompt_free(&settled);
 }
 
 static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     uint32_t flags = t->chat_flags[SYSTEM_BEFORE];
-    if (!t->chat[USER_BEFORE].len && !t->chat[USER_AFTER].len)
-        die("%s has no chat format: its model continues texts (-m generate)", t->path);
-    if (o->system && !(flags & HAS_SYSTEM))
-        fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     Machine w;
     Decoder d;
     Prompt message = {0}, asked = {0};
@@ -4753,11 +4783,7 @@ static void tokenize(const Options *o, const Model *m, const Tokenizer *t, Outpu
     Ids ids = {0};
     (void)m;
     encode(t, o->input, NULL, true, &ids);
-    for (size_t i = 0; i < ids.n; i++) {
-        char number[16];
-        int n = snprintf(number, sizeof number, i ? " %d" : "%d", ids.ids[i]);
-        output_write(out, number, (size_t)n);
-    }
+    for (size_t i = 0; i < ids.n; i++) output_print(out, i ? " %d" : "%d", ids.ids[i]);
     output_write(out, "\n", 1);
     free(ids.ids);
 }
@@ -4814,12 +4840,10 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
                 output_logprob(out, o, t, logits, m->c.vocab_size, g.ids + i);
         progress_show(o, (double)end / n);
     }
-    char report[1200];  // (a perplexity can have 310 digits)
-    int length = snprintf(report, sizeof report, "bits_per_byte: %.6f\nbits_per_token: %.6f\n"
-                          "perplexity: %.4f\ntokens: %d\nbytes: %zu\nwindow: %d\n",
-                          sum / ln_2 / (double)o->input.len, sum / ln_2 / n, exp_double(sum / n), n,
-                          o->input.len, window);
-    if (!interrupted && o->logprobs < 0) output_write(out, report, (size_t)length);
+    if (!interrupted && o->logprobs < 0)
+        output_print(out, "bits_per_byte: %.6f\nbits_per_token: %.6f\nperplexity: %.4f\n"
+                     "tokens: %d\nbytes: %zu\nwindow: %d\n", sum / ln_2 / (double)o->input.len,
+                     sum / ln_2 / n, exp_double(sum / n), n, o->input.len, window);
     free(all.ids);
     cache_close(&kv);
 }
@@ -5244,14 +5268,12 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
                       (of[i]->data ? matrix_bytes(of[i]->dtype, of[i]->rows, of[i]->cols) : 0);
     }
     double weights = (double)(m->file_size - unread), limit = stream / weights;
-    char report[5000];  // a path is at most 4096 bytes long
-    int length = snprintf(report, sizeof report, "model: %s\ndtype: %s\nisa: %s\nthreads: %lld\n"
+    output_print(out, "model: %s\ndtype: %s\nisa: %s\nthreads: %lld\n"
         "weights_mb: %.1f\nstream_gb_s: %.1f\nprefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\n"
         "decode_tok_s: %.1f\ndecode_limit_tok_s: %.1f\ndecode_depth4096_tok_s: %.1f\n"
         "batch16_tok_s: %.1f\nstartup_ms: %.1f\n", m->header ? m->header->name : m->path,
         dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
         deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
-    output_write(out, report, (size_t)length);
     if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (less than 80: other "
                            "programs, -j, -O3?); depth4096: %d\n", 100 * decode / limit, depth);
     free(memory);
@@ -5269,26 +5291,11 @@ enum { EACH_AHEAD = 1024 };  // lines that may be under way, or done before thei
 typedef struct {
     Machine w;
     Decoder trunk;           // the first line's prompt
-    Decoder *all;            // (at_once) their lines are those of
-    long long *lines;        // (at_once); -1: none
+    Decoder *all;            // (at_once)
     Text rest;               // of the file
     long long begun, printed, n_tokens;
-    double shown;            // when progress was
     Output answers[EACH_AHEAD];  // those that wait for lines before them have memory
 } Each;
-
-// The prompt, with a line in the place of each {}; without a prompt the line. To be freed.
-static Text each_prompt(const Options *o, Text line) {
-    Output p = {.fd = -1};
-    Text rest = o->prompt || o->prompt_file ? o->input : (Text){"{}", 2};
-    for (size_t n = 1; rest.len; rest.s += n, rest.len -= n) {
-        bool here = rest.len > 1 && !memcmp(rest.s, "{}", 2);
-        n = here ? 2 : 1;
-        output_put(&p, here ? line.s : rest.s, here ? line.len : 1, SIZE_MAX);
-    }
-    output_put(&p, "", 1, SIZE_MAX);
-    return (Text){p.memory, p.n - 1};
-}
 
 // Makes a sequence begin with what the first tokens, up to `most`, have in common with the trunk's.
 // Returns how many these are.
@@ -5302,87 +5309,48 @@ static int each_branch(Each *e, const Ids *ids, int most, int seq) {
     return same;
 }
 
-// A line that does not fit has no answer.
-static void each_refuse(const Each *e, size_t n, long long number, Output *answer) {
-    fprintf(stderr, "run: line %lld has %zu tokens with its prompt, too many for the context of "
-            "%d: it has no answer\n", number + 1, n, e->w.ctx);
-    output_put(answer, "\n", 1, SIZE_MAX);
-    unfinished = true;
-}
-
 // With -m eval: a line's log-probability in nats behind what stands before {}, its tokens, and its
 // bits per byte.
-static void each_measure(Each *e, Text line, Text prompt, long long number, Output *answer) {
-    const Machine *w = &e->w;
-    const char *here = strstr(w->o->input.s, "{}");
-    Ids ids = {0};
-    char said[100];
-    prompt.len = here ? (size_t)(here - w->o->input.s) : 0;
-    start_text(w->o, w->m, w->t, prompt, &ids);
-    int before = (int)ids.n;
-    encode(w->t, line, NULL, false, &ids);
-    if ((int)ids.n > w->ctx) {  // cut here it can have more tokens than as a whole
-        each_refuse(e, ids.n, number, answer);
-        free(ids.ids);
-        return;
-    }
-    int n = (int)ids.n - before;
-    Given g = {.m = w->m, .kv = &e->w.kv, .seq = 1, .ids = ids.ids, .end = (int)ids.n - 1};
-    g.done = each_branch(e, &ids, before - 1, 1);
+static void each_measure(Each *e, Decoder *d, int before, size_t bytes) {
+    const Ids *ids = &d->c.ids;
+    Given g = {.m = e->w.m, .kv = &e->w.kv, .seq = d->seq, .ids = ids->ids, .end = (int)ids->n - 1};
+    g.done = each_branch(e, ids, before - 1, d->seq);
     double nats = given_likelihood(&g, before - 1);
-    int length = snprintf(said, sizeof said, "%.6f\t%d\t%.6f\n", 0 - nats, n,
-                          line.len ? nats / 0.69314718055994531 / (double)line.len : 0.0);
-    if (!interrupted) output_put(answer, said, (size_t)length, SIZE_MAX);
-    e->n_tokens += n;
-    free(ids.ids);
+    d->n_new = (int)ids->n - before;
+    output_print(d->out, "%.6f\t%d\t%.6f", 0 - nats, d->n_new,
+                 bytes ? nats / 0.69314718055994531 / (double)bytes : 0.0);
 }
 
-// Begins the next line, with a decoder that is free.
-static void each_begin(Each *e, Decoder *d) {
+// Gives a decoder a line's prompt; in a chat it is the first turn. Where a run of its own would do
+// nothing, or the line has no room, the answer is empty.
+static void each_begin(Each *e, Decoder *d, Text line) {
     const Machine *w = &e->w;
-    const char *end = memchr(e->rest.s, '\n', e->rest.len);
-    long long number = e->begun++;
-    Text line = {e->rest.s, end ? (size_t)(end - e->rest.s) : e->rest.len}, prompt;
-    Output *answer = &e->answers[number % EACH_AHEAD];
-    *answer = (Output){.fd = -1};
-    e->rest.s += line.len + (end != NULL);
-    e->rest.len -= line.len + (end != NULL);
-    line.len -= line.len && line.s[line.len - 1] == '\r';
-    if (number < w->o->skip) {
-        e->printed++;
-        return;
+    const Options *o = w->o;
+    Ids *ids = &d->c.ids;
+    Prompt p = {0};
+    Text prompt = text_fill(o->input, "{}", line);
+    Text system = {o->system, o->system ? strlen(o->system) : 0};
+    bool chat = !strcmp(o->mode, "chat"), eval = !strcmp(o->mode, "eval");
+    if (eval) prompt.len = (size_t)(strstr(o->input.s, "{}") - o->input.s);
+    size_t head = chat ? prompt_turn(&p, w->t, -1, system, prompt, USER_AFTER) : 0;
+    if (chat) prompt_encode(&p, w->t, true, ids);
+    else d->budget = start_text(o, w->m, w->t, prompt, ids);
+    if (chat && prompt.len) d->budget = o->steps ? o->steps : w->ctx;
+    d->c.keep = chat ? prompt_keep(&p, w->t, head) : (int)fmin((double)ids->n, 4);
+    int before = (int)ids->n;
+    if (eval) encode(w->t, line, NULL, false, ids);
+    if (eval || ids->n > (size_t)w->ctx) d->budget = 0;
+    if (ids->n > (size_t)w->ctx) {
+        fprintf(stderr, "run: line %lld has %zu tokens with its prompt, too many for the context "
+                "of %d: it has no answer\n", d->line, ids->n, w->ctx);
+        unfinished = true;
+    } else if (eval) each_measure(e, d, before, line.len);
+    else if (d->budget) {
+        d->c.done = each_branch(e, ids, before - 1, d->seq);
+        output_begin(d->out, o, w->t, chat ? w->t->chat[USER_AFTER] : prompt);
     }
-    prompt = each_prompt(w->o, line);
-    Ids ids = {0};
-    encode(w->t, prompt, NULL, true, &ids);
-    if ((int)ids.n > w->ctx) each_refuse(e, ids.n, number, answer);
-    else if (!strcmp(w->o->mode, "eval")) each_measure(e, line, prompt, number, answer);
-    else {
-        *d = (Decoder){.seq = 1 + (int)(d - e->all), .s = e->trunk.s, .out = &d->own,
-                       .own = {.fd = -1, .line = !w->o->quote}};
-        d->s.rng += (uint64_t)number * 0x9E3779B97F4A7C15u;
-        d->budget = start_text(w->o, w->m, w->t, prompt, &d->c.ids);
-        d->c.keep = (int)fmin((double)d->c.ids.n, 4);
-        d->c.done = each_branch(e, &d->c.ids, (int)d->c.ids.n - 1, d->seq);
-        output_begin(&d->own, w->o, w->t, prompt);
-        e->lines[d - e->all] = number;
-    }
-    free(ids.ids);
+    prompt_free(&p);
     free((char *)(uintptr_t)prompt.s);
-}
-
-// Ends a line whose answer is complete.
-static void each_end(Each *e, Decoder *d) {
-    Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
-    output_awake(&d->own);
-    if (e->w.o->quote) output_json(answer, (Text){d->own.memory, d->own.n});
-    else output_put(answer, d->own.memory, d->own.n, SIZE_MAX);
-    output_put(answer, "\n", 1, SIZE_MAX);
-    e->n_tokens += d->n_new;
-    e->lines[d - e->all] = -1;
-    free(d->own.memory);
-    free(d->c.ids.ids);
-    *d = (Decoder){0};
 }
 
 // Writes the answers whose turn it is, and on a terminal's stderr how far the work is.
@@ -5394,43 +5362,66 @@ static void each_print(Each *e, bool last) {
         free(a->memory);
         *a = (Output){0};
     }
-    if (o->quiet || (!last && (!isatty(2) || took < e->shown + 0.5))) return;
-    e->shown = took;
+    if (o->quiet || !(last || isatty(2))) return;
     fprintf(stderr, "%s%lld lines, %.1f tok/s", isatty(2) ? "\r" : "",
-            e->printed < o->skip ? 0 : e->printed - o->skip,
-            (double)e->n_tokens / took);
+            e->printed < o->skip ? 0 : e->printed - o->skip, (double)e->n_tokens / took);
     if (last) fprintf(stderr, "%20s\n", "");
     else fprintf(stderr, ", %.0f s left   ", took / part - took);
+}
+
+// Ends a line whose answer is complete.
+static void each_end(Each *e, Decoder *d) {
+    Output *answer = &e->answers[(d->line - 1) % EACH_AHEAD], own = d->own;
+    output_end(&own);
+    *answer = e->w.o->quote ? (Output){.fd = -1} : own;
+    if (e->w.o->quote) {
+        output_json(answer, (Text){own.memory, own.n - 1});
+        output_print(answer, "\n");
+        free(own.memory);
+    }
+    e->n_tokens += d->n_new;
+    free(d->c.ids.ids);
+    *d = (Decoder){0};
+    each_print(e, false);
+}
+
+// Ends a decoder's line, if its answer is complete, and begins the next. Returns whether it did.
+static bool each_next(Each *e, Decoder *d) {
+    const Options *o = e->w.o;
+    if (d->budget > 0) return false;
+    if (d->line) each_end(e, d);
+    if (!e->rest.len || e->begun == e->printed + EACH_AHEAD) return false;
+    const char *end = memchr(e->rest.s, '\n', e->rest.len);
+    Text line = {e->rest.s, end ? (size_t)(end - e->rest.s) : e->rest.len};
+    e->rest.s += line.len + (end != NULL);
+    e->rest.len -= line.len + (end != NULL);
+    line.len -= line.len && line.s[line.len - 1] == '\r';
+    if (e->begun++ < o->skip) return e->printed++, true;
+    *d = (Decoder){.line = e->begun, .seq = 1 + (int)(d - e->all), .s = e->trunk.s, .out = &d->own,
+                   .own = {.fd = -1, .line = !o->quote}};
+    d->s.rng += (uint64_t)(d->line - 1) * 0x9E3779B97F4A7C15u;
+    each_begin(e, d, line);
+    return true;
 }
 
 static void each_run(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
     size_t n = (size_t)o->at_once;
     Each *e = zeros(1, sizeof *e);
-    Options own = *o;
     e->rest = o->lines;
     e->all = zeros(n, sizeof *e->all);
-    e->lines = memset(zeros(n, sizeof *e->lines), -1, n * sizeof *e->lines);
-    machine_open(&e->w, &e->trunk, &own, m, t, out);
+    machine_open(&e->w, &e->trunk, o, m, t, out);
     if (!o->quiet && !o->seed && e->trunk.s.temperature > 0 && strcmp(o->mode, "eval"))
         fprintf(stderr, "seed: %llu\n", e->trunk.seed);
-    own.seed = e->trunk.seed;  // it is said now, and not at the end
-    for (bool more = true; more && !interrupted;) {
+    do {
         for (size_t i = 0; i < n; i++)
-            while (e->lines[i] < 0 && e->rest.len && e->begun < e->printed + EACH_AHEAD &&
-                   !interrupted) {
-                each_begin(e, &e->all[i]);
-                each_print(e, false);
-            }
-        more = machine_step(&e->w, e->all, (int)n) || e->rest.len;
-        for (size_t i = 0; i < n && !interrupted; i++)
-            if (e->lines[i] >= 0 && e->all[i].budget <= 0) each_end(e, &e->all[i]);
-        each_print(e, !more || interrupted);
-    }
+            while (!interrupted && each_next(e, &e->all[i])) {}
+    } while (machine_step(&e->w, e->all, (int)n));
+    each_print(e, true);
     for (size_t i = 0; i < n; i++) free(e->all[i].c.ids.ids), free(e->all[i].own.memory);
     for (size_t i = 0; i < EACH_AHEAD; i++) free(e->answers[i].memory);
+    e->trunk.s.temperature = 0;  // its seed has been said
     machine_close(&e->w, &e->trunk);
     free(e->all);
-    free(e->lines);
     free(e);
 }
 #endif
@@ -5464,7 +5455,7 @@ static const struct { const char *name; Mode *run; const char *help; } modes[] =
 enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE,
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
-       PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * (TEXTS | 1 << EVAL),
+       PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * PROBS,
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
 // One table parses, checks and explains the options. The type of the field says what one can be.
@@ -5501,7 +5492,8 @@ static const struct Option {
     {"    --each FILE", TO(each), 1, 0, EACH, "run the prompt for each line, in the place of {}"},
     {"    --at-once N", TO(at_once), 1, MAX_SAMPLES, EACH, "with --each: how many together (16)"},
     {"    --skip N", TO(skip), 0, 1e15, EACH, "with --each: without the first N lines"},
-    {"    --quote", TO(quote), 0, 0, EACH, "with --each: whole answers, as strings of JSON"},
+    {"    --quote", TO(quote), 0, 0, EACH & TALK, "with --each: whole answers, as strings of JSON"},
+    {"    --suffix TEXT", TO(suffix), 0, 0, TEXTS, "write what is between -i and TEXT, alone"},
     {"    --logprobs N", TO(logprobs), 0, 1 << 24, PROBS, "instead: JSON, tokens and N likeliest"},
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
@@ -5551,17 +5543,17 @@ static const struct Option *option_find(const char *name, size_t n, size_t at) {
     return NULL;
 }
 
-// Options are given as -x, --name or --name=value; -n5 is -n 5, and -qb is -q -b.
+// Options are given as -x, --name or --name=value; -n5 is -n 5, and -qb is -q -b. -- ends them.
 static void option_parse(Options *o, int argc, char **argv) {
+    bool ended = false;
     for (int i = 1; i < argc; i++) {
         char *a = argv[i], name[3] = "-";
         name[1] = *(*a ? a + 1 : a);
-        bool given = a[0] == '-' && a[1], word = given && a[1] == '-';
-        if (!given && o->model && !strcmp(o->mode, "generate"))
-            for (int mode = 0; mode < N_MODES; mode++)
-                if (modes[mode].name && !strcmp(a, modes[mode].name))
-                    usage_error("a mode is chosen with -m: -m %s", a);
-        if (!given && o->model) usage_error("there are two models, %s and %s", o->model, a);
+        bool given = !ended && a[0] == '-' && a[1], word = given && a[1] == '-';
+        if (word && !a[2]) ended = true;
+        if (word && !a[2]) continue;
+        if (!given && o->model)
+            usage_error("there are two models, %s and %s (a mode is chosen with -m)", o->model, a);
         if (!given) o->model = a;
         size_t n = given ? strcspn(a, "=") : 0;
         const struct Option *option = word ? option_find(a, n, 4) : option_find(name, 2, 0);
@@ -5590,6 +5582,7 @@ static int option_check(const Options *o) {
         usage_error("-e cannot be used with -k, -d, -S or --receipt");
     if (k && o->draft) usage_error("-k and -d cannot be used together");
     if (o->reward && !k && !o->others.n) usage_error("--reward ranks answers: it needs -k or -e");
+    if (o->suffix && (o->session || o->others.n)) usage_error("--suffix goes without -S and -e");
     if (o->best && !k) usage_error("-b picks the best of several samples: it needs -k");
     if (k && mode == CHAT && !o->best) usage_error("-k in a chat needs -b");
     if (o->head >= 0 && !layer) usage_error("--head needs --layer");
@@ -5731,7 +5724,8 @@ int main(int argc, char **argv) {
     if (o.help || o.version) return 0;
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
-    if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;
+    if (o.steps < 0) o.steps = mode == CHAT ? 1024 : mode == EVAL ? 0 : 256;
+    if (o.each && !o.prompt && !o.prompt_file) o.prompt = "{}";
     if (mode == LOGITS) o.temperature = 0;  // nothing is drawn: there is no seed to tell
     bool zips = mode == COMPRESS || mode == DECOMPRESS;
     if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
@@ -5751,13 +5745,19 @@ int main(int argc, char **argv) {
     o.lines = input_read(o.each, NULL, false);
     if (DRAW >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
         o.input.len--;  // the end of a file's last line is no part of a prompt
-    if (o.each && (o.prompt || o.prompt_file) && !strstr(o.input.s, "{}"))
+    if (o.suffix) o.input = input_fill(&t, o.input, o.suffix);
+    if (o.each && !strstr(o.input.s, "{}"))
         usage_error("the prompt has no {} for the lines of --each");
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal
+    Mode *run = modes[mode].run;
 #ifndef NO_EACH
-    if (o.each) each_run(&o, &m, &t, &out);
+    if (o.each) run = each_run;
 #endif
-    if (!o.each) modes[mode].run(&o, &m, &t, &out);
+#ifndef NO_ENSEMBLE
+    if (o.others.n) run = ensemble;
+#endif
+    run(&o, &m, &t, &out);
+    output_write(&out, "", 0);
     refuse_overwriting(&o, &t);  // a session may have been made only now
     bool part = out.n && mode != LOGITS && !o.each;  // what was interrupted may be worth keeping
     if (!interrupted || part) output_file(&out, out.n ? out.memory : "");

@@ -2301,7 +2301,11 @@ static int signalled(const char *command, int in, int number, int after, bool ag
     return status;
 }
 
-static int lines(const Buffer *b) { return count(b, "\n"); }
+static int lines(const Buffer *b) {
+    int n = 0;
+    for (size_t i = 0; i < b->n; i++) n += b->p[i] == '\n';
+    return n;
+}
 static bool one_line(const Ran *r) {
     return !strncmp((char *)r->err.p, "run: ", 5) && lines(&r->err) == 1 &&
            r->err.p[r->err.n - 1] == '\n' && r->err.n > 12;
@@ -2410,8 +2414,8 @@ static void save_model(const char *name, const Made *m, const Vocabulary *v) {
 }
 // tiny: with a certificate. endless: with room for long texts that never end, as its tokenizer has
 // no EOS and no stops; other: like it, but smaller. plain: without a chat format. nowhere: a system
-// turn has no place in it. settling: answered turns are written in another way. llama: a file of
-// llama2.c's. wordless: no token for what a chat says.
+// turn has no place in it. filling, turned: with a form for --suffix. settling: answered turns are
+// written in another way. llama: a file of llama2.c's. wordless: no token for what a chat says.
 static void make_models(void) {
     static bool made;
     uint64_t keep_state = random_state;
@@ -2438,6 +2442,12 @@ static void make_models(void) {
     v->chat.n = 0, v->n_chat = 0;
     for (int i = 0; i < N_CHAT; i++) chat_piece(v, "", 0);
     save_model("plain", &m, v);
+    for (int turned = 0; turned < 2; turned++) {
+        v->chat.n = 0, v->n_chat = 0;
+        for (int i = 0; i < N_CHAT; i++) chat_piece(v, "", 0);
+        chat_piece(v, turned ? "<s>\1<|end|>{}" : "<s>{}<|end|>\1", 0);
+        save_model(turned ? "turned" : "filling", &m, v);
+    }
     v = tiny_vocabulary(), v->n_stops = 0, v->stops.n = 0;
     m = make_weights(&small);
     save_model("other", &m, v);
@@ -2764,12 +2774,14 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"-j 0", "-j goes from 1 to 256"}, {"-j 1000", "-j goes"}, {"-j two", "not \"two\""},
     {"--top-k -1", "--top-k goes"}, {"--top-k 1e3", "not \"1e3\""}, {"--min-p 2", "--min-p goes"},
     {"--repeat-penalty 0", "--repeat-penalty goes"}, {"-x", "unknown option -x"},
-    {"--unknown", "unknown option --unknown"}, {"--", "option --"}, {"--steps=x", "not \"x\""},
+    {"--unknown", "unknown option --unknown"}, {"-- -q", "models, tiny.bin and -q"},
+    {"--steps=x", "not \"x\""},
     {"--steps=", "needs a value"}, {"--quiet=1", "--quiet=1 takes no value"},
     {"--step 5", "unknown option --step"}, {"another.bin", "two models"},
     {"-m unknown", "unknown mode unknown"}, {"-m ''", "-m"},
     {"-m Generate", "unknown mode Generate"}, {"-i a -f b", "-i and -f"}, {"-i a -o ''", "-o"},
     {"-b", "-b picks"}, {"-k 2 -e x", "-e cannot be used with -k"}, {"-k 2 -d lookup", "-k and -d"},
+    {"--suffix a -S kv", "--suffix goes without"}, {"-m chat --suffix a", "--suffix means nothing"},
     {"-e x -S y", "-e cannot"}, {"-e x -d lookup", "-e cannot"}, {"-k 0", "-k goes from 1 to 256"},
     {"-k 257", "-k goes"}, {"-y x", "-y means nothing in mode generate"},
     {"-m eval -k 2", "-k means nothing in mode eval"}, {"-m chat -k 2", "-k in a chat needs -b"},
@@ -2800,7 +2812,8 @@ static const struct { const char *command, *says; } failing[] = {
     {"t -m logits -i ''", "id"}, {"t -m logits -i 1.5", ".5"}, {"t -m logits -i 0x10", "x10"},
     {"t -m eval", "eval"}, {"t -m decompress -i abc", "the text of -i"},
     {"t -m logits -i 1 -o no/folder", "cannot write no/folder"},
-    {"t -m logits -i 1 -o .", "cannot write ."},
+    {"t -m logits -i 1 -o .", "cannot write ."}, {"e -i a --suffix b", "no tokens for --suffix"},
+    {"e -i a -n 2 -o $(printf %0256d 0)", "too long"},
     {"t -m explain -i abc -o no/page -q", "cannot write no/page"},
     {"t -m explain -i a --layer 1", "layer"}, {"t -m explain -i a --layer 0 --head 4", "head"},
     {"run plain.bin -m chat -i a", "chat"}, {"echo Z | run wordless.bin -m chat -q", "wordless"},
@@ -2829,6 +2842,15 @@ static const struct { const char *what, *one, *other; } twins[] = {
      "out | cut -c 1-10", "echo -rw-r-----"},
     {"a new -o has the usual mode",
      "rm -f out; umask 027; e -n 2 -s 1 -o out; ls -l out | cut -c 1-10", "echo -rw-r-----"},
+    {"a name can have 255 bytes", "f=$(printf %0255d 0); e -i a -n 5 -s 1 -o $f; cat $f; rm $f",
+     "e -i a -n 5 -s 1"},
+    {"-- ends the options", "run -n 5 -s 1 -i abc -- endless.bin", "e -n 5 -s 1 -i abc"},
+    {"--suffix: the middle alone is printed", "run filling.bin -i ab --suffix cad -n 9 -t 0",
+     "run filling.bin -i '<s>ab<|end|>cad' -n 9 -t 0 | tail -c +16"},
+    {"a suffix may come first", "run turned.bin -i ab --suffix cad -n 9 -t 0",
+     "run filling.bin -i '<s>cad<|end|>ab' -n 9 -t 0 | tail -c +16"},
+    {"a line without a word is no turn", "printf '\\nab\\n' | e -m chat --each - -n 9 -t 0 -q | "
+     "head -n 1", "echo"},
     {"-m logits on three threads", "t -m logits -f ids -j 3", "t -m logits -f ids -j 1"},
     {"generate writes the prompt first", "e -i abc -n 5 -s 1 -q | head -c 3", "printf abc"},
     {"a seed from the clock is told, and writes the same text when given", "e -i abc -n 9 2>told",
@@ -3002,6 +3024,13 @@ static void test_processors(void) {
 #endif
 }
 
+// Commands that have more to say than the text.
+static const char *const loquacious[] = {
+    "run endless.bin -i abc -n 5", "run endless.bin -i abc -n 9 -d lookup", "run tiny.bin -m check",
+    "run endless.bin -i abc -n 5 -k 3 -b", "run endless.bin -i abc -n 5 -e other.bin",
+    "run endless.bin -i abc -n 99 -c 20", "run endless.bin -m chat -i abc -n 5", "run tiny.bin -m "
+    "compress -f text -o out", "run endless.bin -n 5 --each ids"};
+
 static void test_commands(void) {
     test_processors();
     if (no_program()) return;
@@ -3022,6 +3051,13 @@ static void test_commands(void) {
     CHECK(files_here() == files, "what failed leaves no file, not even a part of one");
     for (size_t i = 0; i < sizeof twins / sizeof *twins; i++)
         same(twins[i].what, twins[i].one, twins[i].other);
+    for (size_t i = 0; i < sizeof loquacious / sizeof *loquacious; i++) {
+        if (cut_out(loquacious[i])) continue;
+        Ran loud = ran(loquacious[i]), quiet = ran(text("%s -q", loquacious[i]));
+        CHECK(!loud.status && loud.err.n && !strchr((char *)loud.err.p, '\r'),
+              "%s draws no progress in a file: %s", loquacious[i], loud.err.p);
+        CHECK(!quiet.status && !quiet.err.n, "%s -q says nothing: %s", loquacious[i], quiet.err.p);
+    }
     test_ways();
     if (getenv("PATIENCE")) {
         skip(2, "limited memory: what slows programs down needs a lot of it");
@@ -3312,19 +3348,37 @@ static void test_stops(void) {
 }
 
 #ifndef NO_EACH
+// A job that is killed or interrupted at a random moment has written whole lines, and goes on.
+static void test_each_goes_on(void) {
+    Ran whole = SH("seq 1 300 >many; run endless.bin -q -n 9 -s 3 -i 'ab {}' --each many");
+    int cut = 0;
+    for (int round = 0; round < 12; round++) {
+        int number = round % 2 ? SIGINT : SIGKILL;
+        signalled("run endless.bin -q -n 9 -s 3 -i 'ab {}' --each many", -1, number, 60000, false);
+        Buffer part = slurp("stdout");
+        int n = lines(&part);
+        Ran rest = SH("run endless.bin -q -n 9 -s 3 -i 'ab {}' --each many --skip %d", n);
+        put(&part, rest.out.p, rest.out.n);
+        CHECK(equal(&part, &whole.out), "after signal %d and %d lines a job goes on", number, n);
+        cut += n < 300;
+    }
+    CHECK(cut > 3 && lines(&whole.out) == 300, "jobs were cut: %d", cut);
+}
+
 // The answer to each line is that of a run of its own with the seed that a sample would have, from
 // its first character that is no white space to the end of its line, however many run at once.
 static void test_each(void) {
     static const char *const texts[] = {"ab", "", "cad", "a bad cab", "d", "abc", "abd"};
-    static const char *const ways_[] = {"-t 0", "-t 0.8", "-t 2 --stop ab", "-t 2 --top-k 3"};
+    static const char *const ways_[] = {"-t 0", "-t 0.8", "-t 2 --stop ab", "-t 2 --top-k 3",
+                                       "-m chat -t 2", "-m chat -y be -t 0.8 --think"};
     static const int at_once[] = {1, 3, 16};
-    for (int way = 0; way < 4; way++) {
+    for (int way = 0; way < 6 && !cut_out(ways_[way]); way++) {
         Buffer own = {0}, file = {0}, quoted = bytes_of("", 0);
         for (uint64_t i = 0; i < 7; i++) {
             put_text(&file, text("%s\n", texts[i]));
             Ran r = SH("run endless.bin -q -n 20 %s -s %llu -i 'ab %s'", ways_[way],
                        (unsigned long long)(5 + i * 0x9E3779B97F4A7C15u), texts[i]);
-            const char *answer = (char *)r.out.p + 3 + strlen(texts[i]);
+            const char *answer = (char *)r.out.p + (way < 4 ? 3 + strlen(texts[i]) : 0);
             const char *shown = answer + strspn(answer, " \t\r\n");
             size_t n = (size_t)((char *)r.out.p + r.out.n - 1 - answer);
             const char *end = memchr(shown, '\n', (size_t)(answer + n - shown) + 1);
@@ -3369,6 +3423,7 @@ static void test_each(void) {
     refused(2, "need --each", "run endless.bin -i a --skip 3");
     refused(2, "both the prompt and the lines", "run endless.bin -f - --each -");
     refused(1, "cannot open none", "run endless.bin --each none");
+    test_each_goes_on();
 }
 #endif
 
@@ -3523,7 +3578,8 @@ static void test_reward(void) {
     float logit = row_of(logits, 4, m.c.vocab_size)[ROW];
     CHECK(fabs(reward - (double)logit) < 1e-4, "the reward is %g, not %g", reward, (double)logit);
     free_model(&m);
-    Ran r = ran("run endless.bin -i abc -n 9 -s 2 -k 4 -b -q --reward judge.bin");
+    Ran r = SH("run endless.bin -i abc -n 9 -s 2 -k 4 -b --reward judge.bin 2>a; "
+               "grep reward a >&2");
     const char *at = (char *)r.err.p;
     for (int i = 0; i < 4 && at; i++, at = strchr(at, '\n') + 1)
         if (sscanf(at, "sample %*d of 4: reward %lf", &reward) == 1 && reward > most)
