@@ -4448,7 +4448,55 @@ static void test_models(void) {
     test_tiny_families();
 }
 
-// ==== 17. export.py ==============================================================================
+// ==== 17. The README =============================================================================
+
+// Whether a command said what is shown, where a line of "..." stands for any number of lines.
+static bool is_shown(const char *said, const char *shown) {
+    for (size_t n; *shown; said += n, shown += n) {
+        n = strcspn(shown, "\n") + 1;
+        if (!strncmp(shown, "...\n", 4)) {
+            while (!is_shown(said, shown + n) && *said) said += strcspn(said, "\n") + 1;
+            return is_shown(said, shown + n);
+        }
+        if (strncmp(said, shown, n)) return false;
+    }
+    return !*said;
+}
+
+// Every block of README.md that is marked as sh works, and prints what the block of text behind it
+// shows.
+static void test_readme(void) {
+    static const char start_[] = "\n```sh\n", end_[] = "\n```\n", text_[] = "\n```text\n";
+    if (access(at_home("model.bin"), R_OK) || getenv("PATIENCE")) {
+        skip(1, "the commands of README.md, as that takes model.bin: make model.bin && make test");
+        return;
+    }
+    if (no_program()) return;
+    Buffer page = slurp(at_home("README.md"));
+    int words = 0, blocks = 0;
+    for (char *p = (char *)page.p; *p; p++) words += *p > ' ' && p[1] <= ' ';
+    CHECK(words > 1000 && words <= 3000, "it has %d words, at most 3000", words);
+    SH("mkdir readme; cd readme; ln -s '%s' run; for file in model.bin tokenizer.bin LICENSE; do "
+       "ln -s '%s'/$file $file; done", program(), home);
+    for (char *at = (char *)page.p, *end; (at = strstr(at, start_)) != NULL; at = end, blocks++) {
+        char *command = at + strlen(start_), *shown = NULL;
+        end = strstr(command, end_);
+        if (!end) break;
+        *end = 0, end += strlen(end_);
+        if (!strncmp(end, text_, strlen(text_))) {
+            shown = end + strlen(text_);
+            end = strstr(shown, end_) + 1;
+            *end++ = 0;
+        }
+        Ran r = SH("cd readme; exec 2>&1; %s", command);
+        CHECK(r.status == 0 && (!shown || is_shown((char *)r.out.p, shown)),
+              "README.md: %s\nprints, with status %d: %s", command, r.status, r.out.p);
+    }
+    CHECK(blocks > 12, "%d blocks of commands were run", blocks);
+    SH("rm -r readme");
+}
+
+// ==== 18. export.py ==============================================================================
 
 // A small model as a Hugging Face folder or a GGUF. A case changes C (config.json), W (tensors), F
 // (other files), A (arguments) or S (what is exported). It says "same" if the checkpoint is that of
@@ -5074,7 +5122,7 @@ int main(int argc, char **argv) {
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"commands", test_commands},
         {"decoders", test_decoders}, {"sessions", test_sessions}, {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
-        {"models", test_models}, {"exports", test_exports}};
+        {"models", test_models}, {"readme", test_readme}, {"exports", test_exports}};
     bool tiny = argc == 3 && !strcmp(argv[1], "--tiny");
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!getcwd(home, sizeof home) || (!tiny && !mkdtemp(folder)) || chdir(tiny ? argv[2] : folder))
