@@ -4492,7 +4492,7 @@ static void test_readme(void) {
         CHECK(r.status == 0 && (!shown || is_shown((char *)r.out.p, shown)),
               "README.md: %s\nprints, with status %d: %s", command, r.status, r.out.p);
     }
-    CHECK(blocks > 12, "%d blocks of commands were run", blocks);
+    CHECK(blocks > 9, "%d blocks of commands were run", blocks);
     SH("rm -r readme");
 }
 
