@@ -2921,7 +2921,7 @@ typedef struct {
     uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
 
-typedef struct Output {
+typedef struct {
     int fd;            // results stream there; -1: they are collected
     const char *path;  // of -o, or NULL
     char *memory;      // what was collected, or must not be sent yet
@@ -2933,8 +2933,7 @@ typedef struct Output {
     bool line;         // white space before the model's text is left out; it ends with its line
     const List *stops; // the model's text ends before the first of these; NULL: of none
     bool stopped;      // it did
-    size_t (*wrap)(struct Output *, size_t keep);  // breaks a terminal's lines; NULL: it may do so
-    int column;        // of what is in the memory, for it
+    int columns, column;  // text wider than so many is broken between words; where its line is
 } Output;
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
@@ -3027,9 +3026,13 @@ static void output_put(Output *out, const void *data, size_t n, size_t keep) {
 }
 static void output_write(Output *out, const void *data, size_t n) { output_put(out, data, n, 0); }
 
-// Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces.
+// Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces. A line
+// that is nearly full, with room for a long word, ends at the next space.
 static void output_byte(Output *out, char byte) {
     uint8_t c = (uint8_t)byte, last = out->n ? (uint8_t)out->memory[out->n - 1] : 0;
+    if (c == ' ' && out->columns && out->column > out->columns - 14) c = '\n';
+    out->column = c == '\n' ? 0 : out->column + (c >> 6 != 2) + (c >= 0xe3);  // which are wide
+    if (out->column > out->columns) out->column -= out->columns;
     bool control = (c < 32 && c != '\n' && c != '\t') || c == 127;
     if (out->terminal && control) output_put(out, "^", 1, SIZE_MAX);
     if (out->terminal && (control || (last == 0xc2 && c >> 5 == 4))) c = control ? c ^ 64 : 0xa0;
@@ -3082,7 +3085,6 @@ static void output_text(Output *out, Text text) {
             if (n <= own && end[n] && !memcmp(out->memory + out->n - n, end, n)) keep = n;
     for (size_t n = 1; n < 4 && n <= out->n; n++)  // 0xc0, 0xe0, 0xf0: the first byte of two, ...
         if ((uint8_t)out->memory[out->n - n] >= 256 - (128 >> n) && keep < n) keep = n;
-    if (out->wrap) keep = out->wrap(out, keep);
     output_put(out, NULL, 0, out->thinking && !out->terminal ? out->n - out->thought : keep);
 }
 
@@ -4222,46 +4224,23 @@ typedef struct {
 } Line;
 static struct { char **lines; int n; } line_history;
 
-// Columns that a character takes: 2 for the wide ones of East Asia and emoji, 0 for marks.
-static int line_width(uint32_t c) { return abs(wcwidth((wchar_t)c)); }  // -1: it is unknown
-
-// And those that a terminal has, if it tells.
-static int line_columns(int fd, int usual) {
+static int line_columns(int fd, int usual) {  // of a terminal, if it tells them
     struct winsize size;
     return ioctl(fd, TIOCGWINSZ, &size) || size.ws_col < 2 ? usual : size.ws_col;
-}
-
-// Breaks lines between words. Returns how many bytes of the memory must wait: the last word, which
-// may go on, with the blank before it, which is in out->column.
-static size_t line_wrap(Output *out, size_t keep) {
-    int column = out->column, most = line_columns(out->fd, INT_MAX);
-    size_t word = 0;
-    for (size_t i = 0, used; i < out->n - keep; i += used) {
-        uint32_t c = next_char(out->memory + i, out->n - keep - i, &used);
-        int width = c == '\033' ? 0 : c == '\n' ? -column : line_width(c);
-        if (c == '\033') used = 4;  // it dims
-        if (c == ' ' || c == '\n' || width > 1) word = i, out->column = column;
-        column += width;
-        if (column <= most) continue;
-        column = out->memory[word] == ' ' ? column - out->column - 1 : width;
-        if (out->memory[word] == ' ') out->memory[word] = '\n';  // else the terminal does it
-    }
-    return out->n - word;
 }
 
 // Shows the line: what was there goes, and rows are broken here, as terminals differ in that.
 static void line_draw(Line *e) {
     Output out = {.fd = 2, .terminal = true}, all = {.fd = -1};
-    char move[40];
     int row = 0, column = 0, cursor_row = 0, cursor_column = 0, most = line_columns(2, 80);
-    int n = snprintf(move, sizeof move, e->row ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
-    output_put(&out, move, (size_t)n, SIZE_MAX);
+    fprintf(stderr, e->row ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
     output_write(&all, e->prompt, strlen(e->prompt));
     output_write(&all, e->text.memory, e->text.n);
     output_write(&all, " ", 1);  // the cursor's place at the end
     for (size_t i = 0, used; i < all.n; i += used) {
         uint32_t c = next_char(all.memory + i, all.n - i, &used);
-        int width = c == '\n' ? 0 : c != '\t' && (c < 32 || c == 127) ? 2 : line_width(c);
+        int width = abs(wcwidth((wchar_t)c));  // 2 in East Asia, 0 for marks, -1: unknown
+        width = c == '\n' ? 0 : c != '\t' && (c < 32 || c == 127) ? 2 : width;
         bool full = column + width > most;
         if (full) output_put(&out, "\r\n", 2, SIZE_MAX), row++, column = 0;
         if (i == strlen(e->prompt) + e->at) cursor_row = row, cursor_column = column;
@@ -4270,10 +4249,9 @@ static void line_draw(Line *e) {
             output_byte(&out, *(c == '\t' ? " " : all.memory + i + k));
         if (c == '\n') output_put(&out, "\r\n", 2, SIZE_MAX), row++, column = 0;
     }
-    n = snprintf(move, sizeof move, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
-    output_put(&out, move, (size_t)n, SIZE_MAX);
-    n = snprintf(move, sizeof move, "\033[%dC", cursor_column);
-    output_put(&out, move, cursor_column ? (size_t)n : 0, 0);
+    output_put(&out, "\r", 1, 0);
+    if (row > cursor_row) fprintf(stderr, "\033[%dA", row - cursor_row);
+    if (cursor_column) fprintf(stderr, "\033[%dC", cursor_column);
     e->row = cursor_row;
     free(out.memory), free(all.memory);
 }
@@ -4454,6 +4432,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         push(&w->turns, start), push(&w->turns, last);
         d->budget = o->steps > 0 ? o->steps : w->ctx;
         d->n_new = d->out->column = 0;
+        d->out->columns = line_columns(w->out->fd, 0);
         w->told = false;
         output_begin(d->out, o, t, t->chat[USER_AFTER]);
         decoder_continue(w, d);
@@ -4480,7 +4459,6 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     Prompt message = {0}, asked = {0};
     machine_open(&w, &d, o, m, t, out);
     w.system = o->system;
-    out->wrap = out->terminal ? line_wrap : NULL;
     if (!setlocale(LC_CTYPE, "C.UTF-8")) setlocale(LC_CTYPE, "UTF-8");  // for wcwidth
     bool typed = isatty(0) && !o->quiet;
     if (typed) fprintf(stderr, "%s; /help lists the commands\n",
@@ -4692,26 +4670,25 @@ static const char explain_html[] =
     "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
     "<meta name=viewport content='width=device-width'><meta http-equiv=Content-Security-Policy\n"
     "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
-    "<style>:root{color-scheme:light dark;--a:188,89,0;--map:188,89,0}\n"
-    "@media(prefers-color-scheme:dark){:root{--map:255,150,50}}\n"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em}\n"
-    "#text{font:16px/2.1 monospace;overflow-wrap:anywhere} [aria-current=true]{outline:2px solid}\n"
-    "span{white-space:pre-wrap;cursor:pointer} .drawn{border-bottom:2px solid rgb(var(--a))}\n"
-    "main{display:flex;flex-wrap:wrap;gap:0 2em} main *{max-width:100%} #made{overflow-wrap:\n"
-    "anywhere} main div,canvas{width:26em;image-rendering:pixelated} canvas{outline:1px solid}\n"
-    "pre{white-space:pre-wrap;font-size:min(1em,2.9vw);line-height:1.3} i{margin:.3em;font-style:\n"
-    "normal} </style><h1>Watch it think</h1><p>Choose a token (arrow keys work, too) to see the\n"
-    "pass of the model that chose it. It read the tokens before; their shade is the attention it\n"
-    "paid to them. Underlined: generated.<div id=text tabindex=0></div>\n"
-    "<main><pre id=view aria-live=polite></pre><div><p><label>Attention of\n"
-    "<select id=heads onchange=choose(now)></select></label><p>&darr; chosen tokens, &rarr; those\n"
-    "looked at, shades:<span id=shades></span><p><canvas id=map role=img aria-label='Attention of\n"
-    "all'></canvas></div></main><p>Of the numbers from 0 to 1 one is drawn; each token kept has a\n"
-    "part of them, as large as it is likely. Positions turn pairs of numbers in queries and keys\n"
-    "like hands of clocks, fast and slow ones: their angles tell how far apart two tokens are.\n"
-    "The weights of a head add up to 1: one that looks for nothing in the text puts them on the\n"
-    "first token, so that it gets much (attention sinks, arXiv:2309.17453). Weights under 1% are\n"
-    "left out.<p id=made>\n<script>\n";
+    "<style>:root{color-scheme:light dark;--a:188,89,0;--map:var(--a)} small{margin:.3em}\n"
+    "@media(prefers-color-scheme:dark){:root{--map:255,150,50}} body{overflow-wrap:anywhere;\n"
+    "font:16px/1.5 system-ui,sans-serif;max-width:80em;margin:auto;padding:0 1em}\n"
+    "#text{font:16px/2.1 monospace} canvas{outline:1px solid} .drawn{border-bottom:2px solid\n"
+    "rgb(var(--a))} span{white-space:pre-wrap;cursor:pointer} [aria-current=true]{outline:2px\n"
+    "solid} main{display:flex;flex-wrap:wrap;gap:0 2em} main *{max-width:100%}\n"
+    "main div,canvas{width:26em;image-rendering:pixelated} pre{white-space:pre-wrap;\n"
+    "font-size:min(1em,2.9vw);line-height:1.3}</style><h1>Watch it think</h1><p>Choose a token\n"
+    "(arrow keys work, too) to see the pass of the model that chose it. It read the tokens\n"
+    "before; their shade is the attention it paid to them. Underlined: generated.\n"
+    "<div id=text tabindex=0></div><main><pre id=view aria-live=polite></pre><div>\n"
+    "<p><label>Attention of <select id=heads onchange=choose(now)></select></label><p>&darr;\n"
+    "chosen tokens, &rarr; those looked at, shades:<span id=shades></span><p><canvas id=map\n"
+    "role=img aria-label='Attention of all'></canvas></div></main><p>Of the numbers from 0 to 1\n"
+    "one is drawn; each token kept has a part of them, as large as it is likely. Positions turn\n"
+    "pairs of numbers in queries and keys like hands of clocks, fast and slow ones: their angles\n"
+    "tell how far apart two tokens are. The weights of a head add up to 1: one that looks for\n"
+    "nothing in the text puts them on the first token, so that it gets much (attention sinks,\n"
+    "arXiv:2309.17453). Weights under 1% are left out.<p id=made></p>\n<script>\n";
 static const char explain_script[] =
     "];\n"
     "const $ = id => document.getElementById(id), N = T.length;\n"
@@ -4748,7 +4725,7 @@ static const char explain_script[] =
     "  textContent: t.t.replaceAll('\\\\n', '\\\\n\\n') || ' ', onclick: () => choose(i),\n"
     "  className: t.given ? '' : 'drawn'})));\n"
     "for (const p of [1, 5, 20, 50, 100])\n"
-    "  $('shades').append(Object.assign(document.createElement('i'), {textContent: p + '%',\n"
+    "  $('shades').append(Object.assign(document.createElement('small'), {textContent: p + '%',\n"
     "    style: `border-bottom:.5em solid rgba(var(--map),${Math.sqrt(p / 100)})`}));\n"
     "$('made').textContent = made.map((word, i) => i && /[^\\w.\\/:=-]|^$/.test(word) ?\n"
     "  `'${word.replaceAll(\"'\", \"'\\\\''\")}'` : word).join(' ');\n"
@@ -4814,14 +4791,14 @@ static void explain_head(const Explain *e) {
 }
 
 static void explain(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    const char *no_color = getenv("NO_COLOR"), *term = getenv("TERM");
+    const char *none = getenv("NO_COLOR"), *term = getenv("TERM");
+    bool color = out->terminal && !o->trace && !(none && *none) && term && strcmp(term, "dumb");
     char *shown = NULL;
     size_t size = 0;
     if (o->layer >= m->c.n_layers || o->head >= m->c.n_heads)
         die("--layer goes to %d, --head to %d in %s", m->c.n_layers - 1, m->c.n_heads - 1, m->path);
-    Explain e = {.page = o->output && !o->trace, .f = open_memstream(&shown, &size),
-                 .color = out->terminal && !o->trace && !(no_color && *no_color) && term &&
-                          strcmp(term, "dumb")};
+    Explain e = {.page = o->output && !o->trace, .color = color};
+    e.f = open_memstream(&shown, &size);
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
@@ -5359,9 +5336,8 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
         dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
         deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
     output_write(out, report, (size_t)length);
-    if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (under 80: other "
-                           "programs, -j, -O3?; over 100: weights stay in the processor's cache); "
-                           "depth4096: %d\n", 100 * decode / limit, depth);
+    if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (under 80: other load,"
+        " -j, -O3? over 100: caches hold weights); depth4096: %d\n", 100 * decode / limit, depth);
     free(memory);
     cache_close(&kv);
 }

@@ -3276,6 +3276,31 @@ static void test_display(void) {
     dup2(errors, 2), close(errors), close(nowhere);
 }
 
+// A terminal's lines are broken between words, however the text comes in pieces.
+static void test_wrapping(void) {
+    static const struct { const char *text, *shown; } cases[] = {
+        {"one two three four", "one two\nthree four\n"}, {"a b\n\nc d", "a b\n\nc d\n"},
+        {"012345678901234567890 a bcdef g", "012345678901234567890 a bcdef\ng\n"},
+        {"caf\xc3\xa9 x\xc3\xa9 d", "caf\xc3\xa9 x\xc3\xa9\nd\n"},
+        {"\xe6\x97\xa5\xe6\x97\xa5 a \xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5 12345 a",
+         "\xe6\x97\xa5\xe6\x97\xa5 a \xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\n12345 a\n"}};
+    for (size_t i = 0; i < 20 * sizeof cases / sizeof *cases; i++) {
+        const char *s = cases[i / 20].text, *shown = cases[i / 20].shown;
+        Output out = {.fd = -1, .terminal = true, .columns = 20};
+        Tokenizer t = {0};
+        output_begin(&out, &(Options){0}, &t, (Text){"", 0});
+        for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
+            n = 1 + (size_t)below(i % 20 ? 9 : 1);
+            if (n > len - at) n = len - at;
+            output_text(&out, (Text){s + at, n});
+        }
+        output_end(&out);
+        CHECK(out.n == strlen(shown) && !memcmp(out.memory, shown, out.n),
+              "\"%s\" is shown as \"%.*s\", not \"%s\"", s, (int)out.n, out.memory, shown);
+        free(out.memory);
+    }
+}
+
 // Text that streams in pieces of random lengths ends before the first of some texts, and nothing of
 // that is ever sent. (A stop begins in another one, or over again, or in a thought, which is not
 // shown.)
@@ -3555,6 +3580,7 @@ static void test_decoders(void) {
     test_each();
 #endif
     test_display();
+    test_wrapping();
     test_stops();
     test_generate();
     test_full_contexts();
@@ -3920,48 +3946,6 @@ static void test_terminal(void) {
 #endif
 }
 
-#ifndef NO_CHAT
-// A terminal's lines are broken between words, however the text comes in pieces.
-static void test_wrapping(void) {
-    static const struct { const char *text, *shown; } cases[] = {
-        {"one two three four", "one two\nthree four\n"}, {"0123456789 a", "0123456789\na\n"},
-        {"a 01234567890123 b", "a\n01234567890123 b\n"}, {"aaaa bbb  c", "aaaa bbb \nc\n"},
-        {"caf\xc3\xa9 cr\xc3\xa8me \xe6\x97\xa5\xe6\x9c\xac", "caf\xc3\xa9 cr\xc3\xa8me\n"
-         "\xe6\x97\xa5\xe6\x9c\xac\n"}, {"a b\n\nc 0123456 d", "a b\n\nc 0123456\nd\n"},
-        {"\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5 abcdefgh i",
-         "\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\n"
-         "abcdefgh i\n"}, {"ab <think>cd efg</think> h", "ab \033[2mcd efg\033[0m\nh\n"}};
-    setlocale(LC_CTYPE, "C.UTF-8");
-    for (size_t i = 0; i < 20 * sizeof cases / sizeof *cases; i++) {
-        const char *s = cases[i / 20].text, *expected = cases[i / 20].shown;
-        int terminal = posix_openpt(O_RDWR | O_NOCTTY);
-        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) abort();
-        Output out = {.fd = open(ptsname(terminal), O_RDWR | O_NOCTTY), .terminal = true};
-        struct winsize size = {.ws_col = 10};
-        struct termios raw;
-        char shown[200];
-        Tokenizer t = {.chat_flags[USER_AFTER] = THOUGHTS};
-        tcgetattr(out.fd, &raw), cfmakeraw(&raw), tcsetattr(out.fd, TCSANOW, &raw);
-        ioctl(out.fd, TIOCSWINSZ, &size);
-        out.wrap = line_wrap;
-        output_begin(&out, &(Options){0}, &t, (Text){"", 0});
-        for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
-            n = 1 + (size_t)below(i % 20 ? 9 : 1);
-            if (n > len - at) n = len - at;
-            output_text(&out, (Text){s + at, n});
-        }
-        output_end(&out);
-        close(out.fd);
-        ssize_t n = 0;
-        for (ssize_t got; (got = read(terminal, shown + n, sizeof shown - (size_t)n)) > 0;)
-            n += got;
-        CHECK(n == (ssize_t)strlen(expected) && !memcmp(shown, expected, (size_t)n),
-              "\"%s\" is shown as \"%.*s\", not \"%s\"", s, (int)n, shown, expected);
-        close(terminal), free(out.memory);
-    }
-}
-#endif
-
 // The texts of a page's tokens, joined, of the prompt's and of those generated, and what they
 // decode to, without the first one if it is BOS.
 static Buffer page_tokens(const Tokenizer *t, const Buffer *page, Buffer texts[2]) {
@@ -4028,7 +4012,6 @@ static void test_explain(void) {
     test_terminal();
 #ifndef NO_CHAT
     test_editing();
-    test_wrapping();
 #endif
 #endif
 }
