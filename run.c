@@ -5336,8 +5336,8 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
         dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
         deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
     output_write(out, report, (size_t)length);
-    if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (under 80: other load,"
-        " -j, -O3? over 100: caches hold weights); depth4096: %d\n", 100 * decode / limit, depth);
+    if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (under 80: other load"
+        ", -j, -O3? over 100: caches hold weights); depth4096: %d\n", 100 * decode / limit, depth);
     free(memory);
     cache_close(&kv);
 }
