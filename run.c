@@ -31,6 +31,7 @@
 #include <fcntl.h>
 #include <float.h>
 #include <limits.h>
+#include <locale.h>
 #include <math.h>
 #include <poll.h>
 #include <pthread.h>
@@ -2881,6 +2882,7 @@ typedef struct {
     unsigned long long seed;
     bool quiet, receipt, best, think, trace, quote, help, version;
     Text input, lines; // not options: the text of -i or -f, and of --each
+    char **words;      // of the command line
     double started;    // nor this: when the program was
     uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
@@ -2897,12 +2899,14 @@ typedef struct {
     bool line;         // white space before the model's text is left out; it ends with its line
     const List *stops; // the model's text ends before the first of these; NULL: of none
     bool stopped;      // it did
+    int columns, column;  // text wider than so many is broken between words; where its line is
 } Output;
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
 static volatile sig_atomic_t interrupted;  // by a signal; a second one ends the program
 static volatile sig_atomic_t idle = 1;     // nothing is under way: the first one does
 static volatile sig_atomic_t dimmed;       // a terminal that writes dimmed text: set back at exit
+static volatile sig_atomic_t progress;     // a terminal shows how far the work is: cleared at exit
 static volatile pid_t running_tool;        // ends with the program
 static bool unfinished;                    // a part of the work could not be done: status 1
 
@@ -2924,6 +2928,7 @@ static void output_leave(void) {
     terminal_set(false);
     if (running_tool > 0) kill(-running_tool, SIGKILL);
     if (dimmed && write(dimmed, "\033[0m", 4) < 0) {}
+    if (progress && write(2, "\r\033[K", 4) < 0) {}
 }
 
 static bool output_send(int fd, const char *p, size_t n) {  // all of it, or errno says why not
@@ -3003,9 +3008,13 @@ void output_print(Output *out, const char *format, ...) {
     free(s);
 }
 
-// Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces.
+// Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces. A line
+// that is nearly full, with room for a long word, ends at the next space.
 static void output_byte(Output *out, char byte) {
     uint8_t c = (uint8_t)byte, last = out->n ? (uint8_t)out->memory[out->n - 1] : 0;
+    if (c == ' ' && out->columns && out->column > out->columns - 14) c = '\n';
+    out->column = c == '\n' ? 0 : out->column + (c >> 6 != 2) + (c >= 0xe3);  // which are wide
+    if (out->column > out->columns) out->column -= out->columns;
     bool control = (c < 32 && c != '\n' && c != '\t') || c == 127;
     if (out->terminal && control) output_put(out, "^", 1, SIZE_MAX);
     if (out->terminal && (control || (last == 0xc2 && c >> 5 == 4))) c = control ? c ^ 64 : 0xa0;
@@ -3019,12 +3028,15 @@ static bool text_ends(const char *s, size_t n, const char *end) {
     size_t len = strlen(end);
     return n >= len && !memcmp(s + n - len, end, len);
 }
+static void output_dim(Output *out, bool dim) {
+    if (out->terminal) output_put(out, dim ? "\033[2m" : "\033[0m", 4, SIZE_MAX);
+    if (out->terminal && out->fd >= 0) dimmed = dim ? out->fd : 0;
+}
 // Begins a thought, or ends it, at a tag, which takes the memory's last bytes.
 static void output_think(Output *out, size_t tag) {
     out->thinking = !out->thinking;
     out->thought = out->n = out->thinking || out->terminal ? out->n - tag : out->thought;
-    if (out->terminal) output_put(out, out->thinking ? "\033[2m" : "\033[0m", 4, SIZE_MAX);
-    if (out->terminal && out->fd >= 0) dimmed = out->thinking ? out->fd : 0;
+    output_dim(out, out->thinking);
 }
 
 // How much the model's own text ends with of the beginning of something.
@@ -3145,12 +3157,14 @@ static Text input_fill(const Tokenizer *t, Text prompt, const char *suffix) {
     return all;
 }
 
-// A line on the terminal's stderr: how much of the input is done, how fast, and the time left.
-static void progress_show(const Options *o, double part) {
-    double took = seconds() - o->started, bytes = part * (double)o->input.len;
+// A line on the terminal's stderr: what part of so many bytes or tokens is done, how fast, and the
+// time left.
+static void progress_show(const Options *o, double began, double part, double n, const char *what) {
+    double took = seconds() - began;
     if (o->quiet || !isatty(2)) return;
-    if (part < 1) fprintf(stderr, "\r%3.0f%%  %.0f bytes/s  %.0f s left  ", 100 * part,
-                          bytes / took, took / part - took);
+    progress = part < 1;
+    if (progress) fprintf(stderr, "\r%3.0f%%  %.0f %s/s  %.0f s left  ", 100 * part,
+                          part * n / took, what, took / part - took);
     else fprintf(stderr, "\r%50s\r", "");
 }
 
@@ -3613,6 +3627,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
 // what decoders share; its first decoder's text is the session's. Calls: forward, sample.
 
 enum { MAX_SAMPLES = 256, MAX_DRAFT = 15 };  // texts; guesses at the next tokens of one
+enum { LONG_PROMPT = 1000 };  // while more tokens are read, a terminal is told
 
 // A text in progress: its tokens, its place in the cache, its sampler.
 typedef struct {
@@ -3736,8 +3751,13 @@ static void decoder_settle(Machine *w, Decoder *d, int but) {
             fputs("\n(the context is full: its beginning and its newest half stay)\n", stderr);
         w->shifted = true;
     }
-    int end = (int)d->c.ids.n - but;
-    prefill(w->m, &w->kv, d->seq, d->c.ids.ids, d->c.done, end);
+    int end = (int)d->c.ids.n - but, n = end - d->c.done;
+    double began = seconds();
+    for (int at = d->c.done, to; at < end; at = to) {
+        to = (int)fmin(at + MAX_BATCH, end);
+        prefill(w->m, &w->kv, d->seq, d->c.ids.ids, at, to);
+        if (n > LONG_PROMPT) progress_show(w->o, began, 1 - (double)(end - to) / n, n, "tokens");
+    }
     if (d->c.done < end && !interrupted) d->c.done = end;
 }
 
@@ -3816,7 +3836,8 @@ static bool tool_use(Machine *w, Decoder *d) {
     w->told |= turn;
     encode(w->t, (Text){p.s, p.n}, p.typed, false, &d->c.ids);
     prompt_free(&p);
-    for (int i = 0; i < 3; i++) output_text(d->out, said[i]);
+    for (int i = 0; i < 3; i++)
+        output_dim(d->out, i == 1 || d->out->thinking), output_text(d->out, said[i]);
     return true;
 }
 #else
@@ -4023,6 +4044,7 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
     for (size_t i = before; i < ids->n && t->llama2c; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
+    if (n_prompt > LONG_PROMPT && d.budget > 0) decoder_settle(&w, &d, 1);  // says how far it is
     if (!t->llama2c && !o->suffix) output_text(d.out, o->input);
     Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
     output_begin(d.out, o, t, (Text){text.memory, text.n});
@@ -4063,6 +4085,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, reward, *best = all;
     Member *end = all + 1 + o->others.n, *judges = o->reward ? &reward : all;
     int n_judges = o->reward ? 1 : 1 + o->others.n;
+    Output told = {.fd = 2, .terminal = isatty(2)};
     double highest = -INFINITY;
     if (o->reward) reward_open(o, &reward);
     for (Member *e = all + 1; e < end; e++) member_open(e, o->others.of[e - all - 1]);
@@ -4085,6 +4108,11 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     }
     if (!interrupted && !o->quiet) fprintf(stderr, "the best answer is %s's\n", best->m.path);
     if (!interrupted) output_text(out, (Text){best->answer.memory, best->answer.n});
+    for (Member *e = all; e < end; e++) {
+        Text lost = {e->answer.memory, e == best || interrupted || o->quiet ? 0 : e->answer.n};
+        if (lost.len) fputs("not chosen: ", stderr), output_text(&told, lost);
+    }
+    free(told.memory);
     if (o->reward) member_close(&reward);
     for (Member *e = all + 1; e < end; e++) member_close(e);
     free(all->answer.memory);
@@ -4166,7 +4194,7 @@ static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked
     rest += strspn(rest, " \t");
     bool save = !strcmp(line, "/save"), undo = !strcmp(line, "/undo");
     bool again = !strcmp(line, "/again");
-    bool system = !strcmp(line, "/system") && w->t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM;
+    bool system = !strcmp(line, "/system"), place = w->t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM;
     if (!strcmp(line, "/exit") || !strcmp(line, "/bye")) return false;
     if (*rest && (save || !strcmp(line, "/load"))) chat_file(w, d, save, rest);
     else if (!strcmp(line, "/stats"))
@@ -4174,6 +4202,7 @@ static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked
                 d->c.ids.n, w->ctx, (double)w->kv.page_bytes * d->c.done / PAGE_POSITIONS / 1e6,
                 w->rate);
     else if ((undo || again) && !w->turns.n) chat_wrong("there is no turn to take back");
+    else if (system && !place) chat_wrong("%s has no place for a system turn", w->t->path);
     else if (undo || again || system || !strcmp(line, "/clear")) {
         chat_undo(w, d, !undo && !again);
         if (system) snprintf(system_turn, sizeof system_turn, "%s", rest);
@@ -4189,8 +4218,7 @@ static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked
 
 // Lines at a terminal, with the keys that shells have: arrows, Home, End, Ctrl-A E B F K U W L D P
 // N, and a history. What is pasted comes as one line, with its line breaks.
-enum { KEY_UP = 'A' + 256, KEY_DOWN, KEY_RIGHT, KEY_LEFT, KEY_END = 'F' + 256, KEY_HOME = 'H' + 256,
-       KEY_DELETE = 512 + 3, KEY_PASTE = 512 + 200, KEY_PASTED, NO_KEY = -1 };
+enum { KEY_DELETE = 256 + 3, KEY_PASTE = 256 + 200, KEY_PASTED, NO_KEY = -1 };
 typedef struct {
     const char *prompt;
     Output text;        // the line
@@ -4199,54 +4227,42 @@ typedef struct {
 } Line;
 static struct { char **lines; int n; } line_history;
 
-// Columns that a character takes: 2 for the wide ones of East Asia and emoji, 0 for marks.
-static int line_width(uint32_t c) {
-    static const uint32_t ranges[][3] = {
-        {0x300, 0x36f, 0}, {0x1100, 0x115f, 2}, {0x200b, 0x200f, 0}, {0x20d0, 0x20ff, 0},
-        {0x2e80, 0xa4cf, 2}, {0xac00, 0xd7a3, 2}, {0xf900, 0xfaff, 2}, {0xfe00, 0xfe0f, 0},
-        {0xfe30, 0xfe6f, 2}, {0xff00, 0xff60, 2}, {0xffe0, 0xffe6, 2}, {0x1f300, 0x1faff, 2},
-        {0x20000, 0x3fffd, 2}};
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-        if (c >= ranges[i][0] && c <= ranges[i][1]) return (int)ranges[i][2];
-    return 1;
+static int line_columns(int fd, int usual) {  // of a terminal, if it tells them
+    struct winsize size;
+    return ioctl(fd, TIOCGWINSZ, &size) || size.ws_col < 2 ? usual : size.ws_col;
 }
 
 // Shows the line: what was there goes, and rows are broken here, as terminals differ in that.
 static void line_draw(Line *e) {
-    struct winsize size = {.ws_col = 80};
-    Output out = {.fd = 2, .terminal = true};
-    char move[40];
-    int row = 0, column = 0, cursor_row = 0, cursor_column = 0;
-    if (ioctl(2, TIOCGWINSZ, &size) || size.ws_col < 2) size.ws_col = 80;
-    int n = snprintf(move, sizeof move, e->row ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
-    output_put(&out, move, (size_t)n, SIZE_MAX);
-    size_t head = strlen(e->prompt), end = head + e->text.n;
-    for (size_t i = 0, used = 1; i <= end; i += used) {
-        const char *s = i < head ? e->prompt + i : e->text.memory + (i - head);
-        uint32_t c = i < end ? next_char(s, (i < head ? head : end) - i, &used) : ' ';
-        int width = c == '\n' ? 0 : c != '\t' && (c < 32 || c == 127) ? 2 : line_width(c);
-        if (column + width > size.ws_col) {
-            output_put(&out, "\r\n", 2, SIZE_MAX);
-            row++, column = 0;
-        }
-        if (i == head + e->at) cursor_row = row, cursor_column = column;
+    Output out = {.fd = 2, .terminal = true}, all = {.fd = -1};
+    int row = 0, column = 0, cursor_row = 0, cursor_column = 0, most = line_columns(2, 80);
+    fprintf(stderr, e->row ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
+    output_write(&all, e->prompt, strlen(e->prompt));
+    output_write(&all, e->text.memory, e->text.n);
+    output_write(&all, " ", 1);  // the cursor's place at the end
+    for (size_t i = 0, used; i < all.n; i += used) {
+        uint32_t c = next_char(all.memory + i, all.n - i, &used);
+        int width = abs(wcwidth((wchar_t)c));  // 2 in East Asia, 0 for marks, -1: unknown
+        width = c == '\n' ? 0 : c != '\t' && (c < 32 || c == 127) ? 2 : width;
+        bool full = column + width > most;
+        if (full) output_put(&out, "\r\n", 2, SIZE_MAX), row++, column = 0;
+        if (i == strlen(e->prompt) + e->at) cursor_row = row, cursor_column = column;
         column += width;
-        for (size_t k = 0; k < used && i < end && c != '\n'; k++)
-            output_byte(&out, *(c == '\t' ? " " : s + k));
-        if (c != '\n') continue;
-        output_put(&out, "\r\n", 2, SIZE_MAX);
-        row++, column = 0;
+        for (size_t k = 0; k < used && c != '\n'; k++)
+            output_byte(&out, *(c == '\t' ? " " : all.memory + i + k));
+        if (c == '\n') output_put(&out, "\r\n", 2, SIZE_MAX), row++, column = 0;
     }
-    n = snprintf(move, sizeof move, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
-    output_put(&out, move, (size_t)n, SIZE_MAX);
-    n = snprintf(move, sizeof move, "\033[%dC", cursor_column);
-    output_put(&out, move, cursor_column ? (size_t)n : 0, 0);
+    output_put(&out, "\r", 1, 0);
+    if (row > cursor_row) fprintf(stderr, "\033[%dA", row - cursor_row);
+    if (cursor_column) fprintf(stderr, "\033[%dC", cursor_column);
     e->row = cursor_row;
-    free(out.memory);
+    free(out.memory), free(all.memory);
 }
 
-// The next key: a byte, or one of those above; NO_KEY: the end, or errno is EINTR.
+// The next key: a byte, or one of those above; NO_KEY: the end, or errno is EINTR. Arrows, Home and
+// End are Ctrl-P N F B, A and E.
 static int line_key(void) {
+    static const char codes[] = "ABCDFH", keys[] = "\x10\x0e\x06\x02\x05\x01";
     uint8_t c = 0;
     int number = 0, sequence = 0;
     errno = 0;
@@ -4255,9 +4271,9 @@ static int line_key(void) {
         if (!sequence) sequence = c == 27;
         else if (sequence == 1) sequence = c == '[' || c == 'O' ? 2 : 0;
         else if (c >= '0' && c <= '9' && number < 1000) number = 10 * number + c - '0';
-        else if (c == '~') return number == 1 || number == 7   ? KEY_HOME
-                                  : number == 4 || number == 8 ? KEY_END : 512 + number;
-        else if (c >= '@') return 256 + c;
+        else if (c == '~') return number == 1 || number == 7 ? 1
+                                  : number == 4 || number == 8 ? 5 : 256 + number;
+        else if (c >= '@') return strchr(codes, c) ? keys[strchr(codes, c) - codes] : 256;
     } while (sequence);
     return c;
 }
@@ -4292,13 +4308,13 @@ static bool line_press(Line *e, int key, int *shown, bool *pasting) {
     else if (key == 23) line_replace(e, word, e->at - word, "", 0);             // Ctrl-W
     else if (key == 21) line_replace(e, 0, e->at, "", 0);                       // Ctrl-U
     else if (key == 11) line_replace(e, e->at, e->text.n - e->at, "", 0);       // Ctrl-K
-    else if (key == 1 || key == KEY_HOME) e->at = 0;
-    else if (key == 5 || key == KEY_END) e->at = e->text.n;
-    else if (key == 2 || key == KEY_LEFT) e->at = left;
-    else if (key == 6 || key == KEY_RIGHT) e->at = right;
+    else if (key == 1) e->at = 0;
+    else if (key == 5) e->at = e->text.n;
+    else if (key == 2) e->at = left;
+    else if (key == 6) e->at = right;
     else if (key == 12) e->row = write(2, "\033[H\033[2J", 7) < 0;              // Ctrl-L
-    else if ((key == 16 || key == KEY_UP) && *shown > 0) old = line_history.lines[--*shown];
-    else if ((key == 14 || key == KEY_DOWN) && *shown < line_history.n)
+    else if (key == 16 && *shown > 0) old = line_history.lines[--*shown];
+    else if (key == 14 && *shown < line_history.n)
         old = ++*shown < line_history.n ? line_history.lines[*shown] : "";
     else if (key < 256 && (key >= 32 || key == '\t' || *pasting))
         line_replace(e, e->at, 0, &c, 1);
@@ -4417,7 +4433,8 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         if (!start) d->c.keep = prompt_keep(&p, t, head_end);
         push(&w->turns, start), push(&w->turns, last);
         d->budget = o->steps > 0 ? o->steps : w->ctx;
-        d->n_new = 0;
+        d->n_new = d->out->column = 0;
+        d->out->columns = line_columns(w->out->fd, 0);
         w->told = false;
         output_begin(d->out, o, t, t->chat[USER_AFTER]);
         decoder_continue(w, d);
@@ -4439,8 +4456,9 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     Prompt message = {0}, asked = {0};
     machine_open(&w, &d, o, m, t, out);
     w.system = o->system;
+    if (!setlocale(LC_CTYPE, "C.UTF-8")) setlocale(LC_CTYPE, "UTF-8");  // for wcwidth
     bool typed = isatty(0) && !o->quiet;
-    if (typed) fprintf(stderr, "%s; /help lists what else can be typed\n",
+    if (typed) fprintf(stderr, "%s; /help lists the commands\n",
                        m->header ? m->header->name : m->path);
     if (d.c.ids.n && o->system && !o->quiet && !(flags & SYSTEM_LAST))
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
@@ -4479,11 +4497,9 @@ typedef struct {
     Candidate lens[MAX_LAYERS];  // the likeliest token if a layer were the last
 } Explain;
 
-// Writes a token as it is stored; control tokens have a text here. Escapes stand for the bytes of
-// what a terminal would obey or hide, and of what cannot stand in a string of the page's script.
-static void explain_put(const Explain *e, int id) {
-    const Tokenizer *t = e->w.t;
-    Text text = id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0};
+// Writes text. Escapes stand for the bytes of what a terminal would obey or hide, or what cannot be
+// in a string of the page's script.
+static void explain_put(const Explain *e, Text text) {
     const char *slash = e->page ? "\\\\" : "\\";
     for (size_t used; text.len; text.s += used, text.len -= used) {
         uint32_t c = next_char(text.s, text.len, &used);
@@ -4496,6 +4512,11 @@ static void explain_put(const Explain *e, int id) {
         else if (e->page && c < 128 && strchr("\"$<\\`", (int)c)) fprintf(e->f, "\\x%02x", c);
         else if (shown) fwrite(text.s, 1, used, e->f);
     }
+}
+// Writes a token as it is stored; control tokens have a text here.
+static void explain_token(const Explain *e, int id) {
+    const Tokenizer *t = e->w.t;
+    explain_put(e, id < t->h.vocab_size ? t->tokens[id].text : (Text){"", 0});
 }
 
 // A row of weights for the page: C to Z are 3 to 26 times a 26th of a weight's root. Those under 1%
@@ -4580,9 +4601,10 @@ static void explain_trace(void *context, const Pass *f, const char *stage) {
 
 // A line's end: how likely a token is, or what part of the attention it gets.
 static void explain_bar(const Explain *e, float part, int id) {
-    fprintf(e->f, " %5.1f%% %-30.*s \"", (double)part * 100, (int)((double)part * 30 + 0.5),
-            "##############################");
-    explain_put(e, id);
+    int width = e->page ? 12 : 30;  // a phone is narrow
+    fprintf(e->f, " %5.1f%% %-*.*s \"", (double)part * 100, width,
+            (int)((double)part * width + 0.5), "##############################");
+    explain_token(e, id);
     fputs("\"\n", e->f);
 }
 // The likeliest tokens (each is taken out of s.p), the chosen one, and why it was.
@@ -4608,7 +4630,7 @@ static void explain_choice(const Explain *e, int chosen, bool given) {
     else fprintf(e->f, "> the number %.4f was drawn; its part is %.4f to %.4f of the %d kept\n",
                  (double)s->coin, (double)(from / sum), (double)((from + p) / sum), n);
 }
-// Where the pass was, what got most attention (taken out of the mean), where the answer changed.
+// Where the pass was, what got most attention (taken out of the mean), what layers would answer.
 static void explain_inside(const Explain *e) {
     const Model *m = e->w.m;
     const float *freqs = vec(&m->rope_freqs), pos = (float)(e->n - 1);
@@ -4621,10 +4643,12 @@ static void explain_inside(const Explain *e) {
         explain_bar(e, e->mean[at], e->d.c.ids.ids[at]);
         e->mean[at] = -1;
     }
-    for (int l = 0; l < m->c.n_layers; l++) {
-        if (l && e->lens[l].token == e->lens[l - 1].token) continue;
-        fprintf(e->f, "answer of layer %3d", l);
-        explain_bar(e, e->lens[l].p, e->lens[l].token);
+    for (int l = 0, next = 0, n; l < m->c.n_layers; l = next) {
+        while (next < m->c.n_layers && e->lens[next].token == e->lens[l].token) next++;
+        if (next == l + 1) n = fprintf(e->f, "layer %d:", l);
+        else n = fprintf(e->f, "layers %d %s %d:", l, next == l + 2 ? "and" : "to", next - 1);
+        fprintf(e->f, "%*s", 19 - n, "");
+        explain_bar(e, e->lens[next - 1].p, e->lens[l].token);
     }
 }
 // The text; where there are colours, each token as red as it gets attention.
@@ -4634,7 +4658,7 @@ static void explain_text(const Explain *e) {
     for (int i = first; i < e->n; i++) {
         int shade = 16 + 36 * (int)(5.99f * sqrtf(e->mean[i]));  // of the 256 colours
         if (e->color) fprintf(e->f, "\033[48;5;%d;38;5;231m", shade);
-        explain_put(e, e->d.c.ids.ids[i]);
+        explain_token(e, e->d.c.ids.ids[i]);
     }
     fputs(e->color ? "\033[0m\n" : "\n", e->f);
 }
@@ -4644,18 +4668,25 @@ static const char explain_html[] =
     "<!doctype html><html lang=en><meta charset=utf-8><title>Watch it think</title>\n"
     "<meta name=viewport content='width=device-width'><meta http-equiv=Content-Security-Policy\n"
     "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
-    "<style>:root{color-scheme:light dark;--a:188,89,0} canvas{image-rendering:pixelated}\n"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:auto;padding:0 1em}\n"
-    "#text{font:16px/2.1 monospace;overflow-wrap:anywhere} [aria-current=true]{outline:2px solid}\n"
-    "span{white-space:pre-wrap;cursor:pointer} .drawn{border-bottom:2px solid rgb(var(--a))}\n"
-    "main{display:flex;flex-wrap:wrap;gap:0 2em} main *{max-width:100%} canvas{width:26em}\n"
-    "pre{overflow:auto;line-height:1.3}</style><h1>Watch it think</h1><p>Choose a token (arrow\n"
-    "keys work, too) to see the pass of the model that chose it. It read the tokens before; their\n"
-    "shade is the attention it paid to them. Underlined: generated.<div id=text tabindex=0></div>\n"
-    "<main><pre id=view aria-live=polite></pre><div><label>Attention of\n"
-    "<select id=heads onchange=choose(now)></select></label><p>Each row is a token, each column\n"
-    "one before.</p><canvas id=map role=img aria-label='Attention of all'></canvas></div></main>\n"
-    "<p>Weights under 1% are left out. Sampled with ";
+    "<style>:root{color-scheme:light dark;--a:188,89,0;--map:var(--a)} small{margin:.3em}\n"
+    "@media(prefers-color-scheme:dark){:root{--map:255,150,50}} body{overflow-wrap:anywhere;\n"
+    "font:16px/1.5 system-ui,sans-serif;max-width:80em;margin:auto;padding:0 1em}\n"
+    "#text{font:16px/2.1 monospace} canvas{outline:1px solid} .drawn{border-bottom:2px solid\n"
+    "rgb(var(--a))} span{white-space:pre-wrap;cursor:pointer} [aria-current=true]{outline:2px\n"
+    "solid} main{display:flex;flex-wrap:wrap;gap:0 2em} main *{max-width:100%}\n"
+    "main div,canvas{width:26em;image-rendering:pixelated} pre{white-space:pre-wrap;\n"
+    "font-size:min(1em,2.9vw);line-height:1.3}</style><h1>Watch it think</h1><p>Choose a token\n"
+    "(arrow keys work, too) to see the pass of the model that chose it. It read the tokens\n"
+    "before; their shade is the attention it paid to them. Underlined: generated.\n"
+    "<div id=text tabindex=0></div><main><pre id=view aria-live=polite></pre><div>\n"
+    "<p><label>Attention of <select id=heads onchange=choose(now)></select></label><p>&darr;\n"
+    "chosen tokens, &rarr; those looked at, shades:<span id=shades></span><p><canvas id=map\n"
+    "role=img aria-label='Attention of all'></canvas></div></main><p>Of the numbers from 0 to 1\n"
+    "one is drawn; each token kept has a part of them, as large as it is likely. Positions turn\n"
+    "pairs of numbers in queries and keys like hands of clocks, fast and slow ones: their angles\n"
+    "tell how far apart two tokens are. The weights of a head add up to 1: one that looks for\n"
+    "nothing in the text puts them on the first token, so that it gets much (attention sinks,\n"
+    "arXiv:2309.17453). Weights under 1% are left out.<p id=made></p>\n<script>\n";
 static const char explain_script[] =
     "];\n"
     "const $ = id => document.getElementById(id), N = T.length;\n"
@@ -4676,7 +4707,8 @@ static const char explain_script[] =
     "    span.style.background = w[j] ? `rgba(var(--a),${Math.sqrt(w[j])})` : '';\n"
     "  });\n"
     "  $('view').textContent = T[now].view;\n"
-    "  $('map').width = $('map').height = N, map.fillStyle = 'rgb(188,89,0)';\n"
+    "  $('map').width = $('map').height = N;\n"
+    "  map.fillStyle = `rgb(${getComputedStyle(document.body).getPropertyValue('--map')})`;\n"
     "  const dot = (w, x, y, n) => { map.globalAlpha = Math.sqrt(w), map.fillRect(x, y, n, 1); };\n"
     "  T.forEach((t, i) => weights(i).forEach((w, j) => dot(w, j, i, 1)));\n"
     "  dot(.1, 0, now, N);\n"
@@ -4690,6 +4722,11 @@ static const char explain_script[] =
     "T.forEach((t, i) => $('text').append(Object.assign(document.createElement('span'), {\n"
     "  textContent: t.t.replaceAll('\\\\n', '\\\\n\\n') || ' ', onclick: () => choose(i),\n"
     "  className: t.given ? '' : 'drawn'})));\n"
+    "for (const p of [1, 5, 20, 50, 100])\n"
+    "  $('shades').append(Object.assign(document.createElement('small'), {textContent: p + '%',\n"
+    "    style: `border-bottom:.5em solid rgba(var(--map),${Math.sqrt(p / 100)})`}));\n"
+    "$('made').textContent = made.map((word, i) => i && /[^\\w.\\/:=-]|^$/.test(word) ?\n"
+    "  `'${word.replaceAll(\"'\", \"'\\\\''\")}'` : word).join(' ');\n"
     "$('text').onkeydown = e => choose(now + ({ArrowLeft: -1, ArrowRight: 1}[e.key] || 0));\n"
     "$('map').onclick = e => choose(Math.floor(e.offsetY / $('map').clientHeight * N));\n"
     "(onhashchange = () => choose(location.hash ? +location.hash.slice(3) : N - 1))();\n"
@@ -4698,7 +4735,7 @@ static const char explain_script[] =
 // Ends the page's item of a token, which what the pass that chose it has shown began.
 static void explain_item(const Explain *e, int id, bool given) {
     fputs("`,t:\"", e->f);
-    explain_put(e, id);
+    explain_token(e, id);
     fprintf(e->f, "\",id:%d,given:%d},\n", id, given);
 }
 
@@ -4717,8 +4754,8 @@ static bool explain_pass(Explain *e) {
     if (given || s->temperature == 0) softmax(s->p, s->vocab_size);
     if (e->page) explain_weights(e, e->mean), fputs("\",view:`", e->f);
     else if (!trace) {
-        fprintf(e->f, "\n== position %d: \"", n);
-        explain_put(e, next);
+        fprintf(e->f, "\n== position %d, \"", n - 1);
+        explain_token(e, last), fputs("\": next comes \"", e->f), explain_token(e, next);
         fputs("\" ==\n", e->f);
         explain_text(e);
     }
@@ -4731,18 +4768,38 @@ static bool explain_pass(Explain *e) {
     return !is_stop(e->w.t, next) && !e->d.own.stopped;
 }
 
+// What was run, and with which model and settings; for a page the command, too, quoted for a shell.
+static void explain_head(const Explain *e) {
+    const Model *m = e->w.m;
+    const Sampler *s = &e->d.s;
+    const char *name = m->header ? m->header->name : m->path;
+    if (e->page) fprintf(e->f, "%sconst layers = %d, heads = %d, made = [\"", explain_html,
+                         m->c.n_layers, m->c.n_heads);
+    explain_put(e, (Text){name, strlen(name)});
+    fprintf(e->f, ", seed %llu: temperature %g, top-p %g, top-k %d, min-p %g, repetition penalty "
+            "%g%s", e->d.seed, (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p,
+            (double)s->repeat_penalty, e->page ? ". Command:" : "");
+    for (char **word = e->w.o->words; e->page && word && *word; word++) {
+        fputs("\", \"", e->f);
+        explain_put(e, (Text){*word, strlen(*word)});
+    }
+    fputs(e->page ? "\"], T = [\n{a:\"\",view:`The text's start." : "\n", e->f);
+    if (e->page) explain_item(e, e->d.c.ids.ids[0], true);  // no pass has chosen the first token
+    if (e->color) fputs("(the redder a token of the text, the more attention it gets)\n", e->f);
+}
+
 static void explain(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    const char *no_color = getenv("NO_COLOR");
+    const char *none = getenv("NO_COLOR"), *term = getenv("TERM");
+    bool color = out->terminal && !o->trace && !(none && *none) && term && strcmp(term, "dumb");
     char *shown = NULL;
     size_t size = 0;
     if (o->layer >= m->c.n_layers || o->head >= m->c.n_heads)
         die("--layer goes to %d, --head to %d in %s", m->c.n_layers - 1, m->c.n_heads - 1, m->path);
-    Explain e = {.page = o->output && !o->trace, .f = open_memstream(&shown, &size),
-                 .color = out->terminal && !(no_color && *no_color)};
+    Explain e = {.page = o->output && !o->trace, .color = color};
+    e.f = open_memstream(&shown, &size);
     if (!e.f) die("out of memory");
     machine_open(&e.w, &e.d, o, m, t, out);
     const Ids *ids = &e.d.c.ids;
-    const Sampler *s = &e.d.s;
     long long budget = start_text(o, m, t, o->input, &e.d.c.ids);
     output_begin(&e.d.own, o, t, (Text){"", 0});
     int n_prompt = (int)ids->n, ctx = e.w.ctx, end = (int)fmin(ctx, n_prompt - 1 + (double)budget);
@@ -4750,13 +4807,7 @@ static void explain(const Options *o, const Model *m, const Tokenizer *t, Output
     e.mean = zeros((size_t)ctx, sizeof(float));
     get_state(&e.w.kv, 2);  // of the pass, and of the lens
     prefill(m, &e.w.kv, 0, ids->ids, 0, e.n - 1);
-    fprintf(e.f, "%stemperature %g, top-p %g, top-k %d, min-p %g\n", e.page ? explain_html : "",
-            (double)s->temperature, (double)s->top_p, s->top_k, (double)s->min_p);
-    if (e.page) {
-        fprintf(e.f, "<script>\nconst layers = %d, heads = %d, T = ", m->c.n_layers, m->c.n_heads);
-        fputs("[\n{a:\"\",view:`The text's start.", e.f);  // no pass has chosen the first token
-        explain_item(&e, ids->ids[0], true);
-    }
+    explain_head(&e);
     void (*usual)(const Pass *) = attention;
     attention = attention_plain, watch = o->trace ? explain_trace : explain_watch, watcher = &e;
     for (bool more = true; more; e.n += more) {
@@ -4838,7 +4889,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
         for (int i = scored - from; o->logprobs >= 0 && i < g.end; i++)
             if ((logits = given_logits(&g, i)))
                 output_logprob(out, o, t, logits, m->c.vocab_size, g.ids + i);
-        progress_show(o, (double)end / n);
+        progress_show(o, o->started, (double)end / n, (double)o->input.len, "bytes");
     }
     if (!interrupted && o->logprobs < 0)
         output_print(out, "bits_per_byte: %.6f\nbits_per_token: %.6f\nperplexity: %.4f\n"
@@ -4995,7 +5046,8 @@ static void zip_text(Zip *z) {
                     batch[n++] = (Slot){zip_before(z, s, done), prefix + done, 1 + s, true};
             z->logits = forward(z->m, &z->kv, batch, n);
             for (; z->step < done; z->step++) zip_step(z);
-            progress_show(z->o, (double)(z->done + (size_t)(done * z->n)) / (double)z->all);
+            progress_show(z->o, z->o->started, (double)(z->done + (size_t)(done * z->n)) /
+                          (double)z->all, (double)z->o->input.len, "bytes");
         }
     }
 }
@@ -5274,8 +5326,8 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
         "batch16_tok_s: %.1f\nstartup_ms: %.1f\n", m->header ? m->header->name : m->path,
         dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
         deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
-    if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (less than 80: other "
-                           "programs, -j, -O3?); depth4096: %d\n", 100 * decode / limit, depth);
+    if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (under 80: other load"
+        ", -j, -O3? over 100: caches hold weights); depth4096: %d\n", 100 * decode / limit, depth);
     free(memory);
     cache_close(&kv);
 }
@@ -5473,7 +5525,7 @@ static const struct Option {
     {"-i, --prompt TEXT", TO(prompt), 0, 0, ALL, "the text to begin with; - reads it from stdin"},
     {"-f, --file PATH", TO(prompt_file), 1, 0, ALL, "read that text from a file; - is stdin"},
     {"-o, --output PATH", TO(output), 1, 0, ALL, "write there instead of to stdout"},
-    {"-n, --steps N", TO(steps), 0, 1e9, DRAW, "new tokens (256, chat: 1024); 0: all that fit"},
+    {"-n, --steps N", TO(steps), 0, 1e9, DRAW, "most new tokens (256, chat 1024); 0: to its end"},
     {"-m, --mode MODE", TO(mode), 1, 0, ALL, "what to do, see below"},
     {"-t, --temperature T", TO(temperature), 0, 1e9, DRAW, "0: likeliest; more: bolder (1)"},
     {"-p, --top-p P", TO(top_p), 0, 1, DRAW, "draw from the likeliest tokens, P in sum (0.9)"},
@@ -5711,7 +5763,7 @@ int main(int argc, char **argv) {
     Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1,
                  .top_k = -1, .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1,
                  .head = -1, .at_once = 16, .logprobs = -1, .started = seconds(),
-                 .threads = processors()};
+                 .threads = processors(), .words = argv};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
     volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;

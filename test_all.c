@@ -92,6 +92,8 @@ static int fault(const char *name, int error) {
 // ==== Counting, memory, files ====================================================================
 
 static int passed, failed, skipped;
+static const char *skips[16];  // why, and which command would run what was skipped
+static int n_skips;
 static const char *group = "";
 
 // Seconds after which something hangs; under a tool that slows it down, PATIENCE times as many.
@@ -116,7 +118,7 @@ static __attribute__((format(printf, 3, 4))) bool check_(bool ok, int line, cons
     return false;
 }
 static void skip(int n, const char *why) {
-    printf("  skipped: %s\n", why);
+    if (n_skips < 16) skips[n_skips++] = why;
     skipped += n;
 }
 
@@ -2154,7 +2156,7 @@ static void test_real_tokenizer(void) {
     Model m = {.c = {.vocab_size = 49152}};
     const char *path = at_home("tokenizer.bin");
     if (access(path, R_OK)) {
-        skip(16, "SmolLM2's tokenizer: there is no tokenizer.bin here");
+        skip(16, "SmolLM2's tokenizer, as there is no tokenizer.bin: git checkout tokenizer.bin");
         return;
     }
     const char *wrong = load_tokenizer(&t, path, &m);
@@ -2889,6 +2891,8 @@ static const struct { const char *what, *one, *other; } twins[] = {
     // ensembles
     {"an ensemble reads stdin", "printf abc | e -i - -n 20 -s 2 -e tiny.bin",
      "e -i abc -n 20 -s 2 -e tiny.bin"},
+    {"the other answers are told", "e -i abc -n 20 -s 2 -e tiny.bin 2>&1 >/dev/null | grep -c "
+     "'^not chosen: abc'", "echo 1"},
     {"two equal models answer as one", "e -i abc -n 20 -s 2 -e $E", "e -i abc -n 20 -s 2"},
     // chat: the files one, two and other hold what replies to "abc", then "def", then "ddd" are
     {"a reply is what follows the rendered turn", "echo abc | chat",
@@ -2898,6 +2902,9 @@ static const struct { const char *what, *one, *other; } twins[] = {
     {"empty lines are no turns, nor is a newline needed", "printf 'abc\\r\\n\\ndef' | chat",
      "cat two"},
     {"-i is the first turn", "echo def | chat -i abc", "cat two"},
+    {"a chat format without a place for a system turn refuses /system, too", "printf '/system "
+     "be\\nabc\\n' | run nowhere.bin -m chat -n 12 -t 0 -q -c 999 --repeat-penalty 1 2>told; grep "
+     "-c place told", "cat one; echo 1"},
     {"/undo takes a turn back", "printf 'abc\\nddd\\n/undo\\ndef\\n' | chat",
      "cat other; rest one two"},
     {"/clear begins anew", "printf 'ddd\\n/clear\\nabc\\ndef\\n' | chat",
@@ -3060,7 +3067,7 @@ static void test_commands(void) {
     }
     test_ways();
     if (getenv("PATIENCE")) {
-        skip(2, "limited memory: what slows programs down needs a lot of it");
+        skip(2, "limited memory, of which sanitizers need a lot: make test has it");
         return;
     }
     refused(1, "out of memory", "head -c 99999999 /dev/zero >big; (ulimit -v 60000; "
@@ -3303,6 +3310,31 @@ static void test_display(void) {
         free(out.memory);
     }
     dup2(errors, 2), close(errors), close(nowhere);
+}
+
+// A terminal's lines are broken between words, however the text comes in pieces.
+static void test_wrapping(void) {
+    static const struct { const char *text, *shown; } cases[] = {
+        {"one two three four", "one two\nthree four\n"}, {"a b\n\nc d", "a b\n\nc d\n"},
+        {"012345678901234567890 a bcdef g", "012345678901234567890 a bcdef\ng\n"},
+        {"caf\xc3\xa9 x\xc3\xa9 d", "caf\xc3\xa9 x\xc3\xa9\nd\n"},
+        {"\xe6\x97\xa5\xe6\x97\xa5 a \xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5 12345 a",
+         "\xe6\x97\xa5\xe6\x97\xa5 a \xe6\x97\xa5\xe6\x97\xa5\xe6\x97\xa5\n12345 a\n"}};
+    for (size_t i = 0; i < 20 * sizeof cases / sizeof *cases; i++) {
+        const char *s = cases[i / 20].text, *shown = cases[i / 20].shown;
+        Output out = {.fd = -1, .terminal = true, .columns = 20};
+        Tokenizer t = {0};
+        output_begin(&out, &(Options){0}, &t, (Text){"", 0});
+        for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
+            n = 1 + (size_t)below(i % 20 ? 9 : 1);
+            if (n > len - at) n = len - at;
+            output_text(&out, (Text){s + at, n});
+        }
+        output_end(&out);
+        CHECK(out.n == strlen(shown) && !memcmp(out.memory, shown, out.n),
+              "\"%s\" is shown as \"%.*s\", not \"%s\"", s, (int)out.n, out.memory, shown);
+        free(out.memory);
+    }
 }
 
 // Text that streams in pieces of random lengths ends before the first of some texts, and nothing of
@@ -3604,6 +3636,7 @@ static void test_decoders(void) {
     test_each();
 #endif
     test_display();
+    test_wrapping();
     test_stops();
     test_generate();
     test_full_contexts();
@@ -3837,7 +3870,7 @@ static void test_characters(void) {
         Tokenizer t = {.h.vocab_size = 1, .tokens = &token};
         char out[32] = "";
         Explain e = {.w.t = &t, .f = fmemopen(out, sizeof out, "w")};
-        explain_put(&e, 0), fclose(e.f);
+        explain_token(&e, 0), fclose(e.f);
         CHECK(!strcmp(out, cases[i].shown), "%s is shown as %s", out, cases[i].shown);
     }
 }
@@ -3875,7 +3908,7 @@ static Buffer on_terminal(const char *command) {
     if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) abort();
     int other = open(ptsname(terminal), O_RDWR | O_NOCTTY), null = open("/dev/null", O_RDWR);
     words_of(text("%s", command), argv);
-    pid_t pid = start(argv, (int[]){null, other, null}, 30);
+    pid_t pid = start(argv, (int[]){null, other, other}, 30);
     close(other), close(null);
     for (ssize_t n; (n = read(terminal, part, sizeof part)) > 0;) put(&b, part, (size_t)n);
     close(terminal);
@@ -3939,18 +3972,34 @@ static void test_terminal(void) {
         CHECK(r.status == 0 && count(&r.out, "== position") == 12 && is_harmless(&r.out),
               "the terminal's view of prompt %d has no control characters: status %d, %.300s", i,
               r.status, r.out.p);
-        CHECK(i || (count(&r.out, "\n> the number") == 12 && count(&r.out, "layer   0 ") == 12 &&
+        CHECK(i || (count(&r.out, "\n> the number") == 12 && count(&r.out, "\nlayer 0: ") == 12 &&
                     count(&r.out, "\nabc bad cab") == 12 && count(&r.out, "attention to") == 60),
               "it shows text, choice, attention and layers: %.300s", r.out.p);
         r = SH("run endless.bin -m explain -c 999 -i '%s' -n 1 --trace -s 3", prompts[i]);
         CHECK(r.status == 0 && is_harmless(&r.out) && count(&r.out, "xb = final_norm") == 1,
               "nor has the trace: status %d, %.300s", r.status, r.out.p);
     }
-    Buffer colored = on_terminal("run endless.bin -m explain -c 999 -i 'abc bad cab' -n 12 -s 3");
-    Ran r = ran("run endless.bin -m explain -c 999 -i 'abc bad cab' -n 12 -s 3");
-    Buffer plain = stripped(&colored);
-    CHECK(count(&colored, "\033[48;5;") > 5 && !count(&r.out, "\033") && equal(&plain, &r.out),
-          "a terminal shows the same in colours: %s", plain.p);
+    const char *shown = "run endless.bin -m explain -c 999 -i 'abc bad cab' -n 12 -s 3";
+    Ran r = ran(shown);
+    for (int i = 0; i < 3; i++) {
+        setenv("TERM", i == 1 ? "dumb" : "xterm", 1);
+        if (i == 2) setenv("NO_COLOR", "1", 1);
+        Buffer colored = on_terminal(shown), plain = stripped(&colored);
+        char *legend = strstr((char *)plain.p, "(the redder");
+        char *rest = legend ? strchr(legend, '\n') + 1 : NULL;
+        if (rest) memmove(legend, rest, strlen(rest) + 1), plain.n = strlen((char *)plain.p);
+        CHECK((count(&colored, "\033[48;5;") > 5) == (i == 0) && (legend != NULL) == (i == 0) &&
+                  !count(&r.out, "\033") && equal(&plain, &r.out),
+              "a terminal shows the same, in colours that it explains, or without: %s", plain.p);
+    }
+    unsetenv("NO_COLOR");
+    Buffer b = on_terminal(text("run endless.bin -i %01200d -n 1 -s 1 -c 2000", 0));
+    CHECK(count(&b, " tokens/s ") && count(&b, text("\r%50s\r0000", "")),
+          "a long prompt shows how far it is, and nothing of that stays: %s", b.p);
+#ifndef NO_TOOLS
+    b = on_terminal("run endless.bin -T cat -i 12+34= -n 1 -t 0");
+    CHECK(count(&b, "\033[2m12+34\033[0m"), "a tool's answer is dimmed: %s", b.p);
+#endif
 }
 
 // The texts of a page's tokens, joined, of the prompt's and of those generated, and what they
@@ -3987,6 +4036,10 @@ static void test_page(void) {
                   count(&page, "\n</script>\n") == 1 && count(&page, "</html>") == 0,
               "a page of 60 tokens has %zu bytes: %s", page.n, r.err.p);
         CHECK(i == 3 || is_text(&texts[0], escaped), "it has the prompt, escaped: %s", texts[0].p);
+        const char *made = (const char *[]){"seed 7: temperature 1, ", "seed 7: temperature 0, ",
+                                            "top-p 1, top-k 3,", "top-p 1, top-k 0, "}[i];
+        CHECK(count(&page, made) == 1 && count(&page, "\"explain\", \"-f\", ") == 1,
+              "and says how it was made");
         CHECK(count(&page, "<script") == 1 && count(&page, "</script") == 1 &&
                   count(&page, "http") == 1 && count(&page, "url(") == 0,
               "and nothing in it is an element, or an address elsewhere");
@@ -4197,7 +4250,7 @@ static const struct { const char *what; uint64_t hash; } known[] = {
     {"oss q8", 0x3b4b1fd69e203a19}, {"oss q4", 0xd0e118cdf678acb0}, {"oss q4a", 0x7301e341a13e3de6},
     {"glm f32", 0x1f2ac10d84b45f6e}, {"glm bf16", 0x91294d7809db7e67},
     {"glm q8", 0xbd9feff4be87c782}, {"glm q4", 0x847f89f3ea66196d}, {"glm q4a", 0xd541238441009139},
-    {"traces", 0xa6d3216beb9174eb}, {"byte-level", 0xa585dab20af6b5c0},
+    {"traces", 0xbbe72c883a0929bd}, {"byte-level", 0xa585dab20af6b5c0},
     {"SentencePiece", 0xb8026c5b40481d68}, {"SentencePiece without bytes", 0x942fe336a777a621},
     {"llama2.c", 0x3f20060a9f65f5de}
 };
@@ -4294,7 +4347,7 @@ static void test_faults(void) {
         "-m decompress -f small -o result", "-m explain -i abc -n 2 -c 99 -o result",
         "-m tokenize -f prompt", "-m logits -i '1 2 3'", "-i abc -e endless.bin"};
     if (!getenv("FAULTS")) {
-        skip(1, "faults: `make test-faults` runs them");
+        skip(1, "functions that fail, which needs a build of its own: make test-faults");
         return;
     }
     if (no_program()) return;
@@ -4366,7 +4419,7 @@ static const char sample_text[] =
 
 static void test_real_model(void) {
     if (access(at_home("model.bin"), R_OK)) {
-        skip(8, "the real model: there is no model.bin here; make demo fetches it");
+        skip(8, "the default model, as there is no model.bin: make model.bin && make test");
         return;
     }
     if (no_program()) return;
@@ -4396,7 +4449,7 @@ static void test_stories(void) {
         {"t0.8-p1.0-s7-n120-one-day-tom", "-t 0.8 -p 1 -s 7 -n 120 -i 'One day, Tom'"}};
     setenv("L", at_home("../shared/llama2c"), 1);
     bool here = !access(at_home("../shared/llama2c"), R_OK) && !no_program();
-    if (!here) skip(3, "llama2.c's texts: there is no ../shared/llama2c here");
+    if (!here) skip(3, "llama2.c's texts, as ../shared/llama2c is not here: ./test_all models");
     for (int i = 0; i < 3 && here; i++)
         same("llama2.c's program prints the same", text("cat \"$L/%s.txt\"", stories[i][0]),
              text("run \"$L/stories260K.bin\" -z \"$L/tok512.bin\" %s", stories[i][1]));
@@ -4409,7 +4462,7 @@ static void test_tiny_families(void) {
     Ran names = SH("cd '%s' && ls -d tiny-* families/tiny-* | "
                    "grep -v 'reward\\|lfm2\\|qwen3_5'", reference_);
     if (!models || names.status) {
-        skip(1, "families: needs MODELS=folder with tiny-*-f32.bin, and ../shared");
+        skip(1, "logits of families, from ../shared: MODELS=folder-of-exports ./test_all models");
         return;
     }
     for (char *name = strtok((char *)names.out.p, "\n"); name; name = strtok(NULL, "\n")) {
@@ -4434,7 +4487,55 @@ static void test_models(void) {
     test_tiny_families();
 }
 
-// ==== 17. export.py ==============================================================================
+// ==== 17. The README =============================================================================
+
+// Whether a command said what is shown, where a line of "..." stands for any number of lines.
+static bool is_shown(const char *said, const char *shown) {
+    for (size_t n; *shown; said += n, shown += n) {
+        n = strcspn(shown, "\n") + 1;
+        if (!strncmp(shown, "...\n", 4)) {
+            while (!is_shown(said, shown + n) && *said) said += strcspn(said, "\n") + 1;
+            return is_shown(said, shown + n);
+        }
+        if (strncmp(said, shown, n)) return false;
+    }
+    return !*said;
+}
+
+// Every block of README.md that is marked as sh works, and prints what the block of text behind it
+// shows.
+static void test_readme(void) {
+    static const char start_[] = "\n```sh\n", end_[] = "\n```\n", text_[] = "\n```text\n";
+    if (access(at_home("model.bin"), R_OK) || getenv("PATIENCE")) {
+        skip(1, "the commands of README.md, as that takes model.bin: make model.bin && make test");
+        return;
+    }
+    if (no_program()) return;
+    Buffer page = slurp(at_home("README.md"));
+    int words = 0, blocks = 0;
+    for (char *p = (char *)page.p; *p; p++) words += *p > ' ' && p[1] <= ' ';
+    CHECK(words > 1000 && words <= 3000, "it has %d words, at most 3000", words);
+    SH("mkdir readme; cd readme; ln -s '%s' run; for file in model.bin tokenizer.bin LICENSE; do "
+       "ln -s '%s'/$file $file; done", program(), home);
+    for (char *at = (char *)page.p, *end; (at = strstr(at, start_)) != NULL; at = end, blocks++) {
+        char *command = at + strlen(start_), *shown = NULL;
+        end = strstr(command, end_);
+        if (!end) break;
+        *end = 0, end += strlen(end_);
+        if (!strncmp(end, text_, strlen(text_))) {
+            shown = end + strlen(text_);
+            end = strstr(shown, end_) + 1;
+            *end++ = 0;
+        }
+        Ran r = SH("cd readme; exec 2>&1; %s", command);
+        CHECK(r.status == 0 && (!shown || is_shown((char *)r.out.p, shown)),
+              "README.md: %s\nprints, with status %d: %s", command, r.status, r.out.p);
+    }
+    CHECK(blocks > 9, "%d blocks of commands were run", blocks);
+    SH("rm -r readme");
+}
+
+// ==== 18. export.py ==============================================================================
 
 // A small model as a Hugging Face folder or a GGUF. A case changes C (config.json), W (tensors), F
 // (other files), A (arguments) or S (what is exported). It says "same" if the checkpoint is that of
@@ -4781,7 +4882,7 @@ static void test_exports(void) {
     enum { N = sizeof exports / sizeof *exports };
     const char *python = at_home(".venv/bin/python"), *export_py = at_home("export.py");
     if (access(at_home(".venv/ready"), F_OK) || access(export_py, R_OK) || no_program()) {
-        skip(N + 2, "export.py: there is no .venv here; make demo makes it");
+        skip(N + 2, "export.py, as there is no .venv: make .venv/ready && ./test_all exports");
         return;
     }
     Buffer script = {0};
@@ -5038,6 +5139,7 @@ static bool finished;
 static void finish(void) {
     if (!finished) CHECK(false, "the tests of this group come to their end");
     remove_folder();
+    for (int i = 0; i < n_skips; i++) printf("skipped: %s\n", skips[i]);
     printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed,
            failed, skipped);
     fflush(stdout);
@@ -5059,7 +5161,7 @@ int main(int argc, char **argv) {
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"commands", test_commands},
         {"decoders", test_decoders}, {"sessions", test_sessions}, {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
-        {"models", test_models}, {"exports", test_exports}};
+        {"models", test_models}, {"readme", test_readme}, {"exports", test_exports}};
     bool tiny = argc == 3 && !strcmp(argv[1], "--tiny");
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!getcwd(home, sizeof home) || (!tiny && !mkdtemp(folder)) || chdir(tiny ? argv[2] : folder))
