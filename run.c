@@ -2905,7 +2905,7 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each, *reward;
+    const char *tool, *each, *reward, *completion;
     List others, stops;
     long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
@@ -2913,7 +2913,7 @@ typedef struct {
     double min_p, repeat_penalty, dry;
     long long repeat_last;
     unsigned long long seed;
-    bool quiet, receipt, best, think, trace, quote, help, version;
+    bool quiet, receipt, best, think, trace, quote, help, version, manual;
     Text input, lines; // not options: the text of -i or -f, and of --each
     double started;    // nor this: when the program was
     uint64_t given;    // bit i tells that option i of part 6's table was given
@@ -5529,7 +5529,7 @@ static const struct Option {
     {"-b, --best", TO(best), 0, 0, TALK, "with -k: print only the text that is likeliest"},
     {"    --reward MODEL", TO(reward), 1, 0, TALK, "with -k or -e: a reward model finds the best"},
     {"-e, --ensemble MODEL", TO(others), 1, 0, MIXED, "answers, too: the best one is printed"},
-    {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
+    {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or lookup, guesses"},
     {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
     {"-T, --tool CMD", TO(tool), 1, 0, TOOLS, "answers arithmetic and tool calls on its stdin"},
     {"    --each FILE", TO(each), 1, 0, EACH, "run the prompt for each line, in the place of {}"},
@@ -5551,6 +5551,8 @@ static const struct Option {
     {"    --trace", TO(trace), 0, 0, SHOW, "explain: each stage of the computation in numbers"},
     {"-h, --help", TO(help), 0, 0, ALL, "this text"},
     {"-V, --version", TO(version), 0, 0, ALL, "version and instruction set"},
+    {"    --manual", TO(manual), 0, 0, ALL, "this as a manual page, for man or mandoc"},
+    {"    --completion SHELL", TO(completion), 1, 0, ALL, "completions for bash, zsh or fish"},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
 #define usage_error(...)                                                                           \
@@ -5651,18 +5653,70 @@ static void refuse_overwriting(const Options *o, const Tokenizer *t) {
             usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }
 
-static void option_help(void) {
-    puts("usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (options[i].modes) printf("  %-26s %s\n", options[i].name, options[i].help);
-    puts("\nTokens are drawn in this order: repeat-penalty, dry, temperature, top-k, top-p, min-p."
-         "\n\nmodes:");
+// --help; or --manual, the same in the macros of mdoc.
+#define EXAMPLES(run)                                                                              \
+    run " model.bin -i \"Once upon a time\"      # a text\n"                                       \
+    run " model.bin -m chat                    # a conversation\n"                                 \
+    run " model.bin -m explain -i \"Once\" -n 3  # why these words?"
+static void option_help(bool manual) {
+    const char *option_line = manual ? ".It Sy %s\n%s\n" : "  %-26s %s\n";
+    puts(manual ? ".Dd December 1, 2026\n.Dt RUN 1\n.Os\n.Sh NAME\n.Nm run\n.Nd a language model\n"
+                  ".Sh SYNOPSIS\n.Nm\n.Ar MODEL\n.Op Ar options\n.Sh DESCRIPTION"
+                : "usage: ./run MODEL [options]\n");
+    puts("Continues a text, or does what --mode says.");
+    puts(manual ? ".Bl -tag -width Ds" : "");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const char *name = options[i].name + (manual ? strspn(options[i].name, " ") : 0);
+        if (options[i].modes) printf(option_line, name, options[i].help);
+    }
+    puts(manual ? ".El\n.Pp" : "");
+    puts("Order of sampling: repeat-penalty, dry, temperature, top-k, top-p, min-p.");
+    puts(manual ? ".Pp\nModes:\n.Bl -tag -width decompress" : "\nmodes:");
     for (int i = 0; i < N_MODES; i++)
-        if (modes[i].name) printf("  %-10s %s\n", modes[i].name, modes[i].help);
-    puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped\n\n"
-         "./run model.bin -i \"Once upon a time\"      # a text\n"
-         "./run model.bin -m chat                    # a conversation\n"
-         "./run model.bin -m explain -i \"Once\" -n 3  # why these words?");
+        if (modes[i].name)
+            printf(manual ? ".It Sy %s\n%s\n" : "  %-10s %s\n", modes[i].name, modes[i].help);
+    puts(manual ? ".El\n.Sh EXIT STATUS" : "\nexit status:");
+    puts("0 done, 1 something went wrong, 2 wrong command line, 130 stopped");
+    puts(manual ? ".Sh EXAMPLES\n.Bd -literal\n" EXAMPLES("run") "\n.Ed" : "\n" EXAMPLES("./run"));
+}
+
+// What a shell completes: options, modes, and files where one is expected.
+static void option_completion(const char *shell) {
+    bool bash = !strcmp(shell, "bash"), zsh = !strcmp(shell, "zsh"), fish = !strcmp(shell, "fish");
+    if (!bash && !zsh && !fish) usage_error("--completion is for bash, zsh or fish, not %s", shell);
+    fputs(bash ? "_run() {\nlocal before=$3 modes=\"" : zsh ? "#compdef run\nlocal modes=\""
+                                                            : "set -l modes \"", stdout);
+    for (int i = 0; i < N_MODES; i++) if (modes[i].name) printf("%s ", modes[i].name);
+    puts(bash ? "\" names=\"" : zsh ? "\"\n_arguments -s 1:MODEL:_files \\" : "\"");
+    for (const struct Option *o = options; o < options + N_OPTIONS; o++) {
+        const char *value = strchr(o->name + 4, ' '), *zsh_has = value ? ": : " : "";
+        const char *fish_has = value ? "-x" : "";
+        if (value && strstr(" PATH FILE MODEL", value)) zsh_has = ":file:_files", fish_has = "-rF";
+        if (value && !strcmp(value, " MODE"))
+            zsh_has = ":mode:($modes)", fish_has = "-xa \"$modes\"";
+        for (int brief = *o->name == '-'; o->modes && brief >= 0; brief--) {
+            const char *name = o->name + (brief ? 0 : 4), *joint = value ? brief ? "+" : "=" : "";
+            int n = (int)strcspn(name, ", ");
+            if (bash) printf("%.*s\n", n, name);
+            if (zsh) printf("\"*%.*s%s[%s]%s\" \\\n", n, name, joint, o->help, zsh_has);
+            if (fish) printf("complete -c run -%c %.*s -d \"%s\" %s\n", brief ? 's' : 'l',
+                             n - 2 + brief, name + 2 - brief, o->help, fish_has);
+        }
+    }
+    puts(bash ? "\"\n[[ $3 == = ]] && before=${COMP_WORDS[COMP_CWORD-2]}\n"
+                "if [[ $before == -m || $before == --mode ]]; then names=$modes\n"
+                "elif [[ $2 != -* ]]; then return; fi\n"
+                "COMPREPLY=($(compgen -W \"$names\" -- \"$2\"))\n}\n"
+                "complete -o default -F _run run" : "");
+}
+
+// What needs no model. Returns whether it was asked for.
+static bool option_tell(const Options *o) {
+    if (o->help || o->manual) option_help(o->manual);
+    else if (o->version) printf("run %s (%s)\n", VERSION, isa);
+    else if (o->completion) option_completion(o->completion);
+    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
+    return o->help || o->version || o->manual || o->completion;
 }
 
 static void on_signal(int number) {
@@ -5759,10 +5813,7 @@ int main(int argc, char **argv) {
     if (a * a - square != 0 || tiny / 2 == 0)  // the same bits everywhere need these
         die("built for other arithmetic: use -ffp-contract=off and no -ffast-math");
     option_parse(&o, argc, argv);
-    if (o.help) option_help();
-    else if (o.version) printf("run %s (%s)\n", VERSION, isa);
-    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
-    if (o.help || o.version) return 0;
+    if (option_tell(&o)) return 0;
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : 256;

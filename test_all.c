@@ -2764,6 +2764,7 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"-j 0", "-j goes from 1 to 256"}, {"-j 1000", "-j goes"}, {"-j two", "not \"two\""},
     {"--top-k -1", "--top-k goes"}, {"--top-k 1e3", "not \"1e3\""}, {"--min-p 2", "--min-p goes"},
     {"--repeat-penalty 0", "--repeat-penalty goes"}, {"-x", "unknown option -x"},
+    {"--completion tcsh", "bash, zsh or fish, not tcsh"},
     {"--unknown", "unknown option --unknown"}, {"--", "option --"}, {"--steps=x", "not \"x\""},
     {"--steps=", "needs a value"}, {"--quiet=1", "--quiet=1 takes no value"},
     {"--step 5", "unknown option --step"}, {"another.bin", "two models"},
@@ -3002,9 +3003,29 @@ static void test_processors(void) {
 #endif
 }
 
+// The manual page and the completions have all options and modes, in quotes that nothing breaks.
+static void test_tables(void) {
+    const char *commands[] = {"run --manual", "run --completion bash", "run --completion zsh",
+                              "run --completion fish"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        Ran r = ran(commands[i]);
+        int missing = r.status != 0 || r.err.n;
+        for (int k = 0; k < N_OPTIONS; k++) {
+            const char *word = options[k].name + (i == 3 ? 6 : 4);
+            missing += options[k].modes && !strstr((char *)r.out.p, text("%.*s", (int)strcspn(word,
+                                                                         " "), word));
+            missing += strpbrk(options[k].help, "\"$`\\[]") || strchr("'.", *options[k].help);
+        }
+        for (int k = 0; k < N_MODES; k++)
+            missing += modes[k].name && !strstr((char *)r.out.p, modes[k].name);
+        CHECK(!missing, "%s names every option and mode: %d do not fit", commands[i], missing);
+    }
+}
+
 static void test_commands(void) {
     test_processors();
     if (no_program()) return;
+    test_tables();
     refused(2, "no model is named", "run");
     refused(2, "no model is named", "run -n 5");
     Ran made = ran("echo 'abc caf\303\251 <s> 12, bad cab' >text; rm -f kv out page; "
