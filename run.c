@@ -991,14 +991,17 @@ static float quantized_row(float sum, const Matrix *w, int row, const Quantized 
 // An error is one line on stderr that says what, where and what to do; the exit status is 1. Memory
 // comes from resize (like realloc) and zeros (aligned).
 
-static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
+#define die(...) (tell(__VA_ARGS__), exit(1))
+static __attribute__((format(printf, 1, 2))) void tell(const char *format, ...) {
+    char line[3 * PATH_MAX];
     va_list args;
     va_start(args, format);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    exit(1);
+    for (char *c = line; *c; c++)  // a terminal must not obey what files have brought
+        if ((uint8_t)*c < 32 || *c == 127 || (c > line && c[-1] == '\xc2' && (uint8_t)*c < 160))
+            *c = '?';
+    fprintf(stderr, "run: %s\n", line);
 }
 
 static size_t memory_size(size_t count, size_t size) {
@@ -1049,7 +1052,8 @@ static const uint8_t *map_file(const char *path, size_t *size) {
     return data;
 }
 
-static _Thread_local int this_thread;  // its number, from 0
+static volatile sig_atomic_t idle = 1;  // nothing is under way: a signal ends the program
+static _Thread_local int this_thread;   // its number, from 0
 #ifdef PLAIN
 static const char isa[] = "plain C";
 static void parallel(Task *task, void *context, int n) {
@@ -1709,6 +1713,7 @@ typedef struct {
     Added *added;             // (n_added) tokens that are looked for in a text
     Index by_content[2];      // those that are not NORMALIZED, those that are
     size_t longest[2][256];   // of them, of those that start with this byte
+    uint8_t lengths[1 << 13]; // bit n of all: there is one of n bytes
     uint8_t *atoms, *marks;   // (N_CHARS) of the characters; their canonical combining classes
     const Element *elements;
     const Step *steps;
@@ -1734,9 +1739,10 @@ static Index index_new(size_t n) {
     while (size < 2 * n) size *= 2;
     return (Index){memset(zeros(size, sizeof(Named)), -1, size * sizeof(Named)), size - 1};
 }
-// The number of a text, or -1. One that is not there is added, unless the number for it is -1.
+// The number of a text, or -1. One that is not there is added, unless the number for it is -1. No
+// file can know which texts come to one place, as that depends on where the table is.
 static int index_find(const Index *index, Text text, int number) {
-    for (size_t i = (size_t)hash64(text.s, text.len);; i++) {
+    for (size_t i = (size_t)hash_words(text.s, text.len, (uintptr_t)index->entries);; i++) {
         Named *e = &index->entries[i & index->mask];
         if (e->number < 0 && number >= 0) *e = (Named){text.s, (uint32_t)text.len, number};
         if (e->number < 0 || (e->len == text.len && !memcmp(e->s, text.s, text.len)))
@@ -1752,7 +1758,9 @@ static int token_of(const Tokenizer *t, const char *s, size_t len) {
 static const Added *added_at(const Tokenizer *t, Text text, size_t at, const char *typed,
                              int normalized) {
     size_t longest = t->longest[normalized][(uint8_t)text.s[at]], rest = text.len - at;
-    for (size_t n = longest < rest ? longest : rest; n; n--) {
+    size_t n = longest < rest ? longest : rest;
+    for (; n; n -= n % 8 || t->lengths[n / 8 - 1] ? 1 : 8) {  // 8 that no token has at once
+        if (!(t->lengths[n / 8] >> n % 8 & 1)) continue;
         int i = index_find(&t->by_content[normalized], (Text){text.s + at, n}, -1);
         bool text_only = i >= 0 && t->added[i].flags & ONLY_UNTYPED && typed;
         if (i >= 0 && !(text_only && memchr(typed + at, 1, n))) return &t->added[i];
@@ -1835,6 +1843,7 @@ static bool read_added(Tokenizer *t, Bytes *file) {
         int which = (start[4] & NORMALIZED) != 0;
         size_t *longest = &t->longest[which][(uint8_t)*text.s];
         if (text.len > *longest) *longest = text.len;
+        t->lengths[text.len / 8] |= (uint8_t)(1 << text.len % 8);
         index_find(&t->by_content[which], text, (int)i);
     }
     return true;
@@ -2304,12 +2313,15 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool text_s
     Encoder e = {.t = t, .out = out, .text_start = text_start, .budget = (text.len + 1) << 12};
     bool bos = text_start && t->h.flags & ADD_BOS && t->h.bos >= 0;
     size_t start = out->n + bos;
+    sig_atomic_t was = idle;
+    idle = 1;  // it can take long, and nothing is lost: a signal ends the program
     if (bos) push(out, t->h.bos);
     encode_piece(&e, (Piece){text, typed, NULL, true}, 0);
     if (bos && out->n > start && out->ids[start] == t->h.bos)  // it has one itself
         memmove(out->ids + start, out->ids + start + 1, (--out->n - start) * sizeof(int));
     free(e.symbols);
     free(e.winners);
+    idle = was;
 }
 
 // The text of a token that follows another (-1: nothing). Control tokens have none; the space that
@@ -2935,7 +2947,6 @@ typedef struct {
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
 static volatile sig_atomic_t interrupted;  // by a signal; a second one ends the program
-static volatile sig_atomic_t idle = 1;     // nothing is under way: the first one does
 static volatile sig_atomic_t dimmed;       // a terminal that writes dimmed text: set back at exit
 static volatile pid_t running_tool;        // ends with the program
 static bool unfinished;                    // a part of the work could not be done: status 1
@@ -2971,13 +2982,16 @@ static bool output_send(int fd, const char *p, size_t n) {  // all of it, or err
 // Writes a file whole or not at all: it gets its name at the end, and signals wait for that.
 // Returns NULL, or what is wrong. Without data it only tries.
 static const char *file_replace(const char *path, const void *data, size_t n) {
-    char target[PATH_MAX], temporary[PATH_MAX + 32];
+    char target[PATH_MAX], temporary[PATH_MAX + 64];
     struct stat st;
     sigset_t all, old;
     const char *name = realpath(path, target) ? target : path;  // where a link leads to
     bool exists = !stat(path, &st);
+    if (!exists && readlink(path, target, 1) > 0) return "it is a link to what is not there";
     if (exists && !S_ISREG(st.st_mode)) return "it is not a file that can be written";
-    snprintf(temporary, sizeof temporary, "%s.%.9f", name, seconds());
+    const char *slash = strrchr(name, '/');
+    snprintf(temporary, sizeof temporary, "%.*s.run-%d-%.9f",
+             slash ? (int)(slash + 1 - name) : 0, name, (int)getpid(), seconds());
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
@@ -3179,7 +3193,8 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
 // `saved`, and of which `keep` stay when the context is full.
-typedef struct { Ids ids; int done, keep, saved; } Context;
+// What is shown is within a thought (2) or not (1), if that is known.
+typedef struct { Ids ids; int done, keep, saved, thought; } Context;
 
 // What the model is to read; `typed` marks what a user typed (no special tokens there).
 typedef struct { char *s, *typed; size_t n; } Prompt;
@@ -3300,7 +3315,7 @@ static double likelihood_of(const float *logits, int n, int target) {
 // Writes a token as a member of a line of JSON: its text, id and log-probability.
 static void output_logprob_token(Output *out, const Tokenizer *t, int previous, int id, double lp) {
     Text text = decode(t, previous, id);
-    char number[40];
+    char number[100];
     bool valid = true;
     output_put(out, "\"token\": ", 9, SIZE_MAX);
     output_json(out, text);
@@ -3386,7 +3401,7 @@ typedef struct {
     char magic[8];
     uint64_t model, page_bytes;   // the model's hash; the size of the cache's pages
     uint64_t rng;                 // state of the generator
-    int32_t n, done, keep, zero;  // as in Context; of an unfinished page, done may not count any
+    int32_t n, done, keep, thought;  // as in Context; of an unfinished page, done may not count any
     uint64_t hash;                // of all this
 } SessionHeader;                  // behind it, for each page of the cache: its tokens, and the page
 typedef struct {
@@ -3438,7 +3453,7 @@ static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c)
     }
     free(whole ? c->ids.ids : ids.ids);
     if (!whole) return "it is damaged or truncated";
-    *c = (Context){.ids = ids, .done = h->done, .keep = h->keep};
+    *c = (Context){.ids = ids, .done = h->done, .keep = h->keep, .thought = h->thought};
     for (int i = 0; i < c->done; i += PAGE_POSITIONS) {
         cache_prepare(kv, &(Slot){.pos = i}, 1);
         ssize_t got = pread(fd, *page_of(kv, 0, i), h->page_bytes,
@@ -3465,6 +3480,7 @@ static void session_append(Session *s, const Context *c, int done, uint64_t rng)
     h->n = (int)c->ids.n;
     h->done = done;
     h->keep = c->keep;
+    h->thought = c->thought;
     h->rng = rng;
     h->hash = hash64(h, offsetof(SessionHeader, hash));
     session_write(s, h, sizeof *h, 0);
@@ -3829,6 +3845,7 @@ static void machine_draw(void *context, int i) {
         push(ids, next);
         if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
         else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
+        d->c.thought = d->out->filter ? 1 + d->out->thinking : 0;
         if (d->out->stopped) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
@@ -4006,7 +4023,8 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     for (size_t i = before; i < ids->n && t->llama2c; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
     if (!t->llama2c) output_text(d.out, o->input);
-    Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
+    if (d.c.thought > 1) output_begin(d.out, o, t, (Text){"<think>", 7});
+    Output text = decoder_text(&w, &d, d.c.thought ? (int)before : 0);  // it may have opened one
     output_begin(d.out, o, t, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
@@ -4096,8 +4114,7 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 #ifndef NO_CHAT
 // What is wrong is said. The chat goes on; but if nobody types in it, it ends with status 1.
-#define chat_wrong(...) (fprintf(stderr, "run: " __VA_ARGS__), fputs("\n", stderr),            \
-                            (void)(unfinished |= !isatty(0)))
+#define chat_wrong(...) (tell(__VA_ARGS__), (void)(unfinished |= !isatty(0)))
 
 #ifndef NO_SESSIONS
 // Runs /save or /load. Only a session is written over.
@@ -4111,7 +4128,7 @@ static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
     if (!wrong && save) wrong = session_save(&s, &d->c, d->c.done, d->s.rng);
     if (s.fd >= 0) close(s.fd);
     if (wrong) chat_wrong("cannot %s %s: %s", save ? "write" : "open", path, wrong);
-    else fprintf(stderr, "%s: %zu tokens\n", path, d->c.ids.n);
+    else tell("%s: %zu tokens", path, d->c.ids.n);
     if (wrong || save) return;
     w->turns.n = 0;
     decoder_commit(w, d);
@@ -4350,6 +4367,7 @@ static bool chat_message(bool prompt, Prompt *p) {
             n = edited ? line_edit(&s, &capacity, any ? "  " : "> ")
                        : getline(&s, &capacity, stdin);
         }
+        if (n < 0 && errno && !interrupted) die("cannot read stdin: %s", strerror(errno));
         if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
         if (n < 0) return any;
         while (n > 0 && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
@@ -4445,8 +4463,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     machine_open(&w, &d, o, m, t, out);
     w.system = o->system;
     bool typed = isatty(0) && !o->quiet;
-    if (typed) fprintf(stderr, "%s; /help lists what else can be typed\n",
-                       m->header ? m->header->name : m->path);
+    if (typed) tell("%s; /help lists what can be typed", m->header ? m->header->name : m->path);
     if (d.c.ids.n && o->system && !o->quiet && !(flags & SYSTEM_LAST))
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     if (o->input.len) chat_turn(&w, &d, o->input);
@@ -5285,7 +5302,7 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
         "batch16_tok_s: %.1f\nstartup_ms: %.1f\n", m->header ? m->header->name : m->path,
         dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
         deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
-    output_write(out, report, (size_t)length);
+    output_text(out, (Text){report, (size_t)length});
     if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (less than 80: other "
                            "programs, -j, -O3?); depth4096: %d\n", 100 * decode / limit, depth);
     free(memory);
@@ -5654,30 +5671,27 @@ static void refuse_overwriting(const Options *o, const Tokenizer *t) {
 }
 
 // --help; or --manual, the same in the macros of mdoc.
-#define EXAMPLES(run)                                                                              \
-    run " model.bin -i \"Once upon a time\"      # a text\n"                                       \
-    run " model.bin -m chat                    # a conversation\n"                                 \
-    run " model.bin -m explain -i \"Once\" -n 3  # why these words?"
 static void option_help(bool manual) {
-    const char *option_line = manual ? ".It Sy %s\n%s\n" : "  %-26s %s\n";
     puts(manual ? ".Dd December 1, 2026\n.Dt RUN 1\n.Os\n.Sh NAME\n.Nm run\n.Nd a language model\n"
-                  ".Sh SYNOPSIS\n.Nm\n.Ar MODEL\n.Op Ar options\n.Sh DESCRIPTION"
-                : "usage: ./run MODEL [options]\n");
-    puts("Continues a text, or does what --mode says.");
-    puts(manual ? ".Bl -tag -width Ds" : "");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const char *name = options[i].name + (manual ? strspn(options[i].name, " ") : 0);
-        if (options[i].modes) printf(option_line, name, options[i].help);
-    }
+                  ".Sh SYNOPSIS\n.Nm\n.Ar MODEL\n.Op Ar options\n.Sh DESCRIPTION\n"
+                  "Continues a text, or does what --mode says.\n.Bl -tag -width Ds"
+                : "usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
+    for (const struct Option *o = options; o < options + N_OPTIONS; o++)
+        if (o->modes) printf(manual ? ".It Sy %s\n%s\n" : "  %-26s %s\n",
+                             o->name + (manual ? strspn(o->name, " ") : 0), o->help);
     puts(manual ? ".El\n.Pp" : "");
     puts("Order of sampling: repeat-penalty, dry, temperature, top-k, top-p, min-p.");
     puts(manual ? ".Pp\nModes:\n.Bl -tag -width decompress" : "\nmodes:");
     for (int i = 0; i < N_MODES; i++)
         if (modes[i].name)
             printf(manual ? ".It Sy %s\n%s\n" : "  %-10s %s\n", modes[i].name, modes[i].help);
-    puts(manual ? ".El\n.Sh EXIT STATUS" : "\nexit status:");
-    puts("0 done, 1 something went wrong, 2 wrong command line, 130 stopped");
-    puts(manual ? ".Sh EXAMPLES\n.Bd -literal\n" EXAMPLES("run") "\n.Ed" : "\n" EXAMPLES("./run"));
+    printf("%s0 done, 1 something went wrong, 2 wrong command line, 130 stopped\n",
+           manual ? ".El\n.Sh EXIT STATUS\n" : "\nexit status: ");
+    puts(manual ? ".Sh EXAMPLES\n.Dl run model.bin -i \"Once upon a time\"\n"
+                  ".Dl run model.bin -m chat"
+                : "\n./run model.bin -i \"Once upon a time\"      # a text\n"
+                  "./run model.bin -m chat                    # a conversation\n"
+                  "./run model.bin -m explain -i \"Once\" -n 3  # why these words?");
 }
 
 // What a shell completes: options, modes, and files where one is expected.
@@ -5689,18 +5703,17 @@ static void option_completion(const char *shell) {
     for (int i = 0; i < N_MODES; i++) if (modes[i].name) printf("%s ", modes[i].name);
     puts(bash ? "\" names=\"" : zsh ? "\"\n_arguments -s 1:MODEL:_files \\" : "\"");
     for (const struct Option *o = options; o < options + N_OPTIONS; o++) {
-        const char *value = strchr(o->name + 4, ' '), *zsh_has = value ? ": : " : "";
-        const char *fish_has = value ? "-x" : "";
-        if (value && strstr(" PATH FILE MODEL", value)) zsh_has = ":file:_files", fish_has = "-rF";
-        if (value && !strcmp(value, " MODE"))
-            zsh_has = ":mode:($modes)", fish_has = "-xa \"$modes\"";
+        const char *value = strchr(o->name + 4, ' ');
+        bool mode = value && !strcmp(value, " MODE");
+        const char *in_zsh = mode ? ":mode:($modes)" : value ? ":value:_files" : "";
+        const char *in_fish = mode ? "-xa \"$modes\"" : value ? "-r" : "";
         for (int brief = *o->name == '-'; o->modes && brief >= 0; brief--) {
             const char *name = o->name + (brief ? 0 : 4), *joint = value ? brief ? "+" : "=" : "";
             int n = (int)strcspn(name, ", ");
             if (bash) printf("%.*s\n", n, name);
-            if (zsh) printf("\"*%.*s%s[%s]%s\" \\\n", n, name, joint, o->help, zsh_has);
+            if (zsh) printf("\"*%.*s%s[%s]%s\" \\\n", n, name, joint, o->help, in_zsh);
             if (fish) printf("complete -c run -%c %.*s -d \"%s\" %s\n", brief ? 's' : 'l',
-                             n - 2 + brief, name + 2 - brief, o->help, fish_has);
+                             n - 2 + brief, name + 2 - brief, o->help, in_fish);
         }
     }
     puts(bash ? "\"\n[[ $3 == = ]] && before=${COMP_WORDS[COMP_CWORD-2]}\n"
@@ -5721,8 +5734,12 @@ static bool option_tell(const Options *o) {
 
 static void on_signal(int number) {
     static const char line[] = "run: a mapped file became shorter, or cannot be read any more\n";
+    static atomic_flag told = ATOMIC_FLAG_INIT;
     bool lost = number == SIGBUS;
+    while (lost && atomic_flag_test_and_set(&told)) pause();  // another thread says it
     if (lost && write(2, line, sizeof line - 1) < 0) {}
+    if (!lost && number != SIGINT)  // no read waits any more
+        terminal_set(false), dup2(open("/dev/null", O_RDONLY), 0);
     if (lost || interrupted || idle) {
         output_leave();
         _exit(lost ? 1 : 130);
@@ -5809,6 +5826,7 @@ int main(int argc, char **argv) {
                  .threads = processors()};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+        else fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
     volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
     if (a * a - square != 0 || tiny / 2 == 0)  // the same bits everywhere need these
         die("built for other arithmetic: use -ffp-contract=off and no -ffast-math");

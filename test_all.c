@@ -2809,6 +2809,8 @@ static const struct { const char *command, *says; } failing[] = {
     {"e -i a -d llama.bin", "another tokenizer"},
     {"e -i a -e nothing.bin", "cannot open nothing.bin"},
     {"e -q -f hundreds -n 5 -e other.bin", "other.bin"}, {"t -m decompress -f text", "text"},
+    {"t -m logits -i \"$(printf '\\033[31m\\302\\233')\"", "\"?[31m\302?\" is not"},
+    {"chat <.", "cannot read stdin"}, {"e -n 1 -o dangling", "a link to what is not there"},
     {"t -m decompress -f small.bad -o out", "small.bad"}, {"e -m decompress -f small", "small"}};
 
 // Pairs of commands that print the same bytes.
@@ -2839,6 +2841,11 @@ static const struct { const char *what, *one, *other; } twins[] = {
      "{ e -i abc -n 900 -s 1 -q 2>&1; echo $? >&2; } 2>told | true; cat told", "echo 0"},
     {"a closed pipe ends explain quietly",
      "{ t -m explain -i abc -n 50 -s 1 -q 2>&1; echo $? >&2; } 2>told | true; cat told", "echo 0"},
+    {"-o can have a name of 255 bytes", "n=$(printf %0255d 0); e -i abc -n 5 -s 1 -o $n; cat $n; "
+     "rm $n", "e -i abc -n 5 -s 1"},
+    {"a thought that the context has lost goes on in the next run", "rm -f kv; { e -c 40 -S kv -i "
+     "'a<think>' -n 60 -s 1 -q; e -c 40 -S kv -n 20 -q; } | tr -d '\\n'", "e -c 40 -i 'a<think>' "
+     "-n 80 -s 1 -q | tr -d '\\n'"},
     {"a text that goes nowhere is an error", "e -n 5 -s 1 -q 2>/dev/null >&-; echo $?", "echo 1"},
     {"samples may end at different times", "t -i ab -n 40 -s 5 -k 2 -q -o both; head -c $(t -i ab "
      "-n 40 -s 5 -q | wc -c) both", "t -i ab -n 40 -s 5 -q"},
@@ -3029,7 +3036,7 @@ static void test_commands(void) {
     refused(2, "no model is named", "run");
     refused(2, "no model is named", "run -n 5");
     Ran made = ran("echo 'abc caf\303\251 <s> 12, bad cab' >text; rm -f kv out page; "
-                   "ln -s tiny.bin link.bin; printf %03000d 0 >long; seq 1 200 >ids; "
+                   "ln -s tiny.bin link.bin; ln -s far dangling; printf %03000d 0 >long; seq 1 200 >ids; "
                    "printf %0300d 0 >hundreds; "
                    "run tiny.bin -m compress -f text -o small && head -c 20 small >small.bad; "
                    "echo abc | chat -o one; printf 'abc\\ndef\\n' | chat -o two; "
@@ -4322,7 +4329,120 @@ static void test_signals(void) {
     CHECK(access("late", F_OK), "no tool outlives a program that was stopped");
 }
 
-// ==== 16. Real models, where they are ============================================================
+// ==== 16. What is unlikely, or meant ill =========================================================
+
+static void fill(Tensor *t, float value) {
+    for (size_t i = 0; i < t->n; i += 4) set_float(t->bytes + i, value);
+}
+// Whatever the text, one token has a logit that is by far the greatest.
+static void test_great_losses(float logit) {
+    Shape s = family(LLAMA, ROWS);
+    s.vocab = 266, s.layers = 1, s.dim = 16, s.hidden = 16, s.heads = s.kv_heads = 1;
+    Made m = make_weights(&s);
+    Tensor *ones[] = {&m.embedding, &m.final_norm, &m.layer[0][ATTN_NORM], &m.layer[0][FFN_NORM]};
+    for (int i = 0; i < 4; i++) fill(ones[i], 1);
+    fill(&m.layer[0][WO], 0), fill(&m.layer[0][DOWN], 0), fill(&m.classifier, 0);
+    for (int i = 0; i < 16; i++) set_float(m.classifier.bytes + 4 * (5 * 16 + i), logit / 16);
+    save_model("lossy", &m, NULL);
+    const char *commands[] = {"run lossy.bin -m eval -i abc -q",
+                              "run lossy.bin -m eval -i abc -q --logprobs 2",
+                              "echo abc | run lossy.bin -m eval --each - -q"};
+    for (int i = 0; i < 3; i++) {
+        if (cut_out(commands[i])) continue;
+        Ran r = ran(commands[i]);
+        int expected[] = {6, 3, 1};
+        CHECK(r.status == 0 && strlen((char *)r.out.p) == r.out.n && r.out.p[r.out.n - 1] == '\n' &&
+                  lines(&r.out) == expected[i],
+              "%s prints whole lines where a loss is %g: %s", commands[i], (double)logit, r.out.p);
+    }
+}
+
+// x of which mix64 makes z.
+static uint64_t unmixed(uint64_t z) {
+    z ^= z >> 31 ^ z >> 62;
+    z *= 0x319642b2d24d8ec3u;
+    z ^= z >> 27 ^ z >> 54;
+    z *= 0x96de1b173f119089u;
+    return z ^ z >> 30 ^ z >> 60;
+}
+// Tokenizers that are made to take long: their tokens have one place in a table, one is very long.
+static void test_slow_tokenizers(void) {
+    enum { N = 60000, LONG = 65535 };
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL), *w = new_vocabulary(BYTE_LEVEL);
+    char *letters = memset(get(LONG + 1, 1), 'a', LONG);
+    for (uint64_t i = 0; i < N; i++) {
+        uint64_t word_ = unmixed(((i + 1) << 32) - mix64(8)) - 0x9E3779B97F4A7C15u;
+        put(&v->tokens, (uint8_t[]){0, 0, 0, 0, NORMAL, 0, 8, 0}, 8), put(&v->tokens, &word_, 8);
+        v->n++;
+    }
+    double began = seconds();
+    Tokenizer t = open_tokenizer(v, "slow.tok");
+    CHECK(seconds() - began < patience(3) && t.h.vocab_size == N,
+          "tokens of equal hashes are read within 3 seconds: %.1f", seconds() - began);
+    free_tokenizer(&t);
+    all_bytes(w), some_ranges(w);
+    word(w, letters, CONTROL);
+    t = open_tokenizer(w, "slow.tok");
+    began = seconds();
+    Ids ids = ids_of(&t, letters, LONG - 1, NULL, false);
+    CHECK(seconds() - began < patience(3) && ids.n == LONG - 1, "so is a text of the letters of a "
+          "token of 65,535: %.1f, %zu tokens", seconds() - began, ids.n);
+    free_tokenizer(&t);
+}
+
+// What a command, without a shell, prints if its stdin and stdout are pipes that do not block.
+static Buffer through_pipes(const char *command, const char *input) {
+    int in[2], out[2], null = open("/dev/null", O_WRONLY);
+    const char *argv[60] = {0};
+    char part[1 << 16];
+    words_of(text("%s", command), argv);
+    if (pipe(in) || pipe(out)) abort();
+    fcntl(in[0], F_SETFL, O_NONBLOCK), fcntl(out[1], F_SETFL, O_NONBLOCK);
+    fcntl(in[1], F_SETFD, FD_CLOEXEC), fcntl(out[0], F_SETFD, FD_CLOEXEC);
+    pid_t pid = start(argv, (int[]){in[0], out[1], null}, 20);
+    close(in[0]), close(out[1]), close(null);
+    usleep(200000);
+    if (write(in[1], input, strlen(input)) < 0) abort();
+    close(in[1]);
+    usleep(200000);
+    Buffer b = bytes_of("", 0);
+    for (ssize_t n; (n = read(out[0], part, sizeof part)) > 0;) put(&b, part, (size_t)n);
+    close(out[0]);
+    CHECK(status_of(pid) == 0, "%s does not mind pipes that do not block", command);
+    return b;
+}
+
+static void test_robust(void) {
+    test_slow_tokenizers();
+    if (no_program()) return;
+    test_great_losses(709), test_great_losses(1e17f);
+    Buffer ids = bytes_of("", 0);
+    for (int i = 0; i < 600; i++) put_text(&ids, "7 ");
+    keep("many", &ids);
+    Buffer b = through_pipes("run endless.bin -m logits -f - -q", (char *)ids.p);
+    CHECK(b.n == 600 * 278 * 4, "all logits come through a pipe that does not block: %zu", b.n);
+    prints_bytes("and they are the usual ones", &b, "run endless.bin -m logits -f many -q");
+    if (!cut_out("chat")) {
+        b = through_pipes("run endless.bin -m chat -n 5 -t 0 -q", "abc\ndef\n");
+        prints_bytes("so do answers", &b, "printf 'abc\\ndef\\n' | e -m chat -n 5 -t 0 -q");
+    }
+    if (mkfifo("fifo", 0600)) abort();
+    for (int round = 0; round < 24; round++) {
+        bool chat = round % 3 != 0 && !cut_out("chat"), lines_come = round % 3 == 1;
+        int ends[2], number = round % 2 ? SIGTERM : SIGHUP;
+        if (pipe(ends)) abort();
+        pid_t writer = lines_come ? fork() : -1;
+        while (!writer) if (write(ends[1], "\n\n\n\n", 4) < 0) _exit(0);
+        int status = signalled(chat ? "run endless.bin -m chat -q" : "run endless.bin -f fifo -q",
+                               ends[0], number, 4000, false);
+        if (writer > 0) kill(writer, SIGKILL), status_of(writer);
+        close(ends[0]), close(ends[1]);
+        CHECK(status == 130, "the first signal %d ends %s: %d", number, chat ? "a chat" : "a program "
+              "that waits for a pipe's other end", status);
+    }
+}
+
+// ==== 17. Real models, where they are ============================================================
 
 static const char sample_text[] =
     "The sun is a star at the centre of the solar system. It is a hot ball of plasma, and it gives "
@@ -4399,7 +4519,7 @@ static void test_models(void) {
     test_tiny_families();
 }
 
-// ==== 17. export.py ==============================================================================
+// ==== 18. export.py ==============================================================================
 
 // A small model as a Hugging Face folder or a GGUF. A case changes C (config.json), W (tensors), F
 // (other files), A (arguments) or S (what is exported). It says "same" if the checkpoint is that of
@@ -5024,6 +5144,7 @@ int main(int argc, char **argv) {
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"commands", test_commands},
         {"decoders", test_decoders}, {"sessions", test_sessions}, {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
+        {"robust", test_robust},
         {"models", test_models}, {"exports", test_exports}};
     bool tiny = argc == 3 && !strcmp(argv[1], "--tiny");
     strcpy(folder, "/tmp/test_all.XXXXXX");
