@@ -192,16 +192,39 @@ test-portable: run run-portable test_all
 bench: run model.bin
 	./run model.bin -m bench
 
-install: run
-	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 755 run $(DESTDIR)$(PREFIX)/bin/run
+# The program, its manual page, and completions where bash, zsh and fish look for them.
+SHARE = $(PREFIX)/share
+BASH_COMPLETION = $(SHARE)/bash-completion/completions/run
+ZSH_COMPLETION = $(SHARE)/zsh/site-functions/_run
+FISH_COMPLETION = $(SHARE)/fish/vendor_completions.d/run.fish
+INSTALLED = $(PREFIX)/bin/run $(SHARE)/man/man1/run.1 $(BASH_COMPLETION) $(ZSH_COMPLETION) $(FISH_COMPLETION)
 
+install: run
+	for f in $(INSTALLED); do install -d "$(DESTDIR)$$(dirname $$f)" || exit 1; done
+	install -m 755 run "$(DESTDIR)$(PREFIX)/bin/run"
+	./run --manual >"$(DESTDIR)$(SHARE)/man/man1/run.1"
+	./run --completion bash >"$(DESTDIR)$(BASH_COMPLETION)"
+	./run --completion zsh >"$(DESTDIR)$(ZSH_COMPLETION)"
+	./run --completion fish >"$(DESTDIR)$(FISH_COMPLETION)"
+	for f in $(filter %.1 %/run.fish %/_run %/completions/run,$(INSTALLED)); do chmod 644 "$(DESTDIR)$$f"; done
+
+# (In a DESTDIR the folders go, too, where they are empty.)
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/run
+	for f in $(INSTALLED); do rm -f "$(DESTDIR)$$f" || exit 1; done
+	[ -z "$(DESTDIR)" ] || { cd "$(DESTDIR)" && for f in $(INSTALLED); do rmdir -p ".$$(dirname $$f)" 2>/dev/null; done; true; }
+
+# The manual page, completions in the shells that are here, and what uninstall leaves.
+test-install: run
+	.ci/test-install
+
+# The files that git tracks, as they are committed.
+dist:
+	version=$$(sed -n 's/^#define VERSION "\(.*\)"/\1/p' run.c) && \
+		git archive --prefix=run-$$version/ -o run-$$version.tar.gz HEAD && ls -l run-$$version.tar.gz
 
 # (Models, .venv and .cache stay; distclean removes what was fetched and made for the default model, too.)
 clean:
-	rm -rf run run-plain run-debug run-portable* test_all test-*
+	rm -rf run run-* test_all test-*
 
 distclean: clean
 	rm -rf model.bin .venv .cache .built-with
@@ -214,6 +237,7 @@ help:
 	@echo "make test-isa, test-cross, test-debug   the same bytes in other builds; on arm64; sanitizers"
 	@echo "make test-rooms  without part 4, and with one room of part 5 cut out"
 	@echo "make test-page  the page of -m explain in a headless Chromium"
+	@echo "make test-install  the manual page, completions in bash, zsh and fish, uninstall"
 	@echo "make test-faults, fuzz   functions that fail; random inputs"
 	@echo "make test-threads, test-valgrind   ThreadSanitizer; valgrind"
 	@echo "make lint     gcc -fanalyzer, cppcheck, clang-tidy"
@@ -221,7 +245,8 @@ help:
 	@echo "make bench    measure this machine"
 	@echo "make plain    ./run-plain: without part 4 (SIMD and threads)"
 	@echo "make debug    ./run-debug: with AddressSanitizer and UBSan"
-	@echo "make install  to PREFIX=$(PREFIX)"
+	@echo "make install, uninstall   program, manual page and completions, in PREFIX=$(PREFIX)"
+	@echo "make dist     a tar.gz of what is committed"
 	@echo "make clean    remove what was built (not model.bin)"
 
-.PHONY: demo test portable test-portable test-rooms test-isa test-cross test-debug test-page test-faults test-threads test-valgrind fuzz lint plain debug bench install uninstall clean distclean help
+.PHONY: demo test portable test-portable test-rooms test-isa test-cross test-debug test-page test-install test-faults test-threads test-valgrind fuzz lint plain debug bench install uninstall dist clean distclean help

@@ -51,6 +51,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -59,6 +60,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 import zipfile
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field
@@ -80,11 +82,18 @@ def require(condition, problem):
         raise ExportError(problem)
 
 
+def line(text):
+    """One line for a terminal, which must not obey what a file has brought into it."""
+    return "export.py: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", " ".join(str(text).split()))
+
+
 def note(text):
-    print(f"export.py: {text}", file=sys.stderr)
+    print(line(text), file=sys.stderr)
 
 
 np.seterr(all="ignore")     # what is too large becomes infinite, which the writer reports
+warnings.simplefilter("ignore")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # or it warns where a process forks
 
 
 # ------------------------------------------------------------------------------------------------
@@ -297,11 +306,20 @@ class Config:
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.dim // max(self.n_heads, 1)
-        for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size",
-                     "seq_len", "head_dim"):
-            size, most = getattr(self, name), MAX_LAYERS if name == "n_layers" else 2 ** 31 - 1
-            require(0 < size <= most, f"the model's {name} is {size}; run.c takes 1 to {most}")
-        require(self.n_heads % self.n_kv_heads == 0 and self.head_dim % 2 == 0,
+        experts = self.n_experts > 0
+        for name, least, most in (     # what run.c's check_config takes
+                ("dim", 1, 1 << 20), ("hidden_dim", 1, 1 << 20), ("n_layers", 1, MAX_LAYERS),
+                ("n_heads", 1, 1 << 14), ("n_kv_heads", 1, 1 << 14), ("vocab_size", 1, 1 << 24),
+                ("seq_len", 1, 1 << 24), ("head_dim", 2, 1 << 14), ("sliding_window", 0, 1 << 24),
+                ("query_length", self.query_growth != 0, 1 << 24), ("n_experts", 0, 1 << 10),
+                ("n_active", experts, self.n_experts),
+                ("n_shared", 0, max(self.n_experts - self.n_active, 0)),
+                ("expert_hidden", experts, experts << 20)):
+            size = getattr(self, name)
+            require(int(size) == size and least <= size <= most,
+                    f"the model's {name} is {size}; run.c takes {int(least)} to {most}")
+        require(self.n_heads % self.n_kv_heads == 0 and self.head_dim % 2 == 0
+                and self.n_heads * self.head_dim <= 1 << 20,
                 f"{self.n_heads} heads with {self.n_kv_heads} key/value heads of {self.head_dim} "
                 "channels: not a shape that run.c knows")
         self.q_dim, self.kv_dim = (n * self.head_dim for n in (self.n_heads, self.n_kv_heads))
@@ -311,8 +329,14 @@ class Config:
         self.rotary = self.rotary or self.head_dim
         if self.rope_freqs is None:
             _, self.rope_freqs, _ = inverse_frequencies(self.head_dim, {"rope_theta": 10000.0})
+        for freqs in self.rope_freqs, self.rope_freqs_local:
+            require(freqs is None or (0 <= freqs).all() and np.isfinite(freqs).all(),
+                    "RoPE's frequencies are negative or not finite: rope_theta or its scaling is "
+                    "damaged")
         self.attn_scale = self.attn_scale or self.head_dim ** -0.5
         self.local_layers = self.local_layers or [False] * self.n_layers
+        require(len(self.local_layers) == self.n_layers, f"{len(self.local_layers)} of "
+                f"{self.n_layers} layers are said to have a window or not")
 
 
 def block_type(dtype, rows):
@@ -1161,8 +1185,18 @@ class GGUF(Source):
 
     def __init__(self, path):
         import gguf
+
+        class Reader(gguf.GGUFReader):
+            """Its arrays end where they say: or it would look for 2^62 numbers in a short file."""
+
+            def _get(self, offset, dtype, count=1, *more, **others):
+                end = int(offset) + np.dtype(dtype).itemsize * int(count)
+                require(end <= len(self.data), f"{path} is truncated or damaged: it has "
+                        f"{len(self.data)} bytes, something in it ends at {end}")
+                return super()._get(offset, dtype, count, *more, **others)
+
         self.path = Path(path)
-        readers = [(part, gguf.GGUFReader(part)) for part in self.parts()]
+        readers = [(part, Reader(part)) for part in self.parts()]
         meta = Settings(path, {k: f.contents() for k, f in readers[0][1].fields.items()})
         require(readers[0][1].endianess == gguf.GGUFEndian.LITTLE, f"{path} is big-endian: convert "
                 "it with gguf-convert-endian, of the Python package gguf")
@@ -1234,8 +1268,12 @@ def open_safetensors(paths, index={}):
         for name, t in SafetensorsLocal(path).tensors.items():
             size, kind = t.data_range.size, t.dtype.partition("_")[0]
             width = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8": 1}.get(kind)
-            require(not width or size == width * math.prod(t.shape),
+            require(not width or size == width * math.prod(t.shape) and min(t.shape, default=1) > 0,
                     f"{path}: damaged: {name} has {size} bytes, not those of its shape")
+            with open(path, "rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+            require(t.data_range.offset >= start and size >= 0, f"{path}: damaged: {name} begins "
+                    f"at {t.data_range.offset}, within the header")
             if index.get(name, path.name) != path.name:
                 continue
             require(name not in stored, f"{path}: {name} is in another file, too")
@@ -2174,6 +2212,9 @@ def tokenizer_bytes(v):
                        len(v.atoms.ranges), len(elements), len(steps), len(v.marks), len(v.forms),
                        len(v.stops), len(pieces), *v.sampling, 0, white, word)
     parts = [body]
+    require(max(map(len, v.tokens)) < 1 << 16, f"{v.where}: a token has more than 65,535 bytes")
+    require(all(len(text.encode()) <= 1024 for text, _, _ in v.added),
+            f"{v.where}: an added token has more than 1,024 bytes")
     for token, kind, score in zip(v.tokens, v.types, v.scores):
         parts.append(struct.pack("<fBBH", score, kind, 0, len(token)) + token)
     for text, i, flags in v.added:
@@ -2287,6 +2328,8 @@ def json_vocab(where, spec):
             f"spaces are written (ByteLevel, or {SPACE} for them), or both do")
     ids, added = model["vocab"], tokenizer.get_added_tokens_decoder()
     pieces = {**{i: p for p, i in ids.items()}, **{i: t.content for i, t in added.items()}}
+    require(max(pieces) < len(pieces) + (1 << 16), f"{where}: damaged: there is a token of number "
+            f"{max(pieces)}, but only {len(pieces)} of them")
     everything = range(max(pieces) + 1)
     merges = [tuple(ids[part] for part in (m.split(" ", 1) if isinstance(m, str) else m))
               for m in model["merges"]]
@@ -2594,15 +2637,42 @@ def renderer(template, bos_token, eos_token):
                                         extensions=[loopcontrols, Generation])
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, indent=indent, ensure_ascii=False)
     env.globals["raise_exception"] = lambda message: require(False, message)
-    compiled = env.from_string(template)
-
     def render(messages, add_generation_prompt=True, date=None):
-        return compiled.render(
+        return limited(lambda: env.from_string(template).render(
             messages=[{"role": role, "content": text} for role, text in messages],
             add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token,
             tools=None, documents=None,
-            strftime_now=lambda form: time.strftime(form, date) if date else f"\1{form}\2")
+            strftime_now=lambda form: time.strftime(form, date) if date else f"\1{form}\2"))
     return render
+
+
+def limited(function, seconds=5, size=1 << 30):
+    """The text that a function returns, in a process that may take so much time and memory."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reader)
+            with contextlib.suppress(OSError, ValueError):      # (only Linux tells what is used)
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + size, used + size))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            try:
+                said = "+" + function()
+            except Exception as error:      # templates fail in their own ways
+                said = f"-{type(error).__name__}: {error}".removesuffix(": ")
+            with open(writer, "wb") as pipe:
+                pipe.write(said.encode(errors="replace"))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    require(said, f"it takes more than {seconds} s or {size >> 20} MiB")
+    require(said[0] == "+", said[1:].removeprefix("ExportError: "))
+    return said[1:]
 
 
 def chat_format(template, bos, eos):
@@ -3189,6 +3259,10 @@ def export(args):
          + (f" and {tokenizer}" if source.vocab else ""))
 
 
+def fail(problem):
+    sys.exit(line(problem))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("source", metavar="SOURCE", help="a GGUF or llama2.c file, a Hugging Face "
@@ -3209,20 +3283,20 @@ def main():
     try:
         export(args)
     except ExportError as error:
-        sys.exit(f"export.py: {error}")
+        fail(error)
     except OSError as error:
-        sys.exit(f"export.py: {error.filename or args.model}: {error.strerror or error}")
+        fail(f"{error.filename or args.model}: {error.strerror or error}")
     except ModuleNotFoundError as error:
         package = {"google": "protobuf"}.get(error.name.partition(".")[0], error.name)
-        sys.exit(f"export.py: a Python package is missing: pip install {package}")
+        fail(f"a Python package is missing: pip install {package}")
     except MemoryError as error:
-        sys.exit(f"export.py: not enough memory: {error}")
+        fail(f"not enough memory: {error}".removesuffix(": "))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:      # what damaged files cause
         where = " or ".join(filter(None, (args.source, args.vocab, args.lora)))
-        sys.exit(f"export.py: {where} is damaged or of an unknown form "
-                 f"({type(error).__name__}: {error})")
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        fail(f"{where} is damaged or of an unknown form ({reason})")
 
 
 if __name__ == "__main__":

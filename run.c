@@ -991,14 +991,17 @@ static float quantized_row(float sum, const Matrix *w, int row, const Quantized 
 // An error is one line on stderr that says what, where and what to do; the exit status is 1. Memory
 // comes from resize (like realloc) and zeros (aligned).
 
-static __attribute__((noreturn, format(printf, 1, 2))) void die(const char *format, ...) {
+#define die(...) (tell(__VA_ARGS__), exit(1))
+static __attribute__((format(printf, 1, 2))) void tell(const char *format, ...) {
+    char line[3 * PATH_MAX];
     va_list args;
     va_start(args, format);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    exit(1);
+    for (char *c = line; *c; c++)  // a terminal must not obey what files have brought
+        if ((uint8_t)*c < 32 || *c == 127 || (c > line && c[-1] == '\xc2' && (uint8_t)*c < 160))
+            *c = '?';
+    fprintf(stderr, "run: %s\n", line);
 }
 
 static size_t memory_size(size_t count, size_t size) {
@@ -1049,7 +1052,8 @@ static const uint8_t *map_file(const char *path, size_t *size) {
     return data;
 }
 
-static _Thread_local int this_thread;  // its number, from 0
+static volatile sig_atomic_t idle = 1;  // nothing is under way: a signal ends the program
+static _Thread_local int this_thread;   // its number, from 0
 #ifdef PLAIN
 static const char isa[] = "plain C";
 static void parallel(Task *task, void *context, int n) {
@@ -1719,8 +1723,9 @@ static uint64_t key_of(int kind, int a, int b) {
 }
 static uint64_t key_of_text(const char *s, size_t len) { return hash64(s, len) >> 4; }
 
+// No file can know which keys come to one place: that depends on where the table is.
 static Keyed *index_entry(const Index *x, uint64_t key) {
-    for (size_t i = (size_t)mix64(key);; i++) {
+    for (size_t i = (size_t)mix64(key + (uintptr_t)x->entries);; i++) {
         Keyed *e = &x->entries[i & x->mask];
         if (e->number < 0 || e->key == key) return e;
     }
@@ -1824,7 +1829,9 @@ static bool read_tokens(Tokenizer *t, Bytes *file) {
             text = (Text){&bytes[id - 3], 1};
         }
         t->tokens[id] = (Token){text, float_of(read_u32(start)), type};
-        if (type == NORMAL) index_add(t, key_of_text(text.s, text.len), id);  // the first of equals
+        if (type != NORMAL) continue;
+        Text first = t->tokens[index_add(t, key_of_text(text.s, text.len), id)].text;  // of equals
+        if (first.len != text.len || memcmp(first.s, text.s, text.len)) return false;
     }
     for (int id = 0; id < t->h.vocab_size; id++)  // bytes that are no other token
         if (t->tokens[id].type == BYTE)
@@ -1832,6 +1839,7 @@ static bool read_tokens(Tokenizer *t, Bytes *file) {
     return true;
 }
 
+enum { LONGEST_ADDED = 1024 };  // so many steps can be tried in vain at each place of a text
 static bool read_added(Tokenizer *t, Bytes *file) {
     int n_nodes = 2;
     for (uint32_t i = 0; i < t->h.n_added; i++) {
@@ -1839,7 +1847,8 @@ static bool read_added(Tokenizer *t, Bytes *file) {
         Ids chars = {0};
         const uint8_t *start = record_take(t, file, &text);
         uint32_t id = start ? read_u32(start) : UINT32_MAX;
-        if (id >= (uint32_t)t->h.vocab_size || start[4] > 31 || !text.len) return false;
+        if (id >= (uint32_t)t->h.vocab_size || start[4] > 31) return false;
+        if (!text.len || text.len > LONGEST_ADDED) return false;
         int node = (start[4] & NORMALIZED) != 0;
         push_text(&chars, text, NULL);
         for (size_t j = 0; j < chars.n; j++) {
@@ -2272,11 +2281,14 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool text_s
     size_t start = out->n + bos;
     Ids chars = {0};
     push_text(&chars, text, typed);
+    sig_atomic_t was = idle;
+    idle = 1;  // it can take long, and nothing is lost: a signal ends the program
     if (bos) push(out, t->h.bos);
     encode_piece(&e, (Piece){chars.ids, chars.n, true}, 0);
     if (bos && out->n > start && out->ids[start] == t->h.bos)  // it has one itself
         memmove(out->ids + start, out->ids + start + 1, (--out->n - start) * sizeof(int));
     free(chars.ids), free(e.word), free(e.symbols), free(e.winners);
+    idle = was;
 }
 
 // The text of a token that follows another (-1: nothing). Control tokens have none; the space that
@@ -2872,7 +2884,7 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each, *reward, *suffix;
+    const char *tool, *each, *reward, *suffix, *completion;
     List others, stops;
     long long at_once, skip, logprobs;
     long long steps, context, threads, top_k, samples, layer, head;
@@ -2880,7 +2892,7 @@ typedef struct {
     double min_p, repeat_penalty, dry;
     long long repeat_last;
     unsigned long long seed;
-    bool quiet, receipt, best, think, trace, quote, help, version;
+    bool quiet, receipt, best, think, trace, quote, help, version, manual;
     Text input, lines; // not options: the text of -i or -f, and of --each
     char **words;      // of the command line
     double started;    // nor this: when the program was
@@ -2904,7 +2916,6 @@ typedef struct {
 typedef void Mode(const Options *o, const Model *m, const Tokenizer *t, Output *out);
 
 static volatile sig_atomic_t interrupted;  // by a signal; a second one ends the program
-static volatile sig_atomic_t idle = 1;     // nothing is under way: the first one does
 static volatile sig_atomic_t dimmed;       // a terminal that writes dimmed text: set back at exit
 static volatile sig_atomic_t progress;     // a terminal shows how far the work is: cleared at exit
 static volatile pid_t running_tool;        // ends with the program
@@ -2948,6 +2959,7 @@ static const char *file_replace(const char *path, const void *data, size_t n) {
     const char *name = realpath(path, target) ? target : path;  // where a link leads to
     bool exists = !stat(path, &st);
     if (!exists && errno != ENOENT) return strerror(errno);
+    if (!exists && readlink(path, target, 1) > 0) return "it is a link to what is not there";
     if (exists && !S_ISREG(st.st_mode)) return "it is not a file that can be written";
     const char *slash = strrchr(name, '/');
     int folder = slash ? (int)(slash + 1 - name) : 0;
@@ -3192,7 +3204,8 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
 // `saved`, and of which `keep` stay when the context is full.
-typedef struct { Ids ids; int done, keep, saved; } Context;
+// What is shown is within a thought (2) or not (1), if that is known.
+typedef struct { Ids ids; int done, keep, saved, thought; } Context;
 
 // What the model is to read; `typed` marks what a user typed (no special tokens there).
 typedef struct { char *s, *typed; size_t n; } Prompt;
@@ -3404,7 +3417,7 @@ typedef struct {
     char magic[8];
     uint64_t model, page_bytes;   // the model's hash; the size of the cache's pages
     uint64_t rng;                 // state of the generator
-    int32_t n, done, keep, zero;  // as in Context; of an unfinished page, done may not count any
+    int32_t n, done, keep, thought;  // as in Context; of an unfinished page, done may not count any
     uint64_t hash;                // of all this
 } SessionHeader;                  // behind it, for each page of the cache: its tokens, and the page
 typedef struct {
@@ -3456,7 +3469,7 @@ static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c)
     }
     free(whole ? c->ids.ids : ids.ids);
     if (!whole) return "it is damaged or truncated";
-    *c = (Context){.ids = ids, .done = h->done, .keep = h->keep};
+    *c = (Context){.ids = ids, .done = h->done, .keep = h->keep, .thought = h->thought};
     for (int i = 0; i < c->done; i += PAGE_POSITIONS) {
         cache_prepare(kv, &(Slot){.pos = i}, 1);
         ssize_t got = pread(fd, *page_of(kv, 0, i), h->page_bytes,
@@ -3483,6 +3496,7 @@ static void session_append(Session *s, const Context *c, int done, uint64_t rng)
     h->n = (int)c->ids.n;
     h->done = done;
     h->keep = c->keep;
+    h->thought = c->thought;
     h->rng = rng;
     h->hash = hash64(h, offsetof(SessionHeader, hash));
     session_write(s, h, sizeof *h, 0);
@@ -3866,6 +3880,7 @@ static void machine_draw(void *context, int i) {
         push(ids, next);
         if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
         else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
+        d->c.thought = d->out->filter ? 1 + d->out->thinking : 0;
         if (d->out->stopped) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
@@ -4046,7 +4061,8 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
     if (n_prompt > LONG_PROMPT && d.budget > 0) decoder_settle(&w, &d, 1);  // says how far it is
     if (!t->llama2c && !o->suffix) output_text(d.out, o->input);
-    Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
+    if (d.c.thought > 1) output_begin(d.out, o, t, (Text){"<think>", 7});
+    Output text = decoder_text(&w, &d, d.c.thought ? (int)before : 0);  // it may have opened one
     output_begin(d.out, o, t, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
@@ -4125,8 +4141,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 #ifndef NO_CHAT
 // What is wrong is said. The chat goes on; but if nobody types in it, it ends with status 1.
-#define chat_wrong(...) (fprintf(stderr, "run: " __VA_ARGS__), fputs("\n", stderr),            \
-                            (void)(unfinished |= !isatty(0)))
+#define chat_wrong(...) (tell(__VA_ARGS__), (void)(unfinished |= !isatty(0)))
 
 #ifndef NO_SESSIONS
 // Runs /save or /load. Only a session is written over.
@@ -4140,7 +4155,7 @@ static void chat_file(Machine *w, Decoder *d, bool save, const char *path) {
     if (!wrong && save) wrong = session_save(&s, &d->c, d->c.done, d->s.rng);
     if (s.fd >= 0) close(s.fd);
     if (wrong) chat_wrong("cannot %s %s: %s", save ? "write" : "open", path, wrong);
-    else fprintf(stderr, "%s: %zu tokens\n", path, d->c.ids.n);
+    else tell("%s: %zu tokens", path, d->c.ids.n);
     if (wrong || save) return;
     w->turns.n = 0;
     decoder_commit(w, d);
@@ -4367,6 +4382,7 @@ static bool chat_message(bool prompt, Prompt *p) {
             n = edited ? line_edit(&s, &capacity, any ? "  " : "> ")
                        : getline(&s, &capacity, stdin);
         }
+        if (n < 0 && errno && !interrupted) die("cannot read stdin: %s", strerror(errno));
         if (interrupted == SIGINT) interrupted = 0;  // at the prompt there was nothing to end
         if (n < 0) return any;
         while (n > 0 && (s[n - 1] == '\n' || s[n - 1] == '\r')) n--;
@@ -4458,8 +4474,7 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     w.system = o->system;
     if (!setlocale(LC_CTYPE, "C.UTF-8")) setlocale(LC_CTYPE, "UTF-8");  // for wcwidth
     bool typed = isatty(0) && !o->quiet;
-    if (typed) fprintf(stderr, "%s; /help lists the commands\n",
-                       m->header ? m->header->name : m->path);
+    if (typed) tell("%s; /help lists what can be typed", m->header ? m->header->name : m->path);
     if (d.c.ids.n && o->system && !o->quiet && !(flags & SYSTEM_LAST))
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     if (o->input.len) chat_turn(&w, &d, o->input);
@@ -5320,10 +5335,13 @@ static void bench(const Options *o, const Model *m, const Tokenizer *none, Outpu
                       (of[i]->data ? matrix_bytes(of[i]->dtype, of[i]->rows, of[i]->cols) : 0);
     }
     double weights = (double)(m->file_size - unread), limit = stream / weights;
-    output_print(out, "model: %s\ndtype: %s\nisa: %s\nthreads: %lld\n"
+    const char *name = m->header ? m->header->name : m->path;
+    output_print(out, "model: ");
+    output_text(out, (Text){name, strlen(name)});
+    output_print(out, "\ndtype: %s\nisa: %s\nthreads: %lld\n"
         "weights_mb: %.1f\nstream_gb_s: %.1f\nprefill_tok_s: %.1f\nprefill4096_tok_s: %.1f\n"
         "decode_tok_s: %.1f\ndecode_limit_tok_s: %.1f\ndecode_depth4096_tok_s: %.1f\n"
-        "batch16_tok_s: %.1f\nstartup_ms: %.1f\n", m->header ? m->header->name : m->path,
+        "batch16_tok_s: %.1f\nstartup_ms: %.1f\n",
         dtype_names[m->layers[0].wq.dtype], isa, o->threads, weights / 1e6, stream / 1e9, prompt,
         deep_prompt, decode, limit, deep_decode, batch, 1e3 * startup);
     if (!o->quiet) fprintf(stderr, "verdict: %.0f%% of what the memory allows (under 80: other load"
@@ -5538,7 +5556,7 @@ static const struct Option {
     {"-b, --best", TO(best), 0, 0, TALK, "with -k: print only the text that is likeliest"},
     {"    --reward MODEL", TO(reward), 1, 0, TALK, "with -k or -e: a reward model finds the best"},
     {"-e, --ensemble MODEL", TO(others), 1, 0, MIXED, "answers, too: the best one is printed"},
-    {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or \"lookup\", guesses"},
+    {"-d, --draft MODEL", TO(draft), 1, 0, TALK, "faster: a small model, or lookup, guesses"},
     {"-S, --session FILE", TO(session), 1, 0, KEPT, "keep the text in FILE, or go on with it"},
     {"-T, --tool CMD", TO(tool), 1, 0, TOOLS, "answers arithmetic and tool calls on its stdin"},
     {"    --each FILE", TO(each), 1, 0, EACH, "run the prompt for each line, in the place of {}"},
@@ -5561,6 +5579,8 @@ static const struct Option {
     {"    --trace", TO(trace), 0, 0, SHOW, "explain: each stage of the computation in numbers"},
     {"-h, --help", TO(help), 0, 0, ALL, "this text"},
     {"-V, --version", TO(version), 0, 0, ALL, "version and instruction set"},
+    {"    --manual", TO(manual), 0, 0, ALL, "this as a manual page, for man or mandoc"},
+    {"    --completion SHELL", TO(completion), 1, 0, ALL, "completions for bash, zsh or fish"},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
 #define usage_error(...)                                                                           \
@@ -5662,24 +5682,76 @@ static void refuse_overwriting(const Options *o, const Tokenizer *t) {
             usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }
 
-static void option_help(void) {
-    puts("usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (options[i].modes) printf("  %-26s %s\n", options[i].name, options[i].help);
-    puts("\nTokens are drawn in this order: repeat-penalty, dry, temperature, top-k, top-p, min-p."
-         "\n\nmodes:");
+// --help; or --manual, the same in the macros of mdoc.
+static void option_help(bool manual) {
+    puts(manual ? ".Dd December 1, 2026\n.Dt RUN 1\n.Os\n.Sh NAME\n.Nm run\n.Nd a language model\n"
+                  ".Sh SYNOPSIS\n.Nm\n.Ar MODEL\n.Op Ar options\n.Sh DESCRIPTION\n"
+                  "Continues a text, or does what --mode says.\n.Bl -tag -width Ds"
+                : "usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
+    for (const struct Option *o = options; o < options + N_OPTIONS; o++)
+        if (o->modes) printf(manual ? ".It Sy %s\n%s\n" : "  %-26s %s\n",
+                             o->name + (manual ? strspn(o->name, " ") : 0), o->help);
+    puts(manual ? ".El\n.Pp" : "");
+    puts("Order of sampling: repeat-penalty, dry, temperature, top-k, top-p, min-p.");
+    puts(manual ? ".Pp\nModes:\n.Bl -tag -width decompress" : "\nmodes:");
     for (int i = 0; i < N_MODES; i++)
-        if (modes[i].name) printf("  %-10s %s\n", modes[i].name, modes[i].help);
-    puts("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped\n\n"
-         "./run model.bin -i \"Once upon a time\"      # a text\n"
-         "./run model.bin -m chat                    # a conversation\n"
-         "./run model.bin -m explain -i \"Once\" -n 3  # why these words?");
+        if (modes[i].name)
+            printf(manual ? ".It Sy %s\n%s\n" : "  %-10s %s\n", modes[i].name, modes[i].help);
+    printf("%s0 done, 1 something went wrong, 2 wrong command line, 130 stopped\n",
+           manual ? ".El\n.Sh EXIT STATUS\n" : "\nexit status: ");
+    puts(manual ? ".Sh EXAMPLES\n.Dl run model.bin -i \"Once upon a time\"\n"
+                  ".Dl run model.bin -m chat"
+                : "\n./run model.bin -i \"Once upon a time\"      # a text\n"
+                  "./run model.bin -m chat                    # a conversation\n"
+                  "./run model.bin -m explain -i \"Once\" -n 3  # why these words?");
+}
+
+// What a shell completes: options, modes, and files where one is expected.
+static void option_completion(const char *shell) {
+    bool bash = !strcmp(shell, "bash"), zsh = !strcmp(shell, "zsh"), fish = !strcmp(shell, "fish");
+    if (!bash && !zsh && !fish) usage_error("--completion is for bash, zsh or fish, not %s", shell);
+    fputs(bash ? "_run() {\nlocal before=$3 modes=\"" : zsh ? "#compdef run\nlocal modes=\""
+                                                            : "set -l modes \"", stdout);
+    for (int i = 0; i < N_MODES; i++) if (modes[i].name) printf("%s ", modes[i].name);
+    puts(bash ? "\" names=\"" : zsh ? "\"\n_arguments -s 1:MODEL:_files \\" : "\"");
+    for (const struct Option *o = options; o < options + N_OPTIONS; o++) {
+        const char *value = strchr(o->name + 4, ' ');
+        bool mode = value && !strcmp(value, " MODE");
+        const char *in_zsh = mode ? ":mode:($modes)" : value ? ":value:_files" : "";
+        const char *in_fish = mode ? "-xa \"$modes\"" : value ? "-r" : "";
+        for (int brief = *o->name == '-'; o->modes && brief >= 0; brief--) {
+            const char *name = o->name + (brief ? 0 : 4), *joint = value ? brief ? "+" : "=" : "";
+            int n = (int)strcspn(name, ", ");
+            if (bash) printf("%.*s\n", n, name);
+            if (zsh) printf("\"*%.*s%s[%s]%s\" \\\n", n, name, joint, o->help, in_zsh);
+            if (fish) printf("complete -c run -%c %.*s -d \"%s\" %s\n", brief ? 's' : 'l',
+                             n - 2 + brief, name + 2 - brief, o->help, in_fish);
+        }
+    }
+    puts(bash ? "\"\n[[ $3 == = ]] && before=${COMP_WORDS[COMP_CWORD-2]}\n"
+                "if [[ $before == -m || $before == --mode ]]; then names=$modes\n"
+                "elif [[ $2 != -* ]]; then return; fi\n"
+                "COMPREPLY=($(compgen -W \"$names\" -- \"$2\"))\n}\n"
+                "complete -o default -F _run run" : "");
+}
+
+// What needs no model. Returns whether it was asked for.
+static bool option_tell(const Options *o) {
+    if (o->help || o->manual) option_help(o->manual);
+    else if (o->version) printf("run %s (%s)\n", VERSION, isa);
+    else if (o->completion) option_completion(o->completion);
+    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
+    return o->help || o->version || o->manual || o->completion;
 }
 
 static void on_signal(int number) {
     static const char line[] = "run: a mapped file became shorter, or cannot be read any more\n";
+    static atomic_flag told = ATOMIC_FLAG_INIT;
     bool lost = number == SIGBUS;
+    while (lost && atomic_flag_test_and_set(&told)) pause();  // another thread says it
     if (lost && write(2, line, sizeof line - 1) < 0) {}
+    if (!lost && number != SIGINT)  // no read waits any more
+        terminal_set(false), dup2(open("/dev/null", O_RDONLY), 0);
     if (lost || interrupted || idle) {
         output_leave();
         _exit(lost ? 1 : 130);
@@ -5766,14 +5838,12 @@ int main(int argc, char **argv) {
                  .threads = processors(), .words = argv};
     for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
         if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+        else fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
     volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
     if (a * a - square != 0 || tiny / 2 == 0)  // the same bits everywhere need these
         die("built for other arithmetic: use -ffp-contract=off and no -ffast-math");
     option_parse(&o, argc, argv);
-    if (o.help) option_help();
-    else if (o.version) printf("run %s (%s)\n", VERSION, isa);
-    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
-    if (o.help || o.version) return 0;
+    if (option_tell(&o)) return 0;
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : mode == EVAL ? 0 : 256;

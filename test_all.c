@@ -2776,6 +2776,7 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"-j 0", "-j goes from 1 to 256"}, {"-j 1000", "-j goes"}, {"-j two", "not \"two\""},
     {"--top-k -1", "--top-k goes"}, {"--top-k 1e3", "not \"1e3\""}, {"--min-p 2", "--min-p goes"},
     {"--repeat-penalty 0", "--repeat-penalty goes"}, {"-x", "unknown option -x"},
+    {"--completion tcsh", "bash, zsh or fish, not tcsh"},
     {"--unknown", "unknown option --unknown"}, {"-- -q", "models, tiny.bin and -q"},
     {"--steps=x", "not \"x\""},
     {"--steps=", "needs a value"}, {"--quiet=1", "--quiet=1 takes no value"},
@@ -2823,6 +2824,8 @@ static const struct { const char *command, *says; } failing[] = {
     {"e -i a -d llama.bin", "another tokenizer"},
     {"e -i a -e nothing.bin", "cannot open nothing.bin"},
     {"e -q -f hundreds -n 5 -e other.bin", "other.bin"}, {"t -m decompress -f text", "text"},
+    {"t -m logits -i \"$(printf '\\033[31m\\302\\233')\"", "\"?[31m\302?\" is not"},
+    {"chat <.", "cannot read stdin"}, {"e -n 1 -o dangling", "a link to what is not there"},
     {"t -m decompress -f small.bad -o out", "small.bad"}, {"e -m decompress -f small", "small"}};
 
 // Pairs of commands that print the same bytes.
@@ -2862,6 +2865,11 @@ static const struct { const char *what, *one, *other; } twins[] = {
      "{ e -i abc -n 900 -s 1 -q 2>&1; echo $? >&2; } 2>told | true; cat told", "echo 0"},
     {"a closed pipe ends explain quietly",
      "{ t -m explain -i abc -n 50 -s 1 -q 2>&1; echo $? >&2; } 2>told | true; cat told", "echo 0"},
+    {"-o can have a name of 255 bytes", "n=$(printf %0255d 0); e -i abc -n 5 -s 1 -o $n; cat $n; "
+     "rm $n", "e -i abc -n 5 -s 1"},
+    {"a thought that the context has lost goes on in the next run", "rm -f kv; { e -c 40 -S kv -i "
+     "'a<think>' -n 60 -s 1 -q; e -c 40 -S kv -n 20 -q; } | tr -d '\\n'", "e -c 40 -i 'a<think>' "
+     "-n 80 -s 1 -q | tr -d '\\n'"},
     {"a text that goes nowhere is an error", "e -n 5 -s 1 -q 2>/dev/null >&-; echo $?", "echo 1"},
     {"samples may end at different times", "t -i ab -n 40 -s 5 -k 2 -q -o both; head -c $(t -i ab "
      "-n 40 -s 5 -q | wc -c) both", "t -i ab -n 40 -s 5 -q"},
@@ -3037,14 +3045,33 @@ static const char *const loquacious[] = {
     "run endless.bin -i abc -n 5 -k 3 -b", "run endless.bin -i abc -n 5 -e other.bin",
     "run endless.bin -i abc -n 99 -c 20", "run endless.bin -m chat -i abc -n 5", "run tiny.bin -m "
     "compress -f text -o out", "run endless.bin -n 5 --each ids"};
+// The manual page and the completions have all options and modes, in quotes that nothing breaks.
+static void test_tables(void) {
+    const char *commands[] = {"run --manual", "run --completion bash", "run --completion zsh",
+                              "run --completion fish"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        Ran r = ran(commands[i]);
+        int missing = r.status != 0 || r.err.n;
+        for (int k = 0; k < N_OPTIONS; k++) {
+            const char *word = options[k].name + (i == 3 ? 6 : 4);
+            missing += options[k].modes && !strstr((char *)r.out.p, text("%.*s", (int)strcspn(word,
+                                                                         " "), word));
+            missing += strpbrk(options[k].help, "\"$`\\[]") || strchr("'.", *options[k].help);
+        }
+        for (int k = 0; k < N_MODES; k++)
+            missing += modes[k].name && !strstr((char *)r.out.p, modes[k].name);
+        CHECK(!missing, "%s names every option and mode: %d do not fit", commands[i], missing);
+    }
+}
 
 static void test_commands(void) {
     test_processors();
     if (no_program()) return;
+    test_tables();
     refused(2, "no model is named", "run");
     refused(2, "no model is named", "run -n 5");
     Ran made = ran("echo 'abc caf\303\251 <s> 12, bad cab' >text; rm -f kv out page; "
-                   "ln -s tiny.bin link.bin; printf %03000d 0 >long; seq 1 200 >ids; "
+                   "ln -s tiny.bin link.bin; ln -s far dangling; printf %03000d 0 >long; seq 1 200 >ids; "
                    "printf %0300d 0 >hundreds; "
                    "run tiny.bin -m compress -f text -o small && head -c 20 small >small.bad; "
                    "echo abc | chat -o one; printf 'abc\\ndef\\n' | chat -o two; "
@@ -4410,7 +4437,121 @@ static void test_signals(void) {
     CHECK(access("late", F_OK), "no tool outlives a program that was stopped");
 }
 
-// ==== 16. Real models, where they are ============================================================
+// ==== 16. What is unlikely, or meant ill =========================================================
+
+static void fill(Tensor *t, float value) {
+    for (size_t i = 0; i < t->n; i += 4) set_float(t->bytes + i, value);
+}
+// Whatever the text, one token has a logit that is by far the greatest.
+static void test_great_losses(float logit) {
+    Shape s = family(LLAMA, ROWS);
+    s.vocab = 266, s.layers = 1, s.dim = 16, s.hidden = 16, s.heads = s.kv_heads = 1;
+    Made m = make_weights(&s);
+    Tensor *ones[] = {&m.embedding, &m.final_norm, &m.layer[0][ATTN_NORM], &m.layer[0][FFN_NORM]};
+    for (int i = 0; i < 4; i++) fill(ones[i], 1);
+    fill(&m.layer[0][WO], 0), fill(&m.layer[0][DOWN], 0), fill(&m.classifier, 0);
+    for (int i = 0; i < 16; i++) set_float(m.classifier.bytes + 4 * (5 * 16 + i), logit / 16);
+    save_model("lossy", &m, NULL);
+    const char *commands[] = {"run lossy.bin -m eval -i abc -q",
+                              "run lossy.bin -m eval -i abc -q --logprobs 2",
+                              "echo abc | run lossy.bin -m eval --each - -q"};
+    for (int i = 0; i < 3; i++) {
+        if (cut_out(commands[i])) continue;
+        Ran r = ran(commands[i]);
+        int expected[] = {6, 3, 1};
+        CHECK(r.status == 0 && strlen((char *)r.out.p) == r.out.n && r.out.p[r.out.n - 1] == '\n' &&
+                  lines(&r.out) == expected[i],
+              "%s prints whole lines where a loss is %g: %s", commands[i], (double)logit, r.out.p);
+    }
+}
+
+// x of which mix64 makes z.
+static uint64_t unmixed(uint64_t z) {
+    z ^= z >> 31 ^ z >> 62;
+    z *= 0x319642b2d24d8ec3u;
+    z ^= z >> 27 ^ z >> 54;
+    z *= 0x96de1b173f119089u;
+    return z ^ z >> 30 ^ z >> 60;
+}
+// Tokenizers that are made to take long: their tokens have one place in a table, one is very long.
+static void test_slow_tokenizers(void) {
+    enum { N = 60000, LONG = 1024, MANY = 100000 };
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL), *w = new_vocabulary(BYTE_LEVEL);
+    char *letters = memset(get(MANY + 1, 1), 'a', MANY);
+    for (uint64_t i = 0; i < N; i++) {
+        uint64_t word_ = unmixed(((i + 1) << 32) - mix64(8)) - 0x9E3779B97F4A7C15u;
+        put(&v->tokens, (uint8_t[]){0, 0, 0, 0, NORMAL, 0, 8, 0}, 8), put(&v->tokens, &word_, 8);
+        v->n++;
+    }
+    double began = seconds();
+    Tokenizer t = open_tokenizer(v, "slow.tok");
+    CHECK(seconds() - began < patience(3) && t.h.vocab_size == N,
+          "tokens of equal hashes are read within 3 seconds: %.1f", seconds() - began);
+    free_tokenizer(&t);
+    all_bytes(w), some_ranges(w);
+    word(w, text("%.*s", LONG, letters), CONTROL);
+    letters[MANY / 2] = letters[0] + 1;
+    t = open_tokenizer(w, "slow.tok");
+    began = seconds();
+    Ids ids = ids_of(&t, letters, MANY, NULL, false);
+    CHECK(seconds() - began < patience(15) && ids.n < MANY, "so is a text of the letters of a "
+          "long token: %.1f, %zu tokens", seconds() - began, ids.n);
+    free_tokenizer(&t);
+}
+
+// What a command, without a shell, prints if its stdin and stdout are pipes that do not block.
+static Buffer through_pipes(const char *command, const char *input) {
+    int in[2], out[2], null = open("/dev/null", O_WRONLY);
+    const char *argv[60] = {0};
+    char part[1 << 16];
+    words_of(text("%s", command), argv);
+    if (pipe(in) || pipe(out)) abort();
+    fcntl(in[0], F_SETFL, O_NONBLOCK), fcntl(out[1], F_SETFL, O_NONBLOCK);
+    fcntl(in[1], F_SETFD, FD_CLOEXEC), fcntl(out[0], F_SETFD, FD_CLOEXEC);
+    pid_t pid = start(argv, (int[]){in[0], out[1], null}, 20);
+    close(in[0]), close(out[1]), close(null);
+    usleep(200000);
+    if (write(in[1], input, strlen(input)) < 0) abort();
+    close(in[1]);
+    usleep(200000);
+    Buffer b = bytes_of("", 0);
+    for (ssize_t n; (n = read(out[0], part, sizeof part)) > 0;) put(&b, part, (size_t)n);
+    close(out[0]);
+    CHECK(status_of(pid) == 0, "%s does not mind pipes that do not block", command);
+    return b;
+}
+
+static void test_robust(void) {
+    test_slow_tokenizers();
+    if (no_program()) return;
+    test_great_losses(709), test_great_losses(1e17f);
+    Buffer ids = bytes_of("", 0);
+    for (int i = 0; i < 600; i++) put_text(&ids, "7 ");
+    keep("many", &ids);
+    Buffer b = through_pipes("run endless.bin -m logits -f - -q", (char *)ids.p);
+    CHECK(b.n == 600 * 278 * 4, "all logits come through a pipe that does not block: %zu", b.n);
+    prints_bytes("and they are the usual ones", &b, "run endless.bin -m logits -f many -q");
+    if (!cut_out("chat")) {
+        b = through_pipes("run endless.bin -m chat -n 5 -t 0 -q", "abc\ndef\n");
+        prints_bytes("so do answers", &b, "printf 'abc\\ndef\\n' | e -m chat -n 5 -t 0 -q");
+    }
+    if (mkfifo("fifo", 0600)) abort();
+    for (int round = 0; round < 24; round++) {
+        bool chat = round % 3 != 0 && !cut_out("chat"), lines_come = round % 3 == 1;
+        int ends[2], number = round % 2 ? SIGTERM : SIGHUP;
+        if (pipe(ends)) abort();
+        pid_t writer = lines_come ? fork() : -1;
+        while (!writer) if (write(ends[1], "\n\n\n\n", 4) < 0) _exit(0);
+        int status = signalled(chat ? "run endless.bin -m chat -q" : "run endless.bin -f fifo -q",
+                               ends[0], number, 4000, false);
+        if (writer > 0) kill(writer, SIGKILL), status_of(writer);
+        close(ends[0]), close(ends[1]);
+        CHECK(status == 130, "the first signal %d ends %s: %d", number, chat ? "a chat" : "a program "
+              "that waits for a pipe's other end", status);
+    }
+}
+
+// ==== 17. Real models, where they are ============================================================
 
 static const char sample_text[] =
     "The sun is a star at the centre of the solar system. It is a hot ball of plasma, and it gives "
@@ -4856,6 +4997,48 @@ static const struct { const char *what, *code, *says; } exports[] = {
      "export.GPT2, gpt2 = export.GPT2.replace('L}+', 'L}'), export.GPT2\n"
      "seen = tokenizer(F)\n"
      "export.GPT2 = gpt2", "would give"},
+    {"a tensor that begins within the header",
+     "write_folder(C, W, F)\n"
+     "raw = open('model/model.safetensors', 'rb').read()\n"
+     "n = int.from_bytes(raw[:8], 'little')\n"
+     "head = json.loads(raw[8:8 + n])\n"
+     "size = W[wq].nbytes\n"
+     "head[wq]['data_offsets'] = [-size, 0]\n"
+     "head = json.dumps(head).ljust(size).encode()\n"
+     "open('model/model.safetensors', 'wb').write(len(head).to_bytes(8, 'little') + head +\n"
+     "                                            raw[8 + n:])\n"
+     "seen = run('model')", "within the header"},
+    {"an array of 2^62 in a short GGUF",
+     "open('a.gguf', 'wb').write(b'GGUF' + b''.join(n.to_bytes(size, 'little') for n, size in (\n"
+     "    (3, 4), (0, 8), (1, 8), (1, 8), (97, 1), (9, 4), (0, 4), (1 << 62, 8))))\n"
+     "S = 'a.gguf'", "a.gguf is truncated or damaged"},
+    {"a token of number 10^9",
+     "J['model']['vocab']['x'] = 10 ** 9\nseen = tokenizer(F)", "a token of number 1000000000"},
+    {"a token of 65,536 bytes",
+     "J['added_tokens'] += [{**start, 'id': 258, 'content': 'y' * 65536}]\n"
+     "write_folder(C, {}, F)\n"
+     "try: seen = export.tokenizer_bytes(vocabs[0](export.Path('model'), C, 259))\n"
+     "except export.ExportError as error: seen = str(error)", "more than 65,535 bytes"},
+    {"a template that computes for ever",
+     "export.limited.__defaults__ = 1, 1 << 30\n"
+     "seen = str(export.chat_format('{{ 10 ** (10 ** 9) }}', '', '')[1])",
+     "{} export.py: warning: no chat format is written, as run.c could not follow the chat template: "
+     "it takes more than 1 s"},
+    {"a template that wants all memory",
+     "seen = str(export.chat_format('{{ 10 ** 11 * messages[0].content }}', '', '')[1])",
+     "MemoryError"},
+    {"what a template says has no control characters",
+     "seen = str(export.chat_format('{{ raise_exception(\"\\x1b[31m\\nred\") }}', '', '')[1])",
+     "template: ?[31m red"},
+    {"no heads for keys", "C['num_key_value_heads'] = -1", "the model's n_kv_heads is -1"},
+    {"a long context", "C['max_position_embeddings'] = 1 << 25", "seq_len is 33554432"},
+    {"a base below zero", "C['rope_theta'] = -1e4", "RoPE's frequencies are negative or not"},
+    {"a base below one",
+     "C['rope_theta'] = 0.5\n"
+     "write_folder(C, W, F)\n"
+     "export.folder_vocab = vocabs[0]\n"
+     "seen = str(type(run('model', model='steep.bin')))\n"
+     "export.folder_vocab = lambda *_: None", "bytes"},
     {"LoRA of the embedding",
      "A = lora('model.embed_tokens.lora_embedding_A')",
      "embed_tokens.lora_embedding_A is not supported"},
@@ -4882,7 +5065,7 @@ static void test_exports(void) {
     enum { N = sizeof exports / sizeof *exports };
     const char *python = at_home(".venv/bin/python"), *export_py = at_home("export.py");
     if (access(at_home(".venv/ready"), F_OK) || access(export_py, R_OK) || no_program()) {
-        skip(N + 2, "export.py, as there is no .venv: make .venv/ready && ./test_all exports");
+        skip(N + 3, "export.py, as there is no .venv: make .venv/ready && ./test_all exports");
         return;
     }
     Buffer script = {0};
@@ -4901,6 +5084,7 @@ static void test_exports(void) {
         line = end ? end + 1 : line + strlen(line);
     }
     prints("a model of many dtypes passes its check", "ok\n", "run exports/mixed.bin -m check -q");
+    prints("so does one whose frequencies grow", "ok\n", "run exports/steep.bin -m check -q");
     SH("rm -rf exports");
 }
 
@@ -5161,7 +5345,8 @@ int main(int argc, char **argv) {
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"commands", test_commands},
         {"decoders", test_decoders}, {"sessions", test_sessions}, {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
-        {"models", test_models}, {"readme", test_readme}, {"exports", test_exports}};
+        {"robust", test_robust}, {"models", test_models}, {"readme", test_readme},
+        {"exports", test_exports}};
     bool tiny = argc == 3 && !strcmp(argv[1], "--tiny");
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!getcwd(home, sizeof home) || (!tiny && !mkdtemp(folder)) || chdir(tiny ? argv[2] : folder))
