@@ -219,41 +219,41 @@ CENTERED, PARALLEL, WIDE_NORMS, NORM_AFTER_ROPE, SIGMOID_ROUTER, FULL_SHARES = (
     1 << i for i in range(6))       # flags
 CHUNK = 1 << 22                     # matrix elements converted at a time
 
-OUTER = {  # run.c: rows, cols, Hugging Face, GGUF
-    "token_embedding": ("vocab_size", "dim", "model.embed_tokens", "token_embd"),
-    "position_embedding": ("seq_len", "dim", "model.wpe", "position_embd"),
-    "final_norm": (1, "dim", "model.norm", "output_norm"),
-    "final_norm_bias": (1, "dim", "model.norm", "output_norm"),
-    "classifier": ("vocab_size", "dim", "lm_head", "output"),
-    "score": (1, "dim", "score", "score"),      # of a reward model
+OUTER = {  # run.c: rows, cols, Hugging Face
+    "token_embedding": ("vocab_size", "dim", "model.embed_tokens"),
+    "position_embedding": ("seq_len", "dim", "model.wpe"),
+    "final_norm": (1, "dim", "model.norm"),
+    "final_norm_bias": (1, "dim", "model.norm"),
+    "classifier": ("vocab_size", "dim", "lm_head"),
+    "score": (1, "dim", "score"),      # of a reward model
 }
 LAYER = {  # the same of each layer (rows 1: a vector)
-    "attn_norm": (1, "dim", "input_layernorm", "attn_norm"),
-    "attn_norm_bias": (1, "dim", "input_layernorm", "attn_norm"),
-    "wq": ("q_dim", "dim", "self_attn.q_proj", "attn_q"),
-    "wk": ("kv_dim", "dim", "self_attn.k_proj", "attn_k"),
-    "wv": ("kv_dim", "dim", "self_attn.v_proj", "attn_v"),
-    "bq": (1, "q_dim", "self_attn.q_proj", "attn_q"),
-    "bk": (1, "kv_dim", "self_attn.k_proj", "attn_k"),
-    "bv": (1, "kv_dim", "self_attn.v_proj", "attn_v"),
-    "q_norm": (1, "q_norm_dim", "self_attn.q_norm", "attn_q_norm"),
-    "k_norm": (1, "k_norm_dim", "self_attn.k_norm", "attn_k_norm"),
-    "sinks": (1, "n_heads", "self_attn.sinks", "attn_sinks"),
-    "wo": ("dim", "q_dim", "self_attn.o_proj", "attn_output"),
-    "bo": (1, "dim", "self_attn.o_proj", "attn_output"),
-    "post_attn_norm": (1, "dim", "post_attention_layernorm", "post_attention_norm"),
-    "ffn_norm": (1, "dim", "post_attention_layernorm", "ffn_norm"),
-    "ffn_norm_bias": (1, "dim", "post_attention_layernorm", "ffn_norm"),
-    "router": ("n_experts", "dim", "mlp.gate", "ffn_gate_inp"),
-    "router_bias": (1, "n_experts", "mlp.gate", "ffn_gate_inp"),
-    "choice_bias": (1, "n_experts", "mlp.gate.e_score_correction_bias", "exp_probs_b"),
-    "w_gate": ("hidden_dim", "dim", "mlp.gate_proj", "ffn_gate"),
-    "w_up": ("hidden_dim", "dim", "mlp.up_proj", "ffn_up"),
-    "b_gate": (1, "hidden_dim", "mlp.gate_proj", "ffn_gate"),
-    "b_up": (1, "hidden_dim", "mlp.up_proj", "ffn_up"),
-    "w_down": ("dim", "hidden_dim", "mlp.down_proj", "ffn_down"),
-    "b_down": (1, "dim", "mlp.down_proj", "ffn_down"),
-    "post_ffn_norm": (1, "dim", "post_feedforward_layernorm", "post_ffw_norm"),
+    "attn_norm": (1, "dim", "input_layernorm"),
+    "attn_norm_bias": (1, "dim", "input_layernorm"),
+    "wq": ("q_dim", "dim", "self_attn.q_proj"),
+    "wk": ("kv_dim", "dim", "self_attn.k_proj"),
+    "wv": ("kv_dim", "dim", "self_attn.v_proj"),
+    "bq": (1, "q_dim", "self_attn.q_proj"),
+    "bk": (1, "kv_dim", "self_attn.k_proj"),
+    "bv": (1, "kv_dim", "self_attn.v_proj"),
+    "q_norm": (1, "q_norm_dim", "self_attn.q_norm"),
+    "k_norm": (1, "k_norm_dim", "self_attn.k_norm"),
+    "sinks": (1, "n_heads", "self_attn.sinks"),
+    "wo": ("dim", "q_dim", "self_attn.o_proj"),
+    "bo": (1, "dim", "self_attn.o_proj"),
+    "post_attn_norm": (1, "dim", "post_attention_layernorm"),
+    "ffn_norm": (1, "dim", "post_attention_layernorm"),
+    "ffn_norm_bias": (1, "dim", "post_attention_layernorm"),
+    "router": ("n_experts", "dim", "mlp.gate"),
+    "router_bias": (1, "n_experts", "mlp.gate"),
+    "choice_bias": (1, "n_experts", "mlp.gate.e_score_correction_bias"),
+    "w_gate": ("hidden_dim", "dim", "mlp.gate_proj"),
+    "w_up": ("hidden_dim", "dim", "mlp.up_proj"),
+    "b_gate": (1, "hidden_dim", "mlp.gate_proj"),
+    "b_up": (1, "hidden_dim", "mlp.up_proj"),
+    "w_down": ("dim", "hidden_dim", "mlp.down_proj"),
+    "b_down": (1, "dim", "mlp.down_proj"),
+    "post_ffn_norm": (1, "dim", "post_feedforward_layernorm"),
 }
 QKV_BIAS, QK_NORM = {"bq", "bk", "bv"}, {"q_norm", "k_norm"}
 BIASES = QKV_BIAS | {"bo", "b_gate", "b_up", "b_down"}
@@ -364,7 +364,6 @@ class Tensor:
     rows: int
     cols: int
     hugging_face: str = ""
-    gguf: str = ""
     count: int = 1      # experts: so many such matrices, one after the other
     offset: int = 0
 
@@ -392,7 +391,7 @@ class Tensor:
 
 def weights(c, dtype=F32):
     """The tensors that a source must have, in the checkpoint's order."""
-    def tensor(name, layer, kind, rows, cols, hugging_face, gguf):
+    def tensor(name, layer, kind, rows, cols, hugging_face):
         experts = layer in c.expert_layers and name in EXPERT
         if experts:
             rows, cols = ("expert_hidden" if n == "hidden_dim" else n for n in (rows, cols))
@@ -401,12 +400,10 @@ def weights(c, dtype=F32):
         if name == "ffn_norm" and SANDWICH_NORM <= c.optional:
             hugging_face = "pre_feedforward_layernorm"
         end = ".bias" if name in BIASES or name.endswith("_bias") else ".weight"
-        gguf += end
         hugging_face += "" if name in ("sinks", "choice_bias") else end
         hugging_face = c.names.get(name, hugging_face)
-        if layer >= 0:
-            hugging_face, gguf = f"model.layers.{layer}.{hugging_face}", f"blk.{layer}.{gguf}"
-        return Tensor((name, layer), ROWS if rows == 1 else kind, rows, cols, hugging_face, gguf,
+        hugging_face = f"model.layers.{layer}." * (layer >= 0) + hugging_face
+        return Tensor((name, layer), ROWS if rows == 1 else kind, rows, cols, hugging_face,
                       c.n_experts if experts else 1)
 
     outer = Q8 if dtype in (Q4, Q4A) else dtype     # 4 bits are too few for the embedding
@@ -585,8 +582,13 @@ def view(path, offset, dtype, shape):
 def raw_bytes(raw, index):
     """Stored rows, uint8 [rows, bytes per row]. A vector is one row."""
     n_rows = raw.shape[0] if len(raw.shape) > 1 else 1
-    data = view(raw.path, raw.offset, np.uint8, (n_rows, raw.n_bytes // n_rows))
-    return np.ascontiguousarray(data[index])
+    data = view(raw.path, raw.offset, np.uint8, (n_rows, raw.n_bytes // n_rows))[index]
+    if raw.parts:       # GPT-OSS's MXFP4: scales lie apart, and neighbours in a byte, unlike ggml's
+        scales, start = raw.parts["scales"], (raw.offset - raw.parts["start"]) // 16
+        scales = view(scales.path, scales.offset + start, np.uint8, (n_rows, data.shape[1] // 16))
+        q = np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1, 2, 16)
+        data = np.concatenate([scales[index][..., None], q[:, :, 0] | q[:, :, 1] << 4], axis=-1)
+    return np.ascontiguousarray(data.reshape(len(data), -1))
 
 
 def read_raw(raw, index=slice(None)):
@@ -594,7 +596,7 @@ def read_raw(raw, index=slice(None)):
     import gguf
     if raw.rows is not None:
         index = raw.rows[index]
-    if raw.parts:
+    if raw.parts and raw.kind != "MXFP4":
         return (rows_4bit if "q" in raw.parts else fp8_rows)(raw, index)[:, raw.cols]
     stored = slice(None) if raw.transposed else index
     try:
@@ -683,13 +685,19 @@ class Source:
         return f"{raw.path}: {raw.label}{also}"
 
     def read(self, key, index):
+        """Rows as float32; the router has some for shared experts, too."""
+        if key[0] == "router" and self.config.n_shared:
+            a, gate = read_raw(self.tensors[key]), self.tensors.get(("shared", key[1]))
+            gate = np.zeros((1, a.shape[1]), np.float32) if gate is None else read_raw(gate)
+            return np.concatenate([a, *[gate] * self.config.n_shared])[index]
         return read_raw(self.tensors[key], index)
 
     def read_blocks(self, key, dtype, index):
         raw = self.tensors[key]
-        if raw.rows is not None or raw.transposed:
+        if isinstance(raw.cols, np.ndarray) or raw.transposed:
             return None
-        if raw.parts:
+        index = index if raw.rows is None else raw.rows[index]
+        if raw.parts and raw.kind != "MXFP4":
             return rows_4bit(raw, index, True) if dtype == NEAREST.get(raw.kind) == Q4A else None
         return as_blocks(raw.kind, dtype, raw_bytes(raw, index))
 
@@ -739,8 +747,20 @@ class Source:
         w = w + np.float32(self.norm_offset) if key[0].endswith("norm") else w
         return w * self.scale(key, 0, len(w)).reshape(-1)
 
-    def find(self, where, stored, form, harmless):
-        """Sets tensors from stored {source's name: Raw}; form names the field of Tensor to match.
+    def named(self, name):
+        """What the source calls a tensor of this Hugging Face name."""
+        return name
+
+    def configure(self, stored, describe):
+        """Sets config by describe(biases); which of them there are is seen from the tensors."""
+        self.config = describe(BIASES)
+        self.config = describe({t.key[0] for t in weights(self.config) if t.key[0] in BIASES and
+                                str(self.named(t.hugging_face)).format(0).rstrip("*") in stored})
+        if self.config.n_shared:
+            self.made = {"router_bias"}
+
+    def find(self, where, stored, harmless):
+        """Sets tensors from stored {source's name: Raw}.
 
         Missing tensors, other shapes, and tensors that would be dropped, unless harmless(name),
         are errors.
@@ -749,28 +769,47 @@ class Source:
         self.tensors = {}
         for t in weights(self.config):
             if t.key[0] not in self.made:
-                wanted[getattr(t, form)].append(t)
+                wanted[self.named(t.hugging_face)].append(t)
         for name, tensors in wanted.items():
             for e in range(experts if tensors[0].count > 1 else 1):
                 one = name.format(e).removesuffix("*")      # *: all experts in one tensor
                 found[one, e] = name, stored.get(one)
         missing = ", ".join(sorted({one for (one, _), (_, raw) in found.items() if not raw}))
         require(not missing, f"{where}: missing {textwrap.shorten(missing, 200)}")
-        used = {one for one, _ in found} | self.find_shared(stored, form)
+        used = {one for one, _ in found} | self.find_shared(where, stored)
         dropped = ", ".join(sorted(n for n in stored.keys() - used if not harmless(n)))
         require(not dropped, f"{where}: these tensors have no place in this family of models and "
                 f"would be dropped: {textwrap.shorten(dropped, 200)}")
         for (one, e), (name, raw) in found.items():
             self.divide(where, raw, wanted[name], e, "{" not in name and wanted[name][0].count > 1)
 
-    def find_shared(self, stored, form):
+    def find_shared(self, where, stored):
         """Where the experts are that all tokens visit; returns the names of their tensors."""
-        return set()
+        c, used = self.config, set()
+        experts = c.n_experts - c.n_shared
+        for layer in c.expert_layers if c.n_shared else ():
+            start = f"model.layers.{layer}.mlp.shared_expert"
+            gate = self.named(start + "_gate.weight")
+            start += "s" * (self.named(start + "s.up_proj.weight") in stored)
+            for name in ("w_gate", "w_up", "w_down"):
+                label = self.named(f"{start}.{LAYER[name][2][4:]}.weight")
+                used.add(label)
+                shape = (c.n_shared * c.expert_hidden, c.dim)[::-1 if name == "w_down" else 1]
+                require(label in stored and stored[label].shape == shape,
+                        f"{where}: {label} is missing, or not {shape}")
+                for i in range(c.n_shared):
+                    part = np.arange(i * c.expert_hidden, (i + 1) * c.expert_hidden)
+                    self.tensors[name, layer, experts + i] = stored[label]._replace(
+                        **{"cols" if name == "w_down" else "rows": part})
+            if gate in stored:
+                used.add(gate)
+                self.tensors["shared", layer] = stored[gate]
+        return used
 
     def divide(self, where, raw, tensors, e, stacked):
         """Sets tensors that lie in one of a file's, or in part e of it if that has all experts."""
         c, vector = self.config, tensors[0].dtype == ROWS
-        turn = not vector and tensors[0].key[0] in self.transposed
+        turn = not vector and tensors[0].key[0] in self.transposed and raw.kind != "MXFP4"
         sizes = [c.n_experts - c.n_shared if t.key[0] in ROUTER else t.cols if vector else t.rows
                  for t in tensors]
         shape = (sum(sizes),) if vector else (sum(sizes), tensors[0].cols)[::-1 if turn else 1]
@@ -816,7 +855,7 @@ def renamed(names):
         for ours, name in names.items() for one in ours.split()}
 
 
-TIED = {"tie_word_embeddings": True}
+TIED, NO_GATE = {"tie_word_embeddings": True}, {"w_up", "b_up"}
 GEMMA = {**TIED, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
          "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
          "hidden_activation": "gelu_pytorch_tanh"}
@@ -839,15 +878,16 @@ GRANITE_NAMES = {"router": "block_sparse_moe.router.layer",
 OSS_NAMES = {"router router_bias": "mlp.router", "w_gate w_up": "mlp.experts.gate_up_proj*",
              "b_gate b_up": "mlp.experts.gate_up_proj_bias*",
              "w_down": "mlp.experts.down_proj*", "b_down": "mlp.experts.down_proj_bias*"}
-LAYER_NORM = {"has": NORM_BIAS | {"b_gate", "b_down"}, "flags": CENTERED, "lacks": {"w_up"}}
+LAYER_NORM = {"has": NORM_BIAS, "flags": CENTERED, "lacks": NO_GATE}
+MULTIPLIERS = dict.fromkeys(("attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 FAMILIES = {
     "llama": Family(), "mistral": Family(window=0, defaults={
         "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}),
     "qwen2": Family(QKV_BIAS, QWEN, window=0),
     "qwen3": Family(QK_NORM, {**QWEN, "head_dim": 128}, window=0),
-    "granite": Family(), "smollm3": Family(defaults=TIED), "ministral3": Family(window=0),
-    "seed_oss": Family(),
+    "granite": Family(defaults=MULTIPLIERS), "smollm3": Family(defaults=TIED),
+    "ministral3": Family(window=0), "seed_oss": Family(),
     "gemma3_text": Family(QK_NORM | SANDWICH_NORM, {
         **GEMMA, "vocab_size": 262208, "rope_theta": 1e6, "max_position_embeddings": 131072},
         window=6),
@@ -865,20 +905,21 @@ FAMILIES = {
         "post_attn_norm": "post_self_attn_layernorm", "ffn_norm": "post_attention_layernorm",
         "post_ffn_norm": "post_mlp_layernorm", "w_gate w_up": "mlp.gate_up_proj"}),
     "nanochat": Family(QK_NORM, {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
-                       {"w_gate": "mlp.fc1", "w_down": "mlp.fc2"}, lacks={"w_up"}, turned="swapped",
+                       {"w_gate": "mlp.fc1", "w_down": "mlp.fc2"}, lacks=NO_GATE, turned="swapped",
                        ones={"attn_norm", "ffn_norm", "final_norm", *QK_NORM}),
     "gpt2": Family(NORM_BIAS | BIASES - {"b_up"} | {"position_embedding"},
-                   {**TIED, "hidden_act": "gelu_new"}, GPT2_NAMES, CENTERED, {"w_up"},
+                   {**TIED, "hidden_act": "gelu_new"}, GPT2_NAMES, CENTERED, NO_GATE,
                    transposed=EXPERT | {"wq", "wk", "wv", "wo"}),
     "gpt_neox": Family(**LAYER_NORM, names=NEOX_NAMES, fused="heads", defaults={
         "partial_rotary_factor": 0.25, "use_parallel_residual": True, "hidden_act": "gelu",
-        "attention_bias": True}),
-    "starcoder2": Family(**LAYER_NORM, window=0, defaults={**TIED, "use_bias": True}, names={
+        "attention_bias": True, "mlp_bias": True}),
+    "starcoder2": Family(**LAYER_NORM, window=0, defaults={
+        **TIED, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"}, names={
         "w_gate b_gate": "mlp.c_fc", "w_down b_down": "mlp.c_proj"}),
     "mixtral": Family(names=MIXTRAL_NAMES, flags=FULL_SHARES, window=0),
     "qwen2_moe": Family(QKV_BIAS, window=0), "qwen3_moe": Family(QK_NORM, window=0),
     "olmoe": Family(QK_NORM, flags=WIDE_NORMS),
-    "granitemoe": Family(names=GRANITE_NAMES, flags=FULL_SHARES),
+    "granitemoe": Family(names=GRANITE_NAMES, flags=FULL_SHARES, defaults=MULTIPLIERS),
     "ernie4_5_moe": Family({"choice_bias"}, TIED, turned="pairs", flags=FULL_SHARES, names={
         "choice_bias": "mlp.moe_statics.e_score_correction_bias*"}),
     "glm4_moe": Family({"choice_bias"}, flags=SIGMOID_ROUTER),
@@ -909,7 +950,7 @@ HARMLESS = re.compile("|".join((
     "type|factor|(low|high)_freq_factor|attention_factor|original_max_position_embeddings",
     "beta_(fast|slow)|mscale(_all_dim)?|truncate|finetuned",                # of RoPE
     "vocab_size|tensor_data_layout|attention.(causal|(key|value)_length(_swa)?)",   # of GGUF
-    "rope.(scaling.finetuned|dimension_count_swa)|context|length",
+    "rope.(scaling.finetuned|dimension_count_swa)|context|length|expert_group_used_count",
     "moe_norm_min|topk_group|num_nextn_predict_layers|num_mtp_layers|num_local_experts",
     "router_jitter_noise|eod_token_id|no_rope_layer.*|(short|long)_factor|llama_4_scaling_beta",
     "n_ctx|reorder_and_upcast_attn|scale_attn_weights|.*dropout_prob|(scale_)?attention_softmax.*",
@@ -943,24 +984,48 @@ class Settings(dict):
 
 ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TANH,
                "gelu_fast": GELU_TANH, "gelu": GELU, "relu2": RELU_SQUARED}
-UNSUPPORTED = ("quantization_config", "use_bidirectional_attention", "expert_count", "clip_qkv",
+UNSUPPORTED = ("quantization_config", "use_bidirectional_attention", "clip_qkv",
                "add_cross_attention", "scale_attn_by_inverse_layer_idx")
-GGUF_FAMILIES = {"llama": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
-GGUF_KEYS = {  # config.json: GGUF; the first six must be there
+GGUF_FAMILIES = {
+    "llama": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+    "gemma3": "gemma3_text", "phi3": "phi3", "olmo2": "olmo2", "granite": "granite",
+    "smollm3": "smollm3", "mistral3": "ministral3", "ernie4_5": "ernie4_5", "exaone4": "exaone4",
+    "hunyuan-dense": "hunyuan_v1_dense", "glm4": "glm4", "seed_oss": "seed_oss", "gpt2": "gpt2",
+    "gptneox": "gpt_neox", "starcoder2": "starcoder2", "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
+    "ernie4_5-moe": "ernie4_5_moe", "glm4moe": "glm4_moe", "gpt-oss": "gpt_oss",
+}
+GGUF_VARIANTS = {("mistral", "num_experts"): "mixtral", ("olmo2", "sliding_window"): "olmo3"}
+GGUF_PAIRS = "llama", "mistral3", "granite", "granitemoe", "smollm3"    # RoPE's lie side by side
+GGUF_KEYS = {  # config.json: GGUF; the first five must be there
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
     "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base", "rope_local_base_freq": "rope.freq_base_swa",
     "sliding_window": "attention.sliding_window",
     "sliding_window_pattern": "attention.sliding_window_pattern",
-    **{name: name for name in UNSUPPORTED},
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
+    "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "n_shared_experts": "expert_shared_count", "n_group": "expert_group_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "decoder_sparse_step": "interleave_moe_layer_step", "norm_topk_prob": "expert_weights_norm",
+    "routed_scaling_factor": "expert_weights_scale", "use_parallel_residual":
+    "use_parallel_residual", **{name: name for name in UNSUPPORTED},
 }
 GGUF_ROPE = {  # the same for rope_scaling
     "rope_type": "rope.scaling.type", "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow",
+    "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
+    "llama_4_scaling_beta": "attention.temperature_scale",
 }
 
 
@@ -1007,20 +1072,20 @@ def read_config(where, c, name, found=frozenset()):
     if (kind == "exaone4" and any(local)) or "position_embedding" in optional:
         freqs = 0 * freqs
     scales, flags = {}, family.flags | (PARALLEL if c.get("use_parallel_residual") else 0)
-    attn_scale = c.get("query_pre_attn_scalar", head_dim) ** -0.5
+    scalar = c.get("query_pre_attn_scalar", head_dim)
+    attn_scale = c.get("attention_multiplier") or scalar ** -0.5
     if rotary == head_dim and (local_factor == factor or not any(local)):
         attn_scale *= factor ** 2
     elif factor != 1:       # not of all channels, or not of all layers
         scales["turned"] = QK_NORM if QK_NORM <= optional else {"wq", "wk", "bq", "bk"}
         scales["rope"] = [1 if here and local_factor == 1 else factor for here in local]
     if kind.startswith("granite"):
-        attn_scale = c.get("attention_multiplier", 1.0)
         scales.update(dict.fromkeys(("wo", "bo", "w_down", "b_down"), c["residual_multiplier"]),
                       final_norm=1 / c["logits_scaling"])
     experts = read_experts(where, c, flags) if kind in EXPERTS else {"flags": flags}
     if "router_bias" in experts.pop("needs", ()):
         optional = optional | {"router_bias"}
-    scales["experts"] = c.get("routed_scaling_factor", 1.0)
+    scales["experts"] = c.get("routed_scaling_factor") or 1.0
     config = Config(
         dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads,
         hidden_dim=experts.pop("hidden_dim", None) or c.get("intermediate_size") or 4 * dim,
@@ -1082,8 +1147,7 @@ def rope_settings(where, c, kind):
         rope = Settings(where, {**common, **(scaling or both), **first})
         return rope, rope
     theta = both.get("rope_theta", common["rope_theta"])
-    if kind == "gemma3_text":
-        theta = c.get("rope_local_base_freq", 10000.0)
+    theta = c.get("rope_local_base_freq") or (10000.0 if kind == "gemma3_text" else theta)
     rope = (both.get("full_attention") or {}) if nested else both
     rope = {**common, **rope, **scaling, **first}
     local = {**common, "rope_theta": theta, **(both.get("sliding_attention") or {})}
@@ -1131,7 +1195,7 @@ def inverse_frequencies(head_dim, s):
     kind = s.get("rope_type") or s.get("type") or "default"
     if kind == "dynamic" and s.get("alpha"):        # Hunyuan
         theta, kind = theta * s["alpha"] ** (rotary / (rotary - 2)), "default"
-    freqs = 1.0 / theta ** (np.arange(0, rotary, 2) / rotary)
+    freqs = 1.0 / theta ** (np.arange(0, rotary, 2) / rotary) / s.get("divisors", 1.0)
     attention_factor = 1.0
     if kind == "linear":
         freqs = freqs / s["factor"]
@@ -1152,7 +1216,7 @@ def inverse_frequencies(head_dim, s):
     else:
         require(kind in ("default", "none"),
                 f"RoPE scaling '{kind}' is not supported (linear, llama3, yarn, longrope are)")
-    return rotary, np.pad(freqs, (0, head_dim // 2 - len(freqs))).astype(np.float32), (
+    return 2 * len(freqs), np.pad(freqs, (0, head_dim // 2 - len(freqs))).astype(np.float32), (
         attention_factor)
 
 
@@ -1183,7 +1247,7 @@ def yarn_frequencies(freqs, theta, s):
 class GGUF(Source):
     """A GGUF file, read through the gguf library."""
 
-    def __init__(self, path):
+    def __init__(self, path, context=None):
         import gguf
 
         class Reader(gguf.GGUFReader):
@@ -1206,18 +1270,36 @@ class GGUF(Source):
         arch = meta.get("general.architecture")
         require(arch in GGUF_FAMILIES, f"{path}: architecture '{arch}' is not supported "
                 f"({', '.join(GGUF_FAMILIES)} are)")
-        self.halves = arch != "llama"
+        self.halves = arch not in GGUF_PAIRS
         stored = {t.name: Raw(t.name, part, t.tensor_type.name,
                               tuple(int(n) for n in t.shape[::-1]), int(t.data_offset),
                               int(t.n_bytes)) for part, reader in readers for t in reader.tensors}
         c = self.describe(GGUF_FAMILIES[arch], lambda key: meta.get(f"{arch}.{key}"), stored)
-        found = {name for name in BIASES if f"blk.0.{LAYER[name][3]}.bias" in stored}
-        self.config = read_config(path, c, meta.get("general.name", self.path.stem), found)
+        (number,) = [n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
+        self.names = gguf.get_tensor_name_map(number, c["num_hidden_layers"])
+
+        def describe(found):
+            config = read_config(path, {**c, "context": context},
+                                 meta.get("general.name", self.path.stem), found)
+            config.names = {ours: name for ours, name in config.names.items() if self.named(
+                name if ours in OUTER else f"model.layers.0.{name}")}   # the others lie apart
+            return config
+
+        self.configure(stored, describe)
         meta.refuse_unread(arch + ".")
-        if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
-            self.config.rope_freqs /= read_raw(stored["rope_freqs.weight"])[0]
-        self.find(path, stored, "gguf", lambda name: name == "rope_freqs.weight")
+        layer = re.compile(r"blk\.(\d+)\.")
+        self.find(path, stored, lambda name: name.startswith("rope_f") or (
+            name.startswith("blk.") and int(layer.match(name)[1]) >= self.config.n_layers))
         self.vocab = gguf_vocab(meta.get, self.path, self.config.vocab_size)
+
+    def named(self, name):
+        """The gguf library knows it, once it is as in Hugging Face's files, of all experts."""
+        end = ".bias" if name.rstrip("*").endswith("bias") else ".weight"
+        name = re.sub(r"(\.weight|[._]bias)?\*?$", "", name.replace(".{}", ""))
+        forms = (name.replace("model.layers.", start + layers).replace("model.", start)
+                 for start, layers in (("model.", "layers."), ("transformer.", "h."),
+                                       ("gpt_neox.", "layers.")))
+        return next((self.names[form] + end for form in forms if form in self.names), None)
 
     def parts(self):
         """All files of a split one, in order; the first has the metadata."""
@@ -1228,7 +1310,7 @@ class GGUF(Source):
     def describe(self, family, key, stored):
         """The metadata in config.json's words, completed as llama.cpp does."""
         def translate(keys):
-            found = {ours: key(theirs) for ours, theirs in keys.items() if key(theirs)}
+            found = {ours: key(theirs) for ours, theirs in keys.items() if key(theirs) is not None}
             for ours, values in found.items():
                 if isinstance(values, list) and not ours.endswith("pattern"):
                     require(len(set(values)) == 1, f"{self.path}: {keys[ours]} differs from layer "
@@ -1237,27 +1319,41 @@ class GGUF(Source):
             return found
 
         c = translate(GGUF_KEYS)
-        for name in list(GGUF_KEYS)[:6]:
+        for name in list(GGUF_KEYS)[:5]:
             require(name in c, f"{self.path}: its metadata has no {GGUF_KEYS[name]}")
-        dim, heads = c["hidden_size"], c["num_attention_heads"]
-        head_dim = c.setdefault("head_dim", dim // heads)
-        scale = dim / heads if (family, c["num_hidden_layers"]) == ("gemma3_text", 62) else head_dim
-        if key("attention.scale"):
-            scale = key("attention.scale") ** -2
-        rope = {"rope_type": "linear", "factor": key("rope.scale_linear") or 1.0,
-                **translate(GGUF_ROPE)}
-        for name, plain in (("yarn_log_multiplier", 0), ("yarn_attn_factor", 1),
-                            ("yarn_ext_factor", 1)):
-            value = key("rope.scaling." + name)
-            require(value in (None, plain), f"rope.scaling.{name} = {value} is not supported")
+        family = next((new for (old, name), new in GGUF_VARIANTS.items()
+                       if old == family and c.get(name)), family)
+        c["num_hidden_layers"] -= key("nextn_predict_layers") or 0      # those guess ahead
+        head_dim = scalar = c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
+        if (family, c["num_hidden_layers"]) in (("gemma3_text", 62), ("gemma2", 46)):
+            scalar = c["hidden_size"] / c["num_attention_heads"]
+        if c.get("n_shared_experts"):
+            c.pop("shared_expert_intermediate_size", None)
+        rope = {"rope_type": "linear", "mscale": 1, **translate(GGUF_ROPE)}
+        rope["factor"] = rope.get("factor") or key("rope.scale_linear") or 1.0
+        if "rope_factors_long.weight" in stored:
+            long, short = (read_raw(stored[f"rope_factors_{kind}.weight"])[0].tolist()
+                           for kind in ("long", "short"))
+            rope.update(rope_type="longrope", long_factor=long, short_factor=short)
+        if "rope_freqs.weight" in stored:       # llama3's scaling, as divisors
+            rope["divisors"] = read_raw(stored["rope_freqs.weight"])[0]
+        for name, plain in (("rope.scaling.yarn_attn_factor", 1), ("expert_gating_func", 1 + bool(
+                FAMILIES[family].flags & SIGMOID_ROUTER)), ("rope.scaling.yarn_ext_factor", 1)):
+            value = key(name)
+            require(value in (None, 0, plain), f"{self.path}: {name} = {value} is not supported")
         if attn_factor := key("rope.scaling.attn_factor"):
-            rope["attention_factor"] = attn_factor * (0.1 * math.log(rope["factor"]) + 1)
+            rope["attention_factor"] = attn_factor * (
+                0.1 * math.log(rope["factor"]) + 1 if rope["rope_type"] == "yarn" else 1)
+        biased = bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & stored.keys())
         return {"model_type": family, "vocab_size": stored["token_embd.weight"].shape[0],
-                "attention_bias": "blk.0.attn_q.bias" in stored,
+                **dict.fromkeys(("attention_bias", "use_bias"), biased), "attention_out_bias": True,
+                "mlp_bias": True, "use_qk_norm": "blk.0.attn_q_norm.weight" in stored,
                 "tie_word_embeddings": "output.weight" not in stored,
-                "query_pre_attn_scalar": scale, "rope_scaling": rope,
+                "rope_scaling": {"truncate": family != "gpt_oss", **rope},
                 "partial_rotary_factor": (key("rope.dimension_count") or head_dim) / head_dim,
-                "sliding_window": 0, "use_sliding_window": True, "max_window_layers": 0, **c}
+                "norm_topk_prob": family == "qwen3_moe", "query_pre_attn_scalar": scalar,
+                "sliding_window": 4096 * (family == "gemma2"),
+                "use_sliding_window": True, "max_window_layers": 0, **c}
 
 
 def open_safetensors(paths, index={}):
@@ -1302,22 +1398,22 @@ class HuggingFace(Source):
         def describe(found):
             return read_config(self.folder, c, self.folder.resolve().name, found)
 
-        every = weights(describe(BIASES))
+        describe(BIASES)
         stored = join_packed(folder, open_safetensors(*self.files()), quantization or {})
         for name in [n for n in stored if text_name(n) != n]:
             require(text_name(name) not in stored, f"{folder}: {name} is there twice")
             stored[text_name(name)] = stored.pop(name)
-        # Which biases there are is seen from the tensors.
-        self.config = describe({t.key[0] for t in every if t.key[0] in BIASES
-                                and t.hugging_face.format(0).removesuffix("*") in stored})
-        if "score.weight" in stored:
-            self.config.optional = self.config.optional - {"classifier"} | {"score"}
-        if "lm_head.weight" in stored and "classifier" not in self.config.optional:     # tied
-            stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
         family = FAMILIES[{"gemma3": "gemma3_text"}.get(c["model_type"], c["model_type"])]
         self.fused, self.transposed, self.made = family.fused, family.transposed, family.ones
-        if self.config.n_shared:
-            self.made = {"router_bias"}
+        self.configure(stored, describe)
+        if "score.weight" in stored:
+            self.config.optional = self.config.optional - {"classifier"} | {"score"}
+        tied = "classifier" not in self.config.optional
+        if tied and "final_norm" in self.made:      # NanoChat norms its embedding, only there
+            self.config.optional = self.config.optional | {"classifier"}
+            stored.setdefault("lm_head.weight", stored.get("model.embed_tokens.weight"))
+        elif tied and "lm_head.weight" in stored:
+            stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
         self.norm_offset = 1.0 if c["model_type"].startswith("gemma") else 0.0      # 1 + w
         vision = [n for n in stored
                   if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", n)]
@@ -1334,36 +1430,11 @@ class HuggingFace(Source):
                                                               "model.embed_tokens.weight")]
             return len({hashlib.sha256(raw_bytes(raw, slice(None))).digest() for raw in both}) == 1
 
-        self.find(folder, stored, "hugging_face", harmless)
+        self.find(folder, stored, harmless)
         self.vocab = folder_vocab(self.folder, config, self.config.vocab_size)
 
-    def find_shared(self, stored, form):
-        c, used = self.config, set()
-        experts = c.n_experts - c.n_shared
-        for layer in c.expert_layers if c.n_shared else ():
-            start = f"model.layers.{layer}.mlp.shared_expert"
-            start += "s" * (start + "s.up_proj.weight" in stored)
-            for name in ("w_gate", "w_up", "w_down"):
-                label = f"{start}.{LAYER[name][2][4:]}.weight"
-                used.add(label)
-                shape = (c.n_shared * c.expert_hidden, c.dim)[::-1 if name == "w_down" else 1]
-                require(label in stored and stored[label].shape == shape,
-                        f"{self.folder}: {label} is missing, or not {shape}")
-                for i in range(c.n_shared):
-                    part = np.arange(i * c.expert_hidden, (i + 1) * c.expert_hidden)
-                    self.tensors[name, layer, experts + i] = stored[label]._replace(
-                        **{"cols" if name == "w_down" else "rows": part})
-            if f"{start}_gate.weight" in stored:
-                used.add(f"{start}_gate.weight")
-                self.tensors["shared", layer] = stored[f"{start}_gate.weight"]
-        return used
-
     def read(self, key, index):
-        """The router has rows for shared experts, too; NanoChat norms its embedding."""
-        if key[0] == "router" and self.config.n_shared:
-            a, gate = super().read(key, slice(None)), self.tensors.get(("shared", key[1]))
-            gate = np.zeros((1, a.shape[1]), np.float32) if gate is None else read_raw(gate)
-            return np.concatenate([a, *[gate] * self.config.n_shared])[index]
+        """NanoChat norms its embedding."""
         a = super().read(key, index)
         if key[0] == "token_embedding" and "final_norm" in self.made:
             a = a / np.sqrt(np.square(a).mean(axis=1, keepdims=True) + self.config.norm_eps)
@@ -1397,15 +1468,21 @@ def text_name(name):
 
 
 def join_packed(where, stored, q):
-    """With the several tensors of each GPTQ, AWQ or fp8 matrix made one; q: quantization_config."""
+    """With the tensors of each GPTQ, AWQ, fp8 or MXFP4 matrix made one; q: quantization_config."""
     method, layout = q.get("quant_method"), q.get("version", q.get("checkpoint_format", "gemm"))
-    require(method in (None, "fp8", "fbgemm_fp8", "gptq", "awq") or q.get("format") ==
+    require(method in (None, "fp8", "fbgemm_fp8", "gptq", "awq", "mxfp4") or q.get("format") ==
             "float-quantized", f"{where}: quantization_config: quant_method = {method} is not "
-            "supported (fp8, gptq and awq are)")
+            "supported (fp8, gptq, awq and mxfp4 are)")
     more = method == "gptq" and layout != "gptq_v2"     # its zeros are stored less one
     if method in ("gptq", "awq"):
         require(q.get("bits") == 4 and layout.lower() in ("gemm", "gptq", "gptq_v2"), f"{where}: "
                 f"{method} of {q.get('bits')} bits, {layout}, is not supported (4 bits are)")
+    for name in [n for n in stored if n.endswith("_blocks") and n[:-6] + "scales" in stored]:
+        raw, scales = stored.pop(name), stored.pop(name[:-6] + "scales")
+        require(raw.shape == (*scales.shape, 16), f"{where}: {name} has shape {raw.shape}, and its "
+                f"scales {scales.shape}")
+        stored[name[:-7]] = raw._replace(kind="MXFP4", parts={"scales": scales, "start": raw.offset},
+                                         shape=(*raw.shape[:2], raw.shape[2] * BLOCK))
     for name in [n for n in stored if n.endswith((".qweight", ".weight_scale", "_scale_inv"))]:
         base = name.rpartition(".")[0]
         if name.endswith(".qweight"):
@@ -3221,7 +3298,7 @@ def open_source(name, vocab_path, context):
         head = f.read(4)
     require(head[:2] not in (b"PK", b"\x80\x02"), f"{name} is a pickle, which could run code, and "
             "is not read: convert it to safetensors or GGUF")
-    return GGUF(path) if head == b"GGUF" else Llama2c(path, vocab_path)
+    return GGUF(path, context) if head == b"GGUF" else Llama2c(path, vocab_path)
 
 
 def check_target(path):

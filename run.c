@@ -322,7 +322,8 @@ static void each_task(void *context, int i) {
     job->stage(job->f, i);
 }
 static void each(const Pass *f, const char *name, int n, Stage *stage) {
-    parallel(each_task, &(EachJob){f, stage}, n);
+    if (f->n > 1) parallel(each_task, &(EachJob){f, stage}, n);
+    else for (int i = 0; i < n; i++) stage(f, i);  // no thread is woken for a single token
     seen(f, name);
 }
 

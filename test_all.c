@@ -2256,7 +2256,7 @@ static Ran ran(const char *command) {
     setenv("RUN", program(), 1);
     int fds[] = {open("/dev/null", O_RDONLY), open("stdout", O_RDWR | O_CREAT | O_TRUNC, 0600),
                  open("stderr", O_RDWR | O_CREAT | O_TRUNC, 0600)};
-    pid_t pid = start(direct ? argv : shell, fds, 30);
+    pid_t pid = start(direct ? argv : shell, fds, 60);
     for (int i = 0; i < 3; i++) close(fds[i]);
     r.status = status_of(pid);
     kill(-pid, SIGKILL);  // what it left running
@@ -4723,8 +4723,15 @@ static const char *const export_frame[] = {
     "        if a is None: continue",
     "        if name.endswith('.safetensors'): write_safetensors(f'{path}/{name}', a)",
     "        else: open(f'{path}/{name}', 'w').write(json.dumps(a))",
-    "def write_gguf(path, types={}, keys={}, order=gguf.GGUFEndian.LITTLE, part=None):",
-    "    w = gguf.GGUFWriter(path, 'llama', endianess=order)",
+    "def gguf_names(arch, layers=1):",
+    "    source = export.GGUF.__new__(export.GGUF)",
+    "    (number,) = [n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]",
+    "    source.names = gguf.get_tensor_name_map(number, layers)",
+    "    return source.named",
+    "named = gguf_names('llama')",
+    "def write_gguf(path, types={}, keys={}, order=gguf.GGUFEndian.LITTLE, part=None,",
+    "               arch='llama'):",
+    "    w = gguf.GGUFWriter(path, arch, endianess=order)",
     "    for key, value in {'block_count': 1, 'context_length': 64, 'embedding_length': 256,",
     "                       'feed_forward_length': 256, 'attention.head_count': 4,",
     "                       'attention.head_count_kv': 2, **keys}.items():",
@@ -4744,9 +4751,65 @@ static const char *const export_frame[] = {
     "            a[..., :4] = a[..., -4:] = np.full(2, 0.002, '<f2').view(np.uint8)",
     "            a = a.reshape(t.rows, -1)",
     "        elif kind != 'F32': a = gguf.quantize(a, gguf.GGMLQuantizationType[kind])",
-    "        w.add_tensor(t.gguf, a, raw_dtype=gguf.GGMLQuantizationType[kind])",
+    "        w.add_tensor(named(t.hugging_face), a, raw_dtype=gguf.GGMLQuantizationType[kind])",
     "    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()",
     "    w.close()",
+    "class Numbers(export.Source):      # a model of random numbers, in Hugging Face's order",
+    "    vocab, halves = None, True",
+    "    def read(self, key, index): return self.numbers[key][index]",
+    "def gguf_of(arch, family, pairs, **C):      # as llama.cpp's converter writes it",
+    "    C = {**C0, **dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4), **C}",
+    "    C = {key: value for key, value in C.items() if value is not None}",
+    "    if 'num_experts' in C: C.setdefault('moe_intermediate_size', 96)",
+    "    source, name = Numbers(), gguf_names(arch, 4)",
+    "    biases = set(C.pop('biases', ()))",
+    "    c = source.config = export.read_config('', {**C, 'model_type': family}, 'x', biases)",
+    "    c.names = {ours: n for ours, n in c.names.items()",
+    "               if name(n if ours in export.OUTER else 'model.layers.0.' + n)}",
+    "    source.made, wanted = {'router_bias'} if c.n_shared else set(), export.weights(c)",
+    "    source.numbers, source.tensors, groups, put = {}, {}, {}, {}",
+    "    for t in wanted:",
+    "        for key in t.keys():",
+    "            a = rng.standard_normal((t.rows, t.cols), 'f4') / 8",
+    "            if t.key[0] == 'router' and c.n_shared:",
+    "                a[-c.n_shared:] = a[-1] if family == 'qwen2_moe' else 0",
+    "            if t.key[0] == 'choice_bias': a[0, c.n_experts - c.n_shared:] = 0",
+    "            source.numbers[key], source.tensors[key] = a, export.Raw('', '', 'F32', 0, 0, 0)",
+    "        if t.key[0] not in source.made:",
+    "            groups.setdefault(name(t.hugging_face), []).append(t)",
+    "    for label, tensors in groups.items():",
+    "        (key, layer), n, parts = tensors[0].key, c.n_experts - c.n_shared, []",
+    "        for t in tensors:",
+    "            many = [source.numbers[k][0 if t.rows == 1 else slice(None)] for k in t.keys()]",
+    "            if t.key[0] in ('wq', 'wk', 'bq', 'bk') and pairs:",
+    "                heads = many[0].reshape(-1, 2, c.head_dim // 2, t.cols if t.rows > 1 else 1)",
+    "                many[0] = heads.swapaxes(1, 2).reshape(many[0].shape)",
+    "            if len(many) > 1 and c.n_shared:",
+    "                put[label.replace('exps', 'shexp')] = np.concatenate(many[n:], int(",
+    "                    t.key[0] == 'w_down'))",
+    "            parts.append(np.stack(many[:n]) if len(many) > 1 else many[0])",
+    "        if key == 'choice_bias': parts[0] = parts[0][:n]",
+    "        if key == 'router': parts[0], gate = parts[0][:n], parts[0][-1]",
+    "        if key == 'router' and family == 'qwen2_moe':",
+    "            put[label.replace('.weight', '_shexp.weight')] = gate",
+    "        put[label] = np.concatenate(parts) if len(parts) > 1 else parts[0]",
+    "    w = gguf.GGUFWriter('family.gguf', arch)",
+    "    keys = {theirs: C[ours] for ours, theirs in export.GGUF_KEYS.items()",
+    "            if ours in C}",
+    "    keys['rope.dimension_count'] = c.rotary",
+    "    for key, value in keys.items():",
+    "        add = {bool: w.add_bool, int: w.add_uint32, float: w.add_float32}[type(value)]",
+    "        add(f'{arch}.{key}', value)",
+    "    w.add_name('x')",
+    "    for label, a in put.items(): w.add_tensor(label, np.ascontiguousarray(a))",
+    "    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file()",
+    "    w.close()",
+    "    with open('family.bin', 'x+b' if not os.path.exists('family.bin') else 'r+b') as file:",
+    "        file.truncate(0)",
+    "        export.write_checkpoint(file, source, export.F32, 0)",
+    "    found = run('family.gguf', dtype='f32')",
+    "    same = found == open('family.bin', 'rb').read()",
+    "    return '' if same else f'{arch}: ' + (found if isinstance(found, str) else 'other')",
     "def run(source, **args):",
     "    args = {'source': source, 'model': 'export.bin', 'dtype': None, 'tokenizer': None,",
     "            'vocab': None, 'lora': None, 'context': None, **args}",
@@ -4845,6 +4908,50 @@ static const struct { const char *what, *code, *says; } exports[] = {
      "export.gguf_vocab = vocabs[1]\n"
      "seen = str(type(run('mixed.gguf', model='mixed.bin')))\n"
      "export.gguf_vocab = lambda *_: None", "bytes"},
+    {"a GGUF is its family's folder, whatever it calls its tensors and settings",
+     "e = dict(num_experts=5, num_experts_per_tok=2)\n"
+     "ln = dict(layer_norm_eps=1e-5, rms_norm_eps=None)\n"
+     "soft = dict(attn_logit_softcapping=3.0, final_logit_softcapping=4.0, sliding_window=9,\n"
+     "            query_pre_attn_scalar=16, head_dim=16, tie_word_embeddings=True)\n"
+     "more = dict(attention_multiplier=0.3, embedding_multiplier=6.0, residual_multiplier=0.4,\n"
+     "            logits_scaling=3.0)\n"
+     "shared = dict(n_shared_experts=2, first_k_dense_replace=1, moe_intermediate_size=32)\n"
+     "out = [gguf_of(*row[:3], **row[3]) for row in (\n"
+     "    ('llama', 'mixtral', 1, e), ('gemma2', 'gemma2', 0, soft), ('phi3', 'phi3', 0, {}),\n"
+     "    ('olmo2', 'olmo2', 0, {}), ('olmo2', 'olmo3', 0, dict(sliding_window=9)),\n"
+     "    ('granite', 'granite', 1, more), ('granitemoe', 'granitemoe', 1, {**more, **e}),\n"
+     "    ('qwen2moe', 'qwen2_moe', 0, {**e, 'shared_expert_intermediate_size': 192}),\n"
+     "    ('qwen3moe', 'qwen3_moe', 0, {**e, 'norm_topk_prob': True}), ('olmoe', 'olmoe', 0, e),\n"
+     "    ('smollm3', 'smollm3', 1, {}), ('ernie4_5', 'ernie4_5', 0, {}),\n"
+     "    ('glm4', 'glm4', 0, {}), ('seed_oss', 'seed_oss', 0, {}),\n"
+     "    ('ernie4_5-moe', 'ernie4_5_moe', 0, {**e, **shared}),\n"
+     "    ('glm4moe', 'glm4_moe', 0, {**e, **shared, 'use_qk_norm': True, 'norm_topk_prob':\n"
+     "     True, 'routed_scaling_factor': 1.5}), ('hunyuan-dense', 'hunyuan_v1_dense', 0, {}),\n"
+     "    ('exaone4', 'exaone4', 0, dict(sliding_window=9)), ('mistral3', 'ministral3', 1, {}),\n"
+     "    ('gpt2', 'gpt2', 0, {**ln, 'tie_word_embeddings': True, 'num_key_value_heads': 4}),\n"
+     "    ('gpt-oss', 'gpt_oss', 0, {**e, 'biases': ('bq', 'bk', 'bv', 'bo'), 'sliding_window':\n"
+     "     9}), ('starcoder2', 'starcoder2', 0, {**ln, 'use_bias': False}),\n"
+     "    ('gptneox', 'gpt_neox', 0, {**ln, 'attention_bias': False, 'mlp_bias': False,\n"
+     "     'num_key_value_heads': 4, 'use_parallel_residual': False}))]\n"
+     "seen = f'{out.count(str())} of {len(out)} same; ' + '; '.join(filter(None, out))",
+     "23 of 23 same"},
+    {"an architecture of GGUFs that is not known",
+     "write_gguf('x.gguf', arch='rwkv7')\n"
+     "S = 'x.gguf'", "architecture 'rwkv7' is not supported"},
+    {"GPT-OSS's MXFP4",
+     "blocks, scales = (rng.integers(*r, n, 'u1') for *r, n in ((0, 256, (2, 4, 2, 16)),\n"
+     "                                                          (110, 130, (2, 4, 2))))\n"
+     "write_safetensors('mx', {'x_blocks': blocks, 'x_scales': scales})\n"
+     "raw = export.join_packed('', export.open_safetensors([export.Path('mx')]), {\n"
+     "    'quant_method': 'mxfp4'})['x']\n"
+     "raw = raw._replace(shape=(4, 64), offset=raw.offset + 128, n_bytes=128)    # the second\n"
+     "table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])\n"
+     "wanted = table[np.stack([blocks & 15, blocks >> 4], -1)].reshape(2, 4, 2, 32)[1]\n"
+     "wanted = np.ldexp(wanted, scales[1, ..., None].astype(int) - 127).reshape(4, 64)\n"
+     "q, scale, _ = export.split_weights(3, export.as_blocks('MXFP4', 3, export.raw_bytes(\n"
+     "    raw, slice(None))))\n"
+     "seen = str([np.array_equal(a, wanted) for a in (export.read_raw(raw), (q * scale).reshape(\n"
+     "    4, 64))])", "[True, True]"},
     {"what takes more than its source says so",
      "write_gguf('x.gguf', dict.fromkeys(many, 'MXFP4'))\n"
      "seen = str(len(run('x.gguf')))", "run.c has no dtype like MXFP4: the matrices take"},
@@ -5039,6 +5146,46 @@ static const struct { const char *what, *code, *says; } exports[] = {
      "export.folder_vocab = vocabs[0]\n"
      "seen = str(type(run('model', model='steep.bin')))\n"
      "export.folder_vocab = lambda *_: None", "bytes"},
+    {"tokenizers for random texts",     // what run.c makes of these is looked at below
+     "import random\n"
+     "from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers as N, trainers\n"
+     "from tokenizers import pre_tokenizers as P\n"
+     "draw, space = random.Random(31), export.SPACE\n"
+     "planes = [chr(c) for c in draw.sample(range(0x110000), 4000) if not 0xD800 <= c < 0xE000]\n"
+     "pool = [*export.PROOF_PIECES * 9, *planes, '<s>', '<tool>', 'she', ' sea ', '99']\n"
+     "def texts(n): return [''.join(draw.choices(pool, k=draw.randrange(1, 24)))\n"
+     "                      for _ in range(n)]\n"
+     "def with_cases(vocab):\n"
+     "    vocab.cases = texts(700)\n"
+     "    return vocab\n"
+     "export.folder_vocab = lambda *a: with_cases(vocabs[0](*a))\n"
+     "unk = dict(unk_token='<unk>', fuse_unk=True, byte_fallback=True)\n"
+     "for i, (normalizer, pre, more) in enumerate((\n"
+     "        (None, P.ByteLevel(False), {}),\n"
+     "        (N.NFC(), P.Sequence([P.Split(Regex(r'\\p{N}{1,3}'), 'isolated'),\n"
+     "                              P.ByteLevel(True)]), {}),\n"
+     "        (None, P.Sequence([P.Digits(True), P.ByteLevel(False)]), {}),\n"
+     "        (N.Sequence([N.Prepend(space), N.Replace(' ', space)]), None, unk),\n"
+     "        (None, P.Metaspace(space, 'first', False), unk))):\n"
+     "    t = Tokenizer(models.BPE(**more))\n"
+     "    t.normalizer, t.pre_tokenizer = (x for x in (normalizer, pre))\n"
+     "    t.train_from_iterator(texts(500), trainers.BpeTrainer(\n"
+     "        vocab_size=700, show_progress=False, special_tokens=['<unk>', '<s>'],\n"
+     "        limit_alphabet=300, initial_alphabet=[] if more else ByteLevel.alphabet()))\n"
+     "    J = json.loads(t.to_str())\n"
+     "    ids = J['model']['vocab']\n"
+     "    ids.update({f'<0x{b:02X}>': len(ids) + b for b in range(256 if more else 0)})\n"
+     "    t = Tokenizer.from_str(json.dumps(J))\n"
+     "    t.add_tokens([AddedToken('<tool>', lstrip=True, rstrip=True), AddedToken('99'),\n"
+     "                  AddedToken('she', single_word=True, normalized=False)])\n"
+     "    J, C['vocab_size'] = json.loads(t.to_str()), t.get_vocab_size()\n"
+     "    W[embedding] = W['lm_head.weight'] = rng.standard_normal((\n"
+     "        C['vocab_size'], 256), 'f4')\n"
+     "    write_folder(C, W, {'tokenizer.json': J})\n"
+     "    seen = run('model', model=f'tok{i}.bin')\n"
+     "    if isinstance(seen, str): break\n"
+     "else: seen = 'five'\n"
+     "export.folder_vocab = lambda *_: None", "five"},
     {"LoRA of the embedding",
      "A = lora('model.embed_tokens.lora_embedding_A')",
      "embed_tokens.lora_embedding_A is not supported"},
@@ -5065,7 +5212,7 @@ static void test_exports(void) {
     enum { N = sizeof exports / sizeof *exports };
     const char *python = at_home(".venv/bin/python"), *export_py = at_home("export.py");
     if (access(at_home(".venv/ready"), F_OK) || access(export_py, R_OK) || no_program()) {
-        skip(N + 3, "export.py, as there is no .venv: make .venv/ready && ./test_all exports");
+        skip(N + 4, "export.py, as there is no .venv: make .venv/ready && ./test_all exports");
         return;
     }
     Buffer script = {0};
@@ -5085,6 +5232,8 @@ static void test_exports(void) {
     }
     prints("a model of many dtypes passes its check", "ok\n", "run exports/mixed.bin -m check -q");
     prints("so does one whose frequencies grow", "ok\n", "run exports/steep.bin -m check -q");
+    prints("random texts become the tokens that the library gives", "ok\nok\nok\nok\nok\n",
+           "for i in 0 1 2 3 4; do run exports/tok$i.bin -m check -q; done");
     SH("rm -rf exports");
 }
 
