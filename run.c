@@ -247,9 +247,9 @@ static void rope(float *head, const float *table, int head_dim) {
     }
 }
 
-// 5. The activation function, act, with a gate (SwiGLU, arXiv:2002.05202): gate = act(gate) * up. It
-// is near x for x > 0 and near 0 for x < 0, so a number of gate says whether one of up counts: an if,
-// learned. Without a bend, two matrices in a row could as well be one.
+// 5. The activation function, act, and its gate (SwiGLU, arXiv:2002.05202): gate = act(gate) * up.
+// act is near x for x > 0 and near 0 for x < 0, so a number of gate says whether one of up counts:
+// an if, learned. Without a bend, two matrices in a row could as well be one.
 //     SiLU(x) = x / (1 + e^-x);  ReLU(x) = x or, if that is negative, 0
 //     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u),
 //     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
@@ -1903,9 +1903,9 @@ static bool steps_are_right(const Tokenizer *t) {
         return false;  // calls are nested so deep
     for (uint32_t i = 0; i < t->h.n_elements; i++) {
         const Element *x = &t->elements[i];
-        if ((x->next && x->next <= i) || x->next >= t->h.n_elements || x->least > x->most ||
-            (x->otherwise && x->otherwise <= i) || x->otherwise >= t->h.n_elements ||
-            x->kind > NOT_FOLLOWED || x->zero) return false;
+        if (x->next - 1u < i || x->next >= t->h.n_elements || x->otherwise - 1u < i ||
+            x->otherwise >= t->h.n_elements || x->least > x->most || x->kind > NOT_FOLLOWED ||
+            x->zero) return false;
     }
     for (uint32_t i = 0; i < t->h.n_steps; i++) {
         const Step *s = &t->steps[i];
@@ -2041,14 +2041,16 @@ static bool has_bytes(const Tokenizer *t, const char *s, int len) {
     return !len;
 }
 
-// Covers a word with symbols: its bytes or characters. Those that are no tokens can be joined to
-// others if tokens have scores; if nothing can become of one it is left out.
+// Covers a word with symbols: its bytes or characters, or one symbol if merges are ignored for it.
+// Those that are no tokens can be joined to others if tokens have scores; if nothing can become of
+// one it is left out.
 static void encode_symbols(Encoder *e, Text word) {
     const Tokenizer *t = e->t;
     Symbol *s = e->symbols;
     int n = 0;
-    for (size_t i = 0, len = 1; i < word.len; i += len) {
-        if (t->h.flags & CHARACTERS) next_char(word.s + i, word.len - i, &len);
+    bool whole = t->h.flags & IGNORE_MERGES && token_of(t, word.s, word.len) >= 0;
+    for (size_t i = 0, len = whole ? word.len : 1; i < word.len; i += len) {
+        if (t->h.flags & CHARACTERS && !whole) next_char(word.s + i, word.len - i, &len);
         int id = token_of(t, word.s + i, len);
         if (id >= 0 || t->h.unk >= 0 || t->h.flags & BY_SCORE ||
             has_bytes(t, word.s + i, (int)len))
@@ -2080,15 +2082,9 @@ static void encode_end(Encoder *e) {
 
 // Appends the tokens of a word.
 static void encode_word(Encoder *e, Piece p) {
-    const Tokenizer *t = e->t;
     if (e->word_room < 4 * p.n) e->word = resize(e->word, e->word_room = 8 * p.n, 1);
     Text word = {e->word, 0};
     for (size_t i = 0; i < p.n; i++) word.len += put_char(e->word + word.len, p.chars[i]);
-    int whole = t->h.flags & IGNORE_MERGES ? token_of(t, word.s, word.len) : -1;
-    if (whole >= 0) {
-        push(e->out, whole);
-        return;
-    }
     if (word.len > INT_MAX / 4) die("the text is too long: %zu bytes in one word", word.len);
     if (e->room <= word.len) {
         for (e->room = 64; e->room <= word.len;) e->room *= 2;
