@@ -94,8 +94,7 @@
 // All that a model knows is in its matrices. They began as random numbers. Training showed it text,
 // and for each token moved every number a little to where the token that really came next would
 // have been likelier, again and again. What the layers do with a text was learned in this way, and
-// written by nobody; this part is only the frame. (What it takes from the others is declared with a
-// sentence.)
+// written by nobody; this part is only the frame. (What it takes from other parts it declares.)
 
 // ---- [1.1] parameters ---------------------------------------------------------------------------
 // A checkpoint is a file with the sizes in front and the matrices behind. To load it is to map it
@@ -181,7 +180,7 @@ static inline float exp_(float x);                                // e^x
 static inline float gelu(float x);                                // x P(x), of step 5
 static void center(float *x, int n);                              // x[i] -= mean of x (LayerNorm)
 static void soft_cap(float *x, int n, float cap);                 // x[i] = cap tanh(x[i] / cap)
-static void grow_query(const Config *c, float *q, int n, int pos);
+static void grow_query(const Config *c, float *q, int n, int pos);  // see query_growth
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
 static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
@@ -229,7 +228,8 @@ static void softmax(float *x, int n) {
 // The product of a query and a key then depends on how far apart they are. The first pair turns by
 // 1 radian per position, the last hardly: theta, 10000 or more, sets how far distances can be told.
 // Checkpoints hold the frequencies, and rows of wq and wk in an order that makes pairs neighbours
-// (export.py). The table has cos, cos, ... and -sin, sin, ... for a head: the minus is in there.
+// (export.py). The table has cos, cos, ... and -sin, sin, ... for a head: the minus is in there. (A
+// difference beside a sum is what some compilers fuse, even if told not to.)
 static void rope_angles(float *table, const float *freq, int pos, int head_dim) {
     float *cosine = table, *sine = table + head_dim;
     for (int i = 0; i < head_dim; i += 2) {
@@ -507,7 +507,7 @@ static void layer(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
     Product qkv[] = {{.w = l->wq, .y = s->q}, {.w = l->wk, .y = s->k}, {.w = l->wv, .y = s->v}};
-    Product wide[] = {{.w = l->w_gate, .y = s->gate}, {.w = l->w_up, .y = s->up}};
+    Product hidden[] = {{.w = l->w_gate, .y = s->gate}, {.w = l->w_up, .y = s->up}};
     each(f, "attention_in", f->n, attention_in);
     products(f, "wq wk wv", s->xb, qkv, 3);
     each(f, "position", f->n, position);
@@ -517,7 +517,7 @@ static void layer(const Pass *f) {
     each(f, "feed_forward_in", f->n, feed_forward_in);
     if (l->router.data) experts(f);
     else {
-        products(f, "w_gate w_up", s->xb, wide, l->w_up.data ? 2 : 1);
+        products(f, "w_gate w_up", s->xb, hidden, l->w_up.data ? 2 : 1);
         each(f, "activate", f->n, activate);
         products(f, "w_down", s->gate, &(Product){.w = l->w_down, .y = s->xb}, 1);
     }
@@ -2182,7 +2182,7 @@ static void encode_find(Encoder *e, Piece p, uint32_t step) {
         push(e->out, added >> 5);
         from = end;
     }
-    if (from < p.n) encode_part(e, p, from, p.n, step + 1);
+    encode_part(e, p, from, p.n, step + 1);
 }
 
 // Whether a text stands at a place: -1: it does not; TYPED: it does, and some of it is typed.
