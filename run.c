@@ -1723,9 +1723,7 @@ static Keyed *index_entry(const Index *x, uint64_t key) {
         if (e->number < 0 || e->key == key) return e;
     }
 }
-static int index_find(const Tokenizer *t, uint64_t key) {
-    return index_entry(&t->index, key)->number;
-}
+static int index_find(const Tokenizer *t, uint64_t k) { return index_entry(&t->index, k)->number; }
 static void index_grow(Index *x, size_t size) {
     Index old = *x;
     x->mask = size - 1;
@@ -1739,10 +1737,8 @@ static int index_add(Tokenizer *t, uint64_t key, int number) {
     Index *x = &t->index;
     if (2 * x->n >= x->mask) index_grow(x, 2 * x->mask + 2);
     Keyed *e = index_entry(x, key);
-    if (e->number >= 0) return e->number;
-    x->n++;
-    *e = (Keyed){key, number};
-    return number;
+    if (e->number < 0) *e = (Keyed){key, number}, x->n++;
+    return e->number;
 }
 // The token with this text that byte pair encoding may give, or -1.
 static int token_of(const Tokenizer *t, const char *s, size_t len) {
@@ -1957,12 +1953,12 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     TokenizerHeader *h = &t->h;
     t->file = map_file(path, &t->file_size);
     snprintf(t->path, sizeof t->path, "%s", path);
-    bool ours = t->file_size >= 4 && !memcmp(t->file, "tok", 3);
-    t->llama2c = !ours;
+    t->llama2c = t->file_size < 4 || memcmp(t->file, "tok", 3);
     Bytes file = {t->file, t->file + t->file_size};
-    if (ours && t->file[3] != '4') return "has another version's layout: export.py makes it anew";
+    if (!t->llama2c && t->file[3] != '4')
+        return "has another version's layout: export.py makes it anew";
     const void *start = bytes_take(&file, t->llama2c ? 4 : sizeof *h);
-    if (start && ours) memcpy(h, start, sizeof *h);
+    if (start && !t->llama2c) memcpy(h, start, sizeof *h);
     if (h->version != 1) return "has an unknown version";
     if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
     uint32_t n = (uint32_t)h->vocab_size;
