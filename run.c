@@ -95,8 +95,7 @@
 // All that a model knows is in its matrices. They began as random numbers. Training showed it text,
 // and for each token moved every number a little to where the token that really came next would
 // have been likelier, again and again. What the layers do with a text was learned in this way, and
-// written by nobody; this part is only the frame. (What it takes from the others is declared with a
-// sentence.)
+// written by nobody; this part is only the frame. (What it takes from other parts it declares.)
 
 // ---- [1.1] parameters ---------------------------------------------------------------------------
 // A checkpoint is a file with the sizes in front and the matrices behind. To load it is to map it
@@ -182,7 +181,7 @@ static inline float exp_(float x);                                // e^x
 static inline float gelu(float x);                                // x P(x), of step 5
 static void center(float *x, int n);                              // x[i] -= mean of x (LayerNorm)
 static void soft_cap(float *x, int n, float cap);                 // x[i] = cap tanh(x[i] / cap)
-static void grow_query(const Config *c, float *q, int n, int pos);
+static void grow_query(const Config *c, float *q, int n, int pos);  // see query_growth
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
 static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
@@ -230,7 +229,8 @@ static void softmax(float *x, int n) {
 // The product of a query and a key then depends on how far apart they are. The first pair turns by
 // 1 radian per position, the last hardly: theta, 10000 or more, sets how far distances can be told.
 // Checkpoints hold the frequencies, and rows of wq and wk in an order that makes pairs neighbours
-// (export.py). The table has cos, cos, ... and -sin, sin, ... for a head: the minus is in there.
+// (export.py). The table has cos, cos, ... and -sin, sin, ... for a head: the minus is in there. (A
+// difference beside a sum is what some compilers fuse, even if told not to.)
 static void rope_angles(float *table, const float *freq, int pos, int head_dim) {
     float *cosine = table, *sine = table + head_dim;
     for (int i = 0; i < head_dim; i += 2) {
@@ -248,9 +248,9 @@ static void rope(float *head, const float *table, int head_dim) {
     }
 }
 
-// 5. The activation function, act, with a gate (SwiGLU, arXiv:2002.05202): gate = act(gate) * up. It
-// is near x for x > 0 and near 0 for x < 0, so a number of gate says whether one of up counts: an if,
-// learned. Without a bend, two matrices in a row could as well be one.
+// 5. The activation function, act, and its gate (SwiGLU, arXiv:2002.05202): gate = act(gate) * up.
+// act is near x for x > 0 and near 0 for x < 0, so a number of gate says whether one of up counts:
+// an if, learned. Without a bend, two matrices in a row could as well be one.
 //     SiLU(x) = x / (1 + e^-x);  ReLU(x) = x or, if that is negative, 0
 //     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u),
 //     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
@@ -509,7 +509,7 @@ static void layer(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
     Product qkv[] = {{.w = l->wq, .y = s->q}, {.w = l->wk, .y = s->k}, {.w = l->wv, .y = s->v}};
-    Product wide[] = {{.w = l->w_gate, .y = s->gate}, {.w = l->w_up, .y = s->up}};
+    Product hidden[] = {{.w = l->w_gate, .y = s->gate}, {.w = l->w_up, .y = s->up}};
     each(f, "attention_in", f->n, attention_in);
     products(f, "wq wk wv", s->xb, qkv, 3);
     each(f, "position", f->n, position);
@@ -519,7 +519,7 @@ static void layer(const Pass *f) {
     each(f, "feed_forward_in", f->n, feed_forward_in);
     if (l->router.data) experts(f);
     else {
-        products(f, "w_gate w_up", s->xb, wide, l->w_up.data ? 2 : 1);
+        products(f, "w_gate w_up", s->xb, hidden, l->w_up.data ? 2 : 1);
         each(f, "activate", f->n, activate);
         products(f, "w_down", s->gate, &(Product){.w = l->w_down, .y = s->xb}, 1);
     }
@@ -1731,9 +1731,7 @@ static Keyed *index_entry(const Index *x, uint64_t key) {
         if (e->number < 0 || e->key == key) return e;
     }
 }
-static int index_find(const Tokenizer *t, uint64_t key) {
-    return index_entry(&t->index, key)->number;
-}
+static int index_find(const Tokenizer *t, uint64_t k) { return index_entry(&t->index, k)->number; }
 static void index_grow(Index *x, size_t size) {
     Index old = *x;
     x->mask = size - 1;
@@ -1747,10 +1745,8 @@ static int index_add(Tokenizer *t, uint64_t key, int number) {
     Index *x = &t->index;
     if (2 * x->n >= x->mask) index_grow(x, 2 * x->mask + 2);
     Keyed *e = index_entry(x, key);
-    if (e->number >= 0) return e->number;
-    x->n++;
-    *e = (Keyed){key, number};
-    return number;
+    if (e->number < 0) *e = (Keyed){key, number}, x->n++;
+    return e->number;
 }
 // The token with this text that byte pair encoding may give, or -1.
 static int token_of(const Tokenizer *t, const char *s, size_t len) {
@@ -1915,9 +1911,9 @@ static bool steps_are_right(const Tokenizer *t) {
         return false;  // calls are nested so deep
     for (uint32_t i = 0; i < t->h.n_elements; i++) {
         const Element *x = &t->elements[i];
-        if ((x->next && x->next <= i) || x->next >= t->h.n_elements || x->least > x->most ||
-            (x->otherwise && x->otherwise <= i) || x->otherwise >= t->h.n_elements ||
-            x->kind > NOT_FOLLOWED || x->zero) return false;
+        if (x->next - 1u < i || x->next >= t->h.n_elements || x->otherwise - 1u < i ||
+            x->otherwise >= t->h.n_elements || x->least > x->most || x->kind > NOT_FOLLOWED ||
+            x->zero) return false;
     }
     for (uint32_t i = 0; i < t->h.n_steps; i++) {
         const Step *s = &t->steps[i];
@@ -1969,12 +1965,12 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     TokenizerHeader *h = &t->h;
     t->file = map_file(path, &t->file_size);
     snprintf(t->path, sizeof t->path, "%s", path);
-    bool ours = t->file_size >= 4 && !memcmp(t->file, "tok", 3);
-    t->llama2c = !ours;
+    t->llama2c = t->file_size < 4 || memcmp(t->file, "tok", 3);
     Bytes file = {t->file, t->file + t->file_size};
-    if (ours && t->file[3] != '4') return "has another version's layout: export.py makes it anew";
+    if (!t->llama2c && t->file[3] != '4')
+        return "has another version's layout: export.py makes it anew";
     const void *start = bytes_take(&file, t->llama2c ? 4 : sizeof *h);
-    if (start && ours) memcpy(h, start, sizeof *h);
+    if (start && !t->llama2c) memcpy(h, start, sizeof *h);
     if (h->version != 1) return "has an unknown version";
     if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
     uint32_t n = (uint32_t)h->vocab_size;
@@ -2053,14 +2049,16 @@ static bool has_bytes(const Tokenizer *t, const char *s, int len) {
     return !len;
 }
 
-// Covers a word with symbols: its bytes or characters. Those that are no tokens can be joined to
-// others if tokens have scores; if nothing can become of one it is left out.
+// Covers a word with symbols: its bytes or characters, or one symbol if merges are ignored for it.
+// Those that are no tokens can be joined to others if tokens have scores; if nothing can become of
+// one it is left out.
 static void encode_symbols(Encoder *e, Text word) {
     const Tokenizer *t = e->t;
     Symbol *s = e->symbols;
     int n = 0;
-    for (size_t i = 0, len = 1; i < word.len; i += len) {
-        if (t->h.flags & CHARACTERS) next_char(word.s + i, word.len - i, &len);
+    bool whole = t->h.flags & IGNORE_MERGES && token_of(t, word.s, word.len) >= 0;
+    for (size_t i = 0, len = whole ? word.len : 1; i < word.len; i += len) {
+        if (t->h.flags & CHARACTERS && !whole) next_char(word.s + i, word.len - i, &len);
         int id = token_of(t, word.s + i, len);
         if (id >= 0 || t->h.unk >= 0 || t->h.flags & BY_SCORE ||
             has_bytes(t, word.s + i, (int)len))
@@ -2092,15 +2090,9 @@ static void encode_end(Encoder *e) {
 
 // Appends the tokens of a word.
 static void encode_word(Encoder *e, Piece p) {
-    const Tokenizer *t = e->t;
     if (e->word_room < 4 * p.n) e->word = resize(e->word, e->word_room = 8 * p.n, 1);
     Text word = {e->word, 0};
     for (size_t i = 0; i < p.n; i++) word.len += put_char(e->word + word.len, p.chars[i]);
-    int whole = t->h.flags & IGNORE_MERGES ? token_of(t, word.s, word.len) : -1;
-    if (whole >= 0) {
-        push(e->out, whole);
-        return;
-    }
     if (word.len > INT_MAX / 4) die("the text is too long: %zu bytes in one word", word.len);
     if (e->room <= word.len) {
         for (e->room = 64; e->room <= word.len;) e->room *= 2;
@@ -2198,7 +2190,7 @@ static void encode_find(Encoder *e, Piece p, uint32_t step) {
         push(e->out, added >> 5);
         from = end;
     }
-    if (from < p.n) encode_part(e, p, from, p.n, step + 1);
+    encode_part(e, p, from, p.n, step + 1);
 }
 
 // Whether a text stands at a place: -1: it does not; TYPED: it does, and some of it is typed.

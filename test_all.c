@@ -1940,6 +1940,7 @@ static void test_added_tokens(void) {
     Tokenizer t = open_tokenizer(v, "added.tok");
     test_encodings(&t, (Encoding[]){
         {"a \t<l> b", "97 256 95 32 98", "LSTRIP takes the white space before", NULL, true},
+        {"a \x80<l>b", "97 32 128 256 95 98", "but no byte that is no character", NULL, true},
         {"a <r> \xe3\x80\x80" "b", "97 32 257 95 98", "RSTRIP the one behind", NULL, true},
         {"<r>\n", "257 260", "and yet that may be a token, too", NULL, true},
         {"<b>  <b> ", "259 259", "what one has taken is not there for the next", NULL, true},
