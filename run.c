@@ -3028,14 +3028,11 @@ static void output_write(Output *out, const void *data, size_t n) { output_put(o
 // Adds what printf would print; it is sent with what follows, or at the end.
 static __attribute__((format(printf, 2, 3)))
 void output_print(Output *out, const char *format, ...) {
-    char *s = NULL;
+    char s[1 << 13];  // no path is longer than half of it
     va_list args;
     va_start(args, format);
-    int n = vasprintf(&s, format, args);
+    output_put(out, s, (size_t)vsnprintf(s, sizeof s, format, args), SIZE_MAX);
     va_end(args);
-    if (n < 0) die("out of memory");
-    output_put(out, s, (size_t)n, SIZE_MAX);
-    free(s);
 }
 
 // Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces.
@@ -3658,7 +3655,8 @@ typedef struct {
     long long budget;       // tokens that it may still draw; 0 after one that ends the text
     int n_new;              // tokens that it drew
     long long line;         // of --each: 1, 2, ...; 0: it has none
-    double logprob, score;  // with -k: the sum, then the mean, for each; the best has the highest
+    double score;           // with -k: the sum of their log-probabilities; at the end their mean,
+                            // or the reward of the text
     unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
@@ -3726,7 +3724,6 @@ static double reward_of_ids(const Model *m, const int *ids, int n) {
 }
 // The reward of an answer, in the reward model's own chat format, if it has one.
 static double reward_of(const Member *judge, Text question, Text answer) {
-    const Model *m = &judge->m;
     const Tokenizer *t = &judge->t;
     Prompt p = {0};
     Ids ids = {0};
@@ -3737,8 +3734,8 @@ static double reward_of(const Member *judge, Text question, Text answer) {
     if (chat) prompt_piece(&p, t, ASSISTANT_AFTER);
     if (chat) prompt_encode(&p, t, true, &ids);
     else encode(t, (Text){p.s, p.n}, NULL, true, &ids);
-    int n = (int)ids.n, most = m->c.seq_len, start = n > most ? n - most : 0;
-    double reward = n ? reward_of_ids(m, ids.ids + start, n - start) : 0;  // of its newest tokens
+    int n = (int)ids.n, most = judge->m.c.seq_len, start = n > most ? n - most : 0;
+    double reward = n ? reward_of_ids(&judge->m, ids.ids + start, n - start) : 0;  // of the newest
     prompt_free(&p);
     free(ids.ids);
     return reward;
@@ -3870,7 +3867,7 @@ static void machine_draw(void *context, int i) {
     if (d->budget > 0) d->c.done = (int)ids->n;
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
-        if (w->o->samples) d->logprob -= likelihood_of(logits, (int)vocab, next);
+        if (w->o->samples) d->score -= likelihood_of(logits, (int)vocab, next);
         if (w->o->receipt) d->receipt = mix64(d->receipt + hash64(logits, vocab * sizeof(float)));
         agreed = ids->n < w->draft.text.n && next == w->draft.text.ids[ids->n];
         d->n_new++;
@@ -3929,7 +3926,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     if (chat && o->system && !(t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM))
         fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
-                   .draft = {.guesses = 1}, .p = resize(NULL, vocab, sizeof *w->p),
+                   .question = o->input, .draft = {.guesses = 1},
+                   .p = resize(NULL, vocab, sizeof *w->p),
                    .candidates = resize(NULL, vocab, sizeof *w->candidates)};
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
@@ -3944,14 +3942,13 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
         cache_open(&w->draft.kv, small, w->ctx, 1);
     }
     if (o->reward && o->samples > 1) reward_open(o, &w->judge);
-    w->question = o->input;
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
     d->seed = d->s.rng;
 }
 
 static void machine_close(Machine *w, Decoder *d) {
-    bool drawn = w->steps || d->s.rng != d->seed;
+    bool drawn = !w->o->each && (w->steps || d->s.rng != d->seed);  // --each has said it
     if (!w->o->quiet && !w->o->seed && d->s.temperature > 0 && drawn)
         fprintf(stderr, "seed: %llu\n", d->seed);
     if (w->o->session && !interrupted) decoder_settle(w, d, 1);
@@ -3994,16 +3991,15 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
     machine_run(w, d, k);
     for (Decoder *s = d; s < d + k; s++) {
         Text answer = {s->own.memory + s->own.start, s->own.n - s->own.start - 1};  // a newline
-        s->logprob /= s->n_new + !s->n_new;
-        s->score = w->judge.m.layers ? reward_of(&w->judge, w->question, answer) : s->logprob;
+        s->score = w->judge.m.layers ? reward_of(&w->judge, w->question, answer)
+                                     : s->score / (s->n_new + !s->n_new);
         if (s->score > best->score) best = s;
     }
     for (Decoder *s = d; s < d + k; s++) {
+        const char *what = w->judge.m.layers ? "reward" : "mean log-probability";
         if (!w->o->quiet)
-            fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
-                    s->seq, k, s->seed, s->n_new, s->logprob, s == best ? ", the best" : "");
-        if (!w->o->quiet && w->judge.m.layers)
-            fprintf(stderr, "sample %d of %d: reward %.4f\n", s->seq, k, s->score);
+            fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, %s %.4f%s\n", s->seq, k,
+                    s->seed, s->n_new, what, s->score, s == best ? ", the best" : "");
         if (!w->o->best || s == best) output_write(w->out, s->own.memory, s->own.n);
         trunk->n_new += s->n_new;
         free(s->own.memory);
@@ -4108,7 +4104,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     for (Member *e = all; e < end && !interrupted; e++) {
         Text answer = {e->answer.memory + e->answer.start, e->answer.n - e->answer.start - 1};
         double sum = 0;
-        if (!o->quiet) fprintf(stderr, "%s's answer:%s", e->m.path, o->reward ? " reward" : "");
+        if (!o->quiet) fprintf(stderr, "%s's answer:", e->m.path);
         for (int i = 0; i < n_judges; i++) {
             double score = member_score(o, &judges[i], answer);
             if (!o->quiet) fprintf(stderr, " %.4f", o->reward ? score : -score);
@@ -5325,7 +5321,7 @@ enum { EACH_AHEAD = 1024 };  // lines that may be under way, or done before thei
 typedef struct {
     Machine w;
     Decoder trunk;           // the first line's prompt
-    Decoder *all;            // (at_once)
+    Decoder all[MAX_SAMPLES];  // of which at_once are used
     Text rest;               // of the file
     long long begun, printed, n_tokens;
     Output answers[EACH_AHEAD];  // those that wait for lines before them have memory
@@ -5442,7 +5438,6 @@ static void each_run(const Options *o, const Model *m, const Tokenizer *t, Outpu
     size_t n = (size_t)o->at_once;
     Each *e = zeros(1, sizeof *e);
     e->rest = o->lines;
-    e->all = zeros(n, sizeof *e->all);
     machine_open(&e->w, &e->trunk, o, m, t, out);
     if (!o->quiet && !o->seed && e->trunk.s.temperature > 0 && strcmp(o->mode, "eval"))
         fprintf(stderr, "seed: %llu\n", e->trunk.seed);
@@ -5453,9 +5448,7 @@ static void each_run(const Options *o, const Model *m, const Tokenizer *t, Outpu
     each_print(e, true);
     for (size_t i = 0; i < n; i++) free(e->all[i].c.ids.ids), free(e->all[i].own.memory);
     for (size_t i = 0; i < EACH_AHEAD; i++) free(e->answers[i].memory);
-    e->trunk.s.temperature = 0;  // its seed has been said
     machine_close(&e->w, &e->trunk);
-    free(e->all);
     free(e);
 }
 #endif
@@ -5697,6 +5690,7 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 // main of another name, and links them. Which one runs: the best that this processor can, or
 // RUN_ISA. NULL: the oldest kind.
 typedef int Main(int argc, char **argv);
+typedef struct { const char *name; Main *run; bool can; } Kind;
 Main run_avx512vnni, run_avxvnni, run_avx2, run_dotprod;
 static Main *portable_main(void) {
 #ifdef __x86_64__
@@ -5704,14 +5698,13 @@ static Main *portable_main(void) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    const struct { const char *name; Main *run; bool can; } kinds[] = {
+    const Kind kinds[] = {
         {"avx512vnni", run_avx512vnni, vnni},
         {"avxvnni", run_avxvnni, avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1},
         {"avx2", run_avx2, avx2}, {"baseline", NULL, true}};
 #else
-    const struct { const char *name; Main *run; bool can; } kinds[] = {
-        {"dotprod", run_dotprod, getauxval(AT_HWCAP) >> 20 & 1},  // HWCAP_ASIMDDP
-        {"baseline", NULL, true}};
+    const Kind kinds[] = {{"dotprod", run_dotprod, getauxval(AT_HWCAP) >> 20 & 1},  // ASIMDDP
+                          {"baseline", NULL, true}};
 #endif
     const char *wanted = getenv("RUN_ISA");
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
