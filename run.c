@@ -1650,7 +1650,7 @@ enum { TAKE, TAKE_ALL, FOLLOWED, NOT_FOLLOWED };  // elements of a pattern
 // then, FROM_THOUGHT bits further up, blanks of what follows.
 enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_BEFORE_SYSTEM, LATER_BEFORE,
        USER_AFTER, REPLY_BEFORE, ASSISTANT_AFTER, N_CHAT,
-       FILL = N_CHAT, N_PIECES };  // what a text to be filled in looks like: see input_fill
+       FILL = N_CHAT, N_PIECES };  // what a text to be filled in looks like: see input_open
 enum { TRIM_LEFT = 1, TRIM_RIGHT = 2, TRIM_NEWLINES = 4, CUT_THOUGHT = 8, FROM_THOUGHT = 4,
        DATE = 128, HAS_SYSTEM = 256,  // it is a format of strftime; a system text has a place,
        EMPTY_IS_NONE = 512, SYSTEM_LAST = 1024,  // but not an empty one; it is in the last turn
@@ -3167,16 +3167,6 @@ static Text text_fill(Text text, const char *mark, Text by) {
     output_write(&all, "", 1);
     return (Text){all.memory, all.n - 1};
 }
-// What a model that fills in reads: a form of the tokenizer's file, with the prompt in the place of
-// {}, and what follows the gap in that of a byte 1.
-static Text input_fill(const Tokenizer *t, Text prompt, const char *suffix) {
-    Text form = t->chat[FILL], half = text_fill(form, "{}", prompt);
-    Text all = text_fill(half, "\1", (Text){suffix, strlen(suffix)});
-    if (!form.len) die("%s has no tokens for --suffix: its model cannot fill in", t->path);
-    free((char *)(uintptr_t)prompt.s), free((char *)(uintptr_t)half.s);
-    return all;
-}
-
 // A line on the terminal's stderr: how much of the input is done, how fast, and the time left.
 static void progress_show(const Options *o, double part) {
     double took = seconds() - o->started, bytes = part * (double)o->input.len;
@@ -5730,6 +5720,25 @@ static int processors(void) {
     return n < 1 ? 1 : n > 256 ? 256 : (int)n;
 }
 
+// Reads the prompt and the lines of --each. What a model that fills in reads is a form of the
+// tokenizer's file: the prompt is in the place of {}, what follows the gap in that of a byte 1.
+static void input_open(Options *o, const Tokenizer *t, bool is_prompt) {
+    Text *in = &o->input, form = t->chat[FILL];
+    *in = input_read(o->prompt_file, o->prompt, is_prompt);
+    o->lines = input_read(o->each, NULL, false);
+    if (is_prompt && o->prompt_file && in->len && in->s[in->len - 1] == '\n')
+        in->len--;  // the end of a file's last line is no part of a prompt
+    if (o->suffix) {
+        if (!form.len) die("%s has no tokens for --suffix: its model cannot fill in", t->path);
+        Text half = text_fill(form, "{}", *in), suffix = {o->suffix, strlen(o->suffix)};
+        free((char *)(uintptr_t)in->s);
+        *in = text_fill(half, "\1", suffix);
+        free((char *)(uintptr_t)half.s);
+    }
+    if (o->each && !strstr(in->s, "{}"))
+        usage_error("the prompt has no {} for the lines of --each");
+}
+
 int main(int argc, char **argv) {
 #ifdef PORTABLE
     Main *better = portable_main();
@@ -5768,13 +5777,7 @@ int main(int argc, char **argv) {
     refuse_overwriting(&o, &t);
     Output out = output_open(o.output);
     out.mute = o.logprobs >= 0;
-    o.input = input_read(o.prompt_file, o.prompt, DRAW >> mode & 1);  // which may wait for long
-    o.lines = input_read(o.each, NULL, false);
-    if (DRAW >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
-        o.input.len--;  // the end of a file's last line is no part of a prompt
-    if (o.suffix) o.input = input_fill(&t, o.input, o.suffix);
-    if (o.each && !strstr(o.input.s, "{}"))
-        usage_error("the prompt has no {} for the lines of --each");
+    input_open(&o, &t, DRAW >> mode & 1);  // which may wait for long
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal
     Mode *run = modes[mode].run;
 #ifndef NO_EACH
