@@ -1638,7 +1638,7 @@ enum { TAKE, TAKE_ALL, FOLLOWED, NOT_FOLLOWED };  // elements of a pattern
 // then, FROM_THOUGHT bits further up, blanks of what follows.
 enum { DEFAULT_SYSTEM, SYSTEM_BEFORE, SYSTEM_AFTER, USER_BEFORE, USER_BEFORE_SYSTEM, LATER_BEFORE,
        USER_AFTER, REPLY_BEFORE, ASSISTANT_AFTER, N_CHAT,
-       FILL = N_CHAT, N_PIECES };  // what a text to be filled in looks like: see input_fill
+       FILL = N_CHAT, N_PIECES };  // what a text to be filled in looks like: see input_open
 enum { TRIM_LEFT = 1, TRIM_RIGHT = 2, TRIM_NEWLINES = 4, CUT_THOUGHT = 8, FROM_THOUGHT = 4,
        DATE = 128, HAS_SYSTEM = 256,  // it is a format of strftime; a system text has a place,
        EMPTY_IS_NONE = 512, SYSTEM_LAST = 1024,  // but not an empty one; it is in the last turn
@@ -3003,14 +3003,11 @@ static void output_write(Output *out, const void *data, size_t n) { output_put(o
 // Adds what printf would print; it is sent with what follows, or at the end.
 static __attribute__((format(printf, 2, 3)))
 void output_print(Output *out, const char *format, ...) {
-    char *s = NULL;
+    char s[1 << 13];  // no path is longer than half of it
     va_list args;
     va_start(args, format);
-    int n = vasprintf(&s, format, args);
+    output_put(out, s, (size_t)vsnprintf(s, sizeof s, format, args), SIZE_MAX);
     va_end(args);
-    if (n < 0) die("out of memory");
-    output_put(out, s, (size_t)n, SIZE_MAX);
-    free(s);
 }
 
 // Adds a byte of text. On a terminal control characters become ^C, those over U+0080 spaces. A line
@@ -3152,16 +3149,6 @@ static Text text_fill(Text text, const char *mark, Text by) {
     output_write(&all, "", 1);
     return (Text){all.memory, all.n - 1};
 }
-// What a model that fills in reads: a form of the tokenizer's file, with the prompt in the place of
-// {}, and what follows the gap in that of a byte 1.
-static Text input_fill(const Tokenizer *t, Text prompt, const char *suffix) {
-    Text form = t->chat[FILL], half = text_fill(form, "{}", prompt);
-    Text all = text_fill(half, "\1", (Text){suffix, strlen(suffix)});
-    if (!form.len) die("%s has no tokens for --suffix: its model cannot fill in", t->path);
-    free((char *)(uintptr_t)prompt.s), free((char *)(uintptr_t)half.s);
-    return all;
-}
-
 // A line on the terminal's stderr: what part of so many bytes or tokens is done, how fast, and the
 // time left.
 static void progress_show(const Options *o, double began, double part, double n, const char *what) {
@@ -3645,7 +3632,8 @@ typedef struct {
     long long budget;       // tokens that it may still draw; 0 after one that ends the text
     int n_new;              // tokens that it drew
     long long line;         // of --each: 1, 2, ...; 0: it has none
-    double logprob, score;  // with -k: the sum, then the mean, for each; the best has the highest
+    double score;           // with -k: the sum of their log-probabilities; at the end their mean,
+                            // or the reward of the text
     unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
@@ -3713,7 +3701,6 @@ static double reward_of_ids(const Model *m, const int *ids, int n) {
 }
 // The reward of an answer, in the reward model's own chat format, if it has one.
 static double reward_of(const Member *judge, Text question, Text answer) {
-    const Model *m = &judge->m;
     const Tokenizer *t = &judge->t;
     Prompt p = {0};
     Ids ids = {0};
@@ -3724,8 +3711,8 @@ static double reward_of(const Member *judge, Text question, Text answer) {
     if (chat) prompt_piece(&p, t, ASSISTANT_AFTER);
     if (chat) prompt_encode(&p, t, true, &ids);
     else encode(t, (Text){p.s, p.n}, NULL, true, &ids);
-    int n = (int)ids.n, most = m->c.seq_len, start = n > most ? n - most : 0;
-    double reward = n ? reward_of_ids(m, ids.ids + start, n - start) : 0;  // of its newest tokens
+    int n = (int)ids.n, most = judge->m.c.seq_len, start = n > most ? n - most : 0;
+    double reward = n ? reward_of_ids(&judge->m, ids.ids + start, n - start) : 0;  // of the newest
     prompt_free(&p);
     free(ids.ids);
     return reward;
@@ -3863,7 +3850,7 @@ static void machine_draw(void *context, int i) {
     if (d->budget > 0) d->c.done = (int)ids->n;
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
-        if (w->o->samples) d->logprob -= likelihood_of(logits, (int)vocab, next);
+        if (w->o->samples) d->score -= likelihood_of(logits, (int)vocab, next);
         if (w->o->receipt) d->receipt = mix64(d->receipt + hash64(logits, vocab * sizeof(float)));
         agreed = ids->n < w->draft.text.n && next == w->draft.text.ids[ids->n];
         d->n_new++;
@@ -3923,7 +3910,8 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     if (chat && o->system && !(t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM))
         fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
-                   .draft = {.guesses = 1}, .p = resize(NULL, vocab, sizeof *w->p),
+                   .question = o->input, .draft = {.guesses = 1},
+                   .p = resize(NULL, vocab, sizeof *w->p),
                    .candidates = resize(NULL, vocab, sizeof *w->candidates)};
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
@@ -3938,14 +3926,13 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
         cache_open(&w->draft.kv, small, w->ctx, 1);
     }
     if (o->reward && o->samples > 1) reward_open(o, &w->judge);
-    w->question = o->input;
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
     if (!o->seed && rng) d->s.rng = rng;
     d->seed = d->s.rng;
 }
 
 static void machine_close(Machine *w, Decoder *d) {
-    bool drawn = w->steps || d->s.rng != d->seed;
+    bool drawn = !w->o->each && (w->steps || d->s.rng != d->seed);  // --each has said it
     if (!w->o->quiet && !w->o->seed && d->s.temperature > 0 && drawn)
         fprintf(stderr, "seed: %llu\n", d->seed);
     if (w->o->session && !interrupted) decoder_settle(w, d, 1);
@@ -3988,16 +3975,15 @@ static void decoder_continue(Machine *w, Decoder *trunk) {
     machine_run(w, d, k);
     for (Decoder *s = d; s < d + k; s++) {
         Text answer = {s->own.memory + s->own.start, s->own.n - s->own.start - 1};  // a newline
-        s->logprob /= s->n_new + !s->n_new;
-        s->score = w->judge.m.layers ? reward_of(&w->judge, w->question, answer) : s->logprob;
+        s->score = w->judge.m.layers ? reward_of(&w->judge, w->question, answer)
+                                     : s->score / (s->n_new + !s->n_new);
         if (s->score > best->score) best = s;
     }
     for (Decoder *s = d; s < d + k; s++) {
+        const char *what = w->judge.m.layers ? "reward" : "mean log-probability";
         if (!w->o->quiet)
-            fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, mean log-probability %.4f%s\n",
-                    s->seq, k, s->seed, s->n_new, s->logprob, s == best ? ", the best" : "");
-        if (!w->o->quiet && w->judge.m.layers)
-            fprintf(stderr, "sample %d of %d: reward %.4f\n", s->seq, k, s->score);
+            fprintf(stderr, "sample %d of %d: seed %llu, %d tokens, %s %.4f%s\n", s->seq, k,
+                    s->seed, s->n_new, what, s->score, s == best ? ", the best" : "");
         if (!w->o->best || s == best) output_write(w->out, s->own.memory, s->own.n);
         trunk->n_new += s->n_new;
         free(s->own.memory);
@@ -4105,7 +4091,7 @@ static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Outpu
     for (Member *e = all; e < end && !interrupted; e++) {
         Text answer = {e->answer.memory + e->answer.start, e->answer.n - e->answer.start - 1};
         double sum = 0;
-        if (!o->quiet) fprintf(stderr, "%s's answer:%s", e->m.path, o->reward ? " reward" : "");
+        if (!o->quiet) fprintf(stderr, "%s's answer:", e->m.path);
         for (int i = 0; i < n_judges; i++) {
             double score = member_score(o, &judges[i], answer);
             if (!o->quiet) fprintf(stderr, " %.4f", o->reward ? score : -score);
@@ -5354,7 +5340,7 @@ enum { EACH_AHEAD = 1024 };  // lines that may be under way, or done before thei
 typedef struct {
     Machine w;
     Decoder trunk;           // the first line's prompt
-    Decoder *all;            // (at_once)
+    Decoder all[MAX_SAMPLES];  // of which at_once are used
     Text rest;               // of the file
     long long begun, printed, n_tokens;
     Output answers[EACH_AHEAD];  // those that wait for lines before them have memory
@@ -5471,7 +5457,6 @@ static void each_run(const Options *o, const Model *m, const Tokenizer *t, Outpu
     size_t n = (size_t)o->at_once;
     Each *e = zeros(1, sizeof *e);
     e->rest = o->lines;
-    e->all = zeros(n, sizeof *e->all);
     machine_open(&e->w, &e->trunk, o, m, t, out);
     if (!o->quiet && !o->seed && e->trunk.s.temperature > 0 && strcmp(o->mode, "eval"))
         fprintf(stderr, "seed: %llu\n", e->trunk.seed);
@@ -5482,9 +5467,7 @@ static void each_run(const Options *o, const Model *m, const Tokenizer *t, Outpu
     each_print(e, true);
     for (size_t i = 0; i < n; i++) free(e->all[i].c.ids.ids), free(e->all[i].own.memory);
     for (size_t i = 0; i < EACH_AHEAD; i++) free(e->answers[i].memory);
-    e->trunk.s.temperature = 0;  // its seed has been said
     machine_close(&e->w, &e->trunk);
-    free(e->all);
     free(e);
 }
 #endif
@@ -5780,6 +5763,7 @@ __attribute__((constructor, target("arch=x86-64"))) static void check_cpu(void) 
 // main of another name, and links them. Which one runs: the best that this processor can, or
 // RUN_ISA. NULL: the oldest kind.
 typedef int Main(int argc, char **argv);
+typedef struct { const char *name; Main *run; bool can; } Kind;
 Main run_avx512vnni, run_avxvnni, run_avx2, run_dotprod;
 static Main *portable_main(void) {
 #ifdef __x86_64__
@@ -5787,14 +5771,13 @@ static Main *portable_main(void) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    const struct { const char *name; Main *run; bool can; } kinds[] = {
+    const Kind kinds[] = {
         {"avx512vnni", run_avx512vnni, vnni},
         {"avxvnni", run_avxvnni, avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1},
         {"avx2", run_avx2, avx2}, {"baseline", NULL, true}};
 #else
-    const struct { const char *name; Main *run; bool can; } kinds[] = {
-        {"dotprod", run_dotprod, getauxval(AT_HWCAP) >> 20 & 1},  // HWCAP_ASIMDDP
-        {"baseline", NULL, true}};
+    const Kind kinds[] = {{"dotprod", run_dotprod, getauxval(AT_HWCAP) >> 20 & 1},  // ASIMDDP
+                          {"baseline", NULL, true}};
 #endif
     const char *wanted = getenv("RUN_ISA");
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
@@ -5818,6 +5801,25 @@ static int processors(void) {
     if (f) fclose(f);
 #endif
     return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+}
+
+// Reads the prompt and the lines of --each. What a model that fills in reads is a form of the
+// tokenizer's file: the prompt is in the place of {}, what follows the gap in that of a byte 1.
+static void input_open(Options *o, const Tokenizer *t, bool is_prompt) {
+    Text *in = &o->input, form = t->chat[FILL];
+    *in = input_read(o->prompt_file, o->prompt, is_prompt);
+    o->lines = input_read(o->each, NULL, false);
+    if (is_prompt && o->prompt_file && in->len && in->s[in->len - 1] == '\n')
+        in->len--;  // the end of a file's last line is no part of a prompt
+    if (o->suffix) {
+        if (!form.len) die("%s has no tokens for --suffix: its model cannot fill in", t->path);
+        Text half = text_fill(form, "{}", *in), suffix = {o->suffix, strlen(o->suffix)};
+        free((char *)(uintptr_t)in->s);
+        *in = text_fill(half, "\1", suffix);
+        free((char *)(uintptr_t)half.s);
+    }
+    if (o->each && !strstr(in->s, "{}"))
+        usage_error("the prompt has no {} for the lines of --each");
 }
 
 int main(int argc, char **argv) {
@@ -5856,13 +5858,7 @@ int main(int argc, char **argv) {
     refuse_overwriting(&o, &t);
     Output out = output_open(o.output);
     out.mute = o.logprobs >= 0;
-    o.input = input_read(o.prompt_file, o.prompt, DRAW >> mode & 1);  // which may wait for long
-    o.lines = input_read(o.each, NULL, false);
-    if (DRAW >> mode & 1 && o.prompt_file && o.input.len && o.input.s[o.input.len - 1] == '\n')
-        o.input.len--;  // the end of a file's last line is no part of a prompt
-    if (o.suffix) o.input = input_fill(&t, o.input, o.suffix);
-    if (o.each && !strstr(o.input.s, "{}"))
-        usage_error("the prompt has no {} for the lines of --each");
+    input_open(&o, &t, DRAW >> mode & 1);  // which may wait for long
     idle = mode == CHECK || mode == BENCH;  // others end well after a signal
     Mode *run = modes[mode].run;
 #ifndef NO_EACH
