@@ -3015,8 +3015,9 @@ void output_print(Output *out, const char *format, ...) {
 static void output_byte(Output *out, char byte) {
     uint8_t c = (uint8_t)byte, last = out->n ? (uint8_t)out->memory[out->n - 1] : 0;
     if (c == ' ' && out->columns && out->column > out->columns - 14) c = '\n';
-    out->column = c == '\n' ? 0 : out->column + (c >> 6 != 2) + (c >= 0xe3);  // which are wide
-    if (out->column > out->columns) out->column -= out->columns;
+    out->column += (c >> 6 != 2) + (c >= 0xe3);  // characters from U+3000 on are wide
+    if (c == '\n' || !out->columns) out->column = 0;
+    else if (out->column > out->columns) out->column -= out->columns;
     bool control = (c < 32 && c != '\n' && c != '\t') || c == 127;
     if (out->terminal && control) output_put(out, "^", 1, SIZE_MAX);
     if (out->terminal && (control || (last == 0xc2 && c >> 5 == 4))) c = control ? c ^ 64 : 0xa0;
