@@ -1277,13 +1277,14 @@ class GGUF(Source):
         if attn_factor := key("rope.scaling.attn_factor"):
             rope["attention_factor"] = attn_factor * (
                 0.1 * math.log(rope["factor"]) + 1 if rope["rope_type"] == "yarn" else 1)
+        turned = key("rope.dimension_count") or head_dim
         biased = bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & stored.keys())
         return {"model_type": family, "vocab_size": stored["token_embd.weight"].shape[0],
                 **dict.fromkeys(("attention_bias", "use_bias"), biased), "attention_out_bias": True,
                 "mlp_bias": True, "use_qk_norm": "blk.0.attn_q_norm.weight" in stored,
                 "tie_word_embeddings": "output.weight" not in stored,
                 "rope_scaling": {"truncate": family != "gpt_oss", **rope},
-                "partial_rotary_factor": (key("rope.dimension_count") or head_dim) / head_dim,
+                "partial_rotary_factor": (turned + 0.5) / head_dim,     # the half is cut off
                 "norm_topk_prob": family == "qwen3_moe", "query_pre_attn_scalar": scalar,
                 "sliding_window": 4096 * (family == "gemma2"),
                 "use_sliding_window": True, "max_window_layers": 0, **c}
