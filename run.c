@@ -17,6 +17,7 @@
  *                              [5.3] sessions  [5.4] tools  [5.5] decoders  [5.6] generate
  *                              [5.7] chat  [5.8] explain  [5.9] tokenize, logits, eval
  *                              [5.10] compress  [5.11] check  [5.12] bench  [5.13] each
+ *                              [5.14] schema
  *     [6] The command line     options, modes, signals, main
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -27,6 +28,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // MAP_ANONYMOUS, MAP_NORESERVE, madvise
 #endif
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -584,6 +586,7 @@ typedef struct {
     float dry;              // how much worse is what would go on repeating a passage; 0: off
     uint64_t rng;           // state of the random generator
     float coin;             // the random number of the last draw
+    const uint8_t *forbidden;  // (vocab_size) 1: a token that must not be drawn; NULL: all may
     int kept;               // how many candidates it drew from; 0: all tokens, in order of ids
     float *p;               // (vocab_size) probabilities; at temperature 0 the logits
     Candidate *candidates;  // (vocab_size)
@@ -616,11 +619,15 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
             s->p[text[i]] = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
         }
     if (s->dry > 0) sample_dry(s, text, n);
+    for (int i = 0; s->forbidden && i < s->vocab_size; i++)
+        if (s->forbidden[i]) s->p[i] = -INFINITY;
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
     float max = s->p[best], cdf = 0;
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, s->vocab_size);
+    for (int i = 0; s->forbidden && i < s->vocab_size; i++)
+        if (s->forbidden[i]) s->p[i] = 0;  // exactly
     s->coin = random_f32(&s->rng);
     s->kept = 0;
     if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0) return sample_candidates(s);
@@ -628,7 +635,7 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
         cdf += s->p[i];
         if (s->coin < cdf) return i;
     }
-    return s->vocab_size - 1;
+    return s->forbidden ? best : s->vocab_size - 1;  // the sum was rounded down
 }
 
 // ---- [1.7] generate -----------------------------------------------------------------------------
@@ -2905,17 +2912,18 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each, *reward;
+    const char *tool, *each, *reward, *schema;
     List others, stops;
-    long long at_once, skip, logprobs;
+    long long at_once, skip, logprobs, indent;
     long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
     double min_p, repeat_penalty, dry;
     long long repeat_last;
     unsigned long long seed;
-    bool quiet, receipt, best, think, trace, quote, help, version;
+    bool quiet, receipt, best, json, think, trace, quote, help, version;
     Text input, lines; // not options: the text of -i or -f, and of --each
     double started;    // nor this: when the program was
+    struct Schema *compiled;  // of --schema
     uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
 
@@ -3603,6 +3611,1101 @@ static Text tool_question(Text text, const char **before, const char **after) {
     return (Text){text.s + at, n - at};
 }
 #endif
+// ---- [5.14] schema ------------------------------------------------------------------------------
+// `--schema` and `--json`: which tokens may come next, so that the text becomes one JSON value that
+// fits a JSON Schema. What may still follow is an expression; what may follow a character is its
+// derivative (Brzozowski, 1964). So a token is forbidden if one of its bytes leaves nothing. Enter
+// with schema_open; schema_begin a text, ask schema_mask, tell schema_take. It keeps expressions.
+// Calls: next_char, decode.
+
+#ifndef NO_SCHEMA
+enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_NESTING = 500, QUOTE = N_CHARS };
+// Operators. Up to REPEAT they make languages of characters. A scalar and a string have such a
+// content; of an object there are its MEMBERS, or the rest of a KEY and what comes then. A SCHEMA
+// is what the schemas in a SET allow. DERIVED keeps what was worked out.
+enum { NOTHING, EMPTY, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, SCALAR, STRING, SCHEMA, MEMBERS,
+       KEY, SET, DERIVED };
+enum { FIRST, NEXT, FILLED };         // d of MEMBERS: behind {, behind a comma, behind a member
+enum { UNKNOWN, BUSY, DEAD, ALIVE };  // whether any text fits
+typedef struct {
+    int op, a, b, c, d;
+    int value, next;                  // of DERIVED: the result; the next node with the same hash
+    uint8_t accepts, fate;            // whether the empty text fits; whether any
+} SchemaNode;
+typedef struct {                      // a value of the schema's file
+    int type, at, first, next;        // its first character; its place; members; of its parent
+    Text text, key;
+    bool constant;                    // it stands for itself
+} SchemaValue;
+typedef struct { int stage, low, high; } SchemaChar;  // that is read: which ones it may still be
+typedef struct { Text text; int id, shared, chars; bool plain; } SchemaToken;
+typedef struct Schema {
+    const char *name;                 // for errors
+    char *at, *start;                 // what is being read
+    SchemaNode *nodes;
+    SchemaValue *values;              // the first stands for a schema that allows all
+    int n_nodes, n_values, place, depth, *buckets;
+    int scalars, number, integer, root, indent;
+    bool old;                         // draft 7 or before: nothing counts beside $ref
+    bool assumed, found;              // while fates are looked for: a node is taken for dead; lives
+    Ids dead, apart;                  // nodes that are dead then; pairs that must not overlap
+    Text key;                         // the string that is being read
+    SchemaToken *tokens;              // in order of their bytes, the n_plain ones first
+    int n_tokens, n_plain, longest;
+    uint8_t *forbidden;               // (vocab_size)
+    struct SchemaText *work;          // (longest token + 1) scratch of schema_mask
+} Schema;
+typedef struct SchemaText {           // a text in progress
+    Schema *s;
+    int state;                        // what may follow
+    SchemaChar c;
+    bool string;                      // within a string
+    int gap;                          // spaces to come
+    int start, end, capacity;         // of the string, in the memory
+    char *memory;
+    bool line, opened, closing;       // a line break is to come; behind a bracket; before one
+    int depth;
+} SchemaText;
+
+// Ends the program: what is wrong with the part of the schema that is being looked at.
+static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char *what) {
+    const SchemaValue *v = &s->values[s->place];
+    fprintf(stderr, "run: %s: byte %d: %.*s %s\n", s->name, v->at, (int)v->key.len, v->key.s, what);
+    exit(2);
+}
+static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
+    if (++s->depth > 8 * MAX_NESTING) schema_refuse(s, "is nested too deeply");
+}
+static void *schema_room(void *old, int n, size_t size) {  // for one more than n
+    return n & (n - 1) ? old : resize(old, n ? 2 * (size_t)n : 1, size);
+}
+
+// ---- Expressions. Equal ones are one node.
+static int *schema_bucket(const Schema *s, const SchemaNode *n) {
+    return &s->buckets[hash64(n, offsetof(SchemaNode, value)) % BUCKETS];
+}
+static int schema_node(Schema *s, int op, int a, int b, int c, int d) {
+    SchemaNode n = {op, a, b, c, d, .value = -1};
+    int *bucket = schema_bucket(s, &n), id = *bucket;
+    while (id && memcmp(&s->nodes[id], &n, offsetof(SchemaNode, value))) id = s->nodes[id].next;
+    if (id) return id;
+    if (s->n_nodes == MAX_NODES) schema_refuse(s, "needs too many states");
+    s->nodes = schema_room(s->nodes, s->n_nodes, sizeof n);
+    bool left = op >= CAT && op <= SCALAR && s->nodes[a].accepts;
+    bool right = op >= CAT && op <= AND && s->nodes[b].accepts;
+    if (op == CAT || op == AND) n.accepts = left && right;
+    else if (op == ALT) n.accepts = left || right;
+    else if (op == REPEAT) n.accepts = left || !b;
+    else n.accepts = op == EMPTY || op == ANYTHING || (op == NOT ? !left : op == SCALAR && left);
+    n.next = *bucket;
+    s->nodes[s->n_nodes] = n;
+    return *bucket = s->n_nodes++;
+}
+static void schema_forget(Schema *s, int left) {  // the newest nodes
+    for (const SchemaNode *n; s->n_nodes > left;) {
+        n = &s->nodes[--s->n_nodes];
+        *schema_bucket(s, n) = n->next;
+    }
+}
+static int schema_chars(Schema *s, int low, int high) {
+    return schema_node(s, CHARS, low, high, 0, 0);
+}
+static int schema_cat(Schema *s, int a, int b) {
+    SchemaNode n = s->nodes[a];
+    if (a == NOTHING || b == NOTHING) return NOTHING;
+    if (a == EMPTY || b == EMPTY) return a == EMPTY ? b : a;
+    if (n.op == CAT) return schema_cat(s, n.a, schema_cat(s, n.b, b));
+    return schema_node(s, CAT, a, b, 0, 0);
+}
+static int schema_before(Schema *s, int c, int a) {  // a character, and then a
+    return schema_cat(s, schema_chars(s, c, c), a);
+}
+static int schema_repeat(Schema *s, int a, int min, int max) {
+    SchemaNode n = s->nodes[a];
+    if (max <= 0 || min > max) return min > max ? NOTHING : EMPTY;
+    if (a == NOTHING || a == EMPTY) return a == EMPTY || !min ? EMPTY : NOTHING;
+    if (n.op == CHARS && n.b - n.a == N_CHARS - 1 && !min && max == INT_MAX) return ANYTHING;
+    return min == 1 && max == 1 ? a : schema_node(s, REPEAT, a, min, max, 0);
+}
+static int schema_rest(Schema *s, SchemaNode n) {  // of a repetition, after its first item
+    return schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX));
+}
+static int schema_not(Schema *s, int a) {
+    if (s->nodes[a].op == NOT) return s->nodes[a].a;
+    return a == NOTHING ? ANYTHING : a == ANYTHING ? NOTHING : schema_node(s, NOT, a, 0, 0, 0);
+}
+// Union or intersection: a list of operands, the newest first, none twice.
+static int schema_join(Schema *s, int op, int a, int b) {
+    int none = op == ALT ? NOTHING : ANYTHING, all = op == ALT ? ANYTHING : NOTHING;
+    SchemaNode x = s->nodes[a], y = s->nodes[b];
+    if (a == b || b == none) return a;
+    if (a == none) return b;
+    if (a == all || b == all) return all;
+    if (op == AND && (a == EMPTY || b == EMPTY)) return x.accepts && y.accepts ? EMPTY : NOTHING;
+    int first_a = x.op == op ? x.a : a, rest_a = x.op == op ? x.b : none;
+    int first_b = y.op == op ? y.a : b, rest_b = y.op == op ? y.b : none;
+    int first = first_a > first_b ? first_a : first_b;
+    int rest = schema_join(s, op, first == first_a ? rest_a : a, first == first_b ? rest_b : b);
+    return rest == none ? first : rest == all ? all : schema_node(s, op, first, rest, 0, 0);
+}
+static int schema_either(Schema *s, int a, int b) { return schema_join(s, ALT, a, b); }
+static int schema_without(Schema *s, int a, int b) {
+    return schema_join(s, AND, a, schema_not(s, b));
+}
+static int schema_content(Schema *s, int op, int a) {  // of a scalar or string
+    return a == NOTHING || (op == SCALAR && a == EMPTY) ? a : schema_node(s, op, a, 0, 0, 0);
+}
+// Sets of numbers, in order: the union of two; 0 is the empty one.
+static int schema_list(Schema *s, int x, int y) {
+    SchemaNode a = s->nodes[x], b = s->nodes[y];
+    if (!x || !y) return x ? x : y;
+    if (a.a < b.a) return schema_list(s, y, x);
+    return schema_node(s, SET, a.a, schema_list(s, a.b, a.a == b.a ? b.b : y), 0, 0);
+}
+static int schema_literal(Schema *s, Text text) {
+    int all = EMPTY;
+    for (size_t used; text.len;) {
+        while (text.len-- > 1 && (text.s[text.len] & 0xc0) == 0x80) {}
+        all = schema_before(s, (int)next_char(text.s + text.len, 4, &used), all);
+    }
+    return all;
+}
+
+// What is left to come after the character c.
+static int schema_allowed(Schema *s, int id);
+static int schema_derive_object(Schema *s, SchemaNode n, int id, int c);
+static int schema_derive(Schema *s, int id, int c) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == CHARS) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
+    if (n.op < CAT) return id == ANYTHING ? id : NOTHING;
+    if (n.op == STRING && c == QUOTE) return s->nodes[n.a].accepts ? EMPTY : NOTHING;
+    int memo = c == QUOTE ? 0 : schema_node(s, DERIVED, id, c, 0, 0), to = s->nodes[memo].value;
+    if (memo && to >= 0) return to;  // (what follows a key depends on the key)
+    if (n.op == SCHEMA) to = schema_derive(s, schema_allowed(s, id), c);
+    else if (n.op >= MEMBERS) to = schema_derive_object(s, n, id, c);
+    else to = schema_derive(s, n.a, c);
+    if (n.op == SCALAR || n.op == STRING) to = schema_content(s, n.op, to);
+    if (n.op == NOT) to = schema_not(s, to);
+    if (n.op == REPEAT) to = schema_cat(s, to, schema_rest(s, n));
+    if (n.op == CAT) to = schema_cat(s, to, n.b);
+    bool both = n.op == AND || n.op == ALT, more = n.op == CAT && s->nodes[n.a].accepts;
+    if (both || more) to = schema_join(s, both ? n.op : ALT, to, schema_derive(s, n.b, c));
+    if (memo) s->nodes[memo].value = to;
+    return to;
+}
+// The first character after c that may lead elsewhere than c does, within a scalar or string.
+static int schema_edge(const Schema *s, int id, int c) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == CHARS) return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
+    if (n.op < CAT || n.op == SCHEMA || n.op == MEMBERS) return INT_MAX;
+    int a = schema_edge(s, n.a, c), b = INT_MAX;
+    if (n.op == ALT || n.op == AND || (n.op == CAT && s->nodes[n.a].accepts))
+        b = schema_edge(s, n.b, c);
+    return a < b ? a : b;
+}
+static bool schema_accepts(Schema *s, int id, Text text) {
+    for (size_t i = 0, used; i < text.len; i += used)
+        id = schema_derive(s, id, (int)next_char(text.s + i, text.len - i, &used));
+    return s->nodes[id].accepts;
+}
+
+// Whether any text fits. What is asked for while it is being looked at is taken for dead: if that
+// may have been wrong, what was found dead is looked at again.
+static bool schema_members_live(Schema *s, SchemaNode n);
+static bool schema_visit(Schema *s, int id) {
+    SchemaNode n = s->nodes[id];
+    bool live = n.op != NOTHING;
+    s->assumed |= n.fate == BUSY;
+    if (n.fate) return n.fate == ALIVE;
+    s->nodes[id].fate = BUSY;
+    schema_deeper(s);
+    if (n.op == ALT) live = schema_visit(s, n.a) || schema_visit(s, n.b);
+    if (n.op == CAT) live = schema_visit(s, n.a) && schema_visit(s, n.b);
+    if (n.op == REPEAT) live = !n.b || schema_visit(s, n.a);
+    if (n.op == SCALAR || n.op == STRING || n.op == KEY) live = schema_visit(s, n.a);
+    if (n.op == SCHEMA) live = schema_visit(s, schema_allowed(s, id));
+    if (n.op == MEMBERS) live = schema_members_live(s, n);
+    if (n.op == AND || n.op == NOT) live = n.accepts;
+    if (n.op == AND || n.op == NOT)
+        for (int c = 0; c < N_CHARS && !live; c = schema_edge(s, id, c))
+            live = schema_visit(s, schema_derive(s, id, c));
+    s->depth--;
+    s->nodes[id].fate = live ? ALIVE : DEAD;
+    s->found |= live;
+    if (!live) push(&s->dead, id);
+    return live;
+}
+static bool schema_alive(Schema *s, int id) {
+    size_t first = s->dead.n;
+    bool live, before = s->assumed, again = true;
+    while (again) {
+        s->assumed = s->found = false;
+        live = schema_visit(s, id);
+        again = s->assumed && (live || s->found);
+        for (; s->dead.n > first; s->dead.n--)
+            if (again) s->nodes[s->dead.ids[s->dead.n - 1]].fate = UNKNOWN;
+        again = again && !live;
+    }
+    s->assumed = before, s->found = true;
+    return live;
+}
+
+// ---- Patterns: ECMA 262's regular expressions, as far as they are regular.
+static const char schema_no_pattern[] = "is not a pattern that is understood";
+static int schema_class(Schema *s);
+static int schema_pattern_char(Schema *s) {  // of a pattern, or of a class in it
+    static const char names[] = "nrtfv", meant[] = "\n\r\t\f\v", classes[] = "dDwWsS";
+    static const char *const sets[] = {"0-9]", "^0-9]", "a-zA-Z0-9_]", "^a-zA-Z0-9_]",
+        "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]",
+        "^\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"};
+    size_t used;
+    int c = (int)next_char(s->at, strlen(s->at), &used);
+    s->at += used;
+    if (c != '\\') return schema_chars(s, c, c);
+    c = (uint8_t)*s->at;
+    const char *control = strchr(names, c), *class = strchr(classes, c);
+    if (!c || c > 127 || (!control && !class && isalnum(c))) schema_refuse(s, schema_no_pattern);
+    char *rest = ++s->at;
+    if (!class) c = control ? meant[control - names] : c;
+    if (!class) return schema_chars(s, c, c);
+    s->at = (char *)(uintptr_t)sets[class - classes];
+    int all = schema_class(s);
+    s->at = rest;
+    return all;
+}
+static int schema_class(Schema *s) {
+    int all = NOTHING;
+    bool negated = *s->at == '^';
+    for (s->at += negated; *s->at && *s->at != ']';) {
+        int one = schema_pattern_char(s);
+        SchemaNode low = s->nodes[one], high = low;
+        bool range = low.a == low.b && s->at[0] == '-' && s->at[1] && s->at[1] != ']';
+        if (range) s->at++, high = s->nodes[schema_pattern_char(s)];
+        if (range && (high.a != high.b || high.a < low.a)) schema_refuse(s, schema_no_pattern);
+        all = schema_either(s, all, range ? schema_chars(s, low.a, high.a) : one);
+    }
+    if (!*s->at++) schema_refuse(s, schema_no_pattern);
+    return negated ? schema_without(s, schema_chars(s, 0, N_CHARS - 1), all) : all;
+}
+static int schema_alternatives(Schema *s, bool search);
+static int schema_atom(Schema *s) {
+    if (strchr("*+?^$", *s->at) || (s->at[0] == '(' && s->at[1] == '?' && s->at[2] != ':'))
+        schema_refuse(s, schema_no_pattern);
+    char c = *s->at, *rest = s->at + 1;
+    if (c != '(' && c != '[' && c != '.') return schema_pattern_char(s);
+    s->at = c == '.' ? (char[]){"^\n\r\u2028\u2029]"} : s->at[1] == '?' ? s->at + 3 : s->at + 1;
+    int all = c == '(' ? schema_alternatives(s, false) : schema_class(s);
+    if (c == '.') s->at = rest;
+    if (c == '(' && *s->at++ != ')') schema_refuse(s, schema_no_pattern);
+    return all;
+}
+// Alternatives. With `search` they may begin and end anywhere, unless anchors say otherwise.
+static int schema_alternatives(Schema *s, bool search) {
+    int all = NOTHING, one;
+    Ids atoms = {0};
+    schema_deeper(s);
+    do {
+        if (*s->at == '|') s->at++;
+        if (search && *s->at == '^') s->at++;
+        else if (search) push(&atoms, ANYTHING);
+        while (*s->at && *s->at != '|' && *s->at != ')') {
+            if (search && *s->at == '$' && (s->at[1] == '|' || !s->at[1])) break;
+            int atom = schema_atom(s), min = 1, max = 1, used = 0;
+            char c = *s->at;
+            if (c && strchr("*+?", c)) min = c == '+', max = c == '?' ? 1 : INT_MAX, used = 1;
+            else if (sscanf(s->at, "{%d}%n", &min, &used), used) max = min;
+            else if (sscanf(s->at, "{%d,}%n", &min, &used), used) max = INT_MAX;
+            else if (sscanf(s->at, "{%d,%d}%n", &min, &max, &used), !used) min = max = 1;
+            s->at += used;
+            if (used && *s->at == '?') s->at++;  // lazy: it takes the same texts
+            if (min < 0 || max < min || min > 1 << 16) schema_refuse(s, schema_no_pattern);
+            push(&atoms, schema_repeat(s, atom, min, max));
+        }
+        if (search && *s->at == '$') s->at++;
+        else if (search) push(&atoms, ANYTHING);
+        for (one = EMPTY; atoms.n; atoms.n--) one = schema_cat(s, atoms.ids[atoms.n - 1], one);
+        all = schema_either(s, all, one);
+    } while (*s->at == '|');
+    free(atoms.ids);
+    s->depth--;
+    return all;
+}
+// The language of a pattern; `whole`: from the beginning to the end.
+static int schema_pattern(Schema *s, const char *pattern, bool whole) {
+    char *before = s->at;
+    s->at = (char *)(uintptr_t)pattern;
+    int all = schema_alternatives(s, !whole);
+    if (*s->at) schema_refuse(s, schema_no_pattern);
+    s->at = before;
+    return all;
+}
+
+// Numbers as they are written: all, those with an integer's value, and, where there are bounds, the
+// plain ones and those with an exponent as Python writes them (from e+16, and e-05 down).
+#define RE_PLAIN_NUMBER "(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?"
+#define RE_FROM_16 "(?:1[6-9]|[2-9][0-9]|[12][0-9]{2}|30[0-7])"
+#define RE_LARGE_NUMBER "[1-9](?:\\.[0-9]+)?[eE]\\+?0*" RE_FROM_16
+#define RE_SMALL_NUMBER "[1-9](?:\\.[0-9]+)?[eE]-0*(?:[5-9]|[1-9][0-9]+)"
+#define RE_ANY_NUMBER "-?(?:" RE_PLAIN_NUMBER "(?:[eE](?:-[0-9]+|\\+?0*[12]?[0-9]{1,2}))?|" \
+    RE_LARGE_NUMBER "|1\\.[0-7][0-9]*[eE]\\+?308)"
+#define RE_AN_INTEGER "-?(?:(?:0|[1-9][0-9]*)(?:\\.0+)?|[1-9](?:[eE]\\+?0*[12]?[0-9]{1,2}|" \
+    "\\.[0-9]{1,16}[eE]\\+?0*" RE_FROM_16 "))"
+
+// Those above a bound, or, with `below`, under it, or equal to it.
+static int schema_above(Schema *s, Text bound, bool below, bool equal) {
+    static const char numbers[] = RE_PLAIN_NUMBER "|" RE_LARGE_NUMBER "|" RE_SMALL_NUMBER;
+    char pattern[6000], *p = pattern;
+    bool minus = bound.s[0] == '-';
+    const char *digits = bound.s + minus, *point = memchr(digits, '.', bound.len - minus);
+    int n = (int)strspn(digits, "0123456789"), m = point ? (int)strspn(point + 1, "0123456789") : 0;
+    const char *part = digits + n + 1;  // m digits of a fraction
+    if (n + m > 40 || n + m + minus + (point != NULL) < (int)bound.len)
+        schema_refuse(s, "is not a number of few digits");
+    while (m && part[m - 1] == '0') m--;
+    bool zero = digits[0] == '0' && !m, strict = (below ? !equal : equal) == minus;
+    if (digits[0] == '0' && m && (int)strspn(part, "0") > 3) schema_refuse(s, "is too small");
+    p += sprintf(p, "[1-9][0-9]{%d,}(?:\\.[0-9]+)?", n);
+    if (n < 17) p += sprintf(p, "|" RE_LARGE_NUMBER);
+    if (zero) p += sprintf(p, "|" RE_SMALL_NUMBER);
+    for (int i = 0; i < n; i++)  // the same first i digits, and then a larger one
+        if (digits[i] < '9')
+            p += sprintf(p, "|%.*s[%c-9][0-9]{%d}(?:\\.[0-9]+)?", i, digits, digits[i] + 1,
+                         n - 1 - i);
+    for (int i = 0; i < m; i++)
+        if (part[i] < '9')
+            p += sprintf(p, "|%.*s\\.%.*s[%c-9][0-9]*", n, digits, i, part, part[i] + 1);
+    p += sprintf(p, "|%.*s\\.%.*s[0-9]*[1-9][0-9]*", n, digits, m, part);
+    if (!strict) sprintf(p, m ? "|%.*s\\.%.*s0*" : "|%.*s%.*s(?:\\.0+)?", n, digits, m, part);
+    int size = schema_pattern(s, numbers, true), sign = schema_chars(s, '-', '-');
+    int any = schema_either(s, size, schema_cat(s, sign, size));
+    int all = schema_pattern(s, pattern, true);
+    if (zero && !strict) all = schema_either(s, all, schema_pattern(s, "-0(?:\\.0+)?", true));
+    if (minus && !zero)
+        all = schema_either(s, size, schema_cat(s, sign, schema_without(s, size, all)));
+    return below ? schema_without(s, any, all) : all;
+}
+
+// The formats that count.
+#define RE_DAY "(?:0[1-9]|1[0-9]|2[0-8])"
+#define RE_LEAP "(?:0[48]|[2468][048]|[13579][26])"
+#define RE_DATE "(?:(?:[0-9]{2}" RE_LEAP "|" RE_LEAP "00)-02-29|[0-9]{4}-(?:02-" RE_DAY "|" \
+    "(?:0[13578]|1[02])-(?:" RE_DAY "|29|3[01])|(?:0[469]|11)-(?:" RE_DAY "|29|30)))"
+#define RE_MINUTE "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+#define RE_TIME "(?:" RE_MINUTE ":[0-5][0-9](?:\\.[0-9]+)?(?:[zZ]|[+-]" RE_MINUTE ")|" \
+    "23:59:60(?:\\.[0-9]+)?[zZ])"
+#define RE_LABEL "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+#define RE_HOSTNAME RE_LABEL "(?:\\." RE_LABEL ")*"
+#define RE_ATOM "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
+#define RE_BYTE "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+#define RE_IPV4 RE_BYTE "(?:\\." RE_BYTE "){3}"
+#define RE_H "[0-9a-fA-F]{1,4}"
+#define RE_TAIL "(?:" RE_H ":" RE_H "|" RE_IPV4 ")"  // of an IPv6 address: RFC 3986
+#define RE_IPV6 "(?:" RE_H ":){6}" RE_TAIL "|::(?:" RE_H ":){5}" RE_TAIL \
+    "|(?:" RE_H ")?::(?:" RE_H ":){4}" RE_TAIL \
+    "|(?:(?:" RE_H ":){0,1}" RE_H ")?::(?:" RE_H ":){3}" RE_TAIL \
+    "|(?:(?:" RE_H ":){0,2}" RE_H ")?::(?:" RE_H ":){2}" RE_TAIL \
+    "|(?:(?:" RE_H ":){0,3}" RE_H ")?::" RE_H ":" RE_TAIL \
+    "|(?:(?:" RE_H ":){0,4}" RE_H ")?::" RE_TAIL \
+    "|(?:(?:" RE_H ":){0,5}" RE_H ")?::" RE_H "|(?:(?:" RE_H ":){0,6}" RE_H ")?::"
+#define RE_NAME_CHAR "[a-zA-Z0-9._~!$&'()*+,;=-]|%[0-9a-fA-F]{2}"
+#define RE_PCHAR "(?:" RE_NAME_CHAR "|[:@])"
+#define RE_URI "[a-zA-Z][a-zA-Z0-9+.-]*:(?://(?:(?:" RE_NAME_CHAR "|:)*@)?(?:(?:" RE_NAME_CHAR ")*" \
+    "|\\[(?:" RE_IPV6 ")\\])(?::[0-9]*)?(?:/" RE_PCHAR "*)*" \
+    "|/(?:" RE_PCHAR "+(?:/" RE_PCHAR "*)*)?|" RE_PCHAR "+(?:/" RE_PCHAR "*)*|)" \
+    "(?:\\?(?:" RE_PCHAR "|[/?])*)?(?:#(?:" RE_PCHAR "|[/?])*)?"
+static const struct { const char *name, *pattern; } schema_formats[] = {
+    {"date", RE_DATE}, {"time", RE_TIME}, {"date-time", RE_DATE "[tT]" RE_TIME},
+    {"uuid", "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"}, {"ipv4", RE_IPV4},
+    {"ipv6", RE_IPV6}, {"hostname", RE_HOSTNAME},
+    {"email", RE_ATOM "(?:\\." RE_ATOM ")*@" RE_HOSTNAME}, {"uri", RE_URI}};
+
+// ---- JSON: the bytes of a string, the schema's values.
+static int schema_utf8(char *out, int c) {
+    int more = (c >= 0x80) + (c >= 0x800) + (c >= 0x10000);
+    out[0] = (char)(more ? (0xf00 >> (more + 1) & 0xf0) | c >> 6 * more : c);
+    for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (c >> 6 * (more - i) & 63));
+    return more + 1;
+}
+// Stages of a character: 1 to 3 bytes of UTF-8 to come, behind a backslash, behind \u with 1 to 4
+// hexadecimal digits to come, and in the second of two surrogates.
+enum { ESCAPE = 4, HEX = 5, LOW = 10 };
+// Takes a byte of a string: what it says of the character. False: it does not belong there.
+static bool schema_byte(SchemaChar *x, int b) {
+    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    int stage = x->stage, hex = b >= '0' && b <= '9' ? b - '0' : (b | 32) - 'a' + 10, unit = 1;
+    const char *e = b && b < 128 ? strchr(names, b) : NULL;
+    if (stage == 0) {
+        if (b < 32 || (b >= 0x80 && b < 0xc2) || b > 0xf4) return false;
+        x->stage = b == '\\' ? ESCAPE : (b >= 0xc2) + (b >= 0xe0) + (b >= 0xf0);
+        x->low = b == '\\' ? 0 : b < 0x80 ? b : (b & (0x3f >> x->stage)) << 6 * x->stage;
+        unit = b == '\\' ? N_CHARS : 1 << 6 * x->stage;
+    } else if (stage < ESCAPE) {
+        x->low += (b & 63) << 6 * --x->stage;
+        unit = 1 << 6 * x->stage;
+        if (b >> 6 != 2 || x->low >= N_CHARS || (x->low >> 11 == 27 && unit <= 1 << 11)) return false;
+        if (stage > 1 && x->low + unit <= (stage == 2 ? 0x800 : 0x10000)) return false;
+    } else if (stage == ESCAPE) {
+        if (!e && b != 'u') return false;
+        x->stage = e ? 0 : HEX + 4;
+        x->low = e ? meant[e - names] : 0;
+        unit = e ? 1 : 1 << 16;
+    } else if (stage >= LOW && stage < LOW + 3) {  // behind a high surrogate
+        x->stage++;
+        return stage == LOW ? b == '\\' : stage == LOW + 1 ? b == 'u' : (b | 32) == 'd';
+    } else {
+        int digits = stage > LOW ? LOW + 5 - stage : stage - HEX - 1;  // that follow
+        if (stage == LOW + 3) hex -= 12;
+        if (!isxdigit(b) || hex < 0) return false;
+        unit = 1 << 4 * digits;
+        x->low += hex * unit;
+        x->stage = !digits ? 0 : stage > LOW ? stage + 1 : stage - 1;
+        if (stage < LOW && x->low >> 10 == 0xdc00 >> 10 && unit <= 1024) return false;
+        if (stage < LOW && !digits && x->low >> 10 == 0xd800 >> 10) {
+            x->stage = LOW;
+            x->low = 0x10000 + ((x->low & 1023) << 10);
+            unit = 1024;
+        }
+    }
+    x->high = x->low + unit - 1 < N_CHARS ? x->low + unit - 1 : N_CHARS - 1;
+    return true;
+}
+static const char schema_no_json[] = "is no JSON";
+static Text schema_string(Schema *s) {  // decoded in place
+    SchemaChar c = {0};
+    char *start = ++s->at, *end = start;
+    for (; *s->at != '"' || c.stage; s->at++) {
+        if (!schema_byte(&c, (uint8_t)*s->at)) schema_refuse(s, schema_no_json);
+        if (!c.stage) end += schema_utf8(end, c.low);
+    }
+    s->at++;
+    *end = 0;
+    return (Text){start, (size_t)(end - start)};
+}
+static bool schema_skip(Schema *s, char c) {  // blanks, and c if it is there
+    s->at += strspn(s->at, " \t\r\n");
+    bool there = c && *s->at == c;
+    s->at += there;
+    return there;
+}
+static int schema_value(Schema *s, Text key) {
+    schema_skip(s, 0);
+    int v = s->n_values++, last = 0;
+    s->values = schema_room(s->values, v, sizeof *s->values);
+    char *start = s->at, type = *start, close = type == '{' ? '}' : ']';
+    SchemaValue value = {.type = type, .at = (int)(start - s->start), .key = key};
+    s->values[v] = value;
+    s->place = v;
+    schema_deeper(s);
+    if (type == '"') value.text = schema_string(s);
+    else if (type == '{' || type == '[') {
+        s->at++;
+        for (bool more = !schema_skip(s, close); more; more = !schema_skip(s, close)) {
+            Text name = {0};
+            if (last && !schema_skip(s, ',')) schema_refuse(s, schema_no_json);
+            schema_skip(s, 0);
+            if (type == '{' && *s->at != '"') schema_refuse(s, schema_no_json);
+            if (type == '{') name = schema_string(s);
+            if (type == '{' && !schema_skip(s, ':')) schema_refuse(s, schema_no_json);
+            int child = schema_value(s, name);
+            *(last ? &s->values[last].next : &value.first) = child;
+            last = child;
+            s->place = v;
+        }
+    } else {
+        s->at += strspn(s->at, "+-.0123456789aeflnrstuE");
+        value.text = (Text){start, (size_t)(s->at - start)};
+        if (type == '-' || (type >= '0' && type <= '9')) value.type = '0';
+        if (!schema_accepts(s, s->scalars, value.text)) schema_refuse(s, schema_no_json);
+    }
+    s->depth--;
+    s->values[v] = value;
+    return v;
+}
+static bool text_same(Text a, Text b) { return a.len == b.len && !memcmp(a.s, b.s, a.len); }
+static bool text_is(Text text, const char *name) {
+    return text_same(text, (Text){name, strlen(name)});
+}
+static int schema_child(const Schema *s, int v, Text name) {  // the last with a name, or 0
+    int found = 0;
+    for (int w = s->values[v].first; w; w = s->values[w].next)
+        if (text_same(s->values[w].key, name)) found = w;
+    return found;
+}
+// The value of a keyword, whose first character is one of `types`; 0: it is not there.
+static int schema_get(Schema *s, int v, const char *name, const char *types) {
+    int found = schema_child(s, v, (Text){name, strlen(name)});
+    s->place = found ? found : v;
+    if (found && !strchr(types, s->values[found].type)) schema_refuse(s, "is malformed");
+    return found;
+}
+static int schema_first(Schema *s, int v, const char *name, const char *types) {  // in its list
+    int list = schema_get(s, v, name, types);
+    return list ? s->values[list].first : 0;
+}
+static int schema_count(Schema *s, int v, const char *name, int none) {
+    int w = schema_get(s, v, name, "0");
+    double n = w ? strtod(s->values[w].text.s, NULL) : none;
+    if (n < 0 || n != floor(n)) schema_refuse(s, "is malformed");
+    return n < INT_MAX / 4 ? (int)n : INT_MAX;
+}
+
+// ---- Schemas. What two expressions of values both allow. A value ends where its own text says so:
+// two lists of values are met one by one.
+static int schema_of(Schema *s, int list) { return schema_node(s, SCHEMA, list, 0, 0, 0); }
+static int schema_object(Schema *s, int list) {  // the members of one that all in a list allow
+    return schema_node(s, MEMBERS, list, NOTHING, 0, FIRST);
+}
+static int schema_meet(Schema *s, int x, int y) {
+    SchemaNode a = s->nodes[x], b = s->nodes[y];
+    int head = x, rest_x = EMPTY, rest_y = EMPTY;
+    if (x == y) return x;
+    if (a.op == ALT) return schema_either(s, schema_meet(s, a.a, y), schema_meet(s, a.b, y));
+    if (b.op == ALT) return schema_meet(s, y, x);
+    if (a.op == CAT) head = a.a, rest_x = a.b, a = s->nodes[a.a];
+    if (b.op == CAT) rest_y = b.b, b = s->nodes[b.a];
+    if (b.op == REPEAT && a.op != REPEAT) return schema_meet(s, y, x);
+    if (a.op == REPEAT && b.op != REPEAT) {
+        int more = schema_cat(s, a.a, schema_cat(s, schema_rest(s, a), rest_x));
+        return schema_meet(s, a.b ? more : schema_either(s, rest_x, more), y);
+    }
+    if (a.op != b.op || (a.op == CHARS && a.a != b.a)) return NOTHING;
+    if (a.op == SCALAR || a.op == STRING)
+        head = schema_content(s, a.op, schema_join(s, AND, a.a, b.a));
+    if (a.op == SCHEMA) head = schema_of(s, schema_list(s, a.a, b.a));
+    if (a.op == MEMBERS) head = schema_object(s, schema_list(s, a.a, b.a));
+    if (a.op == REPEAT)
+        head = schema_repeat(s, schema_meet(s, a.a, b.a), a.b > b.b ? a.b : b.b,
+                             a.c < b.c ? a.c : b.c);
+    return schema_cat(s, head, schema_meet(s, rest_x, rest_y));
+}
+
+// Adds what a schema within a schema allows to a list. False: it allows nothing.
+static bool schema_add(Schema *s, int v, int *list) {
+    SchemaValue value = s->values[v];
+    s->place = v;
+    if (!value.constant && !strchr("tf{", value.type)) schema_refuse(s, "is malformed");
+    if (!value.constant && value.type == 'f') return false;
+    if (value.constant || value.type == '{')
+        *list = schema_list(s, *list, schema_node(s, SET, v, 0, 0, 0));
+    return true;
+}
+static int schema_sub(Schema *s, int v) {
+    int list = 0;
+    return schema_add(s, v, &list) ? schema_of(s, list) : NOTHING;
+}
+static int schema_target(Schema *s, int ref) {  // of $ref
+    Text text = s->values[ref].text;
+    int v = 1;
+    if (!text.len || *text.s != '#') schema_refuse(s, "leads out of this schema");
+    for (const char *p = text.s + 1, *end = text.s + text.len; p < end;) {
+        Text name = {p + 1, strcspn(p + 1, "/")};
+        v = *p == '/' ? schema_child(s, v, name) : 0;
+        if (!v) schema_refuse(s, "leads nowhere");
+        p = name.s + name.len;
+    }
+    return schema_sub(s, v);
+}
+
+// Objects. A keyword's value; a constant has none but its members, which must all be there.
+static int schema_rule(Schema *s, int v, const char *name, const char *types) {
+    bool own = s->values[v].constant;
+    return own ? strcmp(name, "properties") ? 0 : v : schema_get(s, v, name, types);
+}
+// How many members all schemas in a list ask for at least, or allow at most.
+static int schema_bound(Schema *s, int list, const char *name, int bound) {
+    for (int n, none = bound; list; list = s->nodes[list].b) {
+        if (!schema_rule(s, s->nodes[list].a, name, "0")) continue;
+        n = schema_count(s, s->nodes[list].a, name, none);
+        if (none ? n < bound : n > bound) bound = n;
+    }
+    return bound;
+}
+// What they allow as the value of a member.
+static int schema_member(Schema *s, int list, Text key) {
+    int all = 0;
+    for (; list; list = s->nodes[list].b) {
+        int v = s->nodes[list].a, own = schema_rule(s, v, "properties", "{");
+        int w = own ? schema_child(s, own, key) : 0;
+        int other = schema_rule(s, v, "additionalProperties", "tf{");
+        int pattern = schema_rule(s, v, "patternProperties", "{");
+        bool found = w, fits = w ? schema_add(s, w, &all) : !s->values[v].constant;
+        for (w = pattern ? s->values[pattern].first : 0; w; w = s->values[w].next) {
+            s->place = w;
+            if (!schema_accepts(s, schema_pattern(s, s->values[w].key.s, false), key)) continue;
+            found = true;
+            fits = fits && schema_add(s, w, &all);
+        }
+        if (!found && other) fits = fits && schema_add(s, other, &all);
+        if (!fits) return NOTHING;
+    }
+    return schema_of(s, all);
+}
+// The names of members that must still come, and, if it is asked for, whether these can fit.
+static int schema_missing(Schema *s, SchemaNode n, bool *live) {
+    int all = NOTHING;
+    for (int list = n.a; list; list = s->nodes[list].b) {
+        int v = s->nodes[list].a, constant = s->values[v].constant;
+        int w = constant ? s->values[v].first : schema_first(s, v, "required", "[tf");
+        for (; w; w = s->values[w].next) {
+            Text name = constant ? s->values[w].key : s->values[w].text;
+            if (!constant && s->values[w].type != '"') schema_refuse(s, "is malformed");
+            if (schema_accepts(s, n.b, name)) continue;
+            all = schema_either(s, all, schema_literal(s, name));
+            if (live) *live = *live && schema_visit(s, schema_member(s, n.a, name));
+        }
+    }
+    return all;
+}
+static int schema_length(const Schema *s, int id) {  // of a union of names
+    return s->nodes[id].op == ALT ? 1 + schema_length(s, s->nodes[id].b) : id != NOTHING;
+}
+// The names that one of the schemas in the list of an object allows.
+static int schema_own_names(Schema *s, int v, int list) {
+    int own = schema_rule(s, v, "properties", "{"), all = ANYTHING;
+    int patterns = schema_rule(s, v, "patternProperties", "{");
+    int other = schema_rule(s, v, "additionalProperties", "tf{");
+    if (s->values[v].constant || (other && !schema_alive(s, schema_sub(s, other)))) all = NOTHING;
+    for (int w = patterns ? s->values[patterns].first : 0; w; w = s->values[w].next) {
+        int names = schema_pattern(s, s->values[w].key.s, false);
+        bool live = schema_alive(s, schema_sub(s, w));
+        all = live ? schema_either(s, all, names) : schema_without(s, all, names);
+    }
+    for (int w = own ? s->values[own].first : 0; w; w = s->values[w].next) {
+        int name = schema_literal(s, s->values[w].key);
+        bool live = schema_alive(s, schema_member(s, list, s->values[w].key));
+        all = live ? schema_either(s, all, name) : schema_without(s, all, name);
+    }
+    return all;
+}
+// The names that the next member of an object can have.
+static int schema_names(Schema *s, SchemaNode n) {
+    int memo = schema_node(s, DERIVED, n.a, -2, 0, 0), all = s->nodes[memo].value;
+    int missing = schema_missing(s, n, NULL);
+    if (all < 0) {
+        all = ANYTHING;
+        for (int list = n.a; list; list = s->nodes[list].b)
+            all = schema_join(s, AND, all, schema_own_names(s, s->nodes[list].a, n.a));
+        s->nodes[memo].value = all;
+    }
+    int left = schema_bound(s, n.a, "maxProperties", INT_MAX) - n.c;
+    return left <= schema_length(s, missing) ? missing : schema_without(s, all, n.b);
+}
+static bool schema_members_live(Schema *s, SchemaNode n) {
+    bool live = true;
+    int missing = schema_length(s, schema_missing(s, n, &live));
+    int most = schema_bound(s, n.a, "maxProperties", INT_MAX) - n.c;
+    bool more = n.d == NEXT || n.c < schema_bound(s, n.a, "minProperties", 0);
+    if (more && n.d != FIRST) live = live && schema_alive(s, schema_names(s, n));
+    return live && missing <= most && (!more || most > 0);
+}
+// The derivative of the members of an object, or of what follows a quote within it.
+static int schema_derive_object(Schema *s, SchemaNode n, int id, int c) {
+    if (n.op == KEY && c != QUOTE) {
+        int rest = schema_derive(s, n.a, c);
+        return rest == NOTHING ? NOTHING : schema_node(s, KEY, rest, n.b, 0, 0);
+    }
+    SchemaNode m = n.op == KEY ? s->nodes[n.b] : n;
+    int min = schema_bound(s, m.a, "minProperties", 0);
+    int max = schema_bound(s, m.a, "maxProperties", INT_MAX), most = max < INT_MAX ? max : min;
+    if (n.op == KEY) {
+        int seen = schema_either(s, m.b, schema_literal(s, s->key));
+        int value = schema_member(s, m.a, s->key), count = m.c < most ? m.c + 1 : most;
+        if (!s->nodes[n.a].accepts || value == NOTHING) return NOTHING;
+        int rest = schema_node(s, MEMBERS, m.a, seen, count, FILLED);
+        return schema_before(s, ':', schema_cat(s, value, rest));
+    }
+    if (c == '}' && n.d != NEXT && n.c >= min)
+        return schema_missing(s, n, NULL) == NOTHING ? EMPTY : NOTHING;
+    if (n.c >= max) return NOTHING;
+    if (c == ',' && n.d == FILLED) return schema_node(s, MEMBERS, n.a, n.b, n.c, NEXT);
+    return c == QUOTE && n.d != FILLED ? schema_node(s, KEY, schema_names(s, n), id, 0, 0) : NOTHING;
+}
+
+// Arrays, from behind the bracket on: prefixes, and then the same again and again.
+static int schema_items(Schema *s, int v) {
+    int min = schema_count(s, v, "minItems", 0), max = schema_count(s, v, "maxItems", INT_MAX);
+    int items = schema_get(s, v, "items", "tf{["), n = 0, end = schema_chars(s, ']', ']');
+    int w = schema_first(s, v, "prefixItems", "[");
+    if (items && s->values[items].type == '[') {
+        w = s->values[items].first;
+        items = schema_get(s, v, "additionalItems", "tf{");
+    }
+    Ids prefix = {0};
+    for (; w; w = s->values[w].next, n++) push(&prefix, schema_sub(s, w));
+    int one = items ? schema_sub(s, items) : schema_of(s, 0);
+    if (!n && max) push(&prefix, one), n = 1;  // before the first there is no comma
+    int all = schema_repeat(s, schema_before(s, ',', one), min > n ? min - n : 0,
+                            max < INT_MAX ? max - n : max);
+    for (all = schema_cat(s, all, end); n--;) {
+        all = schema_cat(s, prefix.ids[n], all);
+        if (n) all = schema_before(s, ',', all);
+        if (n >= max) all = NOTHING;
+        if (n >= min) all = schema_either(s, end, all);
+    }
+    free(prefix.ids);
+    return all;
+}
+static int schema_scalar(Schema *s, int v, bool integer) {
+    static const char *const names[] = {"minimum", "maximum", "exclusiveMinimum",
+                                        "exclusiveMaximum"};
+    int all = integer ? s->integer : s->number;
+    for (int i = 0; i < 4; i++) {
+        int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : 0;
+        int w = schema_get(s, v, names[i], i < 2 ? "0" : "0tf");
+        bool equal = i < 2 && !(strict && s->values[strict].type == 't');
+        if (w && s->values[w].type == '0')
+            all = schema_join(s, AND, all, schema_above(s, s->values[w].text, i & 1, equal));
+    }
+    return all;
+}
+static int schema_text(Schema *s, int v) {
+    int min = schema_count(s, v, "minLength", 0), max = schema_count(s, v, "maxLength", INT_MAX);
+    int all = schema_repeat(s, schema_chars(s, 0, N_CHARS - 1), min, max);
+    int w = schema_get(s, v, "pattern", "\"");
+    if (w) all = schema_join(s, AND, all, schema_pattern(s, s->values[w].text.s, false));
+    w = schema_get(s, v, "format", "\"");
+    for (size_t i = 0; w && i < sizeof schema_formats / sizeof *schema_formats; i++)
+        if (text_is(s->values[w].text, schema_formats[i].name))
+            all = schema_join(s, AND, all, schema_pattern(s, schema_formats[i].pattern, true));
+    return all;
+}
+// A value of some kinds: a scalar, a string, a [ or {, and what follows it.
+static int schema_kinds(Schema *s, int scalar, int string, int array, int object) {
+    int text = schema_before(s, QUOTE, schema_content(s, STRING, string));
+    int all = schema_either(s, schema_content(s, SCALAR, scalar), text);
+    all = schema_either(s, all, schema_before(s, '[', array));
+    return schema_either(s, all, schema_before(s, '{', object));
+}
+// What fits a constant, or one of several values from w on.
+static int schema_constants(Schema *s, int w, bool several) {
+    int scalar = NOTHING, string = NOTHING, all = NOTHING;
+    for (; w; w = several ? s->values[w].next : 0) {
+        SchemaValue v = s->values[w];
+        s->place = w;
+        s->values[w].constant = true;
+        int array = schema_chars(s, ']', ']'), object = NOTHING;
+        Ids items = {0};
+        for (int i = v.first; i; i = s->values[i].next) {
+            s->values[i].constant = true;
+            push(&items, schema_sub(s, i));
+        }
+        for (size_t i = items.n; i--;) {
+            array = schema_cat(s, items.ids[i], array);
+            if (i) array = schema_before(s, ',', array);
+        }
+        free(items.ids);
+        if (v.type == '{') object = schema_object(s, schema_node(s, SET, w, 0, 0, 0));
+        if (v.type == '"') string = schema_either(s, string, schema_literal(s, v.text));
+        else if (v.type == '0')
+            scalar = schema_either(s, scalar, schema_join(s, AND,
+                schema_above(s, v.text, false, true), schema_above(s, v.text, true, true)));
+        else if (!object && v.type != '[')
+            scalar = schema_either(s, scalar, schema_literal(s, v.text));
+        all = schema_either(s, all, schema_kinds(s, NOTHING, NOTHING,
+                                                 v.type == '[' ? array : NOTHING, object));
+    }
+    return schema_either(s, all, schema_kinds(s, scalar, string, NOTHING, NOTHING));
+}
+// What the keywords of a schema say of its own type and value.
+static int schema_typed(Schema *s, int v) {
+    static const char types[][8] = {"null", "boolean", "integer", "number", "string", "array",
+                                    "object"};
+    int type = schema_get(s, v, "type", "\"["), set = type ? 0 : 127, scalar = NOTHING;
+    bool list = type && s->values[type].type == '[';
+    for (int w = list ? s->values[type].first : type; w; w = list ? s->values[w].next : 0) {
+        int i = 0;
+        while (i < 7 && !text_is(s->values[w].text, types[i])) i++;
+        if (i == 7) schema_refuse(s, "is malformed");
+        set |= 1 << i;
+    }
+    if (set & 1) scalar = schema_pattern(s, "null", true);
+    if (set & 2) scalar = schema_either(s, scalar, schema_pattern(s, "true|false", true));
+    if (set & 12) scalar = schema_either(s, scalar, schema_scalar(s, v, !(set & 8)));
+    int all = schema_kinds(s, scalar, set & 16 ? schema_text(s, v) : NOTHING,
+                           set & 32 ? schema_items(s, v) : NOTHING,
+                           set & 64 ? schema_object(s, schema_node(s, SET, v, 0, 0, 0)) : NOTHING);
+    int values = schema_get(s, v, "enum", "["), constant = schema_get(s, v, "const", "\"0tfn[{");
+    if (values) all = schema_meet(s, all, schema_constants(s, s->values[values].first, true));
+    return constant ? schema_meet(s, all, schema_constants(s, constant, false)) : all;
+}
+static int schema_keywords(Schema *s, int v) {
+    static const char *const lists[] = {"allOf", "anyOf", "oneOf"};
+    static const char *const refused[] = {
+        "uniqueItems", "dependencies", "dependentRequired", "dependentSchemas", "contains", "not",
+        "minContains", "maxContains", "if", "multipleOf", "divisibleBy", "propertyNames",
+        "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef", "disallow",
+        "extends"};
+    if (s->values[v].constant) return schema_constants(s, v, false);
+    int ref = schema_get(s, v, "$ref", "\""), all = 0;
+    if (ref) all = schema_allowed(s, schema_target(s, ref));
+    if (ref && s->old) return all;
+    for (int w = s->values[v].first; w; w = s->values[w].next)
+        for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+            s->place = w;
+            if (text_is(s->values[w].key, refused[i]) && (i || s->values[w].type != 'f'))
+                schema_refuse(s, "is a keyword that is not understood here");
+        }
+    all = ref ? schema_meet(s, all, schema_typed(s, v)) : schema_typed(s, v);
+    for (int i = 0; i < 3; i++) {
+        int list = schema_get(s, v, lists[i], "["), some = NOTHING;
+        if (list && !s->values[list].first) schema_refuse(s, "is malformed");
+        for (int w = list ? s->values[list].first : 0; w; w = s->values[w].next) {
+            int one = schema_allowed(s, schema_sub(s, w));
+            if (i == 0) all = schema_meet(s, all, one);
+            if (i == 2) push(&s->apart, list), push(&s->apart, some), push(&s->apart, one);
+            some = schema_either(s, some, one);
+        }
+        if (i && list) all = schema_meet(s, all, some);
+    }
+    return all;
+}
+// What all schemas in the list of a SCHEMA allow.
+static int schema_allowed(Schema *s, int id) {
+    int memo = schema_node(s, DERIVED, id, -1, 0, 0), all = s->nodes[memo].value;
+    if (id == NOTHING || all >= 0) return id == NOTHING ? id : all;
+    if (all == -2) schema_refuse(s, "refers to itself");
+    s->nodes[memo].value = -2;
+    schema_deeper(s);
+    int list = s->nodes[id].a, next = list ? s->nodes[list].b : 0;
+    if (!next) all = schema_keywords(s, list ? s->nodes[list].a : 0);
+    else all = schema_meet(s, schema_allowed(s, schema_of(s, next)), schema_allowed(s,
+                    schema_of(s, schema_node(s, SET, s->nodes[list].a, 0, 0, 0))));
+    s->depth--;
+    return s->nodes[memo].value = all;
+}
+
+// ---- A text in progress. Whether one of some bytes may come next, or a character from low to high.
+static bool schema_goes_on(const SchemaText *x, const char *bytes) {
+    bool fits = false;
+    for (; *bytes && !fits; bytes++)
+        fits = schema_alive(x->s, schema_derive(x->s, x->state, *bytes == '"' ? QUOTE : *bytes));
+    return fits;
+}
+static bool schema_some(Schema *s, int state, int low, int high) {
+    bool fits = false;
+    for (int c = low; c <= high && !fits; c = schema_edge(s, state, c))
+        fits = schema_alive(s, schema_derive(s, state, c));
+    return fits;
+}
+// White space: a space after a colon and a comma; with --indent line breaks after commas and opening
+// brackets and before closing ones. Returns 0 or 1 if the byte was one, right or wrong, else -1.
+static int schema_white(SchemaText *x, uint8_t byte) {
+    bool open = byte == '[' || byte == '{', close = byte == ']' || byte == '}', line = x->line;
+    if (line || x->gap) {
+        x->line = false, x->gap -= !line;
+        return byte == (line ? '\n' : ' ');
+    }
+    if (x->string) return -1;
+    x->line = x->s->indent && byte == ',';
+    x->gap = x->line ? x->s->indent * x->depth : byte == ',' || byte == ':';
+    if (!x->s->indent) return -1;
+    if (byte == '\n' && !x->closing) {
+        x->closing = !x->opened, x->opened = false;
+        x->gap = x->s->indent * (x->depth - x->closing);
+        return schema_goes_on(x, x->closing ? "]}" : "\"[{-0123456789tfn");
+    }
+    if (close != (x->closing || (close && x->opened)) || (x->opened && !close)) return 0;
+    x->closing = false, x->opened = open, x->depth += open - close;
+    return -1;
+}
+// Takes the next byte of the text. False: no text that fits goes on so.
+static bool schema_step(SchemaText *x, uint8_t byte) {
+    static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
+    Schema *s = x->s;
+    int white = schema_white(x, byte), state = x->state;
+    bool quote = byte == '"' && !x->c.stage, within = x->string && !quote;
+    if (white >= 0) return white;
+    s->key = (Text){x->memory + x->start, (size_t)(x->end - x->start)};
+    if (!x->string) x->start = x->end;
+    x->string ^= quote;
+    if (!within) x->c.low = x->c.high = quote ? QUOTE : byte;
+    else if (!schema_byte(&x->c, byte)) return false;
+    if (within && !x->c.stage) x->end += schema_utf8(x->memory + x->end, x->c.low);
+    if (!x->c.stage) return schema_alive(s, x->state = schema_derive(s, state, x->c.low));
+    int low = x->c.low, high = x->c.high, stage = x->c.stage;
+    if (stage < ESCAPE && low < least[stage]) low = least[stage];
+    if (schema_some(s, state, low, high < 0xd7ff ? high : 0xd7ff)) return true;
+    if (schema_some(s, state, low > 0xe000 ? low : 0xe000, high)) return true;
+    if (stage <= HEX || stage >= LOW) return false;
+    low = low > 0xd800 ? low : 0xd800, high = high < 0xdbff ? high : 0xdbff;  // one of two
+    return schema_some(s, state, 0x10000 + (low - 0xd800) * 1024, 0x103ff + (high - 0xd800) * 1024);
+}
+static bool schema_complete(const SchemaText *x) { return x->s->nodes[x->state].accepts; }
+static void schema_reserve(SchemaText *x, size_t bytes) {  // for a token; a string is forgotten
+    if (!x->string) x->start = x->end = 0;
+    if ((size_t)x->end + 4 * bytes < (size_t)x->capacity) return;
+    x->capacity = 2 * (x->end + 4 * (int)bytes + 4);
+    x->memory = resize(x->memory, (size_t)x->capacity, 1);
+}
+// Takes the text of a token that was drawn. True: the text ends here.
+static bool schema_take(SchemaText *x, Text text) {
+    schema_reserve(x, text.len);
+    for (size_t i = 0; i < text.len; i++)
+        if (!schema_step(x, (uint8_t)text.s[i])) return true;
+    return schema_complete(x) && !schema_some(x->s, x->state, 0, N_CHARS - 1);
+}
+static SchemaText *schema_begin(Schema *s) {
+    SchemaText *x = zeros(1, sizeof *x);
+    *x = (SchemaText){.s = s, .state = s->root};
+    schema_reserve(x, 4);
+    return x;
+}
+// Ends it. False: it is not complete.
+static bool schema_end(SchemaText **x) {
+    bool whole = !*x || schema_complete(*x);
+    if (*x) free((*x)->memory);
+    free(*x);
+    *x = NULL;
+    return whole;
+}
+// Ends the program if a document does not fit. (A line break may follow it.)
+static void schema_check(Schema *s, Text text, const char *name) {
+    SchemaText *x = schema_begin(s);
+    size_t n = 0, end = text.len - (text.len && text.s[text.len - 1] == '\n');
+    for (; n < end; n++) {
+        schema_reserve(x, 1);
+        if (!schema_step(x, (uint8_t)text.s[n])) break;
+    }
+    if (!schema_end(&x) || n < end)
+        die("%s does not fit %s: byte %zu %s", name, s->name, n,
+            n < end ? "goes wrong" : "is missing: it is not complete");
+}
+
+// Reads and prepares the schema of --schema or --json.
+static Schema *schema_open(const Options *o) {
+    Schema *s = zeros(1, sizeof *s);
+    bool here = o->json || o->schema[0] == '{';
+    Text text = {o->json ? "true" : o->schema, 0};
+    text.len = strlen(text.s);
+    if (!here) text = input_read(o->schema, NULL, true);
+    s->name = o->json ? "--json" : here ? "the schema" : o->schema;
+    s->indent = (int)o->indent;
+    s->buckets = zeros(BUCKETS, sizeof *s->buckets);
+    s->values = resize(NULL, 1, sizeof *s->values);
+    s->values[s->n_values++] = (SchemaValue){.type = 't'};
+    for (int op = 0; op < CHARS; op++) schema_node(s, op, 0, 0, 0, 0);
+    s->number = schema_pattern(s, RE_ANY_NUMBER, true);
+    s->integer = schema_pattern(s, RE_AN_INTEGER, true);
+    s->scalars = schema_either(s, s->number, schema_pattern(s, "null|true|false", true));
+    s->at = s->start = memcpy(resize(NULL, text.len + 1, 1), text.s, text.len);
+    s->start[text.len] = 0;
+    if (!here) free((char *)(uintptr_t)text.s);
+    schema_value(s, (Text){0});
+    schema_skip(s, 0);
+    s->place = 1;
+    if (s->at != s->start + text.len) schema_refuse(s, "is no JSON: something follows");
+    int draft = schema_get(s, 1, "$schema", "\"");
+    s->old = draft && strstr(s->values[draft].text.s, "/draft-0");
+    if (s->old && strstr(s->values[draft].text.s, "/draft-04"))  // where 1.0 is no integer
+        s->integer = schema_pattern(s, "-?(?:0|[1-9][0-9]*)", true);
+    s->root = schema_sub(s, 1);
+    for (int i = 0; i < s->n_nodes; i++)
+        if (s->nodes[i].op == SCHEMA) schema_allowed(s, i);
+    for (size_t i = 0; i < s->apart.n; i += 3) {
+        s->place = s->apart.ids[i];
+        if (schema_alive(s, schema_meet(s, s->apart.ids[i + 1], s->apart.ids[i + 2])))
+            schema_refuse(s, "has alternatives that overlap");
+    }
+    s->place = 1;
+    if (!schema_alive(s, s->root)) schema_refuse(s, "cannot be met by anything");
+    return s;
+}
+static void schema_close(Schema *s) {
+    void *memory[] = {s->nodes, s->buckets, s->values, s->start, s->dead.ids, s->apart.ids,
+                      s->tokens, s->work, s->forbidden, s};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
+}
+
+// ---- Masks. The vocabulary in order of its bytes: tokens with a common beginning are neighbours.
+static int schema_order(const void *a, const void *b) {
+    const SchemaToken *x = a, *y = b;
+    size_t n = x->text.len < y->text.len ? x->text.len : y->text.len;
+    int order = y->plain - x->plain;
+    if (!order) order = memcmp(x->text.s, y->text.s, n);
+    return order ? order : (x->text.len > y->text.len) - (x->text.len < y->text.len);
+}
+static void schema_tokens(Schema *s, const Tokenizer *t) {
+    size_t vocab = (size_t)t->h.vocab_size;
+    s->tokens = resize(NULL, vocab, sizeof *s->tokens);
+    for (int id = 0; id < (int)vocab; id++) {
+        SchemaToken token = {decode(t, -1, id), id, 0, 0, true};
+        if (!token.text.len || is_stop(t, id)) continue;
+        if (t->llama2c && token.text.len == 1 && (uint8_t)token.text.s[0] > 126) continue;
+        for (size_t i = 0, used; i < token.text.len; i += used, token.chars++) {
+            uint32_t c = next_char(token.text.s + i, token.text.len - i, &used);
+            if (c < 32 || c == '"' || c == '\\' || (c == 0xfffd && used == 1)) token.plain = false;
+        }
+        if ((int)token.text.len > s->longest) s->longest = (int)token.text.len;
+        s->n_plain += token.plain;
+        s->tokens[s->n_tokens++] = token;
+    }
+    qsort(s->tokens, (size_t)s->n_tokens, sizeof *s->tokens, schema_order);
+    for (int i = 1; i < s->n_tokens; i++) {
+        Text a = s->tokens[i - 1].text, b = s->tokens[i].text;
+        int *n = &s->tokens[i].shared;
+        while ((size_t)*n < a.len && (size_t)*n < b.len && a.s[*n] == b.s[*n]) ++*n;
+    }
+    s->work = resize(NULL, (size_t)s->longest + 1, sizeof *s->work);
+    s->forbidden = resize(NULL, vocab, 1);
+}
+// So many characters of a string, whatever they are, leave a state alive.
+static int schema_free(Schema *s, int state) {
+    int memo = schema_node(s, DERIVED, state, -3, 0, 0), n = s->nodes[memo].value;
+    Ids all = {0};  // states, by the number of characters that lead there
+    if (n >= 0) return n;
+    push(&all, state);
+    size_t level = 0;
+    for (size_t i = 0; i < all.n && n < s->longest && all.n < 4096; i++) {
+        if (i == level) n++, level = all.n;
+        int from = all.ids[i], c = 0;
+        for (int to; c < N_CHARS; c = schema_edge(s, from, c)) {
+            if (!schema_alive(s, to = schema_derive(s, from, c))) break;
+            if (s->nodes[to].value == state) continue;
+            s->nodes[to].value = state;
+            push(&all, to);
+        }
+        if (c < N_CHARS) break;
+        if (i + 1 == all.n) n = s->longest;  // there are no others
+    }
+    free(all.ids);
+    return s->nodes[memo].value = n;
+}
+// The tokens that cannot come next; NULL: none can.
+static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
+    Schema *s = x->s;
+    SchemaText *work = s->work;
+    int mark = s->n_nodes, n = 0, dead = INT_MAX, allowed = 0;
+    int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0;
+    schema_reserve(x, (size_t)s->longest);
+    memset(s->forbidden, 1, (size_t)t->h.vocab_size);
+    work[0] = *x;  // work[i]: after i bytes of the token
+    for (const SchemaToken *token = s->tokens; token < s->tokens + s->n_tokens; token++) {
+        if (n > token->shared) n = token->shared;
+        if (dead > token->shared) dead = INT_MAX;  // after so many bytes
+        if (token->plain && token->chars <= any) dead = INT_MAX;
+        else while (dead == INT_MAX && n < (int)token->text.len) {
+            work[n + 1] = work[n];
+            if (schema_step(&work[n + 1], (uint8_t)token->text.s[n])) n++;
+            else dead = n + 1;
+        }
+        s->forbidden[token->id] = dead < INT_MAX;
+        allowed += dead == INT_MAX;
+    }
+    for (int id = 0; id < t->h.vocab_size; id++)
+        if (is_stop(t, id)) s->forbidden[id] = !schema_complete(x), allowed += schema_complete(x);
+    if (mark > MAX_NODES / 2) schema_forget(s, mark);
+    return allowed ? s->forbidden : NULL;
+}
+#else
+typedef struct { char none; } SchemaText;
+#define schema_mask(x, t) NULL
+#define schema_take(x, text) false
+#define schema_begin(s) NULL
+#define schema_end(x) true
+#define schema_check(s, text, name) (void)0
+#define schema_close(s) (void)0
+#define schema_tokens(s, t) (void)0
+#endif
 // ---- [5.5] decoders, samples, speculation -------------------------------------------------------
 // Texts that grow, token by token: with -k several at once, with -d several tokens at once. Enter
 // with machine_open, give the decoder a text and a budget, then decoder_continue. A Machine keeps
@@ -3620,6 +4723,7 @@ typedef struct {
     int n_new;              // tokens that it drew
     double logprob;         // the sum of their log-probabilities (with -k)
     unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
+    SchemaText *schema;     // what its text must fit; NULL: nothing
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
 } Decoder;
@@ -3818,6 +4922,10 @@ static void machine_draw(void *context, int i) {
     d->s.candidates = w->candidates + (size_t)this_thread * vocab;
     if (d->budget > 0) d->c.done = (int)ids->n;
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
+        bool fits = d->schema && !d->out->thinking;
+        d->s.forbidden = fits ? schema_mask(d->schema, w->t) : NULL;
+        if (fits && !d->s.forbidden) d->budget = 0;
+        if (!d->budget) break;
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
         if (w->o->samples) d->logprob -= likelihood_of(logits, (int)vocab, next);
         if (w->o->receipt) d->receipt = mix64(d->receipt + hash64(logits, vocab * sizeof(float)));
@@ -3829,7 +4937,8 @@ static void machine_draw(void *context, int i) {
         push(ids, next);
         if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
         else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
-        if (d->out->stopped) d->budget = 0;
+        bool ended = fits && schema_take(d->schema, decode(w->t, previous, next));
+        if (d->out->stopped || ended) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
 }
@@ -3852,10 +4961,18 @@ static bool machine_step(Machine *w, Decoder *all, int n) {
     if (interrupted || !n_slots) return false;
     w->logits = forward(w->m, &w->kv, batch, n_slots);
     if (!w->steps++) w->first_logits = seconds();
-    if (!w->o->tool) parallel(machine_draw, w, n);
-    for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
+    bool alone = w->o->tool || w->o->compiled;  // what is asked or kept is one for all
+    if (!alone) parallel(machine_draw, w, n);
+    for (int i = 0; i < n && alone; i++) machine_draw(w, i);
     decoder_commit(w, all);
     return true;
+}
+
+// Begins the text of a decoder behind a prompt.
+static void decoder_begin(const Machine *w, Decoder *d, Text prompt) {
+    output_begin(d->out, w->o, w->t, prompt);
+    schema_end(&d->schema);
+    if (w->o->compiled) d->schema = schema_begin(w->o->compiled);
 }
 
 // Runs n decoders until all have ended.
@@ -3863,6 +4980,10 @@ static void machine_run(Machine *w, Decoder *all, int n) {
     while (machine_step(w, all, n)) {}
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
+        if (!schema_end(&d->schema) && !interrupted) {
+            fputs("run: the text ends before its JSON does: -n gives it more tokens\n", stderr);
+            unfinished = true;
+        }
         if (w->o->receipt) fprintf(stderr, "receipt: %016llx\n", d->receipt);
     }
 }
@@ -3878,6 +4999,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
     d->s.p = w->p, d->s.candidates = w->candidates;
+    if (o->compiled) schema_tokens(o->compiled, t);
     int n = o->each ? (int)o->at_once : o->samples > 1 ? (int)o->samples : 0;
     cache_open(&w->kv, m, w->ctx, 1 + n);
     if (o->draft && strcmp(o->draft, "lookup")) {
@@ -3901,6 +5023,7 @@ static void machine_close(Machine *w, Decoder *d) {
     if (w->o->session && !interrupted) decoder_settle(w, d, 1);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
+    schema_end(&d->schema);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
     if (w->judge.layers) free_tokenizer(&w->judge_words), free_model(&w->judge);
     void *memory[] = {w->draft.text.ids, w->p, w->candidates, w->turns.ids, d->c.ids.ids,
@@ -3915,6 +5038,7 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
     d->seq = i + 1;
     d->seed = d->s.rng = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
     d->out = &d->own;
+    if (d->schema) d->schema = schema_begin(w->o->compiled);
     d->own.memory = NULL;
     d->own.n = d->own.capacity = 0;
     output_write(d->out, trunk->own.memory, trunk->own.n);
@@ -4003,11 +5127,11 @@ static void generate_text(const Options *o, const Model *m, const Tokenizer *t, 
     d.budget = start_text(o, m, t, o->input, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
-    for (size_t i = before; i < ids->n && t->llama2c; i++)
+    for (size_t i = before; i < ids->n && t->llama2c && !o->compiled; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
-    if (!t->llama2c) output_text(d.out, o->input);
+    if (!t->llama2c && !o->compiled) output_text(d.out, o->input);
     Output text = decoder_text(&w, &d, 0);  // it may end within a thought or a question to the tool
-    output_begin(d.out, o, t, (Text){text.memory, text.n});
+    decoder_begin(&w, &d, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
     decoder_continue(&w, &d);
@@ -4419,7 +5543,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         d->budget = o->steps > 0 ? o->steps : w->ctx;
         d->n_new = 0;
         w->told = false;
-        output_begin(d->out, o, t, t->chat[USER_AFTER]);
+        decoder_begin(w, d, t->chat[USER_AFTER]);
         decoder_continue(w, d);
         prompt_turn(&settled, t, last, system, user, REPLY_BEFORE);
         if (w->turns.n && !w->told && (d->n_new || !interrupted))
@@ -4834,6 +5958,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     encode(t, o->input, NULL, true, &all);
     bool twice = all.n > 1 && all.ids[1] == start;
     int n = (int)all.n - twice - 1;  // tokens to predict
+    if (o->compiled) schema_check(o->compiled, o->input, input_name(o));
     if (n < 1) die("no text to evaluate in %s: -f or -i gives one (- is stdin)", input_name(o));
     Cache kv;
     cache_open(&kv, m, window, 1);
@@ -5398,7 +6523,7 @@ static void each_begin(Each *e, Decoder *d) {
         d->budget = start_text(w->o, w->m, w->t, prompt, &d->c.ids);
         d->c.keep = (int)fmin((double)d->c.ids.n, 4);
         d->c.done = each_branch(e, &d->c.ids, (int)d->c.ids.n - 1, d->seq);
-        output_begin(&d->own, w->o, w->t, prompt);
+        decoder_begin(w, d, prompt);
         e->lines[d - e->all] = number;
     }
     free(ids.ids);
@@ -5409,6 +6534,12 @@ static void each_begin(Each *e, Decoder *d) {
 static void each_end(Each *e, Decoder *d) {
     Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
     output_awake(&d->own);
+    if (!schema_end(&d->schema) && !interrupted) {
+        fprintf(stderr, "run: -n ends line %lld before its JSON: it has no answer\n",
+                e->lines[d - e->all] + 1);
+        unfinished = true;
+        d->own.n = 0;
+    }
     if (e->w.o->quote) output_json(answer, (Text){d->own.memory, d->own.n});
     else output_put(answer, d->own.memory, d->own.n, SIZE_MAX);
     output_put(answer, "\n", 1, SIZE_MAX);
@@ -5499,6 +6630,7 @@ enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS =
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
        PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * (TEXTS | 1 << EVAL),
+       FITS = !DEFINED(NO_SCHEMA) * (TALK | 1 << EVAL),
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
 // One table parses, checks and explains the options. The type of the field says what one can be.
@@ -5536,6 +6668,9 @@ static const struct Option {
     {"    --at-once N", TO(at_once), 1, MAX_SAMPLES, EACH, "with --each: how many together (16)"},
     {"    --skip N", TO(skip), 0, 1e15, EACH, "with --each: without the first N lines"},
     {"    --quote", TO(quote), 0, 0, EACH, "with --each: whole answers, as strings of JSON"},
+    {"    --schema SCHEMA", TO(schema), 1, 0, FITS, "write JSON that fits it: a file, or {...}"},
+    {"    --json", TO(json), 0, 0, FITS, "write any JSON value: like a schema `true`"},
+    {"    --indent N", TO(indent), 0, 16, FITS, "JSON in lines, each level indented by N spaces"},
     {"    --logprobs N", TO(logprobs), 0, 1 << 24, PROBS, "instead: JSON, tokens and N likeliest"},
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
@@ -5631,6 +6766,11 @@ static int option_check(const Options *o) {
         usage_error("--each cannot be used with -k, -d, -e, -S, -T or --receipt");
     if (o->logprobs >= 0 && (k || o->each || o->others.n || o->tool || o->stops.n))
         usage_error("--logprobs cannot be used with -k, -e, -T, --each or --stop");
+    bool fits = o->schema || o->json;
+    if (fits && (o->others.n || o->tool || o->stops.n || (o->schema && o->json)))
+        usage_error("--schema and --json cannot be used together, nor with -e, -T or --stop");
+    if (o->indent && (!fits || o->each))
+        usage_error("--indent needs --schema or --json, and goes without --each");
     if (!o->each && (o->quote || o->skip || o->at_once != 16))
         usage_error("--at-once, --skip and --quote need --each");
     if (o->each && !strcmp(o->each, "-") && o->prompt_file && !strcmp(o->prompt_file, "-"))
@@ -5771,6 +6911,9 @@ int main(int argc, char **argv) {
     if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
     bool written = o.prompt || o.prompt_file || o.session || o.each;
     if (mode == GENERATE && !written && !isatty(0)) o.prompt_file = "-";
+#ifndef NO_SCHEMA
+    if (o.schema || o.json) o.compiled = schema_open(&o);
+#endif
     catch_signals();
     start_threads((int)o.threads);
     Model m;
@@ -5798,6 +6941,7 @@ int main(int argc, char **argv) {
     free(out.memory);
     free((char *)(uintptr_t)o.input.s);
     free((char *)(uintptr_t)o.lines.s);
+    if (o.compiled) schema_close(o.compiled);
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : unfinished;
