@@ -3615,17 +3615,21 @@ static Text tool_question(Text text, const char **before, const char **after) {
 // `--schema` and `--json`: which tokens may come next, so that the text becomes one JSON value that
 // fits a JSON Schema. What may still follow is an expression; what may follow a character is its
 // derivative (Brzozowski, 1964). So a token is forbidden if one of its bytes leaves nothing. Enter
-// with schema_open; schema_begin a text, ask schema_mask, tell schema_take. It keeps expressions.
+// with schema_open; schema_turn to a text, ask schema_mask, tell schema_take. It keeps expressions.
 // Calls: next_char, decode.
 
 #ifndef NO_SCHEMA
-enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_NESTING = 500, QUOTE = N_CHARS };
-// Operators. Up to REPEAT they make languages of characters. A scalar and a string have such a
-// content; of an object there are its MEMBERS, or the rest of a KEY and what comes then. A SCHEMA
-// is what the schemas in a SET allow. DERIVED keeps what was worked out.
-enum { NOTHING, EMPTY, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, SCALAR, STRING, SCHEMA, MEMBERS,
-       KEY, SET, DERIVED };
-enum { FIRST, NEXT, FILLED };         // d of MEMBERS: behind {, behind a comma, behind a member
+enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_ATOMS = 4000,
+       QUOTE = N_CHARS };             // of a string's beginning or end, not \"
+// Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
+// or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
+// c their number, d a stage; each RULE in the list a says: of the members whose names are in its a
+// there are c to d, and their values fit its b. (Names of items are numbers.) What fits a SCHEMA
+// fits all schemas in a list, a SET of places. DERIVED keeps what was worked out.
+enum { NOTHING, EMPTY, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, TEXT, KEY, SCHEMA, ITEMS,
+       MEMBERS, RULE, SET, DERIVED };
+// Before the bracket, behind it, before a member, behind one, before the bracket on a new line.
+enum { OPEN, FIRST, NEXT, FILLED, LAST };
 enum { UNKNOWN, BUSY, DEAD, ALIVE };  // whether any text fits
 typedef struct {
     int op, a, b, c, d;
@@ -3637,7 +3641,9 @@ typedef struct {                      // a value of the schema's file
     Text text, key;
     bool constant;                    // it stands for itself
 } SchemaValue;
-typedef struct { int stage, low, high; } SchemaChar;  // that is read: which ones it may still be
+typedef struct { int min, max, last; } SchemaBounds;  // numbers of members; names of items
+// A character that is being read: it is `low`, or one of those that its last bits can make of it.
+typedef struct { int stage, bits, low, least; } SchemaChar;
 typedef struct { Text text; int id, shared, chars; bool plain; } SchemaToken;
 typedef struct Schema {
     const char *name;                 // for errors
@@ -3645,13 +3651,13 @@ typedef struct Schema {
     SchemaNode *nodes;
     SchemaValue *values;              // the first stands for a schema that allows all
     int n_nodes, n_values, place, depth, *buckets;
-    int scalars, number, integer, root, indent;
-    bool old;                         // draft 7 or before: nothing counts beside $ref
-    bool assumed, found;              // while fates are looked for: a node is taken for dead; lives
-    Ids dead, apart;                  // nodes that are dead then; pairs that must not overlap
+    int text, root, indent;           // all scalars and strings; the whole
+    bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
+    bool found;                       // while fates are looked for: something lives
+    Ids visited, apart;               // nodes that were looked at; pairs that must not overlap
     Text key;                         // the string that is being read
-    SchemaToken *tokens;              // in order of their bytes, the n_plain ones first
-    int n_tokens, n_plain, longest;
+    SchemaToken *tokens;              // in order of their bytes, the plain ones first
+    int n_tokens, longest;
     uint8_t *forbidden;               // (vocab_size)
     struct SchemaText *work;          // (longest token + 1) scratch of schema_mask
 } Schema;
@@ -3659,12 +3665,10 @@ typedef struct SchemaText {           // a text in progress
     Schema *s;
     int state;                        // what may follow
     SchemaChar c;
-    bool string;                      // within a string
-    int gap;                          // spaces to come
+    bool string, inner;               // within a string; behind an opening bracket or comma
+    int depth, gap;                   // open brackets; spaces to come
     int start, end, capacity;         // of the string, in the memory
     char *memory;
-    bool line, opened, closing;       // a line break is to come; behind a bracket; before one
-    int depth;
 } SchemaText;
 
 // Ends the program: what is wrong with the part of the schema that is being looked at.
@@ -3674,7 +3678,7 @@ static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char 
     exit(2);
 }
 static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
-    if (++s->depth > 8 * MAX_NESTING) schema_refuse(s, "is nested too deeply");
+    if (++s->depth > MAX_DEPTH) schema_refuse(s, "is nested too deeply");
 }
 static void *schema_room(void *old, int n, size_t size) {  // for one more than n
     return n & (n - 1) ? old : resize(old, n ? 2 * (size_t)n : 1, size);
@@ -3691,12 +3695,12 @@ static int schema_node(Schema *s, int op, int a, int b, int c, int d) {
     if (id) return id;
     if (s->n_nodes == MAX_NODES) schema_refuse(s, "needs too many states");
     s->nodes = schema_room(s->nodes, s->n_nodes, sizeof n);
-    bool left = op >= CAT && op <= SCALAR && s->nodes[a].accepts;
+    bool left = op >= CAT && op <= TEXT && s->nodes[a].accepts;
     bool right = op >= CAT && op <= AND && s->nodes[b].accepts;
     if (op == CAT || op == AND) n.accepts = left && right;
     else if (op == ALT) n.accepts = left || right;
     else if (op == REPEAT) n.accepts = left || !b;
-    else n.accepts = op == EMPTY || op == ANYTHING || (op == NOT ? !left : op == SCALAR && left);
+    else n.accepts = op == EMPTY || op == ANYTHING || (op == NOT ? !left : left);
     n.next = *bucket;
     s->nodes[s->n_nodes] = n;
     return *bucket = s->n_nodes++;
@@ -3727,9 +3731,6 @@ static int schema_repeat(Schema *s, int a, int min, int max) {
     if (n.op == CHARS && n.b - n.a == N_CHARS - 1 && !min && max == INT_MAX) return ANYTHING;
     return min == 1 && max == 1 ? a : schema_node(s, REPEAT, a, min, max, 0);
 }
-static int schema_rest(Schema *s, SchemaNode n) {  // of a repetition, after its first item
-    return schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX));
-}
 static int schema_not(Schema *s, int a) {
     if (s->nodes[a].op == NOT) return s->nodes[a].a;
     return a == NOTHING ? ANYTHING : a == ANYTHING ? NOTHING : schema_node(s, NOT, a, 0, 0, 0);
@@ -3749,11 +3750,17 @@ static int schema_join(Schema *s, int op, int a, int b) {
     return rest == none ? first : rest == all ? all : schema_node(s, op, first, rest, 0, 0);
 }
 static int schema_either(Schema *s, int a, int b) { return schema_join(s, ALT, a, b); }
-static int schema_without(Schema *s, int a, int b) {
-    return schema_join(s, AND, a, schema_not(s, b));
+static int schema_both(Schema *s, int a, int b) { return schema_join(s, AND, a, b); }
+static int schema_without(Schema *s, int a, int b) { return schema_both(s, a, schema_not(s, b)); }
+static int schema_text(Schema *s, int a) {
+    return a == NOTHING || a == EMPTY ? a : schema_node(s, TEXT, a, 0, 0, 0);
 }
-static int schema_content(Schema *s, int op, int a) {  // of a scalar or string
-    return a == NOTHING || (op == SCALAR && a == EMPTY) ? a : schema_node(s, op, a, 0, 0, 0);
+static int schema_literal(Schema *s, Text text, int end) {  // a text, and then an end
+    for (size_t used; text.len;) {
+        while (text.len-- > 1 && (text.s[text.len] & 0xc0) == 0x80) {}
+        end = schema_before(s, (int)next_char(text.s + text.len, 4, &used), end);
+    }
+    return end;
 }
 // Sets of numbers, in order: the union of two; 0 is the empty one.
 static int schema_list(Schema *s, int x, int y) {
@@ -3762,125 +3769,105 @@ static int schema_list(Schema *s, int x, int y) {
     if (a.a < b.a) return schema_list(s, y, x);
     return schema_node(s, SET, a.a, schema_list(s, a.b, a.a == b.a ? b.b : y), 0, 0);
 }
-static int schema_literal(Schema *s, Text text) {
-    int all = EMPTY;
-    for (size_t used; text.len;) {
-        while (text.len-- > 1 && (text.s[text.len] & 0xc0) == 0x80) {}
-        all = schema_before(s, (int)next_char(text.s + text.len, 4, &used), all);
-    }
-    return all;
+static int schema_add(Schema *s, int list, int number) {
+    return schema_list(s, list, schema_node(s, SET, number, 0, 0, 0));
 }
 
 // What is left to come after the character c.
 static int schema_allowed(Schema *s, int id);
-static int schema_derive_object(Schema *s, SchemaNode n, int id, int c);
+static int schema_named(Schema *s, SchemaNode key);
+static int schema_derive_members(Schema *s, SchemaNode n, int id, int c);
 static int schema_derive(Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
     if (n.op == CHARS) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
-    if (n.op < CAT) return id == ANYTHING ? id : NOTHING;
-    if (n.op == STRING && c == QUOTE) return s->nodes[n.a].accepts ? EMPTY : NOTHING;
+    if (n.op < CAT) return id == ANYTHING && c != QUOTE ? id : NOTHING;
+    if (n.op == NOT && c == QUOTE) return NOTHING;
     int memo = c == QUOTE ? 0 : schema_node(s, DERIVED, id, c, 0, 0), to = s->nodes[memo].value;
     if (memo && to >= 0) return to;  // (what follows a key depends on the key)
+    schema_deeper(s);
     if (n.op == SCHEMA) to = schema_derive(s, schema_allowed(s, id), c);
-    else if (n.op >= MEMBERS) to = schema_derive_object(s, n, id, c);
+    else if (n.op >= ITEMS) to = schema_derive_members(s, n, id, c);
+    else if (n.op == KEY && c == QUOTE) to = schema_named(s, n);
     else to = schema_derive(s, n.a, c);
-    if (n.op == SCALAR || n.op == STRING) to = schema_content(s, n.op, to);
+    if (n.op == TEXT) to = schema_text(s, to);
+    if (n.op == KEY && c != QUOTE && to) to = schema_node(s, KEY, to, n.b, 0, 0);
     if (n.op == NOT) to = schema_not(s, to);
-    if (n.op == REPEAT) to = schema_cat(s, to, schema_rest(s, n));
+    if (n.op == REPEAT)
+        to = schema_cat(s, to, schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX)));
     if (n.op == CAT) to = schema_cat(s, to, n.b);
     bool both = n.op == AND || n.op == ALT, more = n.op == CAT && s->nodes[n.a].accepts;
     if (both || more) to = schema_join(s, both ? n.op : ALT, to, schema_derive(s, n.b, c));
     if (memo) s->nodes[memo].value = to;
+    s->depth--;
     return to;
 }
 // The first character after c that may lead elsewhere than c does, within a scalar or string.
 static int schema_edge(const Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
     if (n.op == CHARS) return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
-    if (n.op < CAT || n.op == SCHEMA || n.op == MEMBERS) return INT_MAX;
+    if (n.op < CAT || n.op >= SCHEMA) return INT_MAX;
     int a = schema_edge(s, n.a, c), b = INT_MAX;
     if (n.op == ALT || n.op == AND || (n.op == CAT && s->nodes[n.a].accepts))
         b = schema_edge(s, n.b, c);
     return a < b ? a : b;
 }
-static bool schema_accepts(Schema *s, int id, Text text) {
-    for (size_t i = 0, used; i < text.len; i += used)
-        id = schema_derive(s, id, (int)next_char(text.s + i, text.len - i, &used));
+static bool schema_accepts(Schema *s, int id, int literal) {
+    for (SchemaNode n; literal != EMPTY; literal = n.op == CAT ? n.b : EMPTY) {
+        n = s->nodes[literal];
+        id = schema_derive(s, id, s->nodes[n.op == CAT ? n.a : literal].a);
+    }
     return s->nodes[id].accepts;
 }
 
-// Whether any text fits. What is asked for while it is being looked at is taken for dead: if that
-// may have been wrong, what was found dead is looked at again.
+// Whether any text fits. What is asked for while it is being looked at, or was not found to live,
+// is taken for dead; if then something is found to live, all but that is looked at again.
 static bool schema_members_live(Schema *s, SchemaNode n);
 static bool schema_visit(Schema *s, int id) {
     SchemaNode n = s->nodes[id];
-    bool live = n.op != NOTHING;
-    s->assumed |= n.fate == BUSY;
-    if (n.fate) return n.fate == ALIVE;
+    bool live = n.accepts || n.op == CHARS;
+    if (n.fate || n.op == NOTHING) return n.fate == ALIVE;
     s->nodes[id].fate = BUSY;
+    push(&s->visited, id);
     schema_deeper(s);
     if (n.op == ALT) live = schema_visit(s, n.a) || schema_visit(s, n.b);
     if (n.op == CAT) live = schema_visit(s, n.a) && schema_visit(s, n.b);
     if (n.op == REPEAT) live = !n.b || schema_visit(s, n.a);
-    if (n.op == SCALAR || n.op == STRING || n.op == KEY) live = schema_visit(s, n.a);
+    if (n.op == TEXT || n.op == KEY) live = schema_visit(s, n.a);
     if (n.op == SCHEMA) live = schema_visit(s, schema_allowed(s, id));
-    if (n.op == MEMBERS) live = schema_members_live(s, n);
-    if (n.op == AND || n.op == NOT) live = n.accepts;
+    if (n.op == ITEMS || n.op == MEMBERS) live = schema_members_live(s, n);
     if (n.op == AND || n.op == NOT)
-        for (int c = 0; c < N_CHARS && !live; c = schema_edge(s, id, c))
+        for (int c = 0; c <= QUOTE && !live; c = schema_edge(s, id, c))
             live = schema_visit(s, schema_derive(s, id, c));
     s->depth--;
-    s->nodes[id].fate = live ? ALIVE : DEAD;
-    s->found |= live;
-    if (!live) push(&s->dead, id);
+    if (live) s->nodes[id].fate = ALIVE, s->found = true;
     return live;
 }
 static bool schema_alive(Schema *s, int id) {
-    size_t first = s->dead.n;
-    bool live, before = s->assumed, again = true;
+    bool live = false, again = true;
+    if (s->visited.n || s->nodes[id].fate) return schema_visit(s, id);
     while (again) {
-        s->assumed = s->found = false;
+        s->found = false;
         live = schema_visit(s, id);
-        again = s->assumed && (live || s->found);
-        for (; s->dead.n > first; s->dead.n--)
-            if (again) s->nodes[s->dead.ids[s->dead.n - 1]].fate = UNKNOWN;
-        again = again && !live;
+        again = s->found && !live;
+        while (s->visited.n) {
+            SchemaNode *n = &s->nodes[s->visited.ids[--s->visited.n]];
+            if (n->fate == BUSY) n->fate = live || again ? UNKNOWN : DEAD;
+        }
     }
-    s->assumed = before, s->found = true;
     return live;
 }
 
 // ---- Patterns: ECMA 262's regular expressions, as far as they are regular.
 static const char schema_no_pattern[] = "is not a pattern that is understood";
-static int schema_class(Schema *s);
-static int schema_pattern_char(Schema *s) {  // of a pattern, or of a class in it
-    static const char names[] = "nrtfv", meant[] = "\n\r\t\f\v", classes[] = "dDwWsS";
-    static const char *const sets[] = {"0-9]", "^0-9]", "a-zA-Z0-9_]", "^a-zA-Z0-9_]",
-        "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]",
-        "^\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"};
-    size_t used;
-    int c = (int)next_char(s->at, strlen(s->at), &used);
-    s->at += used;
-    if (c != '\\') return schema_chars(s, c, c);
-    c = (uint8_t)*s->at;
-    const char *control = strchr(names, c), *class = strchr(classes, c);
-    if (!c || c > 127 || (!control && !class && isalnum(c))) schema_refuse(s, schema_no_pattern);
-    char *rest = ++s->at;
-    if (!class) c = control ? meant[control - names] : c;
-    if (!class) return schema_chars(s, c, c);
-    s->at = (char *)(uintptr_t)sets[class - classes];
-    int all = schema_class(s);
-    s->at = rest;
-    return all;
-}
-static int schema_class(Schema *s) {
+static int schema_atom(Schema *s, bool within);
+static int schema_class(Schema *s) {  // up to its ]
     int all = NOTHING;
     bool negated = *s->at == '^';
     for (s->at += negated; *s->at && *s->at != ']';) {
-        int one = schema_pattern_char(s);
+        int one = schema_atom(s, true);
         SchemaNode low = s->nodes[one], high = low;
         bool range = low.a == low.b && s->at[0] == '-' && s->at[1] && s->at[1] != ']';
-        if (range) s->at++, high = s->nodes[schema_pattern_char(s)];
+        if (range) s->at++, high = s->nodes[schema_atom(s, true)];
         if (range && (high.a != high.b || high.a < low.a)) schema_refuse(s, schema_no_pattern);
         all = schema_either(s, all, range ? schema_chars(s, low.a, high.a) : one);
     }
@@ -3888,16 +3875,58 @@ static int schema_class(Schema *s) {
     return negated ? schema_without(s, schema_chars(s, 0, N_CHARS - 1), all) : all;
 }
 static int schema_alternatives(Schema *s, bool search);
-static int schema_atom(Schema *s) {
-    if (strchr("*+?^$", *s->at) || (s->at[0] == '(' && s->at[1] == '?' && s->at[2] != ':'))
+// A character, a class, a group; `within`: what a class holds.
+static int schema_atom(Schema *s, bool within) {
+    static const char names[] = "nrtfv", meant[] = "\n\r\t\f\v", short_[] = "dDwWsS";
+    static const char *const classes[] = {"0-9]", "^0-9]", "a-zA-Z0-9_]", "^a-zA-Z0-9_]",
+        "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]",
+        "^\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"};
+    size_t used;
+    int c = (int)next_char(s->at, strlen(s->at), &used), all;
+    bool escaped = *s->at == '\\', group = *s->at == '(' && !within, other;
+    bool capture = group && s->at[1] != '?';
+    if (!within && (strchr("*+?^${", *s->at) || (group && !capture && s->at[2] != ':')))
         schema_refuse(s, schema_no_pattern);
-    char c = *s->at, *rest = s->at + 1;
-    if (c != '(' && c != '[' && c != '.') return schema_pattern_char(s);
-    s->at = c == '.' ? (char[]){"^\n\r\u2028\u2029]"} : s->at[1] == '?' ? s->at + 3 : s->at + 1;
-    int all = c == '(' ? schema_alternatives(s, false) : schema_class(s);
-    if (c == '.') s->at = rest;
-    if (c == '(' && *s->at++ != ')') schema_refuse(s, schema_no_pattern);
+    s->at += group && !capture ? 3 : used;
+    if (group) {
+        all = schema_alternatives(s, false);
+        if (*s->at++ != ')') schema_refuse(s, schema_no_pattern);
+        return all;
+    }
+    if (c == '[' && !within) return schema_class(s);
+    const char *class = c == '.' && !within ? "^\n\r\u2028\u2029]" : NULL;
+    if (escaped) {
+        const char *control = strchr(names, *s->at), *name = strchr(short_, *s->at);
+        c = (uint8_t)*s->at;
+        other = isalnum(c) && !control && !name;
+        if (!c || c > 127 || other) schema_refuse(s, schema_no_pattern);
+        if (control) c = meant[control - names];
+        if (name) class = classes[name - short_];
+        s->at++;
+    }
+    if (!class) return schema_chars(s, c, c);
+    char *rest = s->at;
+    s->at = (char *)(uintptr_t)class;
+    all = schema_class(s);
+    s->at = rest;
     return all;
+}
+// An atom, so many times.
+static int schema_times(Schema *s) {
+    int atom = schema_atom(s, false);
+    long min = 1, max = 1;
+    char c = *s->at, *end = s->at;
+    if (c && strchr("*+?", c)) end++, min = c == '+', max = c == '?' ? 1 : INT_MAX;
+    if (c == '{') {
+        bool number = isdigit((uint8_t)end[1]);
+        min = max = strtol(end + 1, &end, 10);
+        if (*end == ',') max = isdigit((uint8_t)*++end) ? strtol(end, &end, 10) : INT_MAX;
+        if (*end++ != '}' || !number) schema_refuse(s, schema_no_pattern);
+    }
+    if (max < min || min > 1 << 16) schema_refuse(s, schema_no_pattern);
+    if (end > s->at && *end == '?') end++;  // lazy: it takes the same texts
+    s->at = end;
+    return schema_repeat(s, atom, (int)min, max < INT_MAX ? (int)max : INT_MAX);
 }
 // Alternatives. With `search` they may begin and end anywhere, unless anchors say otherwise.
 static int schema_alternatives(Schema *s, bool search) {
@@ -3910,16 +3939,8 @@ static int schema_alternatives(Schema *s, bool search) {
         else if (search) push(&atoms, ANYTHING);
         while (*s->at && *s->at != '|' && *s->at != ')') {
             if (search && *s->at == '$' && (s->at[1] == '|' || !s->at[1])) break;
-            int atom = schema_atom(s), min = 1, max = 1, used = 0;
-            char c = *s->at;
-            if (c && strchr("*+?", c)) min = c == '+', max = c == '?' ? 1 : INT_MAX, used = 1;
-            else if (sscanf(s->at, "{%d}%n", &min, &used), used) max = min;
-            else if (sscanf(s->at, "{%d,}%n", &min, &used), used) max = INT_MAX;
-            else if (sscanf(s->at, "{%d,%d}%n", &min, &max, &used), !used) min = max = 1;
-            s->at += used;
-            if (used && *s->at == '?') s->at++;  // lazy: it takes the same texts
-            if (min < 0 || max < min || min > 1 << 16) schema_refuse(s, schema_no_pattern);
-            push(&atoms, schema_repeat(s, atom, min, max));
+            push(&atoms, schema_times(s));
+            if (atoms.n > MAX_ATOMS) schema_refuse(s, schema_no_pattern);
         }
         if (search && *s->at == '$') s->at++;
         else if (search) push(&atoms, ANYTHING);
@@ -3940,49 +3961,51 @@ static int schema_pattern(Schema *s, const char *pattern, bool whole) {
     return all;
 }
 
-// Numbers as they are written: all, those with an integer's value, and, where there are bounds, the
-// plain ones and those with an exponent as Python writes them (from e+16, and e-05 down).
-#define RE_PLAIN_NUMBER "(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?"
-#define RE_FROM_16 "(?:1[6-9]|[2-9][0-9]|[12][0-9]{2}|30[0-7])"
-#define RE_LARGE_NUMBER "[1-9](?:\\.[0-9]+)?[eE]\\+?0*" RE_FROM_16
-#define RE_SMALL_NUMBER "[1-9](?:\\.[0-9]+)?[eE]-0*(?:[5-9]|[1-9][0-9]+)"
-#define RE_ANY_NUMBER "-?(?:" RE_PLAIN_NUMBER "(?:[eE](?:-[0-9]+|\\+?0*[12]?[0-9]{1,2}))?|" \
-    RE_LARGE_NUMBER "|1\\.[0-7][0-9]*[eE]\\+?308)"
-#define RE_AN_INTEGER "-?(?:(?:0|[1-9][0-9]*)(?:\\.0+)?|[1-9](?:[eE]\\+?0*[12]?[0-9]{1,2}|" \
-    "\\.[0-9]{1,16}[eE]\\+?0*" RE_FROM_16 "))"
+// Numbers as they are written; with an exponent as Python does it (from e+16, and e-05 down).
+#define RE_DIGITS "(?:0|[1-9][0-9]*)"
+#define RE_PLAIN RE_DIGITS "(?:\\.[0-9]+)?"
+#define RE_LARGE "[1-9](?:\\.[0-9]{1,16})?[eE]\\+?0*(?:1[6-9]|[2-9][0-9]|[12][0-9]{2}|30[0-7])"
+#define RE_SMALL "[1-9](?:\\.[0-9]+)?[eE]-0*(?:[5-9]|[1-9][0-9]|[12][0-9]{2}|30[0-7])"
+#define RE_NUMBER "-?(?:" RE_PLAIN "(?:[eE][+-]?[0-9]{1,2})?|" RE_LARGE "|" RE_SMALL ")"
+#define RE_INTEGER "-?(?:" RE_DIGITS "(?:\\.0+)?|" RE_LARGE ")"
 
 // Those above a bound, or, with `below`, under it, or equal to it.
 static int schema_above(Schema *s, Text bound, bool below, bool equal) {
-    static const char numbers[] = RE_PLAIN_NUMBER "|" RE_LARGE_NUMBER "|" RE_SMALL_NUMBER;
-    char pattern[6000], *p = pattern;
     bool minus = bound.s[0] == '-';
-    const char *digits = bound.s + minus, *point = memchr(digits, '.', bound.len - minus);
-    int n = (int)strspn(digits, "0123456789"), m = point ? (int)strspn(point + 1, "0123456789") : 0;
-    const char *part = digits + n + 1;  // m digits of a fraction
-    if (n + m > 40 || n + m + minus + (point != NULL) < (int)bound.len)
+    int n = (int)strspn(bound.s + minus, "0123456789"), len = (int)bound.len - minus, all;
+    char b[64];  // digits, a point, and perhaps more of them
+    if (len > 40 || (int)strspn(bound.s + minus, "0123456789.") < len)
         schema_refuse(s, "is not a number of few digits");
-    while (m && part[m - 1] == '0') m--;
-    bool zero = digits[0] == '0' && !m, strict = (below ? !equal : equal) == minus;
-    if (digits[0] == '0' && m && (int)strspn(part, "0") > 3) schema_refuse(s, "is too small");
-    p += sprintf(p, "[1-9][0-9]{%d,}(?:\\.[0-9]+)?", n);
-    if (n < 17) p += sprintf(p, "|" RE_LARGE_NUMBER);
-    if (zero) p += sprintf(p, "|" RE_SMALL_NUMBER);
-    for (int i = 0; i < n; i++)  // the same first i digits, and then a larger one
-        if (digits[i] < '9')
-            p += sprintf(p, "|%.*s[%c-9][0-9]{%d}(?:\\.[0-9]+)?", i, digits, digits[i] + 1,
-                         n - 1 - i);
-    for (int i = 0; i < m; i++)
-        if (part[i] < '9')
-            p += sprintf(p, "|%.*s\\.%.*s[%c-9][0-9]*", n, digits, i, part, part[i] + 1);
-    p += sprintf(p, "|%.*s\\.%.*s[0-9]*[1-9][0-9]*", n, digits, m, part);
-    if (!strict) sprintf(p, m ? "|%.*s\\.%.*s0*" : "|%.*s%.*s(?:\\.0+)?", n, digits, m, part);
-    int size = schema_pattern(s, numbers, true), sign = schema_chars(s, '-', '-');
-    int any = schema_either(s, size, schema_cat(s, sign, size));
-    int all = schema_pattern(s, pattern, true);
+    len = sprintf(b, "%.*s%s", len, bound.s + minus, n < len ? "" : ".");
+    while (b[len - 1] == '0') len--;
+    bool zero = b[0] == '0' && len == 2;
+    if (!zero && !strncmp(b, "0.0000", 6)) schema_refuse(s, "is too small");
+    minus = minus && !zero;
+    bool strict = (below ? !equal : equal) == minus;
+    int plain = schema_pattern(s, RE_PLAIN, true), small = schema_pattern(s, RE_SMALL, true);
+    int large = n > 16 ? NOTHING : schema_pattern(s, RE_LARGE, true);  // else some are below
+    int digit = schema_chars(s, '0', '9'), part = schema_pattern(s, "(?:\\.[0-9]+)?", true);
+    all = schema_cat(s, schema_repeat(s, digit, n, INT_MAX), part);  // with more digits
+    all = schema_cat(s, schema_chars(s, '1', '9'), all);
+    for (int i = 0; i < len; i++) {  // the same first i characters, and then a larger one
+        int left = i < n ? n - 1 - i : 0;
+        int rest = schema_cat(s, schema_repeat(s, digit, left, i < n ? left : INT_MAX),
+                              i < n ? part : EMPTY);
+        if (b[i] != '.' && b[i] < '9')
+            rest = schema_cat(s, schema_chars(s, b[i] + 1, '9'), rest),
+            all = schema_either(s, all, schema_literal(s, (Text){b, (size_t)i}, rest));
+    }
+    Text same = {b, (size_t)len}, whole = {b, (size_t)n};
+    int more = schema_pattern(s, strict ? "[0-9]*[1-9][0-9]*" : "[0-9]*", true);
+    all = schema_either(s, all, schema_literal(s, same, more));
+    if (!strict && len == n + 1) all = schema_either(s, all, schema_literal(s, whole, EMPTY));
+    all = schema_either(s, schema_both(s, all, plain), large);
+    if (zero) all = schema_either(s, all, small);
     if (zero && !strict) all = schema_either(s, all, schema_pattern(s, "-0(?:\\.0+)?", true));
-    if (minus && !zero)
-        all = schema_either(s, size, schema_cat(s, sign, schema_without(s, size, all)));
-    return below ? schema_without(s, any, all) : all;
+    int size = schema_either(s, plain, schema_either(s, large, small));
+    if (minus) all = schema_either(s, size, schema_before(s, '-', schema_without(s, size, all)));
+    size = schema_either(s, size, schema_before(s, '-', size));
+    return below ? schema_without(s, size, all) : all;
 }
 
 // The formats that count.
@@ -4026,48 +4049,41 @@ static int schema_utf8(char *out, int c) {
     for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (c >> 6 * (more - i) & 63));
     return more + 1;
 }
-// Stages of a character: 1 to 3 bytes of UTF-8 to come, behind a backslash, behind \u with 1 to 4
-// hexadecimal digits to come, and in the second of two surrogates.
-enum { ESCAPE = 4, HEX = 5, LOW = 10 };
+// Stages of a character: none, behind a backslash, within UTF-8, within hexadecimal digits, and,
+// where \u has given the first of two surrogates, before \, u and d of the second.
+enum { PLAIN_CHAR, ESCAPE, UTF8, HEX, SECOND };
 // Takes a byte of a string: what it says of the character. False: it does not belong there.
 static bool schema_byte(SchemaChar *x, int b) {
     static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
-    int stage = x->stage, hex = b >= '0' && b <= '9' ? b - '0' : (b | 32) - 'a' + 10, unit = 1;
-    const char *e = b && b < 128 ? strchr(names, b) : NULL;
-    if (stage == 0) {
-        if (b < 32 || (b >= 0x80 && b < 0xc2) || b > 0xf4) return false;
-        x->stage = b == '\\' ? ESCAPE : (b >= 0xc2) + (b >= 0xe0) + (b >= 0xf0);
-        x->low = b == '\\' ? 0 : b < 0x80 ? b : (b & (0x3f >> x->stage)) << 6 * x->stage;
-        unit = b == '\\' ? N_CHARS : 1 << 6 * x->stage;
-    } else if (stage < ESCAPE) {
-        x->low += (b & 63) << 6 * --x->stage;
-        unit = 1 << 6 * x->stage;
-        if (b >> 6 != 2 || x->low >= N_CHARS || (x->low >> 11 == 27 && unit <= 1 << 11)) return false;
-        if (stage > 1 && x->low + unit <= (stage == 2 ? 0x800 : 0x10000)) return false;
-    } else if (stage == ESCAPE) {
-        if (!e && b != 'u') return false;
-        x->stage = e ? 0 : HEX + 4;
-        x->low = e ? meant[e - names] : 0;
-        unit = e ? 1 : 1 << 16;
-    } else if (stage >= LOW && stage < LOW + 3) {  // behind a high surrogate
-        x->stage++;
-        return stage == LOW ? b == '\\' : stage == LOW + 1 ? b == 'u' : (b | 32) == 'd';
-    } else {
-        int digits = stage > LOW ? LOW + 5 - stage : stage - HEX - 1;  // that follow
-        if (stage == LOW + 3) hex -= 12;
-        if (!isxdigit(b) || hex < 0) return false;
-        unit = 1 << 4 * digits;
-        x->low += hex * unit;
-        x->stage = !digits ? 0 : stage > LOW ? stage + 1 : stage - 1;
-        if (stage < LOW && x->low >> 10 == 0xdc00 >> 10 && unit <= 1024) return false;
-        if (stage < LOW && !digits && x->low >> 10 == 0xd800 >> 10) {
-            x->stage = LOW;
-            x->low = 0x10000 + ((x->low & 1023) << 10);
-            unit = 1024;
-        }
+    static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
+    const char *e = b ? strchr(names, b) : NULL;
+    int more = (b >= 0xc0) + (b >= 0xe0) + (b >= 0xf0), stage = x->stage;
+    if (stage == PLAIN_CHAR) {
+        int low = b & (more ? 0x3f >> more : 0x7f);
+        *x = (SchemaChar){more ? UTF8 : PLAIN_CHAR, 6 * more, low << 6 * more, least[more]};
+        if (b == '\\') *x = (SchemaChar){ESCAPE, 21, 0, 0};
+        return b >= 32 && (b < 0x80 || more) && b < 0xf8;
     }
-    x->high = x->low + unit - 1 < N_CHARS ? x->low + unit - 1 : N_CHARS - 1;
-    return true;
+    if (stage == ESCAPE) {
+        *x = e ? (SchemaChar){.low = meant[e - names]} : (SchemaChar){HEX, 16, 0, 0};
+        return e || b == 'u';
+    }
+    if (stage >= SECOND) {
+        x->stage = stage < SECOND + 2 ? stage + 1 : HEX;
+        return stage == SECOND ? b == '\\' : stage == SECOND + 1 ? b == 'u' : (b | 32) == 'd';
+    }
+    int bits = stage == UTF8 ? 6 : x->bits == 10 ? 2 : 4;
+    int digit = b <= '9' ? b - '0' : (b | 32) - 'a' + 10;
+    if (stage == HEX && !isxdigit(b)) return false;
+    digit = stage == UTF8 ? b ^ 0x80 : x->bits == 10 ? digit - 12 : digit;
+    if (digit < 0 || digit >> bits) return false;
+    x->bits -= bits;
+    x->low |= digit << x->bits;
+    if (x->bits) return true;
+    int half = stage == HEX ? x->low >> 10 : 0;  // of two surrogates: 0xd800 >> 10, the first
+    *x = half == 54 ? (SchemaChar){SECOND, 10, 0x10000 + ((x->low & 1023) << 10), 0}
+                    : (SchemaChar){PLAIN_CHAR, 0, x->low, x->least};
+    return half == 54 || (x->low >= x->least && x->low < N_CHARS && x->low >> 11 != 27);
 }
 static const char schema_no_json[] = "is no JSON";
 static Text schema_string(Schema *s) {  // decoded in place
@@ -4075,6 +4091,7 @@ static Text schema_string(Schema *s) {  // decoded in place
     char *start = ++s->at, *end = start;
     for (; *s->at != '"' || c.stage; s->at++) {
         if (!schema_byte(&c, (uint8_t)*s->at)) schema_refuse(s, schema_no_json);
+        if (!c.stage && !c.low) schema_refuse(s, "has a zero in a string");
         if (!c.stage) end += schema_utf8(end, c.low);
     }
     s->at++;
@@ -4115,7 +4132,8 @@ static int schema_value(Schema *s, Text key) {
         s->at += strspn(s->at, "+-.0123456789aeflnrstuE");
         value.text = (Text){start, (size_t)(s->at - start)};
         if (type == '-' || (type >= '0' && type <= '9')) value.type = '0';
-        if (!schema_accepts(s, s->scalars, value.text)) schema_refuse(s, schema_no_json);
+        if (!schema_accepts(s, s->text, schema_literal(s, value.text, EMPTY)))
+            schema_refuse(s, schema_no_json);
     }
     s->depth--;
     s->values[v] = value;
@@ -4127,7 +4145,7 @@ static bool text_is(Text text, const char *name) {
 }
 static int schema_child(const Schema *s, int v, Text name) {  // the last with a name, or 0
     int found = 0;
-    for (int w = s->values[v].first; w; w = s->values[w].next)
+    for (int w = s->values[v].type == '{' ? s->values[v].first : 0; w; w = s->values[w].next)
         if (text_same(s->values[w].key, name)) found = w;
     return found;
 }
@@ -4149,268 +4167,240 @@ static int schema_count(Schema *s, int v, const char *name, int none) {
     return n < INT_MAX / 4 ? (int)n : INT_MAX;
 }
 
-// ---- Schemas. What two expressions of values both allow. A value ends where its own text says so:
-// two lists of values are met one by one.
+// ---- Schemas. What fits one that is within another, or is a constant.
 static int schema_of(Schema *s, int list) { return schema_node(s, SCHEMA, list, 0, 0, 0); }
-static int schema_object(Schema *s, int list) {  // the members of one that all in a list allow
-    return schema_node(s, MEMBERS, list, NOTHING, 0, FIRST);
-}
-static int schema_meet(Schema *s, int x, int y) {
-    SchemaNode a = s->nodes[x], b = s->nodes[y];
-    int head = x, rest_x = EMPTY, rest_y = EMPTY;
-    if (x == y) return x;
-    if (a.op == ALT) return schema_either(s, schema_meet(s, a.a, y), schema_meet(s, a.b, y));
-    if (b.op == ALT) return schema_meet(s, y, x);
-    if (a.op == CAT) head = a.a, rest_x = a.b, a = s->nodes[a.a];
-    if (b.op == CAT) rest_y = b.b, b = s->nodes[b.a];
-    if (b.op == REPEAT && a.op != REPEAT) return schema_meet(s, y, x);
-    if (a.op == REPEAT && b.op != REPEAT) {
-        int more = schema_cat(s, a.a, schema_cat(s, schema_rest(s, a), rest_x));
-        return schema_meet(s, a.b ? more : schema_either(s, rest_x, more), y);
-    }
-    if (a.op != b.op || (a.op == CHARS && a.a != b.a)) return NOTHING;
-    if (a.op == SCALAR || a.op == STRING)
-        head = schema_content(s, a.op, schema_join(s, AND, a.a, b.a));
-    if (a.op == SCHEMA) head = schema_of(s, schema_list(s, a.a, b.a));
-    if (a.op == MEMBERS) head = schema_object(s, schema_list(s, a.a, b.a));
-    if (a.op == REPEAT)
-        head = schema_repeat(s, schema_meet(s, a.a, b.a), a.b > b.b ? a.b : b.b,
-                             a.c < b.c ? a.c : b.c);
-    return schema_cat(s, head, schema_meet(s, rest_x, rest_y));
-}
-
-// Adds what a schema within a schema allows to a list. False: it allows nothing.
-static bool schema_add(Schema *s, int v, int *list) {
-    SchemaValue value = s->values[v];
+static int schema_sub(Schema *s, int v, bool constant) {
+    int type = s->values[v].type;
     s->place = v;
-    if (!value.constant && !strchr("tf{", value.type)) schema_refuse(s, "is malformed");
-    if (!value.constant && value.type == 'f') return false;
-    if (value.constant || value.type == '{')
-        *list = schema_list(s, *list, schema_node(s, SET, v, 0, 0, 0));
-    return true;
-}
-static int schema_sub(Schema *s, int v) {
-    int list = 0;
-    return schema_add(s, v, &list) ? schema_of(s, list) : NOTHING;
+    s->values[v].constant |= constant;
+    if (constant || type == '{') return schema_of(s, schema_add(s, 0, v));
+    if (type != 't' && type != 'f') schema_refuse(s, "is malformed");
+    return type == 't' ? schema_of(s, 0) : NOTHING;
 }
 static int schema_target(Schema *s, int ref) {  // of $ref
     Text text = s->values[ref].text;
     int v = 1;
-    if (!text.len || *text.s != '#') schema_refuse(s, "leads out of this schema");
+    if (*text.s != '#' || strpbrk(text.s, "~%")) schema_refuse(s, "leads out of this schema");
     for (const char *p = text.s + 1, *end = text.s + text.len; p < end;) {
         Text name = {p + 1, strcspn(p + 1, "/")};
         v = *p == '/' ? schema_child(s, v, name) : 0;
         if (!v) schema_refuse(s, "leads nowhere");
         p = name.s + name.len;
     }
-    return schema_sub(s, v);
+    return schema_sub(s, v, false);
 }
 
-// Objects. A keyword's value; a constant has none but its members, which must all be there.
-static int schema_rule(Schema *s, int v, const char *name, const char *types) {
+// ---- Arrays and objects: their rules.
+static int schema_rule(Schema *s, int list, int names, int sub, int min, int max) {
+    return schema_add(s, list, schema_node(s, RULE, names, sub, min, max));
+}
+static int schema_items(Schema *s, int v) {
     bool own = s->values[v].constant;
-    return own ? strcmp(name, "properties") ? 0 : v : schema_get(s, v, name, types);
-}
-// How many members all schemas in a list ask for at least, or allow at most.
-static int schema_bound(Schema *s, int list, const char *name, int bound) {
-    for (int n, none = bound; list; list = s->nodes[list].b) {
-        if (!schema_rule(s, s->nodes[list].a, name, "0")) continue;
-        n = schema_count(s, s->nodes[list].a, name, none);
-        if (none ? n < bound : n > bound) bound = n;
+    int items = own ? 0 : schema_get(s, v, "items", "tf{["), n = 0, list = 0;
+    int w = own ? s->values[v].first : s->old ? 0 : schema_first(s, v, "prefixItems", "[");
+    if (items && s->values[items].type == '[') {
+        w = s->values[items].first;
+        items = schema_get(s, v, "additionalItems", "tf{");
     }
-    return bound;
+    for (; w; w = s->values[w].next, n++)
+        list = schema_rule(s, list, schema_chars(s, n, n), schema_sub(s, w, own), 0, 1);
+    if (items)
+        list = schema_rule(s, list, schema_chars(s, n, INT_MAX), schema_sub(s, items, false), 0, 1);
+    int min = own ? n : schema_count(s, v, "minItems", 0);
+    int max = own ? n : schema_count(s, v, "maxItems", INT_MAX);
+    return schema_rule(s, list, ANYTHING, schema_of(s, 0), min, max);
 }
-// What they allow as the value of a member.
-static int schema_member(Schema *s, int list, Text key) {
+static int schema_members(Schema *s, int v) {
+    bool own = s->values[v].constant;
+    int others = ANYTHING, other = 0, list = 0, names, w = own ? v : 0;
+    if (!own) w = schema_get(s, v, "properties", "{");
+    for (w = w ? s->values[w].first : 0; w; w = s->values[w].next) {
+        names = schema_literal(s, s->values[w].key, EMPTY);
+        others = schema_without(s, others, names);
+        list = schema_rule(s, list, names, schema_sub(s, w, own), own, 1);
+    }
+    if (own) return schema_rule(s, list, others, NOTHING, 0, INT_MAX);
+    for (w = schema_first(s, v, "patternProperties", "{"); w; w = s->values[w].next) {
+        s->place = w;
+        names = schema_pattern(s, s->values[w].key.s, false);
+        others = schema_without(s, others, names);
+        list = schema_rule(s, list, names, schema_sub(s, w, false), 0, INT_MAX);
+    }
+    other = schema_get(s, v, "additionalProperties", "tf{");
+    if (other) list = schema_rule(s, list, others, schema_sub(s, other, false), 0, INT_MAX);
+    for (w = schema_first(s, v, "required", "[tf"); w; w = s->values[w].next) {
+        if (s->values[w].type != '"') schema_refuse(s, "is malformed");
+        names = schema_literal(s, s->values[w].text, EMPTY);
+        list = schema_rule(s, list, names, schema_of(s, 0), 1, 1);
+    }
+    int min = schema_count(s, v, "minProperties", 0);
+    int max = schema_count(s, v, "maxProperties", INT_MAX);
+    return schema_rule(s, list, ANYTHING, schema_of(s, 0), min, max);
+}
+static SchemaNode schema_first_rule(const Schema *s, int list) {
+    return s->nodes[s->nodes[list].a];
+}
+static SchemaBounds schema_bounds(const Schema *s, int list) {
+    SchemaBounds b = {0, INT_MAX, 0};
+    for (; list; list = s->nodes[list].b) {
+        SchemaNode r = schema_first_rule(s, list), names = s->nodes[r.a];
+        if (r.a == ANYTHING && r.c > b.min) b.min = r.c;
+        if (r.a == ANYTHING && r.d < b.max) b.max = r.d;
+        if (names.op == CHARS && names.a > b.last) b.last = names.a;
+    }
+    return b;
+}
+// What all rules allow as the value of a member.
+static int schema_member(Schema *s, int list, int name) {
     int all = 0;
     for (; list; list = s->nodes[list].b) {
-        int v = s->nodes[list].a, own = schema_rule(s, v, "properties", "{");
-        int w = own ? schema_child(s, own, key) : 0;
-        int other = schema_rule(s, v, "additionalProperties", "tf{");
-        int pattern = schema_rule(s, v, "patternProperties", "{");
-        bool found = w, fits = w ? schema_add(s, w, &all) : !s->values[v].constant;
-        for (w = pattern ? s->values[pattern].first : 0; w; w = s->values[w].next) {
-            s->place = w;
-            if (!schema_accepts(s, schema_pattern(s, s->values[w].key.s, false), key)) continue;
-            found = true;
-            fits = fits && schema_add(s, w, &all);
-        }
-        if (!found && other) fits = fits && schema_add(s, other, &all);
-        if (!fits) return NOTHING;
+        SchemaNode r = schema_first_rule(s, list);
+        if (!schema_accepts(s, r.a, name)) continue;
+        if (r.b == NOTHING) return NOTHING;
+        all = schema_list(s, all, s->nodes[r.b].a);
     }
     return schema_of(s, all);
 }
-// The names of members that must still come, and, if it is asked for, whether these can fit.
-static int schema_missing(Schema *s, SchemaNode n, bool *live) {
+// The names of members that must still come, their number, and, if asked for, whether all can.
+static int schema_missing(Schema *s, SchemaNode n, int *count, bool *live) {
     int all = NOTHING;
+    *count = 0;
     for (int list = n.a; list; list = s->nodes[list].b) {
-        int v = s->nodes[list].a, constant = s->values[v].constant;
-        int w = constant ? s->values[v].first : schema_first(s, v, "required", "[tf");
-        for (; w; w = s->values[w].next) {
-            Text name = constant ? s->values[w].key : s->values[w].text;
-            if (!constant && s->values[w].type != '"') schema_refuse(s, "is malformed");
-            if (schema_accepts(s, n.b, name)) continue;
-            all = schema_either(s, all, schema_literal(s, name));
-            if (live) *live = *live && schema_visit(s, schema_member(s, n.a, name));
-        }
-    }
-    return all;
-}
-static int schema_length(const Schema *s, int id) {  // of a union of names
-    return s->nodes[id].op == ALT ? 1 + schema_length(s, s->nodes[id].b) : id != NOTHING;
-}
-// The names that one of the schemas in the list of an object allows.
-static int schema_own_names(Schema *s, int v, int list) {
-    int own = schema_rule(s, v, "properties", "{"), all = ANYTHING;
-    int patterns = schema_rule(s, v, "patternProperties", "{");
-    int other = schema_rule(s, v, "additionalProperties", "tf{");
-    if (s->values[v].constant || (other && !schema_alive(s, schema_sub(s, other)))) all = NOTHING;
-    for (int w = patterns ? s->values[patterns].first : 0; w; w = s->values[w].next) {
-        int names = schema_pattern(s, s->values[w].key.s, false);
-        bool live = schema_alive(s, schema_sub(s, w));
-        all = live ? schema_either(s, all, names) : schema_without(s, all, names);
-    }
-    for (int w = own ? s->values[own].first : 0; w; w = s->values[w].next) {
-        int name = schema_literal(s, s->values[w].key);
-        bool live = schema_alive(s, schema_member(s, list, s->values[w].key));
-        all = live ? schema_either(s, all, name) : schema_without(s, all, name);
+        SchemaNode r = schema_first_rule(s, list);
+        if (!r.c || r.a == ANYTHING || schema_accepts(s, n.b, r.a)) continue;
+        int more = schema_either(s, all, r.a);
+        *count += more != all;
+        all = more;
+        if (live) *live = *live && schema_alive(s, schema_member(s, n.a, r.a));
     }
     return all;
 }
 // The names that the next member of an object can have.
 static int schema_names(Schema *s, SchemaNode n) {
-    int memo = schema_node(s, DERIVED, n.a, -2, 0, 0), all = s->nodes[memo].value;
-    int missing = schema_missing(s, n, NULL);
+    int memo = schema_node(s, DERIVED, n.a, -2, 0, 0), all = s->nodes[memo].value, count;
+    int missing = schema_missing(s, n, &count, NULL), left = schema_bounds(s, n.a).max - n.c;
     if (all < 0) {
         all = ANYTHING;
-        for (int list = n.a; list; list = s->nodes[list].b)
-            all = schema_join(s, AND, all, schema_own_names(s, s->nodes[list].a, n.a));
-        s->nodes[memo].value = all;
+        for (int list = n.a; list; list = s->nodes[list].b) {
+            SchemaNode r = schema_first_rule(s, list);
+            bool one = r.d == 1 && r.a != ANYTHING;
+            if (!schema_alive(s, one ? schema_member(s, n.a, r.a) : r.b))
+                all = schema_without(s, all, r.a);
+        }
+        if (!s->visited.n) s->nodes[memo].value = all;  // else it may depend on what is not known
     }
-    int left = schema_bound(s, n.a, "maxProperties", INT_MAX) - n.c;
-    return left <= schema_length(s, missing) ? missing : schema_without(s, all, n.b);
+    return left <= count ? missing : schema_without(s, all, n.b);
 }
 static bool schema_members_live(Schema *s, SchemaNode n) {
-    bool live = true;
-    int missing = schema_length(s, schema_missing(s, n, &live));
-    int most = schema_bound(s, n.a, "maxProperties", INT_MAX) - n.c;
-    bool more = n.d == NEXT || n.c < schema_bound(s, n.a, "minProperties", 0);
-    if (more && n.d != FIRST) live = live && schema_alive(s, schema_names(s, n));
-    return live && missing <= most && (!more || most > 0);
+    SchemaBounds b = schema_bounds(s, n.a);
+    bool live = b.min <= b.max, more = n.d == NEXT || n.c < b.min;
+    int missing, end = n.c + 1 < b.min ? b.min : n.c + 1;
+    schema_missing(s, n, &missing, &live);
+    if (n.d == LAST) return live && !more && !missing;
+    if (more && n.op == MEMBERS) live = live && schema_visit(s, schema_names(s, n));
+    for (int i = n.c; more && n.op == ITEMS && live && i < end && (i <= b.last || i == n.c); i++)
+        live = schema_visit(s, schema_member(s, n.a, schema_chars(s, i, i)));
+    return live && missing <= b.max - n.c && (!more || n.c < b.max);
 }
-// The derivative of the members of an object, or of what follows a quote within it.
-static int schema_derive_object(Schema *s, SchemaNode n, int id, int c) {
-    if (n.op == KEY && c != QUOTE) {
-        int rest = schema_derive(s, n.a, c);
-        return rest == NOTHING ? NOTHING : schema_node(s, KEY, rest, n.b, 0, 0);
+static int schema_filled(Schema *s, SchemaNode n, int seen) {  // with one more member
+    SchemaBounds b = schema_bounds(s, n.a);
+    int most = b.max < INT_MAX ? b.max : b.min;  // from there on the number does not matter
+    if (n.op == ITEMS && b.max == INT_MAX && most <= b.last) most = b.last + 1;
+    return schema_node(s, n.op, n.a, seen, n.c < most ? n.c + 1 : most, FILLED);
+}
+static int schema_derive_members(Schema *s, SchemaNode n, int id, int c) {
+    bool array = n.op == ITEMS, lines = s->indent;
+    int missing, to = OPEN;
+    if (n.d != OPEN && c == (array ? ']' : '}')) {
+        bool end = n.d == FIRST || n.d == (lines ? LAST : FILLED);
+        end = end && n.c >= schema_bounds(s, n.a).min;
+        return end && schema_missing(s, n, &missing, NULL) == NOTHING ? EMPTY : NOTHING;
     }
-    SchemaNode m = n.op == KEY ? s->nodes[n.b] : n;
-    int min = schema_bound(s, m.a, "minProperties", 0);
-    int max = schema_bound(s, m.a, "maxProperties", INT_MAX), most = max < INT_MAX ? max : min;
-    if (n.op == KEY) {
-        int seen = schema_either(s, m.b, schema_literal(s, s->key));
-        int value = schema_member(s, m.a, s->key), count = m.c < most ? m.c + 1 : most;
-        if (!s->nodes[n.a].accepts || value == NOTHING) return NOTHING;
-        int rest = schema_node(s, MEMBERS, m.a, seen, count, FILLED);
-        return schema_before(s, ':', schema_cat(s, value, rest));
+    if (n.d == NEXT || (n.d == FIRST && !lines)) {
+        if (!array) return c == QUOTE ? schema_node(s, KEY, schema_names(s, n), id, 0, 0) : NOTHING;
+        int item = schema_member(s, n.a, schema_chars(s, n.c, n.c));
+        return schema_derive(s, schema_cat(s, item, schema_filled(s, n, NOTHING)), c);
     }
-    if (c == '}' && n.d != NEXT && n.c >= min)
-        return schema_missing(s, n, NULL) == NOTHING ? EMPTY : NOTHING;
-    if (n.c >= max) return NOTHING;
-    if (c == ',' && n.d == FILLED) return schema_node(s, MEMBERS, n.a, n.b, n.c, NEXT);
-    return c == QUOTE && n.d != FILLED ? schema_node(s, KEY, schema_names(s, n), id, 0, 0) : NOTHING;
+    if (n.d == OPEN && c == (array ? '[' : '{')) to = FIRST;
+    if (n.d == FIRST && c == '\n') to = NEXT;
+    if (n.d == FILLED && c == '\n' && lines) to = LAST;
+    if (n.d == FILLED && c == ',') to = NEXT;
+    int next = schema_node(s, n.op, n.a, n.b, n.c, to);
+    if (to && c == ',') next = schema_before(s, lines ? '\n' : ' ', next);
+    return to ? next : NOTHING;
+}
+static int schema_named(Schema *s, SchemaNode key) {  // what follows the name of a member
+    SchemaNode n = s->nodes[key.b];
+    int name = schema_literal(s, s->key, EMPTY), value = schema_member(s, n.a, name);
+    int rest = schema_cat(s, value, schema_filled(s, n, schema_either(s, n.b, name)));
+    if (!s->nodes[key.a].accepts) return NOTHING;
+    return schema_before(s, ':', schema_before(s, ' ', rest));
 }
 
-// Arrays, from behind the bracket on: prefixes, and then the same again and again.
-static int schema_items(Schema *s, int v) {
-    int min = schema_count(s, v, "minItems", 0), max = schema_count(s, v, "maxItems", INT_MAX);
-    int items = schema_get(s, v, "items", "tf{["), n = 0, end = schema_chars(s, ']', ']');
-    int w = schema_first(s, v, "prefixItems", "[");
-    if (items && s->values[items].type == '[') {
-        w = s->values[items].first;
-        items = schema_get(s, v, "additionalItems", "tf{");
-    }
-    Ids prefix = {0};
-    for (; w; w = s->values[w].next, n++) push(&prefix, schema_sub(s, w));
-    int one = items ? schema_sub(s, items) : schema_of(s, 0);
-    if (!n && max) push(&prefix, one), n = 1;  // before the first there is no comma
-    int all = schema_repeat(s, schema_before(s, ',', one), min > n ? min - n : 0,
-                            max < INT_MAX ? max - n : max);
-    for (all = schema_cat(s, all, end); n--;) {
-        all = schema_cat(s, prefix.ids[n], all);
-        if (n) all = schema_before(s, ',', all);
-        if (n >= max) all = NOTHING;
-        if (n >= min) all = schema_either(s, end, all);
-    }
-    free(prefix.ids);
-    return all;
+// ---- Values: a union of a TEXT, ITEMS and MEMBERS. What two such both allow.
+static int schema_open_list(Schema *s, int op, int list) {
+    return schema_node(s, op, list, NOTHING, 0, OPEN);
 }
-static int schema_scalar(Schema *s, int v, bool integer) {
+static int schema_meet(Schema *s, int x, int y) {
+    SchemaNode a = s->nodes[x], b = s->nodes[y];
+    if (a.op == ALT) return schema_either(s, schema_meet(s, a.a, y), schema_meet(s, a.b, y));
+    if (b.op == ALT) return schema_meet(s, y, x);
+    if (a.op != b.op || x == NOTHING) return NOTHING;
+    if (a.op != TEXT) return schema_open_list(s, a.op, schema_list(s, a.a, b.a));
+    if (a.a == s->text || b.a == s->text) return a.a == s->text ? y : x;
+    return schema_text(s, schema_both(s, a.a, b.a));
+}
+static int schema_quoted(Schema *s, int content) {
+    return schema_before(s, QUOTE, schema_cat(s, content, schema_chars(s, QUOTE, QUOTE)));
+}
+static int schema_number(Schema *s, int v, bool integer) {
     static const char *const names[] = {"minimum", "maximum", "exclusiveMinimum",
                                         "exclusiveMaximum"};
-    int all = integer ? s->integer : s->number;
+    const char *pattern = !integer ? RE_NUMBER : s->oldest ? "-?" RE_DIGITS : RE_INTEGER;
+    int all = schema_pattern(s, pattern, true);
     for (int i = 0; i < 4; i++) {
         int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : 0;
         int w = schema_get(s, v, names[i], i < 2 ? "0" : "0tf");
         bool equal = i < 2 && !(strict && s->values[strict].type == 't');
         if (w && s->values[w].type == '0')
-            all = schema_join(s, AND, all, schema_above(s, s->values[w].text, i & 1, equal));
+            all = schema_both(s, all, schema_above(s, s->values[w].text, i & 1, equal));
     }
     return all;
 }
-static int schema_text(Schema *s, int v) {
+static int schema_string_text(Schema *s, int v) {
     int min = schema_count(s, v, "minLength", 0), max = schema_count(s, v, "maxLength", INT_MAX);
     int all = schema_repeat(s, schema_chars(s, 0, N_CHARS - 1), min, max);
     int w = schema_get(s, v, "pattern", "\"");
-    if (w) all = schema_join(s, AND, all, schema_pattern(s, s->values[w].text.s, false));
+    if (w) all = schema_both(s, all, schema_pattern(s, s->values[w].text.s, false));
     w = schema_get(s, v, "format", "\"");
     for (size_t i = 0; w && i < sizeof schema_formats / sizeof *schema_formats; i++)
         if (text_is(s->values[w].text, schema_formats[i].name))
-            all = schema_join(s, AND, all, schema_pattern(s, schema_formats[i].pattern, true));
-    return all;
+            all = schema_both(s, all, schema_pattern(s, schema_formats[i].pattern, true));
+    return schema_quoted(s, all);
 }
-// A value of some kinds: a scalar, a string, a [ or {, and what follows it.
-static int schema_kinds(Schema *s, int scalar, int string, int array, int object) {
-    int text = schema_before(s, QUOTE, schema_content(s, STRING, string));
-    int all = schema_either(s, schema_content(s, SCALAR, scalar), text);
-    all = schema_either(s, all, schema_before(s, '[', array));
-    return schema_either(s, all, schema_before(s, '{', object));
-}
-// What fits a constant, or one of several values from w on.
-static int schema_constants(Schema *s, int w, bool several) {
-    int scalar = NOTHING, string = NOTHING, all = NOTHING;
-    for (; w; w = several ? s->values[w].next : 0) {
-        SchemaValue v = s->values[w];
-        s->place = w;
-        s->values[w].constant = true;
-        int array = schema_chars(s, ']', ']'), object = NOTHING;
-        Ids items = {0};
-        for (int i = v.first; i; i = s->values[i].next) {
-            s->values[i].constant = true;
-            push(&items, schema_sub(s, i));
-        }
-        for (size_t i = items.n; i--;) {
-            array = schema_cat(s, items.ids[i], array);
-            if (i) array = schema_before(s, ',', array);
-        }
-        free(items.ids);
-        if (v.type == '{') object = schema_object(s, schema_node(s, SET, w, 0, 0, 0));
-        if (v.type == '"') string = schema_either(s, string, schema_literal(s, v.text));
-        else if (v.type == '0')
-            scalar = schema_either(s, scalar, schema_join(s, AND,
-                schema_above(s, v.text, false, true), schema_above(s, v.text, true, true)));
-        else if (!object && v.type != '[')
-            scalar = schema_either(s, scalar, schema_literal(s, v.text));
-        all = schema_either(s, all, schema_kinds(s, NOTHING, NOTHING,
-                                                 v.type == '[' ? array : NOTHING, object));
+// What fits a constant, or one of several values from v on.
+static int schema_constants(Schema *s, int v, bool several) {
+    int text = NOTHING, all = NOTHING;
+    for (; v; v = several ? s->values[v].next : 0) {
+        SchemaValue value = s->values[v];
+        int one = NOTHING;
+        s->place = v;
+        s->values[v].constant = true;
+        if (value.type == '[') all = schema_either(s, all, schema_open_list(s, ITEMS, schema_items(s, v)));
+        else if (value.type == '{') all = schema_either(s, all, schema_open_list(s, MEMBERS, schema_members(s, v)));
+        else if (value.type == '"') one = schema_quoted(s, schema_literal(s, value.text, EMPTY));
+        else if (value.type != '0') one = schema_literal(s, value.text, EMPTY);
+        else one = schema_both(s, schema_above(s, value.text, false, true),
+                               schema_above(s, value.text, true, true));
+        text = schema_either(s, text, one);
     }
-    return schema_either(s, all, schema_kinds(s, scalar, string, NOTHING, NOTHING));
+    return schema_either(s, all, schema_text(s, text));
 }
 // What the keywords of a schema say of its own type and value.
 static int schema_typed(Schema *s, int v) {
     static const char types[][8] = {"null", "boolean", "integer", "number", "string", "array",
                                     "object"};
-    int type = schema_get(s, v, "type", "\"["), set = type ? 0 : 127, scalar = NOTHING;
+    int type = schema_get(s, v, "type", "\"["), set = type ? 0 : 127, text = NOTHING;
     bool list = type && s->values[type].type == '[';
     for (int w = list ? s->values[type].first : type; w; w = list ? s->values[w].next : 0) {
         int i = 0;
@@ -4418,12 +4408,13 @@ static int schema_typed(Schema *s, int v) {
         if (i == 7) schema_refuse(s, "is malformed");
         set |= 1 << i;
     }
-    if (set & 1) scalar = schema_pattern(s, "null", true);
-    if (set & 2) scalar = schema_either(s, scalar, schema_pattern(s, "true|false", true));
-    if (set & 12) scalar = schema_either(s, scalar, schema_scalar(s, v, !(set & 8)));
-    int all = schema_kinds(s, scalar, set & 16 ? schema_text(s, v) : NOTHING,
-                           set & 32 ? schema_items(s, v) : NOTHING,
-                           set & 64 ? schema_object(s, schema_node(s, SET, v, 0, 0, 0)) : NOTHING);
+    if (set & 1) text = schema_pattern(s, "null", true);
+    if (set & 2) text = schema_either(s, text, schema_pattern(s, "true|false", true));
+    if (set & 12) text = schema_either(s, text, schema_number(s, v, !(set & 8)));
+    if (set & 16) text = schema_either(s, text, schema_string_text(s, v));
+    int all = schema_text(s, text);
+    if (set & 32) all = schema_either(s, all, schema_open_list(s, ITEMS, schema_items(s, v)));
+    if (set & 64) all = schema_either(s, all, schema_open_list(s, MEMBERS, schema_members(s, v)));
     int values = schema_get(s, v, "enum", "["), constant = schema_get(s, v, "const", "\"0tfn[{");
     if (values) all = schema_meet(s, all, schema_constants(s, s->values[values].first, true));
     return constant ? schema_meet(s, all, schema_constants(s, constant, false)) : all;
@@ -4450,7 +4441,7 @@ static int schema_keywords(Schema *s, int v) {
         int list = schema_get(s, v, lists[i], "["), some = NOTHING;
         if (list && !s->values[list].first) schema_refuse(s, "is malformed");
         for (int w = list ? s->values[list].first : 0; w; w = s->values[w].next) {
-            int one = schema_allowed(s, schema_sub(s, w));
+            int one = schema_allowed(s, schema_sub(s, w, false));
             if (i == 0) all = schema_meet(s, all, one);
             if (i == 2) push(&s->apart, list), push(&s->apart, some), push(&s->apart, one);
             some = schema_either(s, some, one);
@@ -4468,67 +4459,49 @@ static int schema_allowed(Schema *s, int id) {
     schema_deeper(s);
     int list = s->nodes[id].a, next = list ? s->nodes[list].b : 0;
     if (!next) all = schema_keywords(s, list ? s->nodes[list].a : 0);
-    else all = schema_meet(s, schema_allowed(s, schema_of(s, next)), schema_allowed(s,
-                    schema_of(s, schema_node(s, SET, s->nodes[list].a, 0, 0, 0))));
+    else all = schema_meet(s, schema_allowed(s, schema_of(s, next)),
+                           schema_allowed(s, schema_of(s, schema_add(s, 0, s->nodes[list].a))));
     s->depth--;
     return s->nodes[memo].value = all;
 }
 
-// ---- A text in progress. Whether one of some bytes may come next, or a character from low to high.
-static bool schema_goes_on(const SchemaText *x, const char *bytes) {
-    bool fits = false;
-    for (; *bytes && !fits; bytes++)
-        fits = schema_alive(x->s, schema_derive(x->s, x->state, *bytes == '"' ? QUOTE : *bytes));
-    return fits;
-}
+// ---- A text in progress. Whether a character from low to high may come next.
 static bool schema_some(Schema *s, int state, int low, int high) {
     bool fits = false;
     for (int c = low; c <= high && !fits; c = schema_edge(s, state, c))
         fits = schema_alive(s, schema_derive(s, state, c));
     return fits;
 }
-// White space: a space after a colon and a comma; with --indent line breaks after commas and opening
-// brackets and before closing ones. Returns 0 or 1 if the byte was one, right or wrong, else -1.
-static int schema_white(SchemaText *x, uint8_t byte) {
-    bool open = byte == '[' || byte == '{', close = byte == ']' || byte == '}', line = x->line;
-    if (line || x->gap) {
-        x->line = false, x->gap -= !line;
-        return byte == (line ? '\n' : ' ');
-    }
-    if (x->string) return -1;
-    x->line = x->s->indent && byte == ',';
-    x->gap = x->line ? x->s->indent * x->depth : byte == ',' || byte == ':';
-    if (!x->s->indent) return -1;
-    if (byte == '\n' && !x->closing) {
-        x->closing = !x->opened, x->opened = false;
-        x->gap = x->s->indent * (x->depth - x->closing);
-        return schema_goes_on(x, x->closing ? "]}" : "\"[{-0123456789tfn");
-    }
-    if (close != (x->closing || (close && x->opened)) || (x->opened && !close)) return 0;
-    x->closing = false, x->opened = open, x->depth += open - close;
-    return -1;
-}
 // Takes the next byte of the text. False: no text that fits goes on so.
 static bool schema_step(SchemaText *x, uint8_t byte) {
-    static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
     Schema *s = x->s;
-    int white = schema_white(x, byte), state = x->state;
-    bool quote = byte == '"' && !x->c.stage, within = x->string && !quote;
-    if (white >= 0) return white;
-    s->key = (Text){x->memory + x->start, (size_t)(x->end - x->start)};
-    if (!x->string) x->start = x->end;
+    SchemaChar *c = &x->c;
+    bool quote = byte == '"' && !c->stage, within = x->string && !quote;
+    if (x->gap) {
+        x->gap--;
+        return byte == ' ';
+    }
+    if (!x->string) {  // the lines that --indent wants
+        bool open = byte == '[' || byte == '{', close = byte == ']' || byte == '}';
+        if (byte == '\n') x->gap = s->indent * (x->depth - !x->inner);
+        x->depth += open - close;
+        x->inner = open || byte == ',';
+        x->start = x->end;
+    }
     x->string ^= quote;
-    if (!within) x->c.low = x->c.high = quote ? QUOTE : byte;
-    else if (!schema_byte(&x->c, byte)) return false;
-    if (within && !x->c.stage) x->end += schema_utf8(x->memory + x->end, x->c.low);
-    if (!x->c.stage) return schema_alive(s, x->state = schema_derive(s, state, x->c.low));
-    int low = x->c.low, high = x->c.high, stage = x->c.stage;
-    if (stage < ESCAPE && low < least[stage]) low = least[stage];
-    if (schema_some(s, state, low, high < 0xd7ff ? high : 0xd7ff)) return true;
-    if (schema_some(s, state, low > 0xe000 ? low : 0xe000, high)) return true;
-    if (stage <= HEX || stage >= LOW) return false;
-    low = low > 0xd800 ? low : 0xd800, high = high < 0xdbff ? high : 0xdbff;  // one of two
-    return schema_some(s, state, 0x10000 + (low - 0xd800) * 1024, 0x103ff + (high - 0xd800) * 1024);
+    s->key = (Text){x->memory + x->start, (size_t)(x->end - x->start)};
+    if (!within) c->low = quote ? QUOTE : byte;
+    else if (!schema_byte(c, byte)) return false;
+    if (within && !c->stage) x->end += schema_utf8(x->memory + x->end, c->low);
+    if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
+    int low = c->low > c->least ? c->low : c->least, high = c->low + (1 << c->bits) - 1;
+    if (high >= N_CHARS) high = N_CHARS - 1;
+    if (schema_some(s, x->state, low, high < 0xd7ff ? high : 0xd7ff)) return true;
+    if (schema_some(s, x->state, low > 0xe000 ? low : 0xe000, high)) return true;
+    if (low < 0xd800) low = 0xd800;  // of the first of two surrogates
+    if (high > 0xdbff) high = 0xdbff;
+    return c->stage == HEX && low <= high &&
+           schema_some(s, x->state, 0x10000 + (low - 0xd800) * 1024, 0x103ff + (high - 0xd800) * 1024);
 }
 static bool schema_complete(const SchemaText *x) { return x->s->nodes[x->state].accepts; }
 static void schema_reserve(SchemaText *x, size_t bytes) {  // for a token; a string is forgotten
@@ -4544,29 +4517,27 @@ static bool schema_take(SchemaText *x, Text text) {
         if (!schema_step(x, (uint8_t)text.s[i])) return true;
     return schema_complete(x) && !schema_some(x->s, x->state, 0, N_CHARS - 1);
 }
-static SchemaText *schema_begin(Schema *s) {
-    SchemaText *x = zeros(1, sizeof *x);
-    *x = (SchemaText){.s = s, .state = s->root};
-    schema_reserve(x, 4);
-    return x;
-}
-// Ends it. False: it is not complete.
-static bool schema_end(SchemaText **x) {
+// Ends a text, if there is one, and begins another, unless s is NULL. False: it was not complete.
+static bool schema_turn(SchemaText **x, Schema *s) {
     bool whole = !*x || schema_complete(*x);
     if (*x) free((*x)->memory);
     free(*x);
-    *x = NULL;
+    *x = s ? zeros(1, sizeof **x) : NULL;
+    if (!s) return whole;
+    **x = (SchemaText){.s = s, .state = s->root};
+    schema_reserve(*x, 4);
     return whole;
 }
 // Ends the program if a document does not fit. (A line break may follow it.)
 static void schema_check(Schema *s, Text text, const char *name) {
-    SchemaText *x = schema_begin(s);
+    SchemaText *x = NULL;
     size_t n = 0, end = text.len - (text.len && text.s[text.len - 1] == '\n');
+    schema_turn(&x, s);
     for (; n < end; n++) {
         schema_reserve(x, 1);
         if (!schema_step(x, (uint8_t)text.s[n])) break;
     }
-    if (!schema_end(&x) || n < end)
+    if (!schema_turn(&x, NULL) || n < end)
         die("%s does not fit %s: byte %zu %s", name, s->name, n,
             n < end ? "goes wrong" : "is missing: it is not complete");
 }
@@ -4584,9 +4555,8 @@ static Schema *schema_open(const Options *o) {
     s->values = resize(NULL, 1, sizeof *s->values);
     s->values[s->n_values++] = (SchemaValue){.type = 't'};
     for (int op = 0; op < CHARS; op++) schema_node(s, op, 0, 0, 0, 0);
-    s->number = schema_pattern(s, RE_ANY_NUMBER, true);
-    s->integer = schema_pattern(s, RE_AN_INTEGER, true);
-    s->scalars = schema_either(s, s->number, schema_pattern(s, "null|true|false", true));
+    s->text = schema_either(s, schema_pattern(s, RE_NUMBER "|null|true|false", true),
+                            schema_quoted(s, ANYTHING));
     s->at = s->start = memcpy(resize(NULL, text.len + 1, 1), text.s, text.len);
     s->start[text.len] = 0;
     if (!here) free((char *)(uintptr_t)text.s);
@@ -4596,9 +4566,8 @@ static Schema *schema_open(const Options *o) {
     if (s->at != s->start + text.len) schema_refuse(s, "is no JSON: something follows");
     int draft = schema_get(s, 1, "$schema", "\"");
     s->old = draft && strstr(s->values[draft].text.s, "/draft-0");
-    if (s->old && strstr(s->values[draft].text.s, "/draft-04"))  // where 1.0 is no integer
-        s->integer = schema_pattern(s, "-?(?:0|[1-9][0-9]*)", true);
-    s->root = schema_sub(s, 1);
+    s->oldest = s->old && strstr(s->values[draft].text.s, "/draft-04");  // 1.0 is no integer
+    s->root = schema_sub(s, 1, false);
     for (int i = 0; i < s->n_nodes; i++)
         if (s->nodes[i].op == SCHEMA) schema_allowed(s, i);
     for (size_t i = 0; i < s->apart.n; i += 3) {
@@ -4611,7 +4580,7 @@ static Schema *schema_open(const Options *o) {
     return s;
 }
 static void schema_close(Schema *s) {
-    void *memory[] = {s->nodes, s->buckets, s->values, s->start, s->dead.ids, s->apart.ids,
+    void *memory[] = {s->nodes, s->buckets, s->values, s->start, s->visited.ids, s->apart.ids,
                       s->tokens, s->work, s->forbidden, s};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
 }
@@ -4636,7 +4605,6 @@ static void schema_tokens(Schema *s, const Tokenizer *t) {
             if (c < 32 || c == '"' || c == '\\' || (c == 0xfffd && used == 1)) token.plain = false;
         }
         if ((int)token.text.len > s->longest) s->longest = (int)token.text.len;
-        s->n_plain += token.plain;
         s->tokens[s->n_tokens++] = token;
     }
     qsort(s->tokens, (size_t)s->n_tokens, sizeof *s->tokens, schema_order);
@@ -4674,8 +4642,8 @@ static int schema_free(Schema *s, int state) {
 static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
     Schema *s = x->s;
     SchemaText *work = s->work;
-    int mark = s->n_nodes, n = 0, dead = INT_MAX, allowed = 0;
     int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0;
+    int mark = s->n_nodes, n = 0, dead = INT_MAX, allowed = 0;
     schema_reserve(x, (size_t)s->longest);
     memset(s->forbidden, 1, (size_t)t->h.vocab_size);
     work[0] = *x;  // work[i]: after i bytes of the token
@@ -4700,8 +4668,7 @@ static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
 typedef struct { char none; } SchemaText;
 #define schema_mask(x, t) NULL
 #define schema_take(x, text) false
-#define schema_begin(s) NULL
-#define schema_end(x) true
+#define schema_turn(x, s) true
 #define schema_check(s, text, name) (void)0
 #define schema_close(s) (void)0
 #define schema_tokens(s, t) (void)0
@@ -4971,8 +4938,7 @@ static bool machine_step(Machine *w, Decoder *all, int n) {
 // Begins the text of a decoder behind a prompt.
 static void decoder_begin(const Machine *w, Decoder *d, Text prompt) {
     output_begin(d->out, w->o, w->t, prompt);
-    schema_end(&d->schema);
-    if (w->o->compiled) d->schema = schema_begin(w->o->compiled);
+    schema_turn(&d->schema, w->o->compiled);
 }
 
 // Runs n decoders until all have ended.
@@ -4980,7 +4946,7 @@ static void machine_run(Machine *w, Decoder *all, int n) {
     while (machine_step(w, all, n)) {}
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
-        if (!schema_end(&d->schema) && !interrupted) {
+        if (!schema_turn(&d->schema, NULL) && !interrupted) {
             fputs("run: the text ends before its JSON does: -n gives it more tokens\n", stderr);
             unfinished = true;
         }
@@ -5023,7 +4989,7 @@ static void machine_close(Machine *w, Decoder *d) {
     if (w->o->session && !interrupted) decoder_settle(w, d, 1);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
-    schema_end(&d->schema);
+    schema_turn(&d->schema, NULL);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
     if (w->judge.layers) free_tokenizer(&w->judge_words), free_model(&w->judge);
     void *memory[] = {w->draft.text.ids, w->p, w->candidates, w->turns.ids, d->c.ids.ids,
@@ -5038,7 +5004,8 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
     d->seq = i + 1;
     d->seed = d->s.rng = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
     d->out = &d->own;
-    if (d->schema) d->schema = schema_begin(w->o->compiled);
+    d->schema = NULL;
+    schema_turn(&d->schema, w->o->compiled);
     d->own.memory = NULL;
     d->own.n = d->own.capacity = 0;
     output_write(d->out, trunk->own.memory, trunk->own.n);
@@ -6534,7 +6501,7 @@ static void each_begin(Each *e, Decoder *d) {
 static void each_end(Each *e, Decoder *d) {
     Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
     output_awake(&d->own);
-    if (!schema_end(&d->schema) && !interrupted) {
+    if (!schema_turn(&d->schema, NULL) && !interrupted) {
         fprintf(stderr, "run: -n ends line %lld before its JSON: it has no answer\n",
                 e->lines[d - e->all] + 1);
         unfinished = true;

@@ -3566,11 +3566,12 @@ static void test_decoders(void) {
 // How many bytes of a document fit a schema, and -1 if all do.
 static int fitting(const char *schema, const char *document) {
     Schema *s = schema_open(&(Options){.schema = schema});
-    SchemaText *x = schema_begin(s);
+    SchemaText *x = NULL;
+    schema_turn(&x, s);
     int n = 0, len = (int)strlen(document);
     schema_reserve(x, (size_t)len);
     while (n < len && schema_step(x, (uint8_t)document[n])) n++;
-    bool whole = schema_end(&x) && n == len;
+    bool whole = schema_turn(&x, NULL) && n == len;
     schema_close(s);
     return whole ? -1 : n;
 }
