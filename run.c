@@ -3615,7 +3615,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
 // `--schema` and `--json`: which tokens may come next, so that the text becomes one JSON value that
 // fits a JSON Schema. What may still follow is an expression; what may follow a character is its
 // derivative (Brzozowski, 1964). So a token is forbidden if one of its bytes leaves nothing. Enter
-// with schema_open; schema_turn to a text, ask schema_mask, tell schema_take. It keeps expressions.
+// with schema_open; schema_begin a text, ask schema_mask, tell schema_take. It keeps expressions.
 // Calls: next_char, decode.
 
 #ifndef NO_SCHEMA
@@ -3641,22 +3641,24 @@ typedef struct {                      // a value of the schema's file
     Text text, key;
     bool constant;                    // it stands for itself
 } SchemaValue;
-typedef struct { int min, max, last; } SchemaBounds;  // numbers of members; names of items
+// Of the members of an array or object: least and largest number; the last item that a rule names;
+// the names that must still come, and their number.
+typedef struct { int min, max, last, missing, n_missing; } SchemaBounds;
 // A character that is being read: it is `low`, or one of those that its last bits can make of it.
 typedef struct { int stage, bits, low, least; } SchemaChar;
-typedef struct { Text text; int id, shared, chars; bool plain; } SchemaToken;
+typedef struct { Text text; int id, shared, chars; } SchemaToken;
 typedef struct Schema {
     const char *name;                 // for errors
     char *at, *start;                 // what is being read
     SchemaNode *nodes;
     SchemaValue *values;              // the first stands for a schema that allows all
     int n_nodes, n_values, place, depth, *buckets;
+    int key;                          // the string that is being read
     int text, root, indent;           // all scalars and strings; the whole
     bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
     bool found;                       // while fates are looked for: something lives
     Ids visited, apart;               // nodes that were looked at; pairs that must not overlap
-    Text key;                         // the string that is being read
-    SchemaToken *tokens;              // in order of their bytes, the plain ones first
+    SchemaToken *tokens;              // in order of their bytes
     int n_tokens, longest;
     uint8_t *forbidden;               // (vocab_size)
     struct SchemaText *work;          // (longest token + 1) scratch of schema_mask
@@ -3667,8 +3669,7 @@ typedef struct SchemaText {           // a text in progress
     SchemaChar c;
     bool string, inner;               // within a string; behind an opening bracket or comma
     int depth, gap;                   // open brackets; spaces to come
-    int start, end, capacity;         // of the string, in the memory
-    char *memory;
+    int key, nodes;                   // the string's characters; how many nodes there were
 } SchemaText;
 
 // Ends the program: what is wrong with the part of the schema that is being looked at.
@@ -3859,8 +3860,32 @@ static bool schema_alive(Schema *s, int id) {
 
 // ---- Patterns: ECMA 262's regular expressions, as far as they are regular.
 static const char schema_no_pattern[] = "is not a pattern that is understood";
-static int schema_atom(Schema *s, bool within);
-static int schema_class(Schema *s) {  // up to its ]
+static int schema_pattern(Schema *s, const char *pattern, bool whole);
+static int schema_alternatives(Schema *s, bool search);
+static int schema_class(Schema *s);
+// A character, a class, a group; `within`: what a class holds.
+static int schema_atom(Schema *s, bool within) {
+#define RE_WHITE "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
+    static const char names[] = "nrtfvdDwWsS.", *const meant[] = {
+        "\n", "\r", "\t", "\f", "\v", "[0-9]", "[^0-9]", "[a-zA-Z0-9_]", "[^a-zA-Z0-9_]",
+        "[" RE_WHITE, "[^" RE_WHITE, "[^\n\r\u2028\u2029]"};
+    bool escaped = *s->at == '\\', special = !escaped && !within;
+    char c = *(s->at += escaped);
+    const char *name = c && escaped == (c != '.') && (escaped || !within) ? strchr(names, c) : NULL;
+    size_t used;
+    if (!c || (special && strchr("*+?^${", c)) || (escaped && !name && isalnum((uint8_t)c)))
+        schema_refuse(s, schema_no_pattern);
+    int all = (int)next_char(s->at, 4, &used);
+    s->at += used;
+    if (name) return schema_pattern(s, meant[name - names], true);
+    if (special && c == '[') return schema_class(s);
+    if (!special || c != '(') return schema_chars(s, all, all);
+    if (!strncmp(s->at, "?:", 2)) s->at += 2;
+    all = schema_alternatives(s, false);
+    if (*s->at++ != ')') schema_refuse(s, schema_no_pattern);
+    return all;
+}
+static int schema_class(Schema *s) {  // from behind its [ on
     int all = NOTHING;
     bool negated = *s->at == '^';
     for (s->at += negated; *s->at && *s->at != ']';) {
@@ -3873,43 +3898,6 @@ static int schema_class(Schema *s) {  // up to its ]
     }
     if (!*s->at++) schema_refuse(s, schema_no_pattern);
     return negated ? schema_without(s, schema_chars(s, 0, N_CHARS - 1), all) : all;
-}
-static int schema_alternatives(Schema *s, bool search);
-// A character, a class, a group; `within`: what a class holds.
-static int schema_atom(Schema *s, bool within) {
-    static const char names[] = "nrtfv", meant[] = "\n\r\t\f\v", short_[] = "dDwWsS";
-    static const char *const classes[] = {"0-9]", "^0-9]", "a-zA-Z0-9_]", "^a-zA-Z0-9_]",
-        "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]",
-        "^\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"};
-    size_t used;
-    int c = (int)next_char(s->at, strlen(s->at), &used), all;
-    bool escaped = *s->at == '\\', group = *s->at == '(' && !within, other;
-    bool capture = group && s->at[1] != '?';
-    if (!within && (strchr("*+?^${", *s->at) || (group && !capture && s->at[2] != ':')))
-        schema_refuse(s, schema_no_pattern);
-    s->at += group && !capture ? 3 : used;
-    if (group) {
-        all = schema_alternatives(s, false);
-        if (*s->at++ != ')') schema_refuse(s, schema_no_pattern);
-        return all;
-    }
-    if (c == '[' && !within) return schema_class(s);
-    const char *class = c == '.' && !within ? "^\n\r\u2028\u2029]" : NULL;
-    if (escaped) {
-        const char *control = strchr(names, *s->at), *name = strchr(short_, *s->at);
-        c = (uint8_t)*s->at;
-        other = isalnum(c) && !control && !name;
-        if (!c || c > 127 || other) schema_refuse(s, schema_no_pattern);
-        if (control) c = meant[control - names];
-        if (name) class = classes[name - short_];
-        s->at++;
-    }
-    if (!class) return schema_chars(s, c, c);
-    char *rest = s->at;
-    s->at = (char *)(uintptr_t)class;
-    all = schema_class(s);
-    s->at = rest;
-    return all;
 }
 // An atom, so many times.
 static int schema_times(Schema *s) {
@@ -3961,18 +3949,17 @@ static int schema_pattern(Schema *s, const char *pattern, bool whole) {
     return all;
 }
 
-// Numbers as they are written; with an exponent as Python does it (from e+16, and e-05 down).
+// Numbers as they are written: all, integers, and, where there are bounds, plain ones and those that
+// Python writes with a negative exponent.
 #define RE_DIGITS "(?:0|[1-9][0-9]*)"
 #define RE_PLAIN RE_DIGITS "(?:\\.[0-9]+)?"
-#define RE_LARGE "[1-9](?:\\.[0-9]{1,16})?[eE]\\+?0*(?:1[6-9]|[2-9][0-9]|[12][0-9]{2}|30[0-7])"
-#define RE_SMALL "[1-9](?:\\.[0-9]+)?[eE]-0*(?:[5-9]|[1-9][0-9]|[12][0-9]{2}|30[0-7])"
-#define RE_NUMBER "-?(?:" RE_PLAIN "(?:[eE][+-]?[0-9]{1,2})?|" RE_LARGE "|" RE_SMALL ")"
-#define RE_INTEGER "-?(?:" RE_DIGITS "(?:\\.0+)?|" RE_LARGE ")"
+#define RE_NUMBER "-?" RE_PLAIN "(?:[eE][+-]?[12]?[0-9]{1,2})?"
+#define RE_SMALL "[1-9](?:\\.[0-9]+)?e-(?:0[5-9]|[1-9][0-9])"
 
 // Those above a bound, or, with `below`, under it, or equal to it.
 static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     bool minus = bound.s[0] == '-';
-    int n = (int)strspn(bound.s + minus, "0123456789"), len = (int)bound.len - minus, all;
+    int n = (int)strspn(bound.s + minus, "0123456789"), len = (int)bound.len - minus;
     char b[64];  // digits, a point, and perhaps more of them
     if (len > 40 || (int)strspn(bound.s + minus, "0123456789.") < len)
         schema_refuse(s, "is not a number of few digits");
@@ -3983,26 +3970,21 @@ static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     minus = minus && !zero;
     bool strict = (below ? !equal : equal) == minus;
     int plain = schema_pattern(s, RE_PLAIN, true), small = schema_pattern(s, RE_SMALL, true);
-    int large = n > 16 ? NOTHING : schema_pattern(s, RE_LARGE, true);  // else some are below
-    int digit = schema_chars(s, '0', '9'), part = schema_pattern(s, "(?:\\.[0-9]+)?", true);
-    all = schema_cat(s, schema_repeat(s, digit, n, INT_MAX), part);  // with more digits
-    all = schema_cat(s, schema_chars(s, '1', '9'), all);
-    for (int i = 0; i < len; i++) {  // the same first i characters, and then a larger one
-        int left = i < n ? n - 1 - i : 0;
-        int rest = schema_cat(s, schema_repeat(s, digit, left, i < n ? left : INT_MAX),
-                              i < n ? part : EMPTY);
-        if (b[i] != '.' && b[i] < '9')
-            rest = schema_cat(s, schema_chars(s, b[i] + 1, '9'), rest),
-            all = schema_either(s, all, schema_literal(s, (Text){b, (size_t)i}, rest));
+    int size = schema_either(s, plain, small), digit = schema_chars(s, '0', '9');
+    int part = schema_pattern(s, "(?:\\.[0-9]+)?", true), any = schema_pattern(s, "[0-9]*", true);
+    int all = strict ? schema_pattern(s, "[0-9]*[1-9][0-9]*", true) : any;
+    for (int i = len; i--;) {  // what is as b up to its character i, and then larger, or the same
+        int rest = i > n ? any : schema_cat(s, schema_repeat(s, digit, n - 1 - i, n - 1 - i), part);
+        bool whole = i == n && len == n + 1 && !strict;  // the point can be left out
+        all = schema_either(s, schema_before(s, b[i], all), whole ? EMPTY : NOTHING);
+        if (i == n || b[i] == '9') continue;
+        all = schema_either(s, all, schema_cat(s, schema_chars(s, b[i] + 1, '9'), rest));
     }
-    Text same = {b, (size_t)len}, whole = {b, (size_t)n};
-    int more = schema_pattern(s, strict ? "[0-9]*[1-9][0-9]*" : "[0-9]*", true);
-    all = schema_either(s, all, schema_literal(s, same, more));
-    if (!strict && len == n + 1) all = schema_either(s, all, schema_literal(s, whole, EMPTY));
-    all = schema_either(s, schema_both(s, all, plain), large);
+    int more = schema_cat(s, schema_repeat(s, digit, n, INT_MAX), part);  // digits
+    all = schema_either(s, all, schema_cat(s, schema_chars(s, '1', '9'), more));
+    all = schema_both(s, all, plain);
     if (zero) all = schema_either(s, all, small);
     if (zero && !strict) all = schema_either(s, all, schema_pattern(s, "-0(?:\\.0+)?", true));
-    int size = schema_either(s, plain, schema_either(s, large, small));
     if (minus) all = schema_either(s, size, schema_before(s, '-', schema_without(s, size, all)));
     size = schema_either(s, size, schema_before(s, '-', size));
     return below ? schema_without(s, size, all) : all;
@@ -4023,12 +4005,10 @@ static int schema_above(Schema *s, Text bound, bool below, bool equal) {
 #define RE_IPV4 RE_BYTE "(?:\\." RE_BYTE "){3}"
 #define RE_H "[0-9a-fA-F]{1,4}"
 #define RE_TAIL "(?:" RE_H ":" RE_H "|" RE_IPV4 ")"  // of an IPv6 address: RFC 3986
-#define RE_IPV6 "(?:" RE_H ":){6}" RE_TAIL "|::(?:" RE_H ":){5}" RE_TAIL \
-    "|(?:" RE_H ")?::(?:" RE_H ":){4}" RE_TAIL \
-    "|(?:(?:" RE_H ":){0,1}" RE_H ")?::(?:" RE_H ":){3}" RE_TAIL \
-    "|(?:(?:" RE_H ":){0,2}" RE_H ")?::(?:" RE_H ":){2}" RE_TAIL \
-    "|(?:(?:" RE_H ":){0,3}" RE_H ")?::" RE_H ":" RE_TAIL \
-    "|(?:(?:" RE_H ":){0,4}" RE_H ")?::" RE_TAIL \
+#define RE_V6(left, right) \
+    "|(?:(?:" RE_H ":){0," left "}" RE_H ")?::(?:" RE_H ":){" right "}" RE_TAIL
+#define RE_IPV6 "(?:" RE_H ":){6}" RE_TAIL "|::(?:" RE_H ":){5}" RE_TAIL RE_V6("0", "4") \
+    RE_V6("1", "3") RE_V6("2", "2") RE_V6("3", "1") RE_V6("4", "0") \
     "|(?:(?:" RE_H ":){0,5}" RE_H ")?::" RE_H "|(?:(?:" RE_H ":){0,6}" RE_H ")?::"
 #define RE_NAME_CHAR "[a-zA-Z0-9._~!$&'()*+,;=-]|%[0-9a-fA-F]{2}"
 #define RE_PCHAR "(?:" RE_NAME_CHAR "|[:@])"
@@ -4085,12 +4065,21 @@ static bool schema_byte(SchemaChar *x, int b) {
                     : (SchemaChar){PLAIN_CHAR, 0, x->low, x->least};
     return half == 54 || (x->low >= x->least && x->low < N_CHARS && x->low >> 11 != 27);
 }
-static const char schema_no_json[] = "is no JSON";
+static bool schema_skip(Schema *s, char c) {  // blanks, and c if it is there
+    s->at += strspn(s->at, " \t\r\n");
+    bool there = c && *s->at == c;
+    s->at += there;
+    return there;
+}
+static void schema_expect(Schema *s, bool fits) {
+    if (!fits) schema_refuse(s, "is no JSON");
+}
 static Text schema_string(Schema *s) {  // decoded in place
     SchemaChar c = {0};
-    char *start = ++s->at, *end = start;
+    schema_expect(s, schema_skip(s, '"'));
+    char *start = s->at, *end = start;
     for (; *s->at != '"' || c.stage; s->at++) {
-        if (!schema_byte(&c, (uint8_t)*s->at)) schema_refuse(s, schema_no_json);
+        schema_expect(s, schema_byte(&c, (uint8_t)*s->at));
         if (!c.stage && !c.low) schema_refuse(s, "has a zero in a string");
         if (!c.stage) end += schema_utf8(end, c.low);
     }
@@ -4098,42 +4087,30 @@ static Text schema_string(Schema *s) {  // decoded in place
     *end = 0;
     return (Text){start, (size_t)(end - start)};
 }
-static bool schema_skip(Schema *s, char c) {  // blanks, and c if it is there
-    s->at += strspn(s->at, " \t\r\n");
-    bool there = c && *s->at == c;
-    s->at += there;
-    return there;
-}
 static int schema_value(Schema *s, Text key) {
     schema_skip(s, 0);
     int v = s->n_values++, last = 0;
     s->values = schema_room(s->values, v, sizeof *s->values);
-    char *start = s->at, type = *start, close = type == '{' ? '}' : ']';
+    char *start = s->at, type = *start;
     SchemaValue value = {.type = type, .at = (int)(start - s->start), .key = key};
     s->values[v] = value;
     s->place = v;
     schema_deeper(s);
     if (type == '"') value.text = schema_string(s);
     else if (type == '{' || type == '[') {
-        s->at++;
-        for (bool more = !schema_skip(s, close); more; more = !schema_skip(s, close)) {
-            Text name = {0};
-            if (last && !schema_skip(s, ',')) schema_refuse(s, schema_no_json);
-            schema_skip(s, 0);
-            if (type == '{' && *s->at != '"') schema_refuse(s, schema_no_json);
-            if (type == '{') name = schema_string(s);
-            if (type == '{' && !schema_skip(s, ':')) schema_refuse(s, schema_no_json);
+        for (s->at++; !schema_skip(s, type == '{' ? '}' : ']'); s->place = v) {
+            schema_expect(s, !last || schema_skip(s, ','));
+            Text name = type == '{' ? schema_string(s) : (Text){0};
+            schema_expect(s, type == '[' || schema_skip(s, ':'));
             int child = schema_value(s, name);
             *(last ? &s->values[last].next : &value.first) = child;
             last = child;
-            s->place = v;
         }
     } else {
         s->at += strspn(s->at, "+-.0123456789aeflnrstuE");
         value.text = (Text){start, (size_t)(s->at - start)};
         if (type == '-' || (type >= '0' && type <= '9')) value.type = '0';
-        if (!schema_accepts(s, s->text, schema_literal(s, value.text, EMPTY)))
-            schema_refuse(s, schema_no_json);
+        schema_expect(s, schema_accepts(s, s->text, schema_literal(s, value.text, EMPTY)));
     }
     s->depth--;
     s->values[v] = value;
@@ -4240,13 +4217,17 @@ static int schema_members(Schema *s, int v) {
 static SchemaNode schema_first_rule(const Schema *s, int list) {
     return s->nodes[s->nodes[list].a];
 }
-static SchemaBounds schema_bounds(const Schema *s, int list) {
-    SchemaBounds b = {0, INT_MAX, 0};
-    for (; list; list = s->nodes[list].b) {
-        SchemaNode r = schema_first_rule(s, list), names = s->nodes[r.a];
+static SchemaBounds schema_bounds(Schema *s, SchemaNode n) {
+    SchemaBounds b = {0, INT_MAX, 0, NOTHING, 0};
+    for (int list = n.a; list; list = s->nodes[list].b) {
+        SchemaNode r = schema_first_rule(s, list);
         if (r.a == ANYTHING && r.c > b.min) b.min = r.c;
         if (r.a == ANYTHING && r.d < b.max) b.max = r.d;
-        if (names.op == CHARS && names.a > b.last) b.last = names.a;
+        if (n.op == ITEMS && r.a != ANYTHING && s->nodes[r.a].a > b.last) b.last = s->nodes[r.a].a;
+        if (!r.c || r.a == ANYTHING || schema_accepts(s, n.b, r.a)) continue;
+        int missing = schema_either(s, b.missing, r.a);
+        b.n_missing += missing != b.missing;
+        b.missing = missing;
     }
     return b;
 }
@@ -4261,24 +4242,11 @@ static int schema_member(Schema *s, int list, int name) {
     }
     return schema_of(s, all);
 }
-// The names of members that must still come, their number, and, if asked for, whether all can.
-static int schema_missing(Schema *s, SchemaNode n, int *count, bool *live) {
-    int all = NOTHING;
-    *count = 0;
-    for (int list = n.a; list; list = s->nodes[list].b) {
-        SchemaNode r = schema_first_rule(s, list);
-        if (!r.c || r.a == ANYTHING || schema_accepts(s, n.b, r.a)) continue;
-        int more = schema_either(s, all, r.a);
-        *count += more != all;
-        all = more;
-        if (live) *live = *live && schema_alive(s, schema_member(s, n.a, r.a));
-    }
-    return all;
-}
 // The names that the next member of an object can have.
-static int schema_names(Schema *s, SchemaNode n) {
-    int memo = schema_node(s, DERIVED, n.a, -2, 0, 0), all = s->nodes[memo].value, count;
-    int missing = schema_missing(s, n, &count, NULL), left = schema_bounds(s, n.a).max - n.c;
+static int schema_names(Schema *s, SchemaNode n, SchemaBounds b) {
+    bool sure = !s->visited.n;  // else what is found may depend on what is not known yet
+    int memo = schema_node(s, DERIVED, n.a, sure ? -2 : -3, 0, 0), all = s->nodes[memo].value;
+    if (b.max - n.c <= b.n_missing) return b.missing;
     if (all < 0) {
         all = ANYTHING;
         for (int list = n.a; list; list = s->nodes[list].b) {
@@ -4287,58 +4255,66 @@ static int schema_names(Schema *s, SchemaNode n) {
             if (!schema_alive(s, one ? schema_member(s, n.a, r.a) : r.b))
                 all = schema_without(s, all, r.a);
         }
-        if (!s->visited.n) s->nodes[memo].value = all;  // else it may depend on what is not known
+        if (sure) s->nodes[memo].value = all;
     }
-    return left <= count ? missing : schema_without(s, all, n.b);
+    return schema_without(s, all, n.b);
 }
 static bool schema_members_live(Schema *s, SchemaNode n) {
-    SchemaBounds b = schema_bounds(s, n.a);
-    bool live = b.min <= b.max, more = n.d == NEXT || n.c < b.min;
-    int missing, end = n.c + 1 < b.min ? b.min : n.c + 1;
-    schema_missing(s, n, &missing, &live);
-    if (n.d == LAST) return live && !more && !missing;
-    if (more && n.op == MEMBERS) live = live && schema_visit(s, schema_names(s, n));
+    SchemaBounds b = schema_bounds(s, n);
+    bool more = n.d == NEXT || n.c < b.min, live = b.min <= b.max && b.n_missing <= b.max - n.c;
+    int end = n.c + 1 < b.min ? b.min : n.c + 1;
+    if (n.d == LAST) return live && !more && !b.n_missing;
+    if (more) live = live && n.c < b.max;
+    if (more && n.op == MEMBERS) live = live && schema_visit(s, schema_names(s, n, b));
     for (int i = n.c; more && n.op == ITEMS && live && i < end && (i <= b.last || i == n.c); i++)
         live = schema_visit(s, schema_member(s, n.a, schema_chars(s, i, i)));
-    return live && missing <= b.max - n.c && (!more || n.c < b.max);
+    for (int one; live && b.missing; b.missing = one == b.missing ? NOTHING : s->nodes[b.missing].b) {
+        one = s->nodes[b.missing].op == ALT ? s->nodes[b.missing].a : b.missing;
+        live = schema_visit(s, schema_member(s, n.a, one));
+    }
+    return live;
 }
 static int schema_filled(Schema *s, SchemaNode n, int seen) {  // with one more member
-    SchemaBounds b = schema_bounds(s, n.a);
+    SchemaBounds b = schema_bounds(s, n);
     int most = b.max < INT_MAX ? b.max : b.min;  // from there on the number does not matter
     if (n.op == ITEMS && b.max == INT_MAX && most <= b.last) most = b.last + 1;
     return schema_node(s, n.op, n.a, seen, n.c < most ? n.c + 1 : most, FILLED);
 }
 static int schema_derive_members(Schema *s, SchemaNode n, int id, int c) {
+    SchemaBounds b = schema_bounds(s, n);
     bool array = n.op == ITEMS, lines = s->indent;
-    int missing, to = OPEN;
+    int to = OPEN;
     if (n.d != OPEN && c == (array ? ']' : '}')) {
         bool end = n.d == FIRST || n.d == (lines ? LAST : FILLED);
-        end = end && n.c >= schema_bounds(s, n.a).min;
-        return end && schema_missing(s, n, &missing, NULL) == NOTHING ? EMPTY : NOTHING;
+        return end && n.c >= b.min && !b.n_missing ? EMPTY : NOTHING;
     }
-    if (n.d == NEXT || (n.d == FIRST && !lines)) {
-        if (!array) return c == QUOTE ? schema_node(s, KEY, schema_names(s, n), id, 0, 0) : NOTHING;
+    if ((n.d == NEXT || (n.d == FIRST && !lines)) && array) {
         int item = schema_member(s, n.a, schema_chars(s, n.c, n.c));
         return schema_derive(s, schema_cat(s, item, schema_filled(s, n, NOTHING)), c);
     }
+    if (n.d == NEXT || (n.d == FIRST && !lines))
+        return c == QUOTE ? schema_node(s, KEY, schema_names(s, n, b), id, 0, 0) : NOTHING;
     if (n.d == OPEN && c == (array ? '[' : '{')) to = FIRST;
     if (n.d == FIRST && c == '\n') to = NEXT;
     if (n.d == FILLED && c == '\n' && lines) to = LAST;
     if (n.d == FILLED && c == ',') to = NEXT;
     int next = schema_node(s, n.op, n.a, n.b, n.c, to);
-    if (to && c == ',') next = schema_before(s, lines ? '\n' : ' ', next);
+    if (c == ',') next = schema_before(s, lines ? '\n' : ' ', next);
     return to ? next : NOTHING;
 }
 static int schema_named(Schema *s, SchemaNode key) {  // what follows the name of a member
     SchemaNode n = s->nodes[key.b];
-    int name = schema_literal(s, s->key, EMPTY), value = schema_member(s, n.a, name);
+    int name = EMPTY;
+    for (int i = s->key; i; i = s->nodes[i].b) name = schema_before(s, s->nodes[i].a, name);
+    int value = s->nodes[key.a].accepts ? schema_member(s, n.a, name) : NOTHING;
+    if (value == NOTHING) return NOTHING;
     int rest = schema_cat(s, value, schema_filled(s, n, schema_either(s, n.b, name)));
-    if (!s->nodes[key.a].accepts) return NOTHING;
     return schema_before(s, ':', schema_before(s, ' ', rest));
 }
 
 // ---- Values: a union of a TEXT, ITEMS and MEMBERS. What two such both allow.
-static int schema_open_list(Schema *s, int op, int list) {
+static int schema_inside(Schema *s, int op, int v) {  // the ITEMS or MEMBERS that a schema allows
+    int list = op == ITEMS ? schema_items(s, v) : schema_members(s, v);
     return schema_node(s, op, list, NOTHING, 0, OPEN);
 }
 static int schema_meet(Schema *s, int x, int y) {
@@ -4346,7 +4322,7 @@ static int schema_meet(Schema *s, int x, int y) {
     if (a.op == ALT) return schema_either(s, schema_meet(s, a.a, y), schema_meet(s, a.b, y));
     if (b.op == ALT) return schema_meet(s, y, x);
     if (a.op != b.op || x == NOTHING) return NOTHING;
-    if (a.op != TEXT) return schema_open_list(s, a.op, schema_list(s, a.a, b.a));
+    if (a.op != TEXT) return schema_node(s, a.op, schema_list(s, a.a, b.a), NOTHING, 0, OPEN);
     if (a.a == s->text || b.a == s->text) return a.a == s->text ? y : x;
     return schema_text(s, schema_both(s, a.a, b.a));
 }
@@ -4356,7 +4332,7 @@ static int schema_quoted(Schema *s, int content) {
 static int schema_number(Schema *s, int v, bool integer) {
     static const char *const names[] = {"minimum", "maximum", "exclusiveMinimum",
                                         "exclusiveMaximum"};
-    const char *pattern = !integer ? RE_NUMBER : s->oldest ? "-?" RE_DIGITS : RE_INTEGER;
+    const char *pattern = !integer ? RE_NUMBER : s->oldest ? "-?" RE_DIGITS : "-?" RE_DIGITS "(?:\\.0+)?";
     int all = schema_pattern(s, pattern, true);
     for (int i = 0; i < 4; i++) {
         int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : 0;
@@ -4382,16 +4358,17 @@ static int schema_string_text(Schema *s, int v) {
 static int schema_constants(Schema *s, int v, bool several) {
     int text = NOTHING, all = NOTHING;
     for (; v; v = several ? s->values[v].next : 0) {
-        SchemaValue value = s->values[v];
-        int one = NOTHING;
+        Text value = s->values[v].text;
+        int type = s->values[v].type, one = NOTHING;
         s->place = v;
         s->values[v].constant = true;
-        if (value.type == '[') all = schema_either(s, all, schema_open_list(s, ITEMS, schema_items(s, v)));
-        else if (value.type == '{') all = schema_either(s, all, schema_open_list(s, MEMBERS, schema_members(s, v)));
-        else if (value.type == '"') one = schema_quoted(s, schema_literal(s, value.text, EMPTY));
-        else if (value.type != '0') one = schema_literal(s, value.text, EMPTY);
-        else one = schema_both(s, schema_above(s, value.text, false, true),
-                               schema_above(s, value.text, true, true));
+        if (type == '"') one = schema_quoted(s, schema_literal(s, value, EMPTY));
+        else if (type == '0')
+            one = schema_both(s, schema_above(s, value, false, true),
+                              schema_above(s, value, true, true));
+        else if (type == '[' || type == '{')
+            all = schema_either(s, all, schema_inside(s, type == '[' ? ITEMS : MEMBERS, v));
+        else one = schema_literal(s, value, EMPTY);
         text = schema_either(s, text, one);
     }
     return schema_either(s, all, schema_text(s, text));
@@ -4413,8 +4390,8 @@ static int schema_typed(Schema *s, int v) {
     if (set & 12) text = schema_either(s, text, schema_number(s, v, !(set & 8)));
     if (set & 16) text = schema_either(s, text, schema_string_text(s, v));
     int all = schema_text(s, text);
-    if (set & 32) all = schema_either(s, all, schema_open_list(s, ITEMS, schema_items(s, v)));
-    if (set & 64) all = schema_either(s, all, schema_open_list(s, MEMBERS, schema_members(s, v)));
+    if (set & 32) all = schema_either(s, all, schema_inside(s, ITEMS, v));
+    if (set & 64) all = schema_either(s, all, schema_inside(s, MEMBERS, v));
     int values = schema_get(s, v, "enum", "["), constant = schema_get(s, v, "const", "\"0tfn[{");
     if (values) all = schema_meet(s, all, schema_constants(s, s->values[values].first, true));
     return constant ? schema_meet(s, all, schema_constants(s, constant, false)) : all;
@@ -4430,12 +4407,11 @@ static int schema_keywords(Schema *s, int v) {
     int ref = schema_get(s, v, "$ref", "\""), all = 0;
     if (ref) all = schema_allowed(s, schema_target(s, ref));
     if (ref && s->old) return all;
-    for (int w = s->values[v].first; w; w = s->values[w].next)
-        for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
-            s->place = w;
-            if (text_is(s->values[w].key, refused[i]) && (i || s->values[w].type != 'f'))
-                schema_refuse(s, "is a keyword that is not understood here");
-        }
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        int w = schema_get(s, v, refused[i], "\"0tfn[{");
+        if (w && (i || s->values[w].type != 'f'))
+            schema_refuse(s, "is a keyword that is not understood here");
+    }
     all = ref ? schema_meet(s, all, schema_typed(s, v)) : schema_typed(s, v);
     for (int i = 0; i < 3; i++) {
         int list = schema_get(s, v, lists[i], "["), some = NOTHING;
@@ -4486,13 +4462,13 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
         if (byte == '\n') x->gap = s->indent * (x->depth - !x->inner);
         x->depth += open - close;
         x->inner = open || byte == ',';
-        x->start = x->end;
+        x->key = 0;
     }
     x->string ^= quote;
-    s->key = (Text){x->memory + x->start, (size_t)(x->end - x->start)};
+    s->key = x->key;
     if (!within) c->low = quote ? QUOTE : byte;
     else if (!schema_byte(c, byte)) return false;
-    if (within && !c->stage) x->end += schema_utf8(x->memory + x->end, c->low);
+    if (within && !c->stage) x->key = schema_node(s, SET, c->low, x->key, 0, 0);
     if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
     int low = c->low > c->least ? c->low : c->least, high = c->low + (1 << c->bits) - 1;
     if (high >= N_CHARS) high = N_CHARS - 1;
@@ -4504,40 +4480,27 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
            schema_some(s, x->state, 0x10000 + (low - 0xd800) * 1024, 0x103ff + (high - 0xd800) * 1024);
 }
 static bool schema_complete(const SchemaText *x) { return x->s->nodes[x->state].accepts; }
-static void schema_reserve(SchemaText *x, size_t bytes) {  // for a token; a string is forgotten
-    if (!x->string) x->start = x->end = 0;
-    if ((size_t)x->end + 4 * bytes < (size_t)x->capacity) return;
-    x->capacity = 2 * (x->end + 4 * (int)bytes + 4);
-    x->memory = resize(x->memory, (size_t)x->capacity, 1);
-}
 // Takes the text of a token that was drawn. True: the text ends here.
 static bool schema_take(SchemaText *x, Text text) {
-    schema_reserve(x, text.len);
     for (size_t i = 0; i < text.len; i++)
         if (!schema_step(x, (uint8_t)text.s[i])) return true;
     return schema_complete(x) && !schema_some(x->s, x->state, 0, N_CHARS - 1);
 }
-// Ends a text, if there is one, and begins another, unless s is NULL. False: it was not complete.
-static bool schema_turn(SchemaText **x, Schema *s) {
-    bool whole = !*x || schema_complete(*x);
-    if (*x) free((*x)->memory);
-    free(*x);
-    *x = s ? zeros(1, sizeof **x) : NULL;
-    if (!s) return whole;
-    **x = (SchemaText){.s = s, .state = s->root};
-    schema_reserve(*x, 4);
+static SchemaText schema_begin(Schema *s) {
+    return (SchemaText){.s = s, .state = s ? s->root : NOTHING};
+}
+// Ends a text. False: it is not complete.
+static bool schema_end(SchemaText *x) {
+    bool whole = !x->s || schema_complete(x);
+    x->s = NULL;
     return whole;
 }
 // Ends the program if a document does not fit. (A line break may follow it.)
 static void schema_check(Schema *s, Text text, const char *name) {
-    SchemaText *x = NULL;
+    SchemaText x = schema_begin(s);
     size_t n = 0, end = text.len - (text.len && text.s[text.len - 1] == '\n');
-    schema_turn(&x, s);
-    for (; n < end; n++) {
-        schema_reserve(x, 1);
-        if (!schema_step(x, (uint8_t)text.s[n])) break;
-    }
-    if (!schema_turn(&x, NULL) || n < end)
+    while (n < end && schema_step(&x, (uint8_t)text.s[n])) n++;
+    if (n < end || !schema_complete(&x))
         die("%s does not fit %s: byte %zu %s", name, s->name, n,
             n < end ? "goes wrong" : "is missing: it is not complete");
 }
@@ -4587,23 +4550,23 @@ static void schema_close(Schema *s) {
 
 // ---- Masks. The vocabulary in order of its bytes: tokens with a common beginning are neighbours.
 static int schema_order(const void *a, const void *b) {
-    const SchemaToken *x = a, *y = b;
-    size_t n = x->text.len < y->text.len ? x->text.len : y->text.len;
-    int order = y->plain - x->plain;
-    if (!order) order = memcmp(x->text.s, y->text.s, n);
-    return order ? order : (x->text.len > y->text.len) - (x->text.len < y->text.len);
+    const Text *x = &((const SchemaToken *)a)->text, *y = &((const SchemaToken *)b)->text;
+    int order = memcmp(x->s, y->s, x->len < y->len ? x->len : y->len);
+    return order ? order : (x->len > y->len) - (x->len < y->len);
 }
 static void schema_tokens(Schema *s, const Tokenizer *t) {
     size_t vocab = (size_t)t->h.vocab_size;
     s->tokens = resize(NULL, vocab, sizeof *s->tokens);
     for (int id = 0; id < (int)vocab; id++) {
-        SchemaToken token = {decode(t, -1, id), id, 0, 0, true};
+        SchemaToken token = {decode(t, -1, id), id, 0, 0};
         if (!token.text.len || is_stop(t, id)) continue;
         if (t->llama2c && token.text.len == 1 && (uint8_t)token.text.s[0] > 126) continue;
+        bool plain = true;
         for (size_t i = 0, used; i < token.text.len; i += used, token.chars++) {
             uint32_t c = next_char(token.text.s + i, token.text.len - i, &used);
-            if (c < 32 || c == '"' || c == '\\' || (c == 0xfffd && used == 1)) token.plain = false;
+            plain = plain && c >= 32 && c != '"' && c != '\\' && (c != 0xfffd || used > 1);
         }
+        if (!plain) token.chars = INT_MAX;
         if ((int)token.text.len > s->longest) s->longest = (int)token.text.len;
         s->tokens[s->n_tokens++] = token;
     }
@@ -4618,7 +4581,7 @@ static void schema_tokens(Schema *s, const Tokenizer *t) {
 }
 // So many characters of a string, whatever they are, leave a state alive.
 static int schema_free(Schema *s, int state) {
-    int memo = schema_node(s, DERIVED, state, -3, 0, 0), n = s->nodes[memo].value;
+    int memo = schema_node(s, DERIVED, state, -4, 0, 0), n = s->nodes[memo].value;
     Ids all = {0};  // states, by the number of characters that lead there
     if (n >= 0) return n;
     push(&all, state);
@@ -4643,32 +4606,35 @@ static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
     Schema *s = x->s;
     SchemaText *work = s->work;
     int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0;
-    int mark = s->n_nodes, n = 0, dead = INT_MAX, allowed = 0;
-    schema_reserve(x, (size_t)s->longest);
+    int old = s->n_nodes, half = MAX_NODES / 2, most = (old > half ? old : half) + half / 2;
+    int n = 0, dead = INT_MAX, allowed = 0;
     memset(s->forbidden, 1, (size_t)t->h.vocab_size);
     work[0] = *x;  // work[i]: after i bytes of the token
+    work[0].nodes = old;
     for (const SchemaToken *token = s->tokens; token < s->tokens + s->n_tokens; token++) {
         if (n > token->shared) n = token->shared;
         if (dead > token->shared) dead = INT_MAX;  // after so many bytes
-        if (token->plain && token->chars <= any) dead = INT_MAX;
-        else while (dead == INT_MAX && n < (int)token->text.len) {
+        if (s->n_nodes > most) schema_forget(s, work[n].nodes);
+        bool fits = token->chars <= any;
+        while (!fits && dead == INT_MAX && n < (int)token->text.len) {
             work[n + 1] = work[n];
-            if (schema_step(&work[n + 1], (uint8_t)token->text.s[n])) n++;
+            if (schema_step(&work[n + 1], (uint8_t)token->text.s[n])) work[++n].nodes = s->n_nodes;
             else dead = n + 1;
         }
-        s->forbidden[token->id] = dead < INT_MAX;
-        allowed += dead == INT_MAX;
+        s->forbidden[token->id] = !fits && dead < INT_MAX;
+        allowed += !s->forbidden[token->id];
     }
     for (int id = 0; id < t->h.vocab_size; id++)
         if (is_stop(t, id)) s->forbidden[id] = !schema_complete(x), allowed += schema_complete(x);
-    if (mark > MAX_NODES / 2) schema_forget(s, mark);
+    if (s->n_nodes > half) schema_forget(s, old);
     return allowed ? s->forbidden : NULL;
 }
 #else
 typedef struct { char none; } SchemaText;
 #define schema_mask(x, t) NULL
 #define schema_take(x, text) false
-#define schema_turn(x, s) true
+#define schema_begin(s) (SchemaText){0}
+#define schema_end(x) true
 #define schema_check(s, text, name) (void)0
 #define schema_close(s) (void)0
 #define schema_tokens(s, t) (void)0
@@ -4690,7 +4656,7 @@ typedef struct {
     int n_new;              // tokens that it drew
     double logprob;         // the sum of their log-probabilities (with -k)
     unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
-    SchemaText *schema;     // what its text must fit; NULL: nothing
+    SchemaText schema;      // its text, if it must fit one
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
 } Decoder;
@@ -4889,8 +4855,8 @@ static void machine_draw(void *context, int i) {
     d->s.candidates = w->candidates + (size_t)this_thread * vocab;
     if (d->budget > 0) d->c.done = (int)ids->n;
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
-        bool fits = d->schema && !d->out->thinking;
-        d->s.forbidden = fits ? schema_mask(d->schema, w->t) : NULL;
+        bool fits = w->o->compiled && !d->out->thinking;
+        d->s.forbidden = fits ? schema_mask(&d->schema, w->t) : NULL;
         if (fits && !d->s.forbidden) d->budget = 0;
         if (!d->budget) break;
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
@@ -4904,7 +4870,7 @@ static void machine_draw(void *context, int i) {
         push(ids, next);
         if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
         else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
-        bool ended = fits && schema_take(d->schema, decode(w->t, previous, next));
+        bool ended = fits && schema_take(&d->schema, decode(w->t, previous, next));
         if (d->out->stopped || ended) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
@@ -4938,7 +4904,7 @@ static bool machine_step(Machine *w, Decoder *all, int n) {
 // Begins the text of a decoder behind a prompt.
 static void decoder_begin(const Machine *w, Decoder *d, Text prompt) {
     output_begin(d->out, w->o, w->t, prompt);
-    schema_turn(&d->schema, w->o->compiled);
+    d->schema = schema_begin(w->o->compiled);
 }
 
 // Runs n decoders until all have ended.
@@ -4946,7 +4912,7 @@ static void machine_run(Machine *w, Decoder *all, int n) {
     while (machine_step(w, all, n)) {}
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
-        if (!schema_turn(&d->schema, NULL) && !interrupted) {
+        if (!schema_end(&d->schema) && !interrupted) {
             fputs("run: the text ends before its JSON does: -n gives it more tokens\n", stderr);
             unfinished = true;
         }
@@ -4989,7 +4955,6 @@ static void machine_close(Machine *w, Decoder *d) {
     if (w->o->session && !interrupted) decoder_settle(w, d, 1);
     session_close(&w->session, &d->c, d->s.rng);  // a prompt that was interrupted is no part of it
     cache_close(&w->kv);
-    schema_turn(&d->schema, NULL);
     if (w->draft.small.layers) cache_close(&w->draft.kv), free_model(&w->draft.small);
     if (w->judge.layers) free_tokenizer(&w->judge_words), free_model(&w->judge);
     void *memory[] = {w->draft.text.ids, w->p, w->candidates, w->turns.ids, d->c.ids.ids,
@@ -5004,8 +4969,7 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
     d->seq = i + 1;
     d->seed = d->s.rng = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
     d->out = &d->own;
-    d->schema = NULL;
-    schema_turn(&d->schema, w->o->compiled);
+    d->schema = schema_begin(w->o->compiled);
     d->own.memory = NULL;
     d->own.n = d->own.capacity = 0;
     output_write(d->out, trunk->own.memory, trunk->own.n);
@@ -6501,7 +6465,7 @@ static void each_begin(Each *e, Decoder *d) {
 static void each_end(Each *e, Decoder *d) {
     Output *answer = &e->answers[e->lines[d - e->all] % EACH_AHEAD];
     output_awake(&d->own);
-    if (!schema_turn(&d->schema, NULL) && !interrupted) {
+    if (!schema_end(&d->schema) && !interrupted) {
         fprintf(stderr, "run: -n ends line %lld before its JSON: it has no answer\n",
                 e->lines[d - e->all] + 1);
         unfinished = true;
