@@ -3623,11 +3623,11 @@ enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_ATOMS = 400
        QUOTE = N_CHARS };             // of a string's beginning or end, not \"
 // Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
 // or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
-// c their number, d a stage; each RULE in the list a says: of the members whose names are in its a
+// c their number, d a stage; each RULE in the union a says: of the members whose names are in its a
 // there are c to d, and their values fit its b. (Names of items are numbers.) What fits a SCHEMA
-// fits all schemas in a list, a SET of places. DERIVED keeps what was worked out.
+// fits the schemas at all PLACEs in a union. PAST are a text's characters, DERIVED keeps results.
 enum { NOTHING, EMPTY, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, TEXT, KEY, SCHEMA, ITEMS,
-       MEMBERS, RULE, SET, DERIVED };
+       MEMBERS, RULE, PLACE, PAST, DERIVED };
 // Before the bracket, behind it, before a member, behind one, before the bracket on a new line.
 enum { OPEN, FIRST, NEXT, FILLED, LAST };
 enum { UNKNOWN, BUSY, DEAD, ALIVE };  // whether any text fits
@@ -3641,9 +3641,9 @@ typedef struct {                      // a value of the schema's file
     Text text, key;
     bool constant;                    // it stands for itself
 } SchemaValue;
-// Of the members of an array or object: least and largest number; the last item that a rule names;
-// the names that must still come, and their number.
-typedef struct { int min, max, last, missing, n_missing; } SchemaBounds;
+// Of the members of an array or object: their least and largest number, and the one from which on
+// it does not matter; the names that must still come, and their number.
+typedef struct { int min, max, most, missing, n_missing; } SchemaBounds;
 // A character that is being read: it is `low`, or one of those that its last bits can make of it.
 typedef struct { int stage, bits, low, least; } SchemaChar;
 typedef struct { Text text; int id, shared, chars; } SchemaToken;
@@ -3763,15 +3763,11 @@ static int schema_literal(Schema *s, Text text, int end) {  // a text, and then 
     }
     return end;
 }
-// Sets of numbers, in order: the union of two; 0 is the empty one.
-static int schema_list(Schema *s, int x, int y) {
-    SchemaNode a = s->nodes[x], b = s->nodes[y];
-    if (!x || !y) return x ? x : y;
-    if (a.a < b.a) return schema_list(s, y, x);
-    return schema_node(s, SET, a.a, schema_list(s, a.b, a.a == b.a ? b.b : y), 0, 0);
-}
-static int schema_add(Schema *s, int list, int number) {
-    return schema_list(s, list, schema_node(s, SET, number, 0, 0, 0));
+static int schema_next(const Schema *s, int *all) {  // takes one out of a union
+    SchemaNode n = s->nodes[*all];
+    int one = n.op == ALT ? n.a : *all;
+    *all = n.op == ALT ? n.b : NOTHING;
+    return one;
 }
 
 // What is left to come after the character c.
@@ -3973,8 +3969,8 @@ static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     int size = schema_either(s, plain, small), digit = schema_chars(s, '0', '9');
     int part = schema_pattern(s, "(?:\\.[0-9]+)?", true), any = schema_pattern(s, "[0-9]*", true);
     int all = strict ? schema_pattern(s, "[0-9]*[1-9][0-9]*", true) : any;
-    for (int i = len; i--;) {  // what is as b up to its character i, and then larger, or the same
-        int rest = i > n ? any : schema_cat(s, schema_repeat(s, digit, n - 1 - i, n - 1 - i), part);
+    for (int i = len, rest = any; i--;) {  // as b up to its character i, then larger, or the same
+        if (i < n) rest = schema_cat(s, schema_repeat(s, digit, n - 1 - i, n - 1 - i), part);
         bool whole = i == n && len == n + 1 && !strict;  // the point can be left out
         all = schema_either(s, schema_before(s, b[i], all), whole ? EMPTY : NOTHING);
         if (i == n || b[i] == '9') continue;
@@ -4150,7 +4146,7 @@ static int schema_sub(Schema *s, int v, bool constant) {
     int type = s->values[v].type;
     s->place = v;
     s->values[v].constant |= constant;
-    if (constant || type == '{') return schema_of(s, schema_add(s, 0, v));
+    if (constant || type == '{') return schema_of(s, schema_node(s, PLACE, v, 0, 0, 0));
     if (type != 't' && type != 'f') schema_refuse(s, "is malformed");
     return type == 't' ? schema_of(s, 0) : NOTHING;
 }
@@ -4168,77 +4164,75 @@ static int schema_target(Schema *s, int ref) {  // of $ref
 }
 
 // ---- Arrays and objects: their rules.
-static int schema_rule(Schema *s, int list, int names, int sub, int min, int max) {
-    return schema_add(s, list, schema_node(s, RULE, names, sub, min, max));
+static int schema_rule(Schema *s, int rules, int names, int sub, int min, int max) {  // and others
+    return schema_either(s, rules, schema_node(s, RULE, names, sub, min, max));
 }
 static int schema_items(Schema *s, int v) {
     bool own = s->values[v].constant;
-    int items = own ? 0 : schema_get(s, v, "items", "tf{["), n = 0, list = 0;
+    int items = own ? 0 : schema_get(s, v, "items", "tf{["), n = 0, rules = NOTHING;
     int w = own ? s->values[v].first : s->old ? 0 : schema_first(s, v, "prefixItems", "[");
     if (items && s->values[items].type == '[') {
         w = s->values[items].first;
         items = schema_get(s, v, "additionalItems", "tf{");
     }
     for (; w; w = s->values[w].next, n++)
-        list = schema_rule(s, list, schema_chars(s, n, n), schema_sub(s, w, own), 0, 1);
+        rules = schema_rule(s, rules, schema_chars(s, n, n), schema_sub(s, w, own), 0, 1);
     if (items)
-        list = schema_rule(s, list, schema_chars(s, n, INT_MAX), schema_sub(s, items, false), 0, 1);
+        rules = schema_rule(s, rules, schema_chars(s, n, INT_MAX), schema_sub(s, items, false), 0, 1);
     int min = own ? n : schema_count(s, v, "minItems", 0);
     int max = own ? n : schema_count(s, v, "maxItems", INT_MAX);
-    return schema_rule(s, list, ANYTHING, schema_of(s, 0), min, max);
+    return schema_rule(s, rules, ANYTHING, schema_of(s, 0), min, max);
 }
 static int schema_members(Schema *s, int v) {
     bool own = s->values[v].constant;
-    int others = ANYTHING, other = 0, list = 0, names, w = own ? v : 0;
+    int others = ANYTHING, other = 0, rules = NOTHING, names, w = own ? v : 0;
     if (!own) w = schema_get(s, v, "properties", "{");
     for (w = w ? s->values[w].first : 0; w; w = s->values[w].next) {
         names = schema_literal(s, s->values[w].key, EMPTY);
         others = schema_without(s, others, names);
-        list = schema_rule(s, list, names, schema_sub(s, w, own), own, 1);
+        rules = schema_rule(s, rules, names, schema_sub(s, w, own), own, 1);
     }
-    if (own) return schema_rule(s, list, others, NOTHING, 0, INT_MAX);
+    if (own) return schema_rule(s, rules, others, NOTHING, 0, INT_MAX);
     for (w = schema_first(s, v, "patternProperties", "{"); w; w = s->values[w].next) {
         s->place = w;
         names = schema_pattern(s, s->values[w].key.s, false);
         others = schema_without(s, others, names);
-        list = schema_rule(s, list, names, schema_sub(s, w, false), 0, INT_MAX);
+        rules = schema_rule(s, rules, names, schema_sub(s, w, false), 0, INT_MAX);
     }
     other = schema_get(s, v, "additionalProperties", "tf{");
-    if (other) list = schema_rule(s, list, others, schema_sub(s, other, false), 0, INT_MAX);
+    if (other) rules = schema_rule(s, rules, others, schema_sub(s, other, false), 0, INT_MAX);
     for (w = schema_first(s, v, "required", "[tf"); w; w = s->values[w].next) {
         if (s->values[w].type != '"') schema_refuse(s, "is malformed");
         names = schema_literal(s, s->values[w].text, EMPTY);
-        list = schema_rule(s, list, names, schema_of(s, 0), 1, 1);
+        rules = schema_rule(s, rules, names, schema_of(s, 0), 1, 1);
     }
     int min = schema_count(s, v, "minProperties", 0);
     int max = schema_count(s, v, "maxProperties", INT_MAX);
-    return schema_rule(s, list, ANYTHING, schema_of(s, 0), min, max);
-}
-static SchemaNode schema_first_rule(const Schema *s, int list) {
-    return s->nodes[s->nodes[list].a];
+    return schema_rule(s, rules, ANYTHING, schema_of(s, 0), min, max);
 }
 static SchemaBounds schema_bounds(Schema *s, SchemaNode n) {
     SchemaBounds b = {0, INT_MAX, 0, NOTHING, 0};
-    for (int list = n.a; list; list = s->nodes[list].b) {
-        SchemaNode r = schema_first_rule(s, list);
+    while (n.a) {
+        SchemaNode r = s->nodes[schema_next(s, &n.a)];
+        int name = n.op == ITEMS ? s->nodes[r.a].a + 1 : 0, missing = b.missing;
+        int most = r.a != ANYTHING ? name : r.d < INT_MAX ? r.d : r.c;
+        if (most > b.most) b.most = most;
         if (r.a == ANYTHING && r.c > b.min) b.min = r.c;
         if (r.a == ANYTHING && r.d < b.max) b.max = r.d;
-        if (n.op == ITEMS && r.a != ANYTHING && s->nodes[r.a].a > b.last) b.last = s->nodes[r.a].a;
-        if (!r.c || r.a == ANYTHING || schema_accepts(s, n.b, r.a)) continue;
-        int missing = schema_either(s, b.missing, r.a);
-        b.n_missing += missing != b.missing;
-        b.missing = missing;
+        if (r.c && r.a != ANYTHING && !schema_accepts(s, n.b, r.a))
+            b.missing = schema_either(s, missing, r.a);
+        b.n_missing += b.missing != missing;
     }
     return b;
 }
 // What all rules allow as the value of a member.
-static int schema_member(Schema *s, int list, int name) {
-    int all = 0;
-    for (; list; list = s->nodes[list].b) {
-        SchemaNode r = schema_first_rule(s, list);
-        if (!schema_accepts(s, r.a, name)) continue;
-        if (r.b == NOTHING) return NOTHING;
-        all = schema_list(s, all, s->nodes[r.b].a);
+static int schema_member(Schema *s, int rules, int name) {
+    int all = NOTHING;
+    while (rules) {
+        SchemaNode r = s->nodes[schema_next(s, &rules)];
+        bool counts = schema_accepts(s, r.a, name);
+        if (counts && r.b == NOTHING) return NOTHING;
+        if (counts) all = schema_either(s, all, s->nodes[r.b].a);
     }
     return schema_of(s, all);
 }
@@ -4249,8 +4243,8 @@ static int schema_names(Schema *s, SchemaNode n, SchemaBounds b) {
     if (b.max - n.c <= b.n_missing) return b.missing;
     if (all < 0) {
         all = ANYTHING;
-        for (int list = n.a; list; list = s->nodes[list].b) {
-            SchemaNode r = schema_first_rule(s, list);
+        for (int rules = n.a; rules;) {
+            SchemaNode r = s->nodes[schema_next(s, &rules)];
             bool one = r.d == 1 && r.a != ANYTHING;
             if (!schema_alive(s, one ? schema_member(s, n.a, r.a) : r.b))
                 all = schema_without(s, all, r.a);
@@ -4266,18 +4260,14 @@ static bool schema_members_live(Schema *s, SchemaNode n) {
     if (n.d == LAST) return live && !more && !b.n_missing;
     if (more) live = live && n.c < b.max;
     if (more && n.op == MEMBERS) live = live && schema_visit(s, schema_names(s, n, b));
-    for (int i = n.c; more && n.op == ITEMS && live && i < end && (i <= b.last || i == n.c); i++)
+    for (int i = n.c; more && n.op == ITEMS && live && i < end && i <= b.most; i++)
         live = schema_visit(s, schema_member(s, n.a, schema_chars(s, i, i)));
-    for (int one; live && b.missing; b.missing = one == b.missing ? NOTHING : s->nodes[b.missing].b) {
-        one = s->nodes[b.missing].op == ALT ? s->nodes[b.missing].a : b.missing;
-        live = schema_visit(s, schema_member(s, n.a, one));
-    }
+    while (live && b.missing)
+        live = schema_visit(s, schema_member(s, n.a, schema_next(s, &b.missing)));
     return live;
 }
 static int schema_filled(Schema *s, SchemaNode n, int seen) {  // with one more member
-    SchemaBounds b = schema_bounds(s, n);
-    int most = b.max < INT_MAX ? b.max : b.min;  // from there on the number does not matter
-    if (n.op == ITEMS && b.max == INT_MAX && most <= b.last) most = b.last + 1;
+    int most = schema_bounds(s, n).most;
     return schema_node(s, n.op, n.a, seen, n.c < most ? n.c + 1 : most, FILLED);
 }
 static int schema_derive_members(Schema *s, SchemaNode n, int id, int c) {
@@ -4322,7 +4312,7 @@ static int schema_meet(Schema *s, int x, int y) {
     if (a.op == ALT) return schema_either(s, schema_meet(s, a.a, y), schema_meet(s, a.b, y));
     if (b.op == ALT) return schema_meet(s, y, x);
     if (a.op != b.op || x == NOTHING) return NOTHING;
-    if (a.op != TEXT) return schema_node(s, a.op, schema_list(s, a.a, b.a), NOTHING, 0, OPEN);
+    if (a.op != TEXT) return schema_node(s, a.op, schema_either(s, a.a, b.a), NOTHING, 0, OPEN);
     if (a.a == s->text || b.a == s->text) return a.a == s->text ? y : x;
     return schema_text(s, schema_both(s, a.a, b.a));
 }
@@ -4433,10 +4423,10 @@ static int schema_allowed(Schema *s, int id) {
     if (all == -2) schema_refuse(s, "refers to itself");
     s->nodes[memo].value = -2;
     schema_deeper(s);
-    int list = s->nodes[id].a, next = list ? s->nodes[list].b : 0;
-    if (!next) all = schema_keywords(s, list ? s->nodes[list].a : 0);
-    else all = schema_meet(s, schema_allowed(s, schema_of(s, next)),
-                           schema_allowed(s, schema_of(s, schema_add(s, 0, s->nodes[list].a))));
+    int rest = s->nodes[id].a, first = schema_next(s, &rest);
+    if (!rest) all = schema_keywords(s, s->nodes[first].a);
+    else all = schema_meet(s, schema_allowed(s, schema_of(s, rest)),
+                           schema_allowed(s, schema_of(s, first)));
     s->depth--;
     return s->nodes[memo].value = all;
 }
@@ -4468,7 +4458,7 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
     s->key = x->key;
     if (!within) c->low = quote ? QUOTE : byte;
     else if (!schema_byte(c, byte)) return false;
-    if (within && !c->stage) x->key = schema_node(s, SET, c->low, x->key, 0, 0);
+    if (within && !c->stage) x->key = schema_node(s, PAST, c->low, x->key, 0, 0);
     if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
     int low = c->low > c->least ? c->low : c->least, high = c->low + (1 << c->bits) - 1;
     if (high >= N_CHARS) high = N_CHARS - 1;
@@ -4476,8 +4466,8 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
     if (schema_some(s, x->state, low > 0xe000 ? low : 0xe000, high)) return true;
     if (low < 0xd800) low = 0xd800;  // of the first of two surrogates
     if (high > 0xdbff) high = 0xdbff;
-    return c->stage == HEX && low <= high &&
-           schema_some(s, x->state, 0x10000 + (low - 0xd800) * 1024, 0x103ff + (high - 0xd800) * 1024);
+    low = 0x10000 + (low - 0xd800) * 1024, high = 0x103ff + (high - 0xd800) * 1024;
+    return c->stage == HEX && schema_some(s, x->state, low, high);
 }
 static bool schema_complete(const SchemaText *x) { return x->s->nodes[x->state].accepts; }
 // Takes the text of a token that was drawn. True: the text ends here.
