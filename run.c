@@ -3619,7 +3619,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
 // Calls: next_char, decode.
 
 #ifndef NO_SCHEMA
-enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_ATOMS = 4000,
+enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_ATOMS = 4000, MAX_FREE = 64,
        QUOTE = N_CHARS };             // of a string's beginning or end, not \"
 // Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
 // or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
@@ -3646,7 +3646,7 @@ typedef struct {                      // a value of the schema's file
 typedef struct { int min, max, most, missing, n_missing; } SchemaBounds;
 // A character that is being read: it is `low`, or one of those that its last bits can make of it.
 typedef struct { int stage, bits, low, least; } SchemaChar;
-typedef struct { Text text; int id, shared, chars; } SchemaToken;
+typedef struct { Text text; int chars; } SchemaToken;  // INT_MAX: some stand for others
 typedef struct Schema {
     const char *name;                 // for errors
     char *at, *start;                 // what is being read
@@ -3657,19 +3657,17 @@ typedef struct Schema {
     int text, root, indent;           // all scalars and strings; the whole
     bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
     bool found;                       // while fates are looked for: something lives
-    Ids visited, apart;               // nodes that were looked at; pairs that must not overlap
-    SchemaToken *tokens;              // in order of their bytes
-    int n_tokens, longest;
+    Ids visited, apart;               // nodes that were looked at; places, and what must not live
+    SchemaToken *tokens;              // (vocab_size)
     uint8_t *forbidden;               // (vocab_size)
-    struct SchemaText *work;          // (longest token + 1) scratch of schema_mask
 } Schema;
-typedef struct SchemaText {           // a text in progress
+typedef struct {                      // a text in progress
     Schema *s;
     int state;                        // what may follow
     SchemaChar c;
     bool string, inner;               // within a string; behind an opening bracket or comma
     int depth, gap;                   // open brackets; spaces to come
-    int key, nodes;                   // the string's characters; how many nodes there were
+    int key;                          // the string's characters
 } SchemaText;
 
 // Ends the program: what is wrong with the part of the schema that is being looked at.
@@ -3828,8 +3826,7 @@ static bool schema_visit(Schema *s, int id) {
     schema_deeper(s);
     if (n.op == ALT) live = schema_visit(s, n.a) || schema_visit(s, n.b);
     if (n.op == CAT) live = schema_visit(s, n.a) && schema_visit(s, n.b);
-    if (n.op == REPEAT) live = !n.b || schema_visit(s, n.a);
-    if (n.op == TEXT || n.op == KEY) live = schema_visit(s, n.a);
+    if (n.op >= REPEAT && n.op <= KEY) live = live || schema_visit(s, n.a);
     if (n.op == SCHEMA) live = schema_visit(s, schema_allowed(s, id));
     if (n.op == ITEMS || n.op == MEMBERS) live = schema_members_live(s, n);
     if (n.op == AND || n.op == NOT)
@@ -3867,7 +3864,7 @@ static int schema_atom(Schema *s, bool within) {
         "[" RE_WHITE, "[^" RE_WHITE, "[^\n\r\u2028\u2029]"};
     bool escaped = *s->at == '\\', special = !escaped && !within;
     char c = *(s->at += escaped);
-    const char *name = c && escaped == (c != '.') && (escaped || !within) ? strchr(names, c) : NULL;
+    const char *name = c && (escaped ? c != '.' : special && c == '.') ? strchr(names, c) : NULL;
     size_t used;
     if (!c || (special && strchr("*+?^${", c)) || (escaped && !name && isalnum((uint8_t)c)))
         schema_refuse(s, schema_no_pattern);
@@ -3945,14 +3942,14 @@ static int schema_pattern(Schema *s, const char *pattern, bool whole) {
     return all;
 }
 
-// Numbers as they are written: all, integers, and, where there are bounds, plain ones and those that
-// Python writes with a negative exponent.
-#define RE_DIGITS "(?:0|[1-9][0-9]*)"
+// Numbers as they are written.
+#define RE_DIGITS "-?(?:0|[1-9][0-9]*)"
+#define RE_INTEGER RE_DIGITS "(?:\\.0+)?"
 #define RE_PLAIN RE_DIGITS "(?:\\.[0-9]+)?"
-#define RE_NUMBER "-?" RE_PLAIN "(?:[eE][+-]?[12]?[0-9]{1,2})?"
-#define RE_SMALL "[1-9](?:\\.[0-9]+)?e-(?:0[5-9]|[1-9][0-9])"
+#define RE_NUMBER RE_PLAIN "(?:[eE][+-]?[12]?[0-9]{1,2})?"
 
-// Those above a bound, or, with `below`, under it, or equal to it.
+// Those above a bound, or, with `below`, under it, or equal to it: plain ones, and small ones with
+// an exponent as Python writes it (from e-05 on).
 static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     bool minus = bound.s[0] == '-';
     int n = (int)strspn(bound.s + minus, "0123456789"), len = (int)bound.len - minus;
@@ -3965,10 +3962,11 @@ static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     if (!zero && !strncmp(b, "0.0000", 6)) schema_refuse(s, "is too small");
     minus = minus && !zero;
     bool strict = (below ? !equal : equal) == minus;
-    int plain = schema_pattern(s, RE_PLAIN, true), small = schema_pattern(s, RE_SMALL, true);
-    int size = schema_either(s, plain, small), digit = schema_chars(s, '0', '9');
+    int plain = schema_pattern(s, "(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?", true);
+    int small = schema_pattern(s, "[1-9](?:\\.[0-9]+)?e-(?:0[5-9]|[1-9][0-9])", true);
     int part = schema_pattern(s, "(?:\\.[0-9]+)?", true), any = schema_pattern(s, "[0-9]*", true);
     int all = strict ? schema_pattern(s, "[0-9]*[1-9][0-9]*", true) : any;
+    int size = schema_either(s, plain, small), digit = schema_chars(s, '0', '9');
     for (int i = len, rest = any; i--;) {  // as b up to its character i, then larger, or the same
         if (i < n) rest = schema_cat(s, schema_repeat(s, digit, n - 1 - i, n - 1 - i), part);
         bool whole = i == n && len == n + 1 && !strict;  // the point can be left out
@@ -3978,11 +3976,11 @@ static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     }
     int more = schema_cat(s, schema_repeat(s, digit, n, INT_MAX), part);  // digits
     all = schema_either(s, all, schema_cat(s, schema_chars(s, '1', '9'), more));
-    all = schema_both(s, all, plain);
-    if (zero) all = schema_either(s, all, small);
-    if (zero && !strict) all = schema_either(s, all, schema_pattern(s, "-0(?:\\.0+)?", true));
-    if (minus) all = schema_either(s, size, schema_before(s, '-', schema_without(s, size, all)));
-    size = schema_either(s, size, schema_before(s, '-', size));
+    all = schema_either(s, schema_both(s, all, plain), zero ? small : NOTHING);
+    int negative = schema_without(s, size, schema_pattern(s, "0(?:\\.0+)?", true));
+    if (minus) all = schema_before(s, '-', schema_without(s, negative, all));
+    if (minus) all = schema_either(s, size, all);
+    size = schema_either(s, size, schema_before(s, '-', negative));
     return below ? schema_without(s, size, all) : all;
 }
 
@@ -4177,8 +4175,8 @@ static int schema_items(Schema *s, int v) {
     }
     for (; w; w = s->values[w].next, n++)
         rules = schema_rule(s, rules, schema_chars(s, n, n), schema_sub(s, w, own), 0, 1);
-    if (items)
-        rules = schema_rule(s, rules, schema_chars(s, n, INT_MAX), schema_sub(s, items, false), 0, 1);
+    int rest = schema_chars(s, n, INT_MAX);
+    if (items) rules = schema_rule(s, rules, rest, schema_sub(s, items, false), 0, INT_MAX);
     int min = own ? n : schema_count(s, v, "minItems", 0);
     int max = own ? n : schema_count(s, v, "maxItems", INT_MAX);
     return schema_rule(s, rules, ANYTHING, schema_of(s, 0), min, max);
@@ -4322,8 +4320,7 @@ static int schema_quoted(Schema *s, int content) {
 static int schema_number(Schema *s, int v, bool integer) {
     static const char *const names[] = {"minimum", "maximum", "exclusiveMinimum",
                                         "exclusiveMaximum"};
-    const char *pattern = !integer ? RE_NUMBER : s->oldest ? "-?" RE_DIGITS : "-?" RE_DIGITS "(?:\\.0+)?";
-    int all = schema_pattern(s, pattern, true);
+    int all = schema_pattern(s, !integer ? RE_NUMBER : s->oldest ? RE_DIGITS : RE_INTEGER, true);
     for (int i = 0; i < 4; i++) {
         int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : 0;
         int w = schema_get(s, v, names[i], i < 2 ? "0" : "0tf");
@@ -4409,7 +4406,7 @@ static int schema_keywords(Schema *s, int v) {
         for (int w = list ? s->values[list].first : 0; w; w = s->values[w].next) {
             int one = schema_allowed(s, schema_sub(s, w, false));
             if (i == 0) all = schema_meet(s, all, one);
-            if (i == 2) push(&s->apart, list), push(&s->apart, some), push(&s->apart, one);
+            if (i == 2) push(&s->apart, list), push(&s->apart, schema_meet(s, some, one));
             some = schema_either(s, some, one);
         }
         if (i && list) all = schema_meet(s, all, some);
@@ -4523,10 +4520,9 @@ static Schema *schema_open(const Options *o) {
     s->root = schema_sub(s, 1, false);
     for (int i = 0; i < s->n_nodes; i++)
         if (s->nodes[i].op == SCHEMA) schema_allowed(s, i);
-    for (size_t i = 0; i < s->apart.n; i += 3) {
+    for (size_t i = 0; i < s->apart.n; i += 2) {
         s->place = s->apart.ids[i];
-        if (schema_alive(s, schema_meet(s, s->apart.ids[i + 1], s->apart.ids[i + 2])))
-            schema_refuse(s, "has alternatives that overlap");
+        if (schema_alive(s, s->apart.ids[i + 1])) schema_refuse(s, "has alternatives that overlap");
     }
     s->place = 1;
     if (!schema_alive(s, s->root)) schema_refuse(s, "cannot be met by anything");
@@ -4534,22 +4530,17 @@ static Schema *schema_open(const Options *o) {
 }
 static void schema_close(Schema *s) {
     void *memory[] = {s->nodes, s->buckets, s->values, s->start, s->visited.ids, s->apart.ids,
-                      s->tokens, s->work, s->forbidden, s};
+                      s->tokens, s->forbidden, s};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
 }
 
-// ---- Masks. The vocabulary in order of its bytes: tokens with a common beginning are neighbours.
-static int schema_order(const void *a, const void *b) {
-    const Text *x = &((const SchemaToken *)a)->text, *y = &((const SchemaToken *)b)->text;
-    int order = memcmp(x->s, y->s, x->len < y->len ? x->len : y->len);
-    return order ? order : (x->len > y->len) - (x->len < y->len);
-}
+// ---- Masks. What may come next of all tokens.
 static void schema_tokens(Schema *s, const Tokenizer *t) {
-    size_t vocab = (size_t)t->h.vocab_size;
-    s->tokens = resize(NULL, vocab, sizeof *s->tokens);
-    for (int id = 0; id < (int)vocab; id++) {
-        SchemaToken token = {decode(t, -1, id), id, 0, 0};
-        if (!token.text.len || is_stop(t, id)) continue;
+    s->tokens = zeros((size_t)t->h.vocab_size, sizeof *s->tokens);
+    s->forbidden = zeros((size_t)t->h.vocab_size, 1);
+    for (int id = 0; id < t->h.vocab_size; id++) {
+        SchemaToken token = {decode(t, -1, id), 0};
+        if (is_stop(t, id)) continue;
         if (t->llama2c && token.text.len == 1 && (uint8_t)token.text.s[0] > 126) continue;
         bool plain = true;
         for (size_t i = 0, used; i < token.text.len; i += used, token.chars++) {
@@ -4557,17 +4548,8 @@ static void schema_tokens(Schema *s, const Tokenizer *t) {
             plain = plain && c >= 32 && c != '"' && c != '\\' && (c != 0xfffd || used > 1);
         }
         if (!plain) token.chars = INT_MAX;
-        if ((int)token.text.len > s->longest) s->longest = (int)token.text.len;
-        s->tokens[s->n_tokens++] = token;
+        s->tokens[id] = token;
     }
-    qsort(s->tokens, (size_t)s->n_tokens, sizeof *s->tokens, schema_order);
-    for (int i = 1; i < s->n_tokens; i++) {
-        Text a = s->tokens[i - 1].text, b = s->tokens[i].text;
-        int *n = &s->tokens[i].shared;
-        while ((size_t)*n < a.len && (size_t)*n < b.len && a.s[*n] == b.s[*n]) ++*n;
-    }
-    s->work = resize(NULL, (size_t)s->longest + 1, sizeof *s->work);
-    s->forbidden = resize(NULL, vocab, 1);
 }
 // So many characters of a string, whatever they are, leave a state alive.
 static int schema_free(Schema *s, int state) {
@@ -4576,7 +4558,7 @@ static int schema_free(Schema *s, int state) {
     if (n >= 0) return n;
     push(&all, state);
     size_t level = 0;
-    for (size_t i = 0; i < all.n && n < s->longest && all.n < 4096; i++) {
+    for (size_t i = 0; i < all.n && n < MAX_FREE && all.n < 4096; i++) {
         if (i == level) n++, level = all.n;
         int from = all.ids[i], c = 0;
         for (int to; c < N_CHARS; c = schema_edge(s, from, c)) {
@@ -4586,7 +4568,7 @@ static int schema_free(Schema *s, int state) {
             push(&all, to);
         }
         if (c < N_CHARS) break;
-        if (i + 1 == all.n) n = s->longest;  // there are no others
+        if (i + 1 == all.n) n = MAX_FREE;  // there are no others
     }
     free(all.ids);
     return s->nodes[memo].value = n;
@@ -4594,29 +4576,26 @@ static int schema_free(Schema *s, int state) {
 // The tokens that cannot come next; NULL: none can.
 static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
     Schema *s = x->s;
-    SchemaText *work = s->work;
-    int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0;
-    int old = s->n_nodes, half = MAX_NODES / 2, most = (old > half ? old : half) + half / 2;
-    int n = 0, dead = INT_MAX, allowed = 0;
-    memset(s->forbidden, 1, (size_t)t->h.vocab_size);
-    work[0] = *x;  // work[i]: after i bytes of the token
-    work[0].nodes = old;
-    for (const SchemaToken *token = s->tokens; token < s->tokens + s->n_tokens; token++) {
-        if (n > token->shared) n = token->shared;
-        if (dead > token->shared) dead = INT_MAX;  // after so many bytes
-        if (s->n_nodes > most) schema_forget(s, work[n].nodes);
-        bool fits = token->chars <= any;
-        while (!fits && dead == INT_MAX && n < (int)token->text.len) {
-            work[n + 1] = work[n];
-            if (schema_step(&work[n + 1], (uint8_t)token->text.s[n])) work[++n].nodes = s->n_nodes;
-            else dead = n + 1;
-        }
-        s->forbidden[token->id] = !fits && dead < INT_MAX;
-        allowed += !s->forbidden[token->id];
+    if (!s->tokens) schema_tokens(s, t);
+    bool first[256], complete = schema_complete(x);  // whether a byte can be the first
+    int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0, allowed = 0;
+    int old = s->n_nodes, most = (old > MAX_NODES / 2 ? old : MAX_NODES / 2) + MAX_NODES / 4;
+    for (int i = 0; i < 256; i++) {
+        SchemaText next = *x;
+        first[i] = schema_step(&next, (uint8_t)i);
     }
-    for (int id = 0; id < t->h.vocab_size; id++)
-        if (is_stop(t, id)) s->forbidden[id] = !schema_complete(x), allowed += schema_complete(x);
-    if (s->n_nodes > half) schema_forget(s, old);
+    for (int id = 0; id < t->h.vocab_size; id++) {
+        const SchemaToken *token = &s->tokens[id];
+        SchemaText next = *x;
+        size_t i = 0;
+        if (token->text.len && first[(uint8_t)token->text.s[0]] && token->chars > any)
+            while (i < token->text.len && schema_step(&next, (uint8_t)token->text.s[i])) i++;
+        bool fits = token->text.len && (i == token->text.len || token->chars <= any);
+        s->forbidden[id] = !(is_stop(t, id) ? complete : fits);
+        allowed += !s->forbidden[id];
+        if (s->n_nodes > most) schema_forget(s, old);
+    }
+    if (s->n_nodes > MAX_NODES / 2) schema_forget(s, old);
     return allowed ? s->forbidden : NULL;
 }
 #else
@@ -4627,7 +4606,6 @@ typedef struct { char none; } SchemaText;
 #define schema_end(x) true
 #define schema_check(s, text, name) (void)0
 #define schema_close(s) (void)0
-#define schema_tokens(s, t) (void)0
 #endif
 // ---- [5.5] decoders, samples, speculation -------------------------------------------------------
 // Texts that grow, token by token: with -k several at once, with -d several tokens at once. Enter
@@ -4921,7 +4899,6 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
                    .own = {.fd = -1, .terminal = out->terminal}};
     d->s.p = w->p, d->s.candidates = w->candidates;
-    if (o->compiled) schema_tokens(o->compiled, t);
     int n = o->each ? (int)o->at_once : o->samples > 1 ? (int)o->samples : 0;
     cache_open(&w->kv, m, w->ctx, 1 + n);
     if (o->draft && strcmp(o->draft, "lookup")) {
