@@ -3619,7 +3619,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
 // Calls: next_char, decode.
 
 #ifndef NO_SCHEMA
-enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_ATOMS = 4000, MAX_FREE = 64,
+enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_PATTERN = 6000, MAX_FREE = 64,
        QUOTE = N_CHARS };             // of a string's beginning or end, not \"
 // Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
 // or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
@@ -3807,7 +3807,7 @@ static int schema_edge(const Schema *s, int id, int c) {
     return a < b ? a : b;
 }
 static bool schema_accepts(Schema *s, int id, int literal) {
-    for (SchemaNode n; literal != EMPTY; literal = n.op == CAT ? n.b : EMPTY) {
+    for (SchemaNode n; id && literal != EMPTY; literal = n.op == CAT ? n.b : EMPTY) {
         n = s->nodes[literal];
         id = schema_derive(s, id, s->nodes[n.op == CAT ? n.a : literal].a);
     }
@@ -3921,7 +3921,6 @@ static int schema_alternatives(Schema *s, bool search) {
         while (*s->at && *s->at != '|' && *s->at != ')') {
             if (search && *s->at == '$' && (s->at[1] == '|' || !s->at[1])) break;
             push(&atoms, schema_times(s));
-            if (atoms.n > MAX_ATOMS) schema_refuse(s, schema_no_pattern);
         }
         if (search && *s->at == '$') s->at++;
         else if (search) push(&atoms, ANYTHING);
@@ -3935,6 +3934,7 @@ static int schema_alternatives(Schema *s, bool search) {
 // The language of a pattern; `whole`: from the beginning to the end.
 static int schema_pattern(Schema *s, const char *pattern, bool whole) {
     char *before = s->at;
+    if (strlen(pattern) > MAX_PATTERN) schema_refuse(s, schema_no_pattern);
     s->at = (char *)(uintptr_t)pattern;
     int all = schema_alternatives(s, !whole);
     if (*s->at) schema_refuse(s, schema_no_pattern);
@@ -4006,8 +4006,8 @@ static int schema_above(Schema *s, Text bound, bool below, bool equal) {
     "|(?:(?:" RE_H ":){0,5}" RE_H ")?::" RE_H "|(?:(?:" RE_H ":){0,6}" RE_H ")?::"
 #define RE_NAME_CHAR "[a-zA-Z0-9._~!$&'()*+,;=-]|%[0-9a-fA-F]{2}"
 #define RE_PCHAR "(?:" RE_NAME_CHAR "|[:@])"
-#define RE_URI "[a-zA-Z][a-zA-Z0-9+.-]*:(?://(?:(?:" RE_NAME_CHAR "|:)*@)?(?:(?:" RE_NAME_CHAR ")*" \
-    "|\\[(?:" RE_IPV6 ")\\])(?::[0-9]*)?(?:/" RE_PCHAR "*)*" \
+#define RE_URI "[a-zA-Z][a-zA-Z0-9+.-]*:(?://(?:(?:" RE_NAME_CHAR "|:)*@)?" \
+    "(?:(?:" RE_NAME_CHAR ")*|\\[(?:" RE_IPV6 ")\\])(?::[0-9]*)?(?:/" RE_PCHAR "*)*" \
     "|/(?:" RE_PCHAR "+(?:/" RE_PCHAR "*)*)?|" RE_PCHAR "+(?:/" RE_PCHAR "*)*|)" \
     "(?:\\?(?:" RE_PCHAR "|[/?])*)?(?:#(?:" RE_PCHAR "|[/?])*)?"
 static const struct { const char *name, *pattern; } schema_formats[] = {
@@ -4228,7 +4228,8 @@ static int schema_member(Schema *s, int rules, int name) {
     int all = NOTHING;
     while (rules) {
         SchemaNode r = s->nodes[schema_next(s, &rules)];
-        bool counts = schema_accepts(s, r.a, name);
+        bool one = r.d == 1 && r.a != ANYTHING;
+        bool counts = one ? r.a == name : schema_accepts(s, r.a, name);
         if (counts && r.b == NOTHING) return NOTHING;
         if (counts) all = schema_either(s, all, s->nodes[r.b].a);
     }
@@ -4276,12 +4277,12 @@ static int schema_derive_members(Schema *s, SchemaNode n, int id, int c) {
         bool end = n.d == FIRST || n.d == (lines ? LAST : FILLED);
         return end && n.c >= b.min && !b.n_missing ? EMPTY : NOTHING;
     }
-    if ((n.d == NEXT || (n.d == FIRST && !lines)) && array) {
+    if (n.d == NEXT || (n.d == FIRST && !lines)) {
+        if (n.c >= b.max || !(array || c == QUOTE)) return NOTHING;
+        if (!array) return schema_node(s, KEY, schema_names(s, n, b), id, 0, 0);
         int item = schema_member(s, n.a, schema_chars(s, n.c, n.c));
         return schema_derive(s, schema_cat(s, item, schema_filled(s, n, NOTHING)), c);
     }
-    if (n.d == NEXT || (n.d == FIRST && !lines))
-        return c == QUOTE ? schema_node(s, KEY, schema_names(s, n, b), id, 0, 0) : NOTHING;
     if (n.d == OPEN && c == (array ? '[' : '{')) to = FIRST;
     if (n.d == FIRST && c == '\n') to = NEXT;
     if (n.d == FILLED && c == '\n' && lines) to = LAST;
@@ -4349,7 +4350,8 @@ static int schema_constants(Schema *s, int v, bool several) {
         int type = s->values[v].type, one = NOTHING;
         s->place = v;
         s->values[v].constant = true;
-        if (type == '"') one = schema_quoted(s, schema_literal(s, value, EMPTY));
+        if (type == '"')
+            one = schema_before(s, QUOTE, schema_literal(s, value, schema_chars(s, QUOTE, QUOTE)));
         else if (type == '0')
             one = schema_both(s, schema_above(s, value, false, true),
                               schema_above(s, value, true, true));

@@ -3644,6 +3644,10 @@ static void test_documents(void) {
         {"{\"format\": \"ipv6\"}", "\"1:2:3:4:5:6:7\"", 14},
         {"{\"required\": [\"a\", \"b\"], \"maxProperties\": 2}", "{\"a\": 1, \"c\"", 10},
         {"{\"allOf\": [{\"minimum\": 2}, {\"maximum\": 3}], \"type\": \"integer\"}", "4", 0},
+        {"{\"maxItems\": 0}", "[]", -1}, {"{\"maxItems\": 0}", "[1]", 1},
+        {"{\"maximum\": 100000000000000000000}", "1e+300", 2},
+        {"{\"properties\": {\"a\": {\"$ref\": \"#\"}}, \"minProperties\": 1}",
+         "{\"a\": {\"b\": 1}}", -1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         int wrong = fitting(cases[i].schema, cases[i].document);
@@ -3666,6 +3670,10 @@ static void test_refused_schemas(void) {
         {"{\"required\": [\"a\", \"b\"], \"maxProperties\": 1, \"type\": \"object\"}",
          "cannot be met"},
         {"{\"type\": \"int\"}", "type is malformed"}, {"{\"minLength\": \"1\"}", "is malformed"},
+        {"{\"pattern\": \"a\\u0000b\"}", "has a zero in a string"},
+        {"{\"pattern\": \"^x{,5}$\"}", "is not a pattern"},
+        {"{\"minProperties\": 1, \"additionalProperties\": false, \"type\": \"object\"}",
+         "cannot be met"},
         {"{\"type\": \"string\"", "is no JSON"}, {"{\"type\": \"string\"} x", "something follows"},
         {"{\"enum\": [1], \"type\": \"string\"}", "cannot be met"},
         {"{\"required\": [\"a\"], \"properties\": {\"a\": {\"$ref\": \"#\"}},"
