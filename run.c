@@ -4139,7 +4139,7 @@ static int schema_count(Schema *s, int v, const char *name, int none) {
 }
 
 // ---- Schemas. What fits one that is within another, or is a constant.
-static int schema_of(Schema *s, int list) { return schema_node(s, SCHEMA, list, 0, 0, 0); }
+static int schema_of(Schema *s, int places) { return schema_node(s, SCHEMA, places, 0, 0, 0); }
 static int schema_sub(Schema *s, int v, bool constant) {
     int type = s->values[v].type;
     s->place = v;
@@ -4161,7 +4161,7 @@ static int schema_target(Schema *s, int ref) {  // of $ref
     return schema_sub(s, v, false);
 }
 
-// ---- Arrays and objects: their rules.
+// ---- Arrays and objects: what their keywords say, or the members of a constant, as rules.
 static int schema_rule(Schema *s, int rules, int names, int sub, int min, int max) {  // and others
     return schema_either(s, rules, schema_node(s, RULE, names, sub, min, max));
 }
@@ -4228,7 +4228,7 @@ static int schema_member(Schema *s, int rules, int name) {
     int all = NOTHING;
     while (rules) {
         SchemaNode r = s->nodes[schema_next(s, &rules)];
-        bool one = r.d == 1 && r.a != ANYTHING;
+        bool one = r.d == 1 && r.a != ANYTHING;  // the rule is for a single name
         bool counts = one ? r.a == name : schema_accepts(s, r.a, name);
         if (counts && r.b == NOTHING) return NOTHING;
         if (counts) all = schema_either(s, all, s->nodes[r.b].a);
@@ -4269,6 +4269,7 @@ static int schema_filled(Schema *s, SchemaNode n, int seen) {  // with one more 
     int most = schema_bounds(s, n).most;
     return schema_node(s, n.op, n.a, seen, n.c < most ? n.c + 1 : most, FILLED);
 }
+// What is left of an array or object after the character c.
 static int schema_derive_members(Schema *s, SchemaNode n, int id, int c) {
     SchemaBounds b = schema_bounds(s, n);
     bool array = n.op == ITEMS, lines = s->indent;
@@ -4415,7 +4416,7 @@ static int schema_keywords(Schema *s, int v) {
     }
     return all;
 }
-// What all schemas in the list of a SCHEMA allow.
+// What all schemas of a SCHEMA allow.
 static int schema_allowed(Schema *s, int id) {
     int memo = schema_node(s, DERIVED, id, -1, 0, 0), all = s->nodes[memo].value;
     if (id == NOTHING || all >= 0) return id == NOTHING ? id : all;
