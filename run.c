@@ -17,6 +17,7 @@
  *                              [5.3] sessions  [5.4] tools  [5.5] decoders  [5.6] generate
  *                              [5.7] chat  [5.8] explain  [5.9] tokenize, logits, eval
  *                              [5.10] compress  [5.11] check  [5.12] bench  [5.13] each
+ *                              [5.14] schema
  *     [6] The command line     options, modes, signals, main
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
@@ -27,6 +28,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // MAP_ANONYMOUS, MAP_NORESERVE, madvise
 #endif
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -578,6 +580,7 @@ typedef struct {
     float dry;              // how much worse is what would go on repeating a passage; 0: off
     uint64_t rng;           // state of the random generator
     float coin;             // the random number of the last draw
+    const uint8_t *forbidden;  // (vocab_size) 1: a token that must not be drawn; NULL: all may
     int kept;               // how many candidates it drew from; 0: all tokens, in order of ids
     float *p;               // (vocab_size) probabilities; at temperature 0 the logits
     Candidate *candidates;  // (vocab_size)
@@ -603,11 +606,15 @@ static int sample_candidates(Sampler *s);
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
     sample_repeats(s, logits, text, n);
+    for (int i = 0; s->forbidden && i < s->vocab_size; i++)
+        if (s->forbidden[i]) s->p[i] = -INFINITY;
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
     float max = s->p[best], cdf = 0;
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, s->vocab_size);
+    for (int i = 0; s->forbidden && i < s->vocab_size; i++)
+        if (s->forbidden[i]) s->p[i] = 0;  // exactly
     s->coin = random_f32(&s->rng);
     s->kept = 0;
     if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0) return sample_candidates(s);
@@ -615,7 +622,7 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
         cdf += s->p[i];
         if (s->coin < cdf) return i;
     }
-    return s->vocab_size - 1;
+    return s->forbidden ? best : s->vocab_size - 1;  // the sum was rounded down
 }
 
 // ---- [1.7] generate -----------------------------------------------------------------------------
@@ -2877,18 +2884,19 @@ enum { MAX_LIST = 15 };
 typedef struct { const char *of[MAX_LIST]; int n; } List;  // of an option given several times
 typedef struct {
     const char *model, *tokenizer, *prompt, *prompt_file, *output, *mode, *system, *draft, *session;
-    const char *tool, *each, *reward, *suffix, *completion;
+    const char *tool, *each, *reward, *suffix, *completion, *schema;
     List others, stops;
-    long long at_once, skip, logprobs;
+    long long at_once, skip, logprobs, indent;
     long long steps, context, threads, top_k, samples, layer, head;
     double temperature, top_p;  // -1: as the tokenizer's file says
     double min_p, repeat_penalty, dry;
     long long repeat_last;
     unsigned long long seed;
-    bool quiet, receipt, best, think, trace, quote, help, version, manual;
+    bool quiet, receipt, best, json, think, trace, quote, help, version, manual;
     Text input, lines; // not options: the text of -i or -f, and of --each
     char **words;      // of the command line
     double started;    // nor this: when the program was
+    struct Schema *compiled;  // of --schema
     uint64_t given;    // bit i tells that option i of part 6's table was given
 } Options;
 
@@ -3616,6 +3624,1005 @@ static Text tool_question(Text text, const char **before, const char **after) {
     return (Text){text.s + at, n - at};
 }
 #endif
+// ---- [5.14] schema ------------------------------------------------------------------------------
+// `--schema` and `--json`: which tokens may come next, so that the text becomes one JSON value that
+// fits a JSON Schema. What may still follow is an expression; what may follow a character is its
+// derivative (Brzozowski, 1964). So a token is forbidden if one of its bytes leaves nothing. Enter
+// with schema_open; schema_begin a text, ask schema_mask, tell schema_take. It keeps expressions.
+// Calls: next_char, decode.
+
+#ifndef NO_SCHEMA
+enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_PATTERN = 6000, MAX_FREE = 64,
+       QUOTE = N_CHARS };             // of a string's beginning or end, not \"
+// Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
+// or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
+// c their number, d a stage; each RULE in the union a says: of the members whose names are in its a
+// there are c to d, and their values fit its b. (Names of items are numbers.) What fits a SCHEMA
+// fits the schemas at all PLACEs in a union. PAST are a text's characters, DERIVED keeps results.
+enum { NOTHING, EMPTY, ANYTHING, CHARS, CAT, ALT, AND, NOT, REPEAT, TEXT, KEY, SCHEMA, ITEMS,
+       MEMBERS, RULE, PLACE, PAST, DERIVED };
+// Before the bracket, behind it, before a member, behind one, before the bracket on a new line.
+enum { OPEN, FIRST, NEXT, FILLED, LAST };
+enum { UNKNOWN, BUSY, DEAD, ALIVE };  // whether any text fits
+typedef struct {
+    int op, a, b, c, d;
+    int value, next;                  // of DERIVED: the result; the next node with the same hash
+    uint8_t accepts, fate;            // whether the empty text fits; whether any
+} SchemaNode;
+typedef struct {                      // a value of the schema's file
+    int type, at, first, next;        // its first character; its place; members; of its parent
+    Text text, key;
+    bool constant;                    // it stands for itself
+} SchemaValue;
+// Of the members of an array or object: their least and largest number, and the one from which on
+// it does not matter; the names that must still come, and their number.
+typedef struct { int min, max, most, missing, n_missing; } SchemaBounds;
+// A character that is being read: it is `low`, or one of those that its last bits can make of it.
+typedef struct { int stage, bits, low, least; } SchemaChar;
+typedef struct { Text text; int chars; } SchemaToken;  // INT_MAX: some stand for others
+typedef struct Schema {
+    const char *name;                 // for errors
+    char *at, *start;                 // what is being read
+    SchemaNode *nodes;
+    SchemaValue *values;              // the first stands for a schema that allows all
+    int n_nodes, n_values, place, depth, *buckets;
+    int key;                          // the string that is being read
+    int text, root, indent;           // all scalars and strings; the whole
+    bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
+    bool found;                       // while fates are looked for: something lives
+    Ids visited, apart;               // nodes that were looked at; places, and what must not live
+    SchemaToken *tokens;              // (vocab_size)
+    uint8_t *forbidden;               // (vocab_size)
+} Schema;
+typedef struct {                      // a text in progress
+    Schema *s;
+    int state;                        // what may follow
+    SchemaChar c;
+    bool string, inner;               // within a string; behind an opening bracket or comma
+    int depth, gap;                   // open brackets; spaces to come
+    int key;                          // the string's characters
+} SchemaText;
+
+// Ends the program: what is wrong with the part of the schema that is being looked at.
+static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char *what) {
+    const SchemaValue *v = &s->values[s->place];
+    fprintf(stderr, "run: %s: byte %d: %.*s %s\n", s->name, v->at, (int)v->key.len, v->key.s, what);
+    exit(2);
+}
+static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
+    if (++s->depth > MAX_DEPTH) schema_refuse(s, "is nested too deeply");
+}
+static void *schema_room(void *old, int n, size_t size) {  // for one more than n
+    return n & (n - 1) ? old : resize(old, n ? 2 * (size_t)n : 1, size);
+}
+
+// ---- Expressions. Equal ones are one node.
+static int *schema_bucket(const Schema *s, const SchemaNode *n) {
+    return &s->buckets[hash64(n, offsetof(SchemaNode, value)) % BUCKETS];
+}
+static int schema_node(Schema *s, int op, int a, int b, int c, int d) {
+    SchemaNode n = {op, a, b, c, d, .value = -1};
+    int *bucket = schema_bucket(s, &n), id = *bucket;
+    while (id && memcmp(&s->nodes[id], &n, offsetof(SchemaNode, value))) id = s->nodes[id].next;
+    if (id) return id;
+    if (s->n_nodes == MAX_NODES) schema_refuse(s, "needs too many states");
+    s->nodes = schema_room(s->nodes, s->n_nodes, sizeof n);
+    bool left = op >= CAT && op <= TEXT && s->nodes[a].accepts;
+    bool right = op >= CAT && op <= AND && s->nodes[b].accepts;
+    if (op == CAT || op == AND) n.accepts = left && right;
+    else if (op == ALT) n.accepts = left || right;
+    else if (op == REPEAT) n.accepts = left || !b;
+    else n.accepts = op == EMPTY || op == ANYTHING || (op == NOT ? !left : left);
+    n.next = *bucket;
+    s->nodes[s->n_nodes] = n;
+    return *bucket = s->n_nodes++;
+}
+static void schema_forget(Schema *s, int left) {  // the newest nodes
+    for (const SchemaNode *n; s->n_nodes > left;) {
+        n = &s->nodes[--s->n_nodes];
+        *schema_bucket(s, n) = n->next;
+    }
+}
+static int schema_chars(Schema *s, int low, int high) {
+    return schema_node(s, CHARS, low, high, 0, 0);
+}
+static int schema_cat(Schema *s, int a, int b) {
+    SchemaNode n = s->nodes[a];
+    if (a == NOTHING || b == NOTHING) return NOTHING;
+    if (a == EMPTY || b == EMPTY) return a == EMPTY ? b : a;
+    if (n.op == CAT) return schema_cat(s, n.a, schema_cat(s, n.b, b));
+    return schema_node(s, CAT, a, b, 0, 0);
+}
+static int schema_before(Schema *s, int c, int a) {  // a character, and then a
+    return schema_cat(s, schema_chars(s, c, c), a);
+}
+static int schema_repeat(Schema *s, int a, int min, int max) {
+    SchemaNode n = s->nodes[a];
+    if (max <= 0 || min > max) return min > max ? NOTHING : EMPTY;
+    if (a == NOTHING || a == EMPTY) return a == EMPTY || !min ? EMPTY : NOTHING;
+    if (n.op == CHARS && n.b - n.a == N_CHARS - 1 && !min && max == INT_MAX) return ANYTHING;
+    return min == 1 && max == 1 ? a : schema_node(s, REPEAT, a, min, max, 0);
+}
+static int schema_not(Schema *s, int a) {
+    if (s->nodes[a].op == NOT) return s->nodes[a].a;
+    return a == NOTHING ? ANYTHING : a == ANYTHING ? NOTHING : schema_node(s, NOT, a, 0, 0, 0);
+}
+// Union or intersection: a list of operands, the newest first, none twice.
+static int schema_join(Schema *s, int op, int a, int b) {
+    int none = op == ALT ? NOTHING : ANYTHING, all = op == ALT ? ANYTHING : NOTHING;
+    SchemaNode x = s->nodes[a], y = s->nodes[b];
+    if (a == b || b == none) return a;
+    if (a == none) return b;
+    if (a == all || b == all) return all;
+    if (op == AND && (a == EMPTY || b == EMPTY)) return x.accepts && y.accepts ? EMPTY : NOTHING;
+    int first_a = x.op == op ? x.a : a, rest_a = x.op == op ? x.b : none;
+    int first_b = y.op == op ? y.a : b, rest_b = y.op == op ? y.b : none;
+    int first = first_a > first_b ? first_a : first_b;
+    int rest = schema_join(s, op, first == first_a ? rest_a : a, first == first_b ? rest_b : b);
+    return rest == none ? first : rest == all ? all : schema_node(s, op, first, rest, 0, 0);
+}
+static int schema_either(Schema *s, int a, int b) { return schema_join(s, ALT, a, b); }
+static int schema_both(Schema *s, int a, int b) { return schema_join(s, AND, a, b); }
+static int schema_without(Schema *s, int a, int b) { return schema_both(s, a, schema_not(s, b)); }
+static int schema_text(Schema *s, int a) {
+    return a == NOTHING || a == EMPTY ? a : schema_node(s, TEXT, a, 0, 0, 0);
+}
+static int schema_literal(Schema *s, Text text, int end) {  // a text, and then an end
+    for (size_t used; text.len;) {
+        while (text.len-- > 1 && (text.s[text.len] & 0xc0) == 0x80) {}
+        end = schema_before(s, (int)next_char(text.s + text.len, 4, &used), end);
+    }
+    return end;
+}
+static int schema_next(const Schema *s, int *all) {  // takes one out of a union
+    SchemaNode n = s->nodes[*all];
+    int one = n.op == ALT ? n.a : *all;
+    *all = n.op == ALT ? n.b : NOTHING;
+    return one;
+}
+
+// What is left to come after the character c.
+static int schema_allowed(Schema *s, int id);
+static int schema_named(Schema *s, SchemaNode key);
+static int schema_derive_members(Schema *s, SchemaNode n, int id, int c);
+static int schema_derive(Schema *s, int id, int c) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == CHARS) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
+    if (n.op < CAT) return id == ANYTHING && c != QUOTE ? id : NOTHING;
+    if (n.op == NOT && c == QUOTE) return NOTHING;
+    int memo = c == QUOTE ? 0 : schema_node(s, DERIVED, id, c, 0, 0), to = s->nodes[memo].value;
+    if (memo && to >= 0) return to;  // (what follows a key depends on the key)
+    schema_deeper(s);
+    if (n.op == SCHEMA) to = schema_derive(s, schema_allowed(s, id), c);
+    else if (n.op >= ITEMS) to = schema_derive_members(s, n, id, c);
+    else if (n.op == KEY && c == QUOTE) to = schema_named(s, n);
+    else to = schema_derive(s, n.a, c);
+    if (n.op == TEXT) to = schema_text(s, to);
+    if (n.op == KEY && c != QUOTE && to) to = schema_node(s, KEY, to, n.b, 0, 0);
+    if (n.op == NOT) to = schema_not(s, to);
+    if (n.op == REPEAT)
+        to = schema_cat(s, to, schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX)));
+    if (n.op == CAT) to = schema_cat(s, to, n.b);
+    bool both = n.op == AND || n.op == ALT, more = n.op == CAT && s->nodes[n.a].accepts;
+    if (both || more) to = schema_join(s, both ? n.op : ALT, to, schema_derive(s, n.b, c));
+    if (memo) s->nodes[memo].value = to;
+    s->depth--;
+    return to;
+}
+// The first character after c that may lead elsewhere than c does, within a scalar or string.
+static int schema_edge(const Schema *s, int id, int c) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == CHARS) return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
+    if (n.op < CAT || n.op >= SCHEMA) return INT_MAX;
+    int a = schema_edge(s, n.a, c), b = INT_MAX;
+    if (n.op == ALT || n.op == AND || (n.op == CAT && s->nodes[n.a].accepts))
+        b = schema_edge(s, n.b, c);
+    return a < b ? a : b;
+}
+static bool schema_accepts(Schema *s, int id, int literal) {
+    for (SchemaNode n; id && literal != EMPTY; literal = n.op == CAT ? n.b : EMPTY) {
+        n = s->nodes[literal];
+        id = schema_derive(s, id, s->nodes[n.op == CAT ? n.a : literal].a);
+    }
+    return s->nodes[id].accepts;
+}
+
+// Whether any text fits. What is asked for while it is being looked at, or was not found to live,
+// is taken for dead; if then something is found to live, all but that is looked at again.
+static bool schema_members_live(Schema *s, SchemaNode n);
+static bool schema_visit(Schema *s, int id) {
+    SchemaNode n = s->nodes[id];
+    bool live = n.accepts || n.op == CHARS;
+    if (n.fate || n.op == NOTHING) return n.fate == ALIVE;
+    s->nodes[id].fate = BUSY;
+    push(&s->visited, id);
+    schema_deeper(s);
+    if (n.op == ALT) live = schema_visit(s, n.a) || schema_visit(s, n.b);
+    if (n.op == CAT) live = schema_visit(s, n.a) && schema_visit(s, n.b);
+    if (n.op >= REPEAT && n.op <= KEY) live = live || schema_visit(s, n.a);
+    if (n.op == SCHEMA) live = schema_visit(s, schema_allowed(s, id));
+    if (n.op == ITEMS || n.op == MEMBERS) live = schema_members_live(s, n);
+    if (n.op == AND || n.op == NOT)
+        for (int c = 0; c <= QUOTE && !live; c = schema_edge(s, id, c))
+            live = schema_visit(s, schema_derive(s, id, c));
+    s->depth--;
+    if (live) s->nodes[id].fate = ALIVE, s->found = true;
+    return live;
+}
+static bool schema_alive(Schema *s, int id) {
+    bool live = false, again = true;
+    if (s->visited.n || s->nodes[id].fate) return schema_visit(s, id);
+    while (again) {
+        s->found = false;
+        live = schema_visit(s, id);
+        again = s->found && !live;
+        while (s->visited.n) {
+            SchemaNode *n = &s->nodes[s->visited.ids[--s->visited.n]];
+            if (n->fate == BUSY) n->fate = live || again ? UNKNOWN : DEAD;
+        }
+    }
+    return live;
+}
+
+// ---- Patterns: ECMA 262's regular expressions, as far as they are regular.
+static const char schema_no_pattern[] = "is not a pattern that is understood";
+static int schema_pattern(Schema *s, const char *pattern, bool whole);
+static int schema_alternatives(Schema *s, bool search);
+static int schema_class(Schema *s);
+// A character, a class, a group; `within`: what a class holds.
+static int schema_atom(Schema *s, bool within) {
+#define RE_WHITE "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
+    static const char names[] = "nrtfvdDwWsS.", *const meant[] = {
+        "\n", "\r", "\t", "\f", "\v", "[0-9]", "[^0-9]", "[a-zA-Z0-9_]", "[^a-zA-Z0-9_]",
+        "[" RE_WHITE, "[^" RE_WHITE, "[^\n\r\u2028\u2029]"};
+    bool escaped = *s->at == '\\', special = !escaped && !within;
+    char c = *(s->at += escaped);
+    const char *name = c && (escaped ? c != '.' : special && c == '.') ? strchr(names, c) : NULL;
+    size_t used;
+    if (!c || (special && strchr("*+?^${", c)) || (escaped && !name && isalnum((uint8_t)c)))
+        schema_refuse(s, schema_no_pattern);
+    int all = (int)next_char(s->at, 4, &used);
+    s->at += used;
+    if (name) return schema_pattern(s, meant[name - names], true);
+    if (special && c == '[') return schema_class(s);
+    if (!special || c != '(') return schema_chars(s, all, all);
+    if (!strncmp(s->at, "?:", 2)) s->at += 2;
+    all = schema_alternatives(s, false);
+    if (*s->at++ != ')') schema_refuse(s, schema_no_pattern);
+    return all;
+}
+static int schema_class(Schema *s) {  // from behind its [ on
+    int all = NOTHING;
+    bool negated = *s->at == '^';
+    for (s->at += negated; *s->at && *s->at != ']';) {
+        int one = schema_atom(s, true);
+        SchemaNode low = s->nodes[one], high = low;
+        bool range = low.a == low.b && s->at[0] == '-' && s->at[1] && s->at[1] != ']';
+        if (range) s->at++, high = s->nodes[schema_atom(s, true)];
+        if (range && (high.a != high.b || high.a < low.a)) schema_refuse(s, schema_no_pattern);
+        all = schema_either(s, all, range ? schema_chars(s, low.a, high.a) : one);
+    }
+    if (!*s->at++) schema_refuse(s, schema_no_pattern);
+    return negated ? schema_without(s, schema_chars(s, 0, N_CHARS - 1), all) : all;
+}
+// An atom, so many times.
+static int schema_times(Schema *s) {
+    int atom = schema_atom(s, false);
+    long min = 1, max = 1;
+    char c = *s->at, *end = s->at;
+    if (c && strchr("*+?", c)) end++, min = c == '+', max = c == '?' ? 1 : INT_MAX;
+    if (c == '{') {
+        bool number = isdigit((uint8_t)end[1]);
+        min = max = strtol(end + 1, &end, 10);
+        if (*end == ',') max = isdigit((uint8_t)*++end) ? strtol(end, &end, 10) : INT_MAX;
+        if (*end++ != '}' || !number) schema_refuse(s, schema_no_pattern);
+    }
+    if (max < min || min > 1 << 16) schema_refuse(s, schema_no_pattern);
+    if (end > s->at && *end == '?') end++;  // lazy: it takes the same texts
+    s->at = end;
+    return schema_repeat(s, atom, (int)min, max < INT_MAX ? (int)max : INT_MAX);
+}
+// Alternatives. With `search` they may begin and end anywhere, unless anchors say otherwise.
+static int schema_alternatives(Schema *s, bool search) {
+    int all = NOTHING, one;
+    Ids atoms = {0};
+    schema_deeper(s);
+    do {
+        if (*s->at == '|') s->at++;
+        if (search && *s->at == '^') s->at++;
+        else if (search) push(&atoms, ANYTHING);
+        while (*s->at && *s->at != '|' && *s->at != ')') {
+            if (search && *s->at == '$' && (s->at[1] == '|' || !s->at[1])) break;
+            push(&atoms, schema_times(s));
+        }
+        if (search && *s->at == '$') s->at++;
+        else if (search) push(&atoms, ANYTHING);
+        for (one = EMPTY; atoms.n; atoms.n--) one = schema_cat(s, atoms.ids[atoms.n - 1], one);
+        all = schema_either(s, all, one);
+    } while (*s->at == '|');
+    free(atoms.ids);
+    s->depth--;
+    return all;
+}
+// The language of a pattern; `whole`: from the beginning to the end.
+static int schema_pattern(Schema *s, const char *pattern, bool whole) {
+    char *before = s->at;
+    if (strlen(pattern) > MAX_PATTERN) schema_refuse(s, schema_no_pattern);
+    s->at = (char *)(uintptr_t)pattern;
+    int all = schema_alternatives(s, !whole);
+    if (*s->at) schema_refuse(s, schema_no_pattern);
+    s->at = before;
+    return all;
+}
+
+// Numbers as they are written.
+#define RE_DIGITS "-?(?:0|[1-9][0-9]*)"
+#define RE_INTEGER RE_DIGITS "(?:\\.0+)?"
+#define RE_PLAIN RE_DIGITS "(?:\\.[0-9]+)?"
+#define RE_NUMBER RE_PLAIN "(?:[eE][+-]?[12]?[0-9]{1,2})?"
+
+// Those above a bound, or, with `below`, under it, or equal to it: plain ones, and small ones with
+// an exponent as Python writes it (from e-05 on).
+static int schema_above(Schema *s, Text bound, bool below, bool equal) {
+    bool minus = bound.s[0] == '-';
+    int n = (int)strspn(bound.s + minus, "0123456789"), len = (int)bound.len - minus;
+    char b[64];  // digits, a point, and perhaps more of them
+    if (len > 40 || (int)strspn(bound.s + minus, "0123456789.") < len)
+        schema_refuse(s, "is not a number of few digits");
+    len = sprintf(b, "%.*s%s", len, bound.s + minus, n < len ? "" : ".");
+    while (b[len - 1] == '0') len--;
+    bool zero = b[0] == '0' && len == 2;
+    if (!zero && !strncmp(b, "0.0000", 6)) schema_refuse(s, "is too small");
+    minus = minus && !zero;
+    bool strict = (below ? !equal : equal) == minus;
+    int plain = schema_pattern(s, "(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?", true);
+    int small = schema_pattern(s, "[1-9](?:\\.[0-9]+)?e-(?:0[5-9]|[1-9][0-9])", true);
+    int part = schema_pattern(s, "(?:\\.[0-9]+)?", true), any = schema_pattern(s, "[0-9]*", true);
+    int all = strict ? schema_pattern(s, "[0-9]*[1-9][0-9]*", true) : any;
+    int size = schema_either(s, plain, small), digit = schema_chars(s, '0', '9');
+    for (int i = len, rest = any; i--;) {  // as b up to its character i, then larger, or the same
+        if (i < n) rest = schema_cat(s, schema_repeat(s, digit, n - 1 - i, n - 1 - i), part);
+        bool whole = i == n && len == n + 1 && !strict;  // the point can be left out
+        all = schema_either(s, schema_before(s, b[i], all), whole ? EMPTY : NOTHING);
+        if (i == n || b[i] == '9') continue;
+        all = schema_either(s, all, schema_cat(s, schema_chars(s, b[i] + 1, '9'), rest));
+    }
+    int more = schema_cat(s, schema_repeat(s, digit, n, INT_MAX), part);  // digits
+    all = schema_either(s, all, schema_cat(s, schema_chars(s, '1', '9'), more));
+    all = schema_either(s, schema_both(s, all, plain), zero ? small : NOTHING);
+    int negative = schema_without(s, size, schema_pattern(s, "0(?:\\.0+)?", true));
+    if (minus) all = schema_before(s, '-', schema_without(s, negative, all));
+    if (minus) all = schema_either(s, size, all);
+    size = schema_either(s, size, schema_before(s, '-', negative));
+    return below ? schema_without(s, size, all) : all;
+}
+
+// The formats that count.
+#define RE_DAY "(?:0[1-9]|1[0-9]|2[0-8])"
+#define RE_LEAP "(?:0[48]|[2468][048]|[13579][26])"
+#define RE_DATE "(?:(?:[0-9]{2}" RE_LEAP "|" RE_LEAP "00)-02-29|[0-9]{4}-(?:02-" RE_DAY "|" \
+    "(?:0[13578]|1[02])-(?:" RE_DAY "|29|3[01])|(?:0[469]|11)-(?:" RE_DAY "|29|30)))"
+#define RE_MINUTE "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+#define RE_TIME "(?:" RE_MINUTE ":[0-5][0-9](?:\\.[0-9]+)?(?:[zZ]|[+-]" RE_MINUTE ")|" \
+    "23:59:60(?:\\.[0-9]+)?[zZ])"
+#define RE_LABEL "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+#define RE_HOSTNAME RE_LABEL "(?:\\." RE_LABEL ")*"
+#define RE_ATOM "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
+#define RE_BYTE "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+#define RE_IPV4 RE_BYTE "(?:\\." RE_BYTE "){3}"
+#define RE_H "[0-9a-fA-F]{1,4}"
+#define RE_TAIL "(?:" RE_H ":" RE_H "|" RE_IPV4 ")"  // of an IPv6 address: RFC 3986
+#define RE_V6(left, right) \
+    "|(?:(?:" RE_H ":){0," left "}" RE_H ")?::(?:" RE_H ":){" right "}" RE_TAIL
+#define RE_IPV6 "(?:" RE_H ":){6}" RE_TAIL "|::(?:" RE_H ":){5}" RE_TAIL RE_V6("0", "4") \
+    RE_V6("1", "3") RE_V6("2", "2") RE_V6("3", "1") RE_V6("4", "0") \
+    "|(?:(?:" RE_H ":){0,5}" RE_H ")?::" RE_H "|(?:(?:" RE_H ":){0,6}" RE_H ")?::"
+#define RE_NAME_CHAR "[a-zA-Z0-9._~!$&'()*+,;=-]|%[0-9a-fA-F]{2}"
+#define RE_PCHAR "(?:" RE_NAME_CHAR "|[:@])"
+#define RE_URI "[a-zA-Z][a-zA-Z0-9+.-]*:(?://(?:(?:" RE_NAME_CHAR "|:)*@)?" \
+    "(?:(?:" RE_NAME_CHAR ")*|\\[(?:" RE_IPV6 ")\\])(?::[0-9]*)?(?:/" RE_PCHAR "*)*" \
+    "|/(?:" RE_PCHAR "+(?:/" RE_PCHAR "*)*)?|" RE_PCHAR "+(?:/" RE_PCHAR "*)*|)" \
+    "(?:\\?(?:" RE_PCHAR "|[/?])*)?(?:#(?:" RE_PCHAR "|[/?])*)?"
+static const struct { const char *name, *pattern; } schema_formats[] = {
+    {"date", RE_DATE}, {"time", RE_TIME}, {"date-time", RE_DATE "[tT]" RE_TIME},
+    {"uuid", "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"}, {"ipv4", RE_IPV4},
+    {"ipv6", RE_IPV6}, {"hostname", RE_HOSTNAME},
+    {"email", RE_ATOM "(?:\\." RE_ATOM ")*@" RE_HOSTNAME}, {"uri", RE_URI}};
+
+// ---- JSON: the bytes of a string, the schema's values.
+static int schema_utf8(char *out, int c) {
+    int more = (c >= 0x80) + (c >= 0x800) + (c >= 0x10000);
+    out[0] = (char)(more ? (0xf00 >> (more + 1) & 0xf0) | c >> 6 * more : c);
+    for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (c >> 6 * (more - i) & 63));
+    return more + 1;
+}
+// Stages of a character: none, behind a backslash, within UTF-8, within hexadecimal digits, and,
+// where \u has given the first of two surrogates, before \, u and d of the second.
+enum { PLAIN_CHAR, ESCAPE, UTF8, HEX, SECOND };
+// Takes a byte of a string: what it says of the character. False: it does not belong there.
+static bool schema_byte(SchemaChar *x, int b) {
+    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
+    const char *e = b ? strchr(names, b) : NULL;
+    int more = (b >= 0xc0) + (b >= 0xe0) + (b >= 0xf0), stage = x->stage;
+    if (stage == PLAIN_CHAR) {
+        int low = b & (more ? 0x3f >> more : 0x7f);
+        *x = (SchemaChar){more ? UTF8 : PLAIN_CHAR, 6 * more, low << 6 * more, least[more]};
+        if (b == '\\') *x = (SchemaChar){ESCAPE, 21, 0, 0};
+        return b >= 32 && (b < 0x80 || more) && b < 0xf8;
+    }
+    if (stage == ESCAPE) {
+        *x = e ? (SchemaChar){.low = meant[e - names]} : (SchemaChar){HEX, 16, 0, 0};
+        return e || b == 'u';
+    }
+    if (stage >= SECOND) {
+        x->stage = stage < SECOND + 2 ? stage + 1 : HEX;
+        return stage == SECOND ? b == '\\' : stage == SECOND + 1 ? b == 'u' : (b | 32) == 'd';
+    }
+    int bits = stage == UTF8 ? 6 : x->bits == 10 ? 2 : 4;
+    int digit = b <= '9' ? b - '0' : (b | 32) - 'a' + 10;
+    if (stage == HEX && !isxdigit(b)) return false;
+    digit = stage == UTF8 ? b ^ 0x80 : x->bits == 10 ? digit - 12 : digit;
+    if (digit < 0 || digit >> bits) return false;
+    x->bits -= bits;
+    x->low |= digit << x->bits;
+    if (x->bits) return true;
+    int half = stage == HEX ? x->low >> 10 : 0;  // of two surrogates: 0xd800 >> 10, the first
+    *x = half == 54 ? (SchemaChar){SECOND, 10, 0x10000 + ((x->low & 1023) << 10), 0}
+                    : (SchemaChar){PLAIN_CHAR, 0, x->low, x->least};
+    return half == 54 || (x->low >= x->least && x->low < N_CHARS && x->low >> 11 != 27);
+}
+static bool schema_skip(Schema *s, char c) {  // blanks, and c if it is there
+    s->at += strspn(s->at, " \t\r\n");
+    bool there = c && *s->at == c;
+    s->at += there;
+    return there;
+}
+static void schema_expect(Schema *s, bool fits) {
+    if (!fits) schema_refuse(s, "is no JSON");
+}
+static Text schema_string(Schema *s) {  // decoded in place
+    SchemaChar c = {0};
+    schema_expect(s, schema_skip(s, '"'));
+    char *start = s->at, *end = start;
+    for (; *s->at != '"' || c.stage; s->at++) {
+        schema_expect(s, schema_byte(&c, (uint8_t)*s->at));
+        if (!c.stage && !c.low) schema_refuse(s, "has a zero in a string");
+        if (!c.stage) end += schema_utf8(end, c.low);
+    }
+    s->at++;
+    *end = 0;
+    return (Text){start, (size_t)(end - start)};
+}
+static int schema_value(Schema *s, Text key) {
+    schema_skip(s, 0);
+    int v = s->n_values++, last = 0;
+    s->values = schema_room(s->values, v, sizeof *s->values);
+    char *start = s->at, type = *start;
+    SchemaValue value = {.type = type, .at = (int)(start - s->start), .key = key};
+    s->values[v] = value;
+    s->place = v;
+    schema_deeper(s);
+    if (type == '"') value.text = schema_string(s);
+    else if (type == '{' || type == '[') {
+        for (s->at++; !schema_skip(s, type == '{' ? '}' : ']'); s->place = v) {
+            schema_expect(s, !last || schema_skip(s, ','));
+            Text name = type == '{' ? schema_string(s) : (Text){0};
+            schema_expect(s, type == '[' || schema_skip(s, ':'));
+            int child = schema_value(s, name);
+            *(last ? &s->values[last].next : &value.first) = child;
+            last = child;
+        }
+    } else {
+        s->at += strspn(s->at, "+-.0123456789aeflnrstuE");
+        value.text = (Text){start, (size_t)(s->at - start)};
+        if (type == '-' || (type >= '0' && type <= '9')) value.type = '0';
+        schema_expect(s, schema_accepts(s, s->text, schema_literal(s, value.text, EMPTY)));
+    }
+    s->depth--;
+    s->values[v] = value;
+    return v;
+}
+static bool text_same(Text a, Text b) { return a.len == b.len && !memcmp(a.s, b.s, a.len); }
+static bool text_is(Text text, const char *name) {
+    return text_same(text, (Text){name, strlen(name)});
+}
+static int schema_child(const Schema *s, int v, Text name) {  // the last with a name, or 0
+    int found = 0;
+    for (int w = s->values[v].type == '{' ? s->values[v].first : 0; w; w = s->values[w].next)
+        if (text_same(s->values[w].key, name)) found = w;
+    return found;
+}
+// The value of a keyword, whose first character is one of `types`; 0: it is not there.
+static int schema_get(Schema *s, int v, const char *name, const char *types) {
+    int found = schema_child(s, v, (Text){name, strlen(name)});
+    s->place = found ? found : v;
+    if (found && !strchr(types, s->values[found].type)) schema_refuse(s, "is malformed");
+    return found;
+}
+static int schema_first(Schema *s, int v, const char *name, const char *types) {  // in its list
+    int list = schema_get(s, v, name, types);
+    return list ? s->values[list].first : 0;
+}
+static int schema_count(Schema *s, int v, const char *name, int none) {
+    int w = schema_get(s, v, name, "0");
+    double n = w ? strtod(s->values[w].text.s, NULL) : none;
+    if (n < 0 || n != floor(n)) schema_refuse(s, "is malformed");
+    return n < INT_MAX / 4 ? (int)n : INT_MAX;
+}
+
+// ---- Schemas. What fits one that is within another, or is a constant.
+static int schema_of(Schema *s, int places) { return schema_node(s, SCHEMA, places, 0, 0, 0); }
+static int schema_sub(Schema *s, int v, bool constant) {
+    int type = s->values[v].type;
+    s->place = v;
+    s->values[v].constant |= constant;
+    if (constant || type == '{') return schema_of(s, schema_node(s, PLACE, v, 0, 0, 0));
+    if (type != 't' && type != 'f') schema_refuse(s, "is malformed");
+    return type == 't' ? schema_of(s, 0) : NOTHING;
+}
+static int schema_target(Schema *s, int ref) {  // of $ref
+    Text text = s->values[ref].text;
+    int v = 1;
+    if (*text.s != '#' || strpbrk(text.s, "~%")) schema_refuse(s, "leads out of this schema");
+    for (const char *p = text.s + 1, *end = text.s + text.len; p < end;) {
+        Text name = {p + 1, strcspn(p + 1, "/")};
+        v = *p == '/' ? schema_child(s, v, name) : 0;
+        if (!v) schema_refuse(s, "leads nowhere");
+        p = name.s + name.len;
+    }
+    return schema_sub(s, v, false);
+}
+
+// ---- Arrays and objects: what their keywords say, or the members of a constant, as rules.
+static int schema_rule(Schema *s, int rules, int names, int sub, int min, int max) {  // and others
+    return schema_either(s, rules, schema_node(s, RULE, names, sub, min, max));
+}
+static int schema_items(Schema *s, int v) {
+    bool own = s->values[v].constant;
+    int items = own ? 0 : schema_get(s, v, "items", "tf{["), n = 0, rules = NOTHING;
+    int w = own ? s->values[v].first : s->old ? 0 : schema_first(s, v, "prefixItems", "[");
+    if (items && s->values[items].type == '[') {
+        w = s->values[items].first;
+        items = schema_get(s, v, "additionalItems", "tf{");
+    }
+    for (; w; w = s->values[w].next, n++)
+        rules = schema_rule(s, rules, schema_chars(s, n, n), schema_sub(s, w, own), 0, 1);
+    int rest = schema_chars(s, n, INT_MAX);
+    if (items) rules = schema_rule(s, rules, rest, schema_sub(s, items, false), 0, INT_MAX);
+    int min = own ? n : schema_count(s, v, "minItems", 0);
+    int max = own ? n : schema_count(s, v, "maxItems", INT_MAX);
+    return schema_rule(s, rules, ANYTHING, schema_of(s, 0), min, max);
+}
+static int schema_members(Schema *s, int v) {
+    bool own = s->values[v].constant;
+    int others = ANYTHING, other = 0, rules = NOTHING, names, w = own ? v : 0;
+    if (!own) w = schema_get(s, v, "properties", "{");
+    for (w = w ? s->values[w].first : 0; w; w = s->values[w].next) {
+        names = schema_literal(s, s->values[w].key, EMPTY);
+        others = schema_without(s, others, names);
+        rules = schema_rule(s, rules, names, schema_sub(s, w, own), own, 1);
+    }
+    if (own) return schema_rule(s, rules, others, NOTHING, 0, INT_MAX);
+    for (w = schema_first(s, v, "patternProperties", "{"); w; w = s->values[w].next) {
+        s->place = w;
+        names = schema_pattern(s, s->values[w].key.s, false);
+        others = schema_without(s, others, names);
+        rules = schema_rule(s, rules, names, schema_sub(s, w, false), 0, INT_MAX);
+    }
+    other = schema_get(s, v, "additionalProperties", "tf{");
+    if (other) rules = schema_rule(s, rules, others, schema_sub(s, other, false), 0, INT_MAX);
+    for (w = schema_first(s, v, "required", "[tf"); w; w = s->values[w].next) {
+        if (s->values[w].type != '"') schema_refuse(s, "is malformed");
+        names = schema_literal(s, s->values[w].text, EMPTY);
+        rules = schema_rule(s, rules, names, schema_of(s, 0), 1, 1);
+    }
+    int min = schema_count(s, v, "minProperties", 0);
+    int max = schema_count(s, v, "maxProperties", INT_MAX);
+    return schema_rule(s, rules, ANYTHING, schema_of(s, 0), min, max);
+}
+static SchemaBounds schema_bounds(Schema *s, SchemaNode n) {
+    SchemaBounds b = {0, INT_MAX, 0, NOTHING, 0};
+    while (n.a) {
+        SchemaNode r = s->nodes[schema_next(s, &n.a)];
+        int name = n.op == ITEMS ? s->nodes[r.a].a + 1 : 0, missing = b.missing;
+        int most = r.a != ANYTHING ? name : r.d < INT_MAX ? r.d : r.c;
+        if (most > b.most) b.most = most;
+        if (r.a == ANYTHING && r.c > b.min) b.min = r.c;
+        if (r.a == ANYTHING && r.d < b.max) b.max = r.d;
+        if (r.c && r.a != ANYTHING && !schema_accepts(s, n.b, r.a))
+            b.missing = schema_either(s, missing, r.a);
+        b.n_missing += b.missing != missing;
+    }
+    return b;
+}
+// What all rules allow as the value of a member.
+static int schema_member(Schema *s, int rules, int name) {
+    int all = NOTHING;
+    while (rules) {
+        SchemaNode r = s->nodes[schema_next(s, &rules)];
+        bool one = r.d == 1 && r.a != ANYTHING;  // the rule is for a single name
+        bool counts = one ? r.a == name : schema_accepts(s, r.a, name);
+        if (counts && r.b == NOTHING) return NOTHING;
+        if (counts) all = schema_either(s, all, s->nodes[r.b].a);
+    }
+    return schema_of(s, all);
+}
+// The names that the next member of an object can have.
+static int schema_names(Schema *s, SchemaNode n, SchemaBounds b) {
+    bool sure = !s->visited.n;  // else what is found may depend on what is not known yet
+    int memo = schema_node(s, DERIVED, n.a, sure ? -2 : -3, 0, 0), all = s->nodes[memo].value;
+    if (b.max - n.c <= b.n_missing) return b.missing;
+    if (all < 0) {
+        all = ANYTHING;
+        for (int rules = n.a; rules;) {
+            SchemaNode r = s->nodes[schema_next(s, &rules)];
+            bool one = r.d == 1 && r.a != ANYTHING;
+            if (!schema_alive(s, one ? schema_member(s, n.a, r.a) : r.b))
+                all = schema_without(s, all, r.a);
+        }
+        if (sure) s->nodes[memo].value = all;
+    }
+    return schema_without(s, all, n.b);
+}
+static bool schema_members_live(Schema *s, SchemaNode n) {
+    SchemaBounds b = schema_bounds(s, n);
+    bool more = n.d == NEXT || n.c < b.min, live = b.min <= b.max && b.n_missing <= b.max - n.c;
+    int end = n.c + 1 < b.min ? b.min : n.c + 1;
+    if (n.d == LAST) return live && !more && !b.n_missing;
+    if (more) live = live && n.c < b.max;
+    if (more && n.op == MEMBERS) live = live && schema_visit(s, schema_names(s, n, b));
+    for (int i = n.c; more && n.op == ITEMS && live && i < end && i <= b.most; i++)
+        live = schema_visit(s, schema_member(s, n.a, schema_chars(s, i, i)));
+    while (live && b.missing)
+        live = schema_visit(s, schema_member(s, n.a, schema_next(s, &b.missing)));
+    return live;
+}
+static int schema_filled(Schema *s, SchemaNode n, int seen) {  // with one more member
+    int most = schema_bounds(s, n).most;
+    return schema_node(s, n.op, n.a, seen, n.c < most ? n.c + 1 : most, FILLED);
+}
+// What is left of an array or object after the character c.
+static int schema_derive_members(Schema *s, SchemaNode n, int id, int c) {
+    SchemaBounds b = schema_bounds(s, n);
+    bool array = n.op == ITEMS, lines = s->indent;
+    int to = OPEN;
+    if (n.d != OPEN && c == (array ? ']' : '}')) {
+        bool end = n.d == FIRST || n.d == (lines ? LAST : FILLED);
+        return end && n.c >= b.min && !b.n_missing ? EMPTY : NOTHING;
+    }
+    if (n.d == NEXT || (n.d == FIRST && !lines)) {
+        if (n.c >= b.max || !(array || c == QUOTE)) return NOTHING;
+        if (!array) return schema_node(s, KEY, schema_names(s, n, b), id, 0, 0);
+        int item = schema_member(s, n.a, schema_chars(s, n.c, n.c));
+        return schema_derive(s, schema_cat(s, item, schema_filled(s, n, NOTHING)), c);
+    }
+    if (n.d == OPEN && c == (array ? '[' : '{')) to = FIRST;
+    if (n.d == FIRST && c == '\n') to = NEXT;
+    if (n.d == FILLED && c == '\n' && lines) to = LAST;
+    if (n.d == FILLED && c == ',') to = NEXT;
+    int next = schema_node(s, n.op, n.a, n.b, n.c, to);
+    if (c == ',') next = schema_before(s, lines ? '\n' : ' ', next);
+    return to ? next : NOTHING;
+}
+static int schema_named(Schema *s, SchemaNode key) {  // what follows the name of a member
+    SchemaNode n = s->nodes[key.b];
+    int name = EMPTY;
+    for (int i = s->key; i; i = s->nodes[i].b) name = schema_before(s, s->nodes[i].a, name);
+    int value = s->nodes[key.a].accepts ? schema_member(s, n.a, name) : NOTHING;
+    if (value == NOTHING) return NOTHING;
+    int rest = schema_cat(s, value, schema_filled(s, n, schema_either(s, n.b, name)));
+    return schema_before(s, ':', schema_before(s, ' ', rest));
+}
+
+// ---- Values: a union of a TEXT, ITEMS and MEMBERS. What two such both allow.
+static int schema_inside(Schema *s, int op, int v) {  // the ITEMS or MEMBERS that a schema allows
+    int list = op == ITEMS ? schema_items(s, v) : schema_members(s, v);
+    return schema_node(s, op, list, NOTHING, 0, OPEN);
+}
+static int schema_meet(Schema *s, int x, int y) {
+    SchemaNode a = s->nodes[x], b = s->nodes[y];
+    if (a.op == ALT) return schema_either(s, schema_meet(s, a.a, y), schema_meet(s, a.b, y));
+    if (b.op == ALT) return schema_meet(s, y, x);
+    if (a.op != b.op || x == NOTHING) return NOTHING;
+    if (a.op != TEXT) return schema_node(s, a.op, schema_either(s, a.a, b.a), NOTHING, 0, OPEN);
+    if (a.a == s->text || b.a == s->text) return a.a == s->text ? y : x;
+    return schema_text(s, schema_both(s, a.a, b.a));
+}
+static int schema_quoted(Schema *s, int content) {
+    return schema_before(s, QUOTE, schema_cat(s, content, schema_chars(s, QUOTE, QUOTE)));
+}
+static int schema_number(Schema *s, int v, bool integer) {
+    static const char *const names[] = {"minimum", "maximum", "exclusiveMinimum",
+                                        "exclusiveMaximum"};
+    int all = schema_pattern(s, !integer ? RE_NUMBER : s->oldest ? RE_DIGITS : RE_INTEGER, true);
+    for (int i = 0; i < 4; i++) {
+        int strict = i < 2 ? schema_get(s, v, names[i + 2], "0tf") : 0;
+        int w = schema_get(s, v, names[i], i < 2 ? "0" : "0tf");
+        bool equal = i < 2 && !(strict && s->values[strict].type == 't');
+        if (w && s->values[w].type == '0')
+            all = schema_both(s, all, schema_above(s, s->values[w].text, i & 1, equal));
+    }
+    return all;
+}
+static int schema_string_text(Schema *s, int v) {
+    int min = schema_count(s, v, "minLength", 0), max = schema_count(s, v, "maxLength", INT_MAX);
+    int all = schema_repeat(s, schema_chars(s, 0, N_CHARS - 1), min, max);
+    int w = schema_get(s, v, "pattern", "\"");
+    if (w) all = schema_both(s, all, schema_pattern(s, s->values[w].text.s, false));
+    w = schema_get(s, v, "format", "\"");
+    for (size_t i = 0; w && i < sizeof schema_formats / sizeof *schema_formats; i++)
+        if (text_is(s->values[w].text, schema_formats[i].name))
+            all = schema_both(s, all, schema_pattern(s, schema_formats[i].pattern, true));
+    return schema_quoted(s, all);
+}
+// What fits a constant, or one of several values from v on.
+static int schema_constants(Schema *s, int v, bool several) {
+    int text = NOTHING, all = NOTHING;
+    for (; v; v = several ? s->values[v].next : 0) {
+        Text value = s->values[v].text;
+        int type = s->values[v].type, one = NOTHING;
+        s->place = v;
+        s->values[v].constant = true;
+        if (type == '"')
+            one = schema_before(s, QUOTE, schema_literal(s, value, schema_chars(s, QUOTE, QUOTE)));
+        else if (type == '0')
+            one = schema_both(s, schema_above(s, value, false, true),
+                              schema_above(s, value, true, true));
+        else if (type == '[' || type == '{')
+            all = schema_either(s, all, schema_inside(s, type == '[' ? ITEMS : MEMBERS, v));
+        else one = schema_literal(s, value, EMPTY);
+        text = schema_either(s, text, one);
+    }
+    return schema_either(s, all, schema_text(s, text));
+}
+// What the keywords of a schema say of its own type and value.
+static int schema_typed(Schema *s, int v) {
+    static const char types[][8] = {"null", "boolean", "integer", "number", "string", "array",
+                                    "object"};
+    int type = schema_get(s, v, "type", "\"["), set = type ? 0 : 127, text = NOTHING;
+    bool list = type && s->values[type].type == '[';
+    for (int w = list ? s->values[type].first : type; w; w = list ? s->values[w].next : 0) {
+        int i = 0;
+        while (i < 7 && !text_is(s->values[w].text, types[i])) i++;
+        if (i == 7) schema_refuse(s, "is malformed");
+        set |= 1 << i;
+    }
+    if (set & 1) text = schema_pattern(s, "null", true);
+    if (set & 2) text = schema_either(s, text, schema_pattern(s, "true|false", true));
+    if (set & 12) text = schema_either(s, text, schema_number(s, v, !(set & 8)));
+    if (set & 16) text = schema_either(s, text, schema_string_text(s, v));
+    int all = schema_text(s, text);
+    if (set & 32) all = schema_either(s, all, schema_inside(s, ITEMS, v));
+    if (set & 64) all = schema_either(s, all, schema_inside(s, MEMBERS, v));
+    int values = schema_get(s, v, "enum", "["), constant = schema_get(s, v, "const", "\"0tfn[{");
+    if (values) all = schema_meet(s, all, schema_constants(s, s->values[values].first, true));
+    return constant ? schema_meet(s, all, schema_constants(s, constant, false)) : all;
+}
+static int schema_keywords(Schema *s, int v) {
+    static const char *const lists[] = {"allOf", "anyOf", "oneOf"};
+    static const char *const refused[] = {
+        "uniqueItems", "dependencies", "dependentRequired", "dependentSchemas", "contains", "not",
+        "minContains", "maxContains", "if", "multipleOf", "divisibleBy", "propertyNames",
+        "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef", "disallow",
+        "extends"};
+    if (s->values[v].constant) return schema_constants(s, v, false);
+    int ref = schema_get(s, v, "$ref", "\""), all = 0;
+    if (ref) all = schema_allowed(s, schema_target(s, ref));
+    if (ref && s->old) return all;
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        int w = schema_get(s, v, refused[i], "\"0tfn[{");
+        if (w && (i || s->values[w].type != 'f'))
+            schema_refuse(s, "is a keyword that is not understood here");
+    }
+    all = ref ? schema_meet(s, all, schema_typed(s, v)) : schema_typed(s, v);
+    for (int i = 0; i < 3; i++) {
+        int list = schema_get(s, v, lists[i], "["), some = NOTHING;
+        if (list && !s->values[list].first) schema_refuse(s, "is malformed");
+        for (int w = list ? s->values[list].first : 0; w; w = s->values[w].next) {
+            int one = schema_allowed(s, schema_sub(s, w, false));
+            if (i == 0) all = schema_meet(s, all, one);
+            if (i == 2) push(&s->apart, list), push(&s->apart, schema_meet(s, some, one));
+            some = schema_either(s, some, one);
+        }
+        if (i && list) all = schema_meet(s, all, some);
+    }
+    return all;
+}
+// What all schemas of a SCHEMA allow.
+static int schema_allowed(Schema *s, int id) {
+    int memo = schema_node(s, DERIVED, id, -1, 0, 0), all = s->nodes[memo].value;
+    if (id == NOTHING || all >= 0) return id == NOTHING ? id : all;
+    if (all == -2) schema_refuse(s, "refers to itself");
+    s->nodes[memo].value = -2;
+    schema_deeper(s);
+    int rest = s->nodes[id].a, first = schema_next(s, &rest);
+    if (!rest) all = schema_keywords(s, s->nodes[first].a);
+    else all = schema_meet(s, schema_allowed(s, schema_of(s, rest)),
+                           schema_allowed(s, schema_of(s, first)));
+    s->depth--;
+    return s->nodes[memo].value = all;
+}
+
+// ---- A text in progress. Whether a character from low to high may come next.
+static bool schema_some(Schema *s, int state, int low, int high) {
+    bool fits = false;
+    for (int c = low; c <= high && !fits; c = schema_edge(s, state, c))
+        fits = schema_alive(s, schema_derive(s, state, c));
+    return fits;
+}
+// Takes the next byte of the text. False: no text that fits goes on so.
+static bool schema_step(SchemaText *x, uint8_t byte) {
+    Schema *s = x->s;
+    SchemaChar *c = &x->c;
+    bool quote = byte == '"' && !c->stage, within = x->string && !quote;
+    if (x->gap) {
+        x->gap--;
+        return byte == ' ';
+    }
+    if (!x->string) {  // the lines that --indent wants
+        bool open = byte == '[' || byte == '{', close = byte == ']' || byte == '}';
+        if (byte == '\n') x->gap = s->indent * (x->depth - !x->inner);
+        x->depth += open - close;
+        x->inner = open || byte == ',';
+        x->key = 0;
+    }
+    x->string ^= quote;
+    s->key = x->key;
+    if (!within) c->low = quote ? QUOTE : byte;
+    else if (!schema_byte(c, byte)) return false;
+    if (within && !c->stage) x->key = schema_node(s, PAST, c->low, x->key, 0, 0);
+    if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
+    int low = c->low > c->least ? c->low : c->least, high = c->low + (1 << c->bits) - 1;
+    if (high >= N_CHARS) high = N_CHARS - 1;
+    if (schema_some(s, x->state, low, high < 0xd7ff ? high : 0xd7ff)) return true;
+    if (schema_some(s, x->state, low > 0xe000 ? low : 0xe000, high)) return true;
+    if (low < 0xd800) low = 0xd800;  // of the first of two surrogates
+    if (high > 0xdbff) high = 0xdbff;
+    low = 0x10000 + (low - 0xd800) * 1024, high = 0x103ff + (high - 0xd800) * 1024;
+    return c->stage == HEX && schema_some(s, x->state, low, high);
+}
+static bool schema_complete(const SchemaText *x) { return x->s->nodes[x->state].accepts; }
+// Takes the text of a token that was drawn. True: the text ends here.
+static bool schema_take(SchemaText *x, Text text) {
+    for (size_t i = 0; i < text.len; i++)
+        if (!schema_step(x, (uint8_t)text.s[i])) return true;
+    return schema_complete(x) && !schema_some(x->s, x->state, 0, N_CHARS - 1);
+}
+static SchemaText schema_begin(Schema *s) {
+    return (SchemaText){.s = s, .state = s ? s->root : NOTHING};
+}
+// Ends a text. False: it is not complete.
+static bool schema_end(SchemaText *x) {
+    bool whole = !x->s || schema_complete(x);
+    x->s = NULL;
+    return whole;
+}
+// Ends the program if a document does not fit. (A line break may follow it.)
+static void schema_check(Schema *s, Text text, const char *name) {
+    SchemaText x = schema_begin(s);
+    size_t n = 0, end = text.len - (text.len && text.s[text.len - 1] == '\n');
+    while (n < end && schema_step(&x, (uint8_t)text.s[n])) n++;
+    if (n < end || !schema_complete(&x))
+        die("%s does not fit %s: byte %zu %s", name, s->name, n,
+            n < end ? "goes wrong" : "is missing: it is not complete");
+}
+
+// Reads and prepares the schema of --schema or --json.
+static Schema *schema_open(const Options *o) {
+    Schema *s = zeros(1, sizeof *s);
+    bool here = o->json || o->schema[0] == '{';
+    Text text = {o->json ? "true" : o->schema, 0};
+    text.len = strlen(text.s);
+    if (!here) text = input_read(o->schema, NULL, true);
+    s->name = o->json ? "--json" : here ? "the schema" : o->schema;
+    s->indent = (int)o->indent;
+    s->buckets = zeros(BUCKETS, sizeof *s->buckets);
+    s->values = resize(NULL, 1, sizeof *s->values);
+    s->values[s->n_values++] = (SchemaValue){.type = 't'};
+    for (int op = 0; op < CHARS; op++) schema_node(s, op, 0, 0, 0, 0);
+    s->text = schema_either(s, schema_pattern(s, RE_NUMBER "|null|true|false", true),
+                            schema_quoted(s, ANYTHING));
+    s->at = s->start = memcpy(resize(NULL, text.len + 1, 1), text.s, text.len);
+    s->start[text.len] = 0;
+    if (!here) free((char *)(uintptr_t)text.s);
+    schema_value(s, (Text){0});
+    schema_skip(s, 0);
+    s->place = 1;
+    if (s->at != s->start + text.len) schema_refuse(s, "is no JSON: something follows");
+    int draft = schema_get(s, 1, "$schema", "\"");
+    s->old = draft && strstr(s->values[draft].text.s, "/draft-0");
+    s->oldest = s->old && strstr(s->values[draft].text.s, "/draft-04");  // 1.0 is no integer
+    s->root = schema_sub(s, 1, false);
+    for (int i = 0; i < s->n_nodes; i++)
+        if (s->nodes[i].op == SCHEMA) schema_allowed(s, i);
+    for (size_t i = 0; i < s->apart.n; i += 2) {
+        s->place = s->apart.ids[i];
+        if (schema_alive(s, s->apart.ids[i + 1])) schema_refuse(s, "has alternatives that overlap");
+    }
+    s->place = 1;
+    if (!schema_alive(s, s->root)) schema_refuse(s, "cannot be met by anything");
+    return s;
+}
+static void schema_close(Schema *s) {
+    void *memory[] = {s->nodes, s->buckets, s->values, s->start, s->visited.ids, s->apart.ids,
+                      s->tokens, s->forbidden, s};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
+}
+
+// ---- Masks. What may come next of all tokens.
+static void schema_tokens(Schema *s, const Tokenizer *t) {
+    s->tokens = zeros((size_t)t->h.vocab_size, sizeof *s->tokens);
+    s->forbidden = zeros((size_t)t->h.vocab_size, 1);
+    for (int id = 0; id < t->h.vocab_size; id++) {
+        SchemaToken token = {decode(t, -1, id), 0};
+        if (is_stop(t, id)) continue;
+        if (t->llama2c && token.text.len == 1 && (uint8_t)token.text.s[0] > 126) continue;
+        bool plain = true;
+        for (size_t i = 0, used; i < token.text.len; i += used, token.chars++) {
+            uint32_t c = next_char(token.text.s + i, token.text.len - i, &used);
+            plain = plain && c >= 32 && c != '"' && c != '\\' && (c != 0xfffd || used > 1);
+        }
+        if (!plain) token.chars = INT_MAX;
+        s->tokens[id] = token;
+    }
+}
+// So many characters of a string, whatever they are, leave a state alive.
+static int schema_free(Schema *s, int state) {
+    int memo = schema_node(s, DERIVED, state, -4, 0, 0), n = s->nodes[memo].value;
+    Ids all = {0};  // states, by the number of characters that lead there
+    if (n >= 0) return n;
+    push(&all, state);
+    size_t level = 0;
+    for (size_t i = 0; i < all.n && n < MAX_FREE && all.n < 4096; i++) {
+        if (i == level) n++, level = all.n;
+        int from = all.ids[i], c = 0;
+        for (int to; c < N_CHARS; c = schema_edge(s, from, c)) {
+            if (!schema_alive(s, to = schema_derive(s, from, c))) break;
+            if (s->nodes[to].value == state) continue;
+            s->nodes[to].value = state;
+            push(&all, to);
+        }
+        if (c < N_CHARS) break;
+        if (i + 1 == all.n) n = MAX_FREE;  // there are no others
+    }
+    free(all.ids);
+    return s->nodes[memo].value = n;
+}
+// The tokens that cannot come next; NULL: none can.
+static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
+    Schema *s = x->s;
+    if (!s->tokens) schema_tokens(s, t);
+    bool first[256], complete = schema_complete(x);  // whether a byte can be the first
+    int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0, allowed = 0;
+    int old = s->n_nodes, most = (old > MAX_NODES / 2 ? old : MAX_NODES / 2) + MAX_NODES / 4;
+    for (int i = 0; i < 256; i++) {
+        SchemaText next = *x;
+        first[i] = schema_step(&next, (uint8_t)i);
+    }
+    for (int id = 0; id < t->h.vocab_size; id++) {
+        const SchemaToken *token = &s->tokens[id];
+        SchemaText next = *x;
+        size_t i = 0;
+        if (token->text.len && first[(uint8_t)token->text.s[0]] && token->chars > any)
+            while (i < token->text.len && schema_step(&next, (uint8_t)token->text.s[i])) i++;
+        bool fits = token->text.len && (i == token->text.len || token->chars <= any);
+        s->forbidden[id] = !(is_stop(t, id) ? complete : fits);
+        allowed += !s->forbidden[id];
+        if (s->n_nodes > most) schema_forget(s, old);
+    }
+    if (s->n_nodes > MAX_NODES / 2) schema_forget(s, old);
+    return allowed ? s->forbidden : NULL;
+}
+#else
+typedef struct { char none; } SchemaText;
+#define schema_mask(x, t) NULL
+#define schema_take(x, text) false
+#define schema_begin(s) (SchemaText){0}
+#define schema_end(x) true
+#define schema_check(s, text, name) (void)0
+#define schema_close(s) (void)0
+#endif
 // ---- [5.5] decoders, samples, speculation -------------------------------------------------------
 // Texts that grow, token by token: with -k several at once, with -d several tokens at once. Enter
 // with machine_open, give the decoder a text and a budget, then decoder_continue. A Machine keeps
@@ -3636,6 +4643,7 @@ typedef struct {
     double score;           // with -k: the sum of their log-probabilities; at the end their mean,
                             // or the reward of the text
     unsigned long long seed, receipt;  // the generator's state at the start; hash of the logits
+    SchemaText schema;      // its text, if it must fit one
     Output *out;            // where the text goes
     Output own;             // in memory: with -k it goes there
 } Decoder;
@@ -3850,6 +4858,10 @@ static void machine_draw(void *context, int i) {
     d->s.candidates = w->candidates + (size_t)this_thread * vocab;
     if (d->budget > 0) d->c.done = (int)ids->n;
     for (bool agreed = true; agreed && d->budget > 0; logits += vocab) {
+        bool fits = w->o->compiled && !d->out->thinking;
+        d->s.forbidden = fits ? schema_mask(&d->schema, w->t) : NULL;
+        if (fits && !d->s.forbidden) d->budget = 0;
+        if (!d->budget) break;
         int previous = ids->ids[ids->n - 1], next = sample(&d->s, logits, ids->ids, (int)ids->n);
         if (w->o->samples) d->score -= likelihood_of(logits, (int)vocab, next);
         if (w->o->receipt) d->receipt = mix64(d->receipt + hash64(logits, vocab * sizeof(float)));
@@ -3862,7 +4874,8 @@ static void machine_draw(void *context, int i) {
         if (w->o->logprobs < 0) output_token(d->out, w->t, previous, next);
         else output_logprob(d->out, w->o, w->t, logits, w->m->c.vocab_size, ids->ids + ids->n - 2);
         d->c.thought = d->out->filter ? 1 + d->out->thinking : 0;
-        if (d->out->stopped) d->budget = 0;
+        bool ended = fits && schema_take(&d->schema, decode(w->t, previous, next));
+        if (d->out->stopped || ended) d->budget = 0;
         else if (tool_use(w, d)) agreed = false;  // what follows is no guess
     }
 }
@@ -3885,10 +4898,17 @@ static bool machine_step(Machine *w, Decoder *all, int n) {
     if (interrupted || !n_slots) return false;
     w->logits = forward(w->m, &w->kv, batch, n_slots);
     if (!w->steps++) w->first_logits = seconds();
-    if (!w->o->tool) parallel(machine_draw, w, n);
-    for (int i = 0; i < n && w->o->tool; i++) machine_draw(w, i);  // a tool answers one by one
+    bool alone = w->o->tool || w->o->compiled;  // what is asked or kept is one for all
+    if (!alone) parallel(machine_draw, w, n);
+    for (int i = 0; i < n && alone; i++) machine_draw(w, i);
     decoder_commit(w, all);
     return true;
+}
+
+// Begins the text of a decoder behind a prompt.
+static void decoder_begin(const Machine *w, Decoder *d, Text prompt) {
+    output_begin(d->out, w->o, w->t, prompt);
+    d->schema = schema_begin(w->o->compiled);
 }
 
 // Runs n decoders until all have ended.
@@ -3896,6 +4916,10 @@ static void machine_run(Machine *w, Decoder *all, int n) {
     while (machine_step(w, all, n)) {}
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
+        if (!schema_end(&d->schema) && !interrupted) {
+            fputs("run: the text ends before its JSON does: -n gives it more tokens\n", stderr);
+            unfinished = true;
+        }
         if (w->o->receipt) fprintf(stderr, "receipt: %016llx\n", d->receipt);
     }
 }
@@ -3952,6 +4976,7 @@ static void samples_branch(Machine *w, const Decoder *trunk, Decoder *d, int i) 
     d->seq = i + 1;
     d->seed = d->s.rng = trunk->s.rng + (uint64_t)i * 0x9E3779B97F4A7C15u;
     d->out = &d->own;
+    d->schema = schema_begin(w->o->compiled);
     d->own.memory = NULL;
     d->own.n = d->own.capacity = 0;
     output_write(d->out, trunk->own.memory, trunk->own.n);
@@ -4037,13 +5062,13 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     d.budget = start_text(o, m, t, o->input, &d.c.ids);
     int n_prompt = (int)(ids->n - before);
     if (before == 0) d.c.keep = n_prompt < 4 ? n_prompt : 4;
-    for (size_t i = before; i < ids->n && t->llama2c; i++)
+    for (size_t i = before; i < ids->n && t->llama2c && !o->compiled; i++)
         if (i) output_token(d.out, t, ids->ids[i - 1], ids->ids[i]);
     if (n_prompt > LONG_PROMPT && d.budget > 0) decoder_settle(&w, &d, 1);  // says how far it is
-    if (!t->llama2c && !o->suffix) output_text(d.out, o->input);
+    if (!t->llama2c && !o->suffix && !o->compiled) output_text(d.out, o->input);
     if (d.c.thought > 1) output_begin(d.out, o, t, (Text){"<think>", 7});
     Output text = decoder_text(&w, &d, d.c.thought ? (int)before : 0);  // it may have opened one
-    output_begin(d.out, o, t, (Text){text.memory, text.n});
+    decoder_begin(&w, &d, (Text){text.memory, text.n});
     free(text.memory);
     if (o->input.len) tool_use(&w, &d);
     decoder_continue(&w, &d);
@@ -4432,7 +5457,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
         d->n_new = d->out->column = 0;
         d->out->columns = line_columns(w->out->fd, 0);
         w->told = false;
-        output_begin(d->out, o, t, t->chat[USER_AFTER]);
+        decoder_begin(w, d, t->chat[USER_AFTER]);
         decoder_continue(w, d);
         prompt_turn(&settled, t, last, system, user, REPLY_BEFORE);
         if (w->turns.n && !w->told && (d->n_new || !interrupted))
@@ -4872,6 +5897,7 @@ static void evaluate(const Options *o, const Model *m, const Tokenizer *t, Outpu
     encode(t, o->input, NULL, true, &all);
     bool twice = all.n > 1 && all.ids[1] == start;
     int n = (int)all.n - twice - 1;  // tokens to predict
+    if (o->compiled) schema_check(o->compiled, o->input, input_name(o));
     if (n < 1) die("no text to evaluate in %s: -f or -i gives one (- is stdin)", input_name(o));
     Cache kv;
     cache_open(&kv, m, window, 1);
@@ -5397,7 +6423,7 @@ static void each_begin(Each *e, Decoder *d, Text line) {
     } else if (eval) each_measure(e, d, before, line.len);
     else if (d->budget) {
         d->c.done = each_branch(e, ids, before - 1, d->seq);
-        output_begin(d->out, o, w->t, chat ? w->t->chat[USER_AFTER] : prompt);
+        decoder_begin(w, d, chat ? w->t->chat[USER_AFTER] : prompt);
     }
     prompt_free(&p);
     free((char *)(uintptr_t)prompt.s);
@@ -5422,6 +6448,11 @@ static void each_print(Each *e, bool last) {
 // Ends a line whose answer is complete.
 static void each_end(Each *e, Decoder *d) {
     Output *answer = &e->answers[(d->line - 1) % EACH_AHEAD], own = d->own;
+    if (!schema_end(&d->schema) && !interrupted) {
+        fprintf(stderr, "run: -n ends line %lld before its JSON: it has no answer\n", d->line);
+        unfinished = true;
+        own.n = 0;
+    }
     output_end(&own);
     *answer = e->w.o->quote ? (Output){.fd = -1} : own;
     if (e->w.o->quote) {
@@ -5503,6 +6534,7 @@ enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS =
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
        PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * PROBS,
+       FITS = !DEFINED(NO_SCHEMA) * (TALK | 1 << EVAL),
        KEPT = !DEFINED(NO_SESSIONS) * (TALK | 1 << LOGITS), TOOLS = !DEFINED(NO_TOOLS) * TALK };
 
 // One table parses, checks and explains the options. The type of the field says what one can be.
@@ -5541,6 +6573,9 @@ static const struct Option {
     {"    --skip N", TO(skip), 0, 1e15, EACH, "with --each: without the first N lines"},
     {"    --quote", TO(quote), 0, 0, EACH & TALK, "with --each: whole answers, as strings of JSON"},
     {"    --suffix TEXT", TO(suffix), 0, 0, TEXTS, "write what is between -i and TEXT, alone"},
+    {"    --schema SCHEMA", TO(schema), 1, 0, FITS, "write JSON that fits it: a file, or {...}"},
+    {"    --json", TO(json), 0, 0, FITS, "write any JSON value: like a schema `true`"},
+    {"    --indent N", TO(indent), 0, 16, FITS, "JSON in lines, each level indented by N spaces"},
     {"    --logprobs N", TO(logprobs), 0, 1 << 24, PROBS, "instead: JSON, tokens and N likeliest"},
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
     {"    --think", TO(think), 0, 0, TALK, "keep <think> ... </think> where stdout is no terminal"},
@@ -5639,6 +6674,11 @@ static int option_check(const Options *o) {
         usage_error("--each cannot be used with -k, -d, -e, -S, -T or --receipt");
     if (o->logprobs >= 0 && (k || o->each || o->others.n || o->tool || o->stops.n))
         usage_error("--logprobs cannot be used with -k, -e, -T, --each or --stop");
+    bool fits = o->schema || o->json;
+    if (fits && (o->others.n || o->tool || o->stops.n || (o->schema && o->json)))
+        usage_error("--schema and --json cannot be used together, nor with -e, -T or --stop");
+    if (o->indent && (!fits || o->each))
+        usage_error("--indent needs --schema or --json, and goes without --each");
     if (!o->each && (o->quote || o->skip || o->at_once != 16))
         usage_error("--at-once, --skip and --quote need --each");
     if (o->each && !strcmp(o->each, "-") && o->prompt_file && !strcmp(o->prompt_file, "-"))
@@ -5849,6 +6889,9 @@ int main(int argc, char **argv) {
     if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
     bool written = o.prompt || o.prompt_file || o.session || o.each;
     if (mode == GENERATE && !written && !isatty(0)) o.prompt_file = "-";
+#ifndef NO_SCHEMA
+    if (o.schema || o.json) o.compiled = schema_open(&o);
+#endif
     catch_signals();
     start_threads((int)o.threads);
     Model m;
@@ -5876,6 +6919,7 @@ int main(int argc, char **argv) {
     free(out.memory);
     free((char *)(uintptr_t)o.input.s);
     free((char *)(uintptr_t)o.lines.s);
+    if (o.compiled) schema_close(o.compiled);
     free_tokenizer(&t);
     free_model(&m);
     return interrupted ? 130 : unfinished;

@@ -2322,6 +2322,7 @@ static bool cut_out(const char *command) {
         {CUT(NO_CHAT), "chat"}, {CUT(NO_CHAT), " -y"}, {CUT(NO_CHAT), "settling"},
         {CUT(NO_EACH), "--each"}, {CUT(NO_TOOLS), " -T"}, {CUT(NO_TOOLS), "tooled"},
         {CUT(NO_ENSEMBLE), " -e "}, {CUT(NO_COMPRESS), "compress"},
+        {CUT(NO_SCHEMA), "--schema"}, {CUT(NO_SCHEMA), "--json"},
         {CUT(NO_EXPLAIN), "explain"}, {CUT(NO_EXPLAIN), "--trace"}, {CUT(NO_EXPLAIN), "--layer"}};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (words[i].cut && strstr(command, words[i].word)) return true;
@@ -3676,6 +3677,175 @@ static void test_decoders(void) {
     test_scores();
 #endif
 }
+
+#ifndef NO_SCHEMA
+// ==== Schemas ===================================================================================
+// How many bytes of a document fit a schema, and -1 if all do.
+static int fitting(const char *schema, const char *document) {
+    Schema *s = schema_open(&(Options){.schema = schema});
+    SchemaText x = schema_begin(s);
+    int n = 0, len = (int)strlen(document);
+    while (n < len && schema_step(&x, (uint8_t)document[n])) n++;
+    bool whole = schema_end(&x) && n == len;
+    schema_close(s);
+    return whole ? -1 : n;
+}
+
+// Documents that fit a schema, and others, with the byte where they go wrong.
+static void test_documents(void) {
+    static const struct { const char *schema, *document; int wrong; } cases[] = {
+        {"{}", "[1, -0.5e+3, true, null, {\"a\": {}}, \"\\u00e9\\ud83d\\ude00\"]", -1},
+        {"{}", "\"\\u006@\"", 6}, {"{\"enum\": [\"\\ud83d\\ude00\"]}", "\"\xf0\x9f\x98\x80\"", -1},
+        {"{}", "[1,2]", 3}, {"{}", "01", 1}, {"{}", "\"\\ud83d\"", 7}, {"{}", "\"\xc0\xaf\"", 1},
+        {"{}", "{\"a\": 1, \"\\u0061\": 2}", 16}, {"{}", "1.", 2}, {"{}", "[1, ]", 4},
+        {"{\"type\": \"integer\"}", "12.0", -1}, {"{\"type\": \"integer\"}", "1.5", 2},
+        {"{\"type\": \"integer\"}", "1e+16", 1}, {"{\"type\": \"integer\"}", "true", 0},
+        {"{\"minimum\": 3, \"maximum\": 12}", "12.0", -1},
+        {"{\"minimum\": 3, \"maximum\": 12}", "12.51", 3},
+        {"{\"minimum\": 3, \"maximum\": 12}", "2", 0},
+        {"{\"minimum\": -2, \"exclusiveMaximum\": 0}", "-0.5", -1},
+        {"{\"minimum\": -2, \"exclusiveMaximum\": 0}", "-1e-07", -1},
+        {"{\"minimum\": -2, \"exclusiveMaximum\": 0}", "0", 0},
+        {"{\"minimum\": 9007199254740993}", "9007199254740992", 16},
+        {"{\"enum\": [\"caf\xc3\xa9\", 1, [2], {\"a\": null}]}", "\"caf\\u00e9\"", -1},
+        {"{\"enum\": [\"caf\xc3\xa9\", 1, [2], {\"a\": null}]}", "1.0", -1},
+        {"{\"enum\": [\"caf\xc3\xa9\", 1, [2], {\"a\": null}]}", "{\"a\": null}", -1},
+        {"{\"enum\": [\"caf\xc3\xa9\", 1, [2], {\"a\": null}]}", "[3]", 1},
+        {"{\"minLength\": 2, \"maxLength\": 3}", "\"\xc3\xa9\\ud83d\\ude00a\"", -1},
+        {"{\"minLength\": 2, \"maxLength\": 3}", "\"a\"", 2},
+        {"{\"minLength\": 2, \"maxLength\": 3}", "\"abcd\"", 4},
+        {"{\"pattern\": \"^(a|bc)+$|x\"}", "\"abca\"", -1},
+        {"{\"pattern\": \"^(a|bc)+$|x\"}", "\"ab\"", 3},
+        {"{\"pattern\": \"^(a|bc)+$|x\"}", "\"zxz\"", -1},
+        {"{\"pattern\": \"^[^a-c]{2,}\\\\d$\"}", "\"xy7\"", -1},
+        {"{\"format\": \"date\"}", "\"2024-02-29\"", -1},
+        {"{\"format\": \"date\"}", "\"2023-02-29\"", 10},
+        {"{\"format\": \"uri\"}", "\"a b\"", 2},
+        {"{\"properties\": {\"a\": {\"type\": \"null\"}}, \"required\": [\"a\", \"b\"]}",
+         "{\"b\": 1, \"a\": null}", -1},
+        {"{\"properties\": {\"a\": {\"type\": \"null\"}}, \"required\": [\"a\", \"b\"]}",
+         "{\"a\": null}", 10},
+        {"{\"maxProperties\": 1}", "{\"c\": 1, ", 7},
+        {"{\"properties\": {\"a\": {}}, \"additionalProperties\": false}", "{\"\\u0061\": 1}", -1},
+        {"{\"properties\": {\"a\": {}}, \"additionalProperties\": false}", "{\"a\": 1, ", 7},
+        {"{\"patternProperties\": {\"^a\": {\"type\": \"null\"}, \"b$\": {\"enum\": [null, 1]}}}",
+         "{\"b\": 1, \"ab\": null, \"c\": 2}", -1},
+        {"{\"patternProperties\": {\"^a\": {\"type\": \"null\"}, \"b$\": {\"enum\": [null, 1]}}}",
+         "{\"ab\": 1}", 7},
+        {"{\"prefixItems\": [{\"type\": \"null\"}], \"items\": {\"type\": \"boolean\"},"
+         " \"minItems\": 2}",
+         "[null, true, false]", -1},
+        {"{\"prefixItems\": [{\"type\": \"null\"}], \"items\": {\"type\": \"boolean\"},"
+         " \"minItems\": 2}",
+         "[null]", 5},
+        {"{\"$defs\": {\"t\": {\"type\": \"array\", \"items\": {\"$ref\": \"#/$defs/t\"}}},"
+         " \"$ref\": \"#/$defs/t\", \"maxItems\": 1}", "[[[], []]]", -1},
+        {"{\"$defs\": {\"t\": {\"type\": \"array\", \"items\": {\"$ref\": \"#/$defs/t\"}}},"
+         " \"$ref\": \"#/$defs/t\", \"maxItems\": 1}", "[[], []]", 3},
+        {"{\"$schema\": \"http://json-schema.org/draft-07/schema#\", \"properties\": {\"a\": "
+         "{\"$ref\": \"#/definitions/n\", \"maximum\": 1}}, \"definitions\": {\"n\": {}}}",
+         "{\"a\": 5}", -1},
+        {"{\"$schema\": \"http://json-schema.org/draft-04/schema#\", \"minimum\": 1, "
+         "\"exclusiveMinimum\": true}", "1.0", 3},
+        {"{\"anyOf\": [{\"required\": [\"a\"]}, {\"required\": [\"b\"]}], \"type\": \"object\"}",
+         "{\"c\": 1}", 7},
+        {"{\"oneOf\": [{\"type\": \"integer\"}, {\"type\": \"string\"}]}", "2", -1},
+        {"{\"minimum\": -0.25, \"exclusiveMaximum\": 1.5}", "1.49", -1},
+        {"{\"minimum\": -0.25, \"exclusiveMaximum\": 1.5}", "1.50", 4},
+        {"{\"minimum\": -0.25, \"exclusiveMaximum\": 1.5}", "-0.3", 3},
+        {"{\"minimum\": -0.25, \"exclusiveMaximum\": 1.5}", "-0.250", -1},
+        {"{\"format\": \"ipv4\"}", "\"1.20.255.0\"", -1},
+        {"{\"format\": \"ipv4\"}", "\"1.20.256.0\"", 8},
+        {"{\"format\": \"ipv6\"}", "\"fe80::1:2\"", -1},
+        {"{\"format\": \"ipv6\"}", "\"::ffff:1.2.3.4\"", -1},
+        {"{\"format\": \"ipv6\"}", "\"1:2:3:4:5:6:7\"", 14},
+        {"{\"required\": [\"a\", \"b\"], \"maxProperties\": 2}", "{\"a\": 1, \"c\"", 10},
+        {"{\"allOf\": [{\"minimum\": 2}, {\"maximum\": 3}], \"type\": \"integer\"}", "4", 0},
+        {"{\"maxItems\": 0}", "[]", -1}, {"{\"maxItems\": 0}", "[1]", 1},
+        {"{\"maximum\": 100000000000000000000}", "1e+300", 2},
+        {"{\"properties\": {\"a\": {\"$ref\": \"#\"}}, \"minProperties\": 1}",
+         "{\"a\": {\"b\": 1}}", -1},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int wrong = fitting(cases[i].schema, cases[i].document);
+        CHECK(wrong == cases[i].wrong, "%s with %s: %d, not %d", cases[i].document, cases[i].schema,
+              wrong, cases[i].wrong);
+    }
+}
+
+// What is not understood, and what nothing can meet, is refused before the model runs.
+static void test_refused_schemas(void) {
+    static const struct { const char *schema, *says; } cases[] = {
+        {"{\"items\": {\"uniqueItems\": true}}", "uniqueItems is a keyword that"},
+        {"{\"pattern\": \"(?=a)\"}", "byte 12: pattern is not a pattern"},
+        {"{\"$ref\": \"other.json\"}", "$ref leads out of"},
+        {"{\"$ref\": \"#/$defs/a\"}", "$ref leads nowhere"},
+        {"{\"allOf\": [{\"$ref\": \"#\"}]}", "refers to itself"},
+        {"{\"not\": {}}", "not is a keyword"}, {"{\"propertyNames\": false}", "a keyword"},
+        {"{\"maximum\": 1e5}", "is not a number of few digits"},
+        {"{\"oneOf\": [{\"type\": \"array\"}, {\"maxItems\": 1}]}", "alternatives that overlap"},
+        {"{\"required\": [\"a\", \"b\"], \"maxProperties\": 1, \"type\": \"object\"}",
+         "cannot be met"},
+        {"{\"type\": \"int\"}", "type is malformed"}, {"{\"minLength\": \"1\"}", "is malformed"},
+        {"{\"pattern\": \"a\\u0000b\"}", "has a zero in a string"},
+        {"{\"pattern\": \"^x{,5}$\"}", "is not a pattern"},
+        {"{\"minProperties\": 1, \"additionalProperties\": false, \"type\": \"object\"}",
+         "cannot be met"},
+        {"{\"type\": \"string\"", "is no JSON"}, {"{\"type\": \"string\"} x", "something follows"},
+        {"{\"enum\": [1], \"type\": \"string\"}", "cannot be met"},
+        {"{\"required\": [\"a\"], \"properties\": {\"a\": {\"$ref\": \"#\"}},"
+         " \"type\": \"object\"}",
+         "cannot be met"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        refused(2, cases[i].says, text("run endless.bin --schema '%s'", cases[i].schema));
+    refused(2, "cannot be used together", "run endless.bin --json --schema '{}'");
+    refused(2, "nor with -e, -T", "run endless.bin --json --stop a");
+    refused(1, "cannot open none", "run endless.bin --schema none");
+}
+
+// Whatever a model writes, with whatever seed, fits; what does not end is said.
+static void test_written(void) {
+    static const char *const schemas[] = {
+        "{\"enum\": [\"abc\", \"abd\", null]}",
+        "{\"type\": \"string\", \"pattern\": \"^[0-9]{2}[#-&]?$\"}",
+        "{\"type\": \"string\", \"pattern\": \"^[a-f]{3}\\u00e9?$\"}",
+        "{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"boolean\"},"
+        " \"cab\": {\"maxItems\": 2, \"type\": \"array\", \"items\": {\"type\": \"null\"}}},"
+        " \"required\": [\"cab\"],"
+        " \"additionalProperties\": false}"};
+    for (int i = 0; i < 4; i++)
+        for (int seed = 1; seed <= 10; seed++) {
+            Buffer schema = bytes_of(schemas[i], strlen(schemas[i]));
+            keep("schema", &schema);
+            Ran r = SH("run endless.bin -q -i ab -t 1.5 -s %d -n 200 --schema schema%s", seed,
+                       seed % 3 == 1 ? " -d lookup" : seed % 3 == 2 ? " -k 3 -b" : "");
+            char *document = (char *)r.out.p;
+            if (r.out.n) document[r.out.n - 1] = 0;
+            CHECK(r.status == 0 && fitting(schemas[i], document) == -1,
+                  "what fits %s is written: %d, %s", schemas[i], r.status, document);
+        }
+    same("guesses are checked", "run endless.bin -q -i ab -s 3 -n 200 --schema schema",
+         "run endless.bin -q -i ab -s 3 -n 200 --schema schema -d lookup");
+    const char *long_ = "{\"type\": \"string\", \"minLength\": 50}";
+    Ran r = SH("run endless.bin -q -i ab -n 3 --schema '%s'", long_);
+    CHECK(r.status == 1 && r.out.n > 1 && one_line(&r), "what -n cuts has status 1: %d, %s",
+          r.status, r.err.p);
+    r = SH("printf '{\"a\": [1]}\\n' >doc; run tiny.bin -q -m eval --json -f doc");
+    CHECK(r.status == 0, "eval takes what fits: %s", r.err.p);
+    refused(1, "doc does not fit --json: byte 2 goes wrong",
+            "printf '[1 ]' >doc; run tiny.bin -q -m eval --json -f doc");
+    refused(1, "byte 2 is missing", "printf '[1' >doc; run tiny.bin -q -m eval --json -f doc");
+}
+
+static void test_schema(void) {
+    test_documents();
+    if (no_program()) return;
+    test_refused_schemas();
+    test_written();
+}
+#else
+static void test_schema(void) {}
+#endif
 
 // ==== 10. Sessions ===============================================================================
 #ifndef NO_SESSIONS
@@ -5385,10 +5555,20 @@ static void fuzz_command(const uint8_t *data, size_t n) {
     run_main(argc, argv);
 }
 
+// A schema, a zero byte, and a document.
+static void fuzz_schema(const uint8_t *data, size_t n) {
+    size_t end = strnlen((const char *)data, n);
+    if (n < 2 || end == n) return;
+    save("schema", data, end);
+    Schema *s = schema_open(&(Options){.schema = "schema"});
+    schema_check(s, (Text){(const char *)data + end + 1, n - end - 1}, "the document");
+    schema_close(s);
+}
+
 static const struct { const char *name; void (*run)(const uint8_t *, size_t); } targets[] = {
     {"checkpoint", fuzz_checkpoint}, {"tokenizer", fuzz_tokenizer_file}, {"encode", fuzz_encode},
     {"session", fuzz_session}, {"compressed", fuzz_compressed}, {"chat", fuzz_chat},
-    {"command", fuzz_command}};
+    {"command", fuzz_command}, {"schema", fuzz_schema}};
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++)
@@ -5493,7 +5673,8 @@ int main(int argc, char **argv) {
         {"attention", test_attention}, {"forward", test_forward},
         {"same-bytes", test_same_bytes}, {"sampler", test_sampler},
         {"tokenizer", test_tokenizer}, {"files", test_files}, {"commands", test_commands},
-        {"decoders", test_decoders}, {"sessions", test_sessions}, {"explain", test_explain},
+        {"decoders", test_decoders}, {"schema", test_schema}, {"sessions", test_sessions},
+        {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
         {"robust", test_robust}, {"models", test_models}, {"readme", test_readme},
         {"exports", test_exports}};
