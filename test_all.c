@@ -4872,7 +4872,7 @@ static void test_exports(void) {
     enum { N = sizeof exports / sizeof *exports };
     const char *python = at_home(".venv/bin/python"), *export_py = at_home("export.py");
     if (access(at_home(".venv/ready"), F_OK) || access(export_py, R_OK) || no_program()) {
-        skip(N + 3, "export.py: there is no .venv here; make demo makes it");
+        skip(N + 4, "export.py: there is no .venv here; make demo makes it");
         return;
     }
     Buffer script = {0};
