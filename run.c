@@ -6574,7 +6574,7 @@ static const struct Option {
     {"    --quote", TO(quote), 0, 0, EACH & TALK, "with --each: whole answers, as strings of JSON"},
     {"    --suffix TEXT", TO(suffix), 0, 0, TEXTS, "write what is between -i and TEXT, alone"},
     {"    --schema SCHEMA", TO(schema), 1, 0, FITS, "write JSON that fits it: a file, or {...}"},
-    {"    --json", TO(json), 0, 0, FITS, "write any JSON value: like a schema `true`"},
+    {"    --json", TO(json), 0, 0, FITS, "write any JSON value"},
     {"    --indent N", TO(indent), 0, 16, FITS, "JSON in lines, each level indented by N spaces"},
     {"    --logprobs N", TO(logprobs), 0, 1 << 24, PROBS, "instead: JSON, tokens and N likeliest"},
     {"    --stop TEXT", TO(stops), 1, 0, DRAW, "the model's text ends before TEXT (several times)"},
