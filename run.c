@@ -3433,6 +3433,21 @@ static const char *session_lock(const char *path, int flags, int *fd) {
     return S_ISREG(st.st_mode) ? NULL : "it is not a file";
 }
 
+// Whether keys and values of a page are finite: others would spoil even what does not look at them.
+static bool session_page_is_right(const Cache *kv, const uint8_t *page) {
+    int step = kv->dtype == Q8 ? BLOCK : 1;  // a scale for so many
+    bool right = true;
+    for (const uint8_t *h = page; h < page + kv->page_bytes; h += kv->head_bytes) {
+        Matrix scales = {ROWS, 1, kv->dtype == Q8 ? PAGE_POSITIONS : 0,
+                         (const uint8_t *)value_scales(kv, h)};
+        Matrix all[] = {cache_keys(kv, h), cache_values(kv, h), scales};
+        for (const Matrix *w = all; w < all + 3; w++)
+            for (int i = 0; i < w->rows * w->cols; i += w->dtype == ROWS ? 1 : step)
+                right &= isfinite(weight(w, i / w->cols, i % w->cols)) != 0;
+    }
+    return right;
+}
+
 // Reads a text into c, and its keys and values into the cache; without c it only looks whether it
 // is a session of this model. Returns what is wrong, or NULL.
 static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c) {
@@ -3456,9 +3471,11 @@ static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c)
     *c = (Context){.ids = ids, .done = h->done, .keep = h->keep, .thought = h->thought};
     for (int i = 0; i < c->done; i += PAGE_POSITIONS) {
         cache_prepare(kv, &(Slot){.pos = i}, 1);
-        ssize_t got = pread(fd, *page_of(kv, 0, i), h->page_bytes,
-                            session_at(h, i) + SESSION_TOKENS);
-        if (got != (ssize_t)h->page_bytes) h->done = c->done = i;  // the rest is computed again
+        uint8_t *page = *page_of(kv, 0, i);
+        ssize_t got = pread(fd, page, h->page_bytes, session_at(h, i) + SESSION_TOKENS);
+        if (got == (ssize_t)h->page_bytes && session_page_is_right(kv, page)) continue;
+        memset(page, 0, h->page_bytes);
+        h->done = c->done = i;  // the rest is computed again
     }
     return NULL;
 }

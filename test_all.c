@@ -92,6 +92,7 @@ static int fault(const char *name, int error) {
 // ==== Counting, memory, files ====================================================================
 
 static int passed, failed, skipped;
+static bool finished;
 static const char *group = "";
 
 // Seconds after which something hangs; under a tool that slows it down, PATIENCE times as many.
@@ -4442,7 +4443,182 @@ static void test_robust(void) {
     }
 }
 
-// ==== 17. Real models, where they are ============================================================
+// ==== 17. The forger: files with right hashes and extreme content (FORGED=5000 for more of them) ==
+
+// Numbers that are something else as an int, a float, two halves, or four int8.
+static const uint32_t odd_words[] = {
+    0, 1, 2, 15, 300, 0x10000, 0x1000000, 0x7fffffff, 0x80000000, 0xffffffff, 0x7fc00180,
+    0xffc000ff, 0x7f800000, 0xff800000, 0x7f7fffff, 0xff7fffff, 0x7c007c00, 0xfc00fc00, 0x7e01fe01,
+    0x7bfffbff, 0x80018001, 0xbc00bc00, 0x80808080, 0x3f800000, 0xbf800000, 0x61616161, 0x41a00000};
+static uint32_t odd_word(void) {
+    return odd_words[below(sizeof odd_words / sizeof *odd_words)];
+}
+// Writes some of them over a part of a file, at even places; now and then over all of a stretch.
+static void spoil(Buffer *b, size_t from, size_t end, int times) {
+    for (; times > 0 && from + 4 <= end && end <= b->n; times--) {
+        size_t at = from + (size_t)below((int)(end - from - 3)) / 2 * 2;
+        uint32_t word_ = odd_word();
+        int n = below(4) ? 1 : below(64);
+        for (int i = 0; i < n && at + 4 <= end; i++, at += 4) memcpy(b->p + at, &word_, 4);
+    }
+}
+
+static Buffer forged_model(void) {
+    Shape s = family(below(N_FAMILIES), F32 + below(6));
+    s.embedding = F32 + below(4);
+    int kv = 1 + below(3);
+    s.vocab = 278, s.layers = 1 + below(2), s.dim = 1 + below(70), s.hidden = 1 + below(70);
+    s.kv_heads = kv, s.heads = kv * (1 + below(3)), s.head_dim = 2 + 2 * below(12);
+    s.seq_len = below(3) ? 64 : 16 + below(600), s.activation = below(N_ACTIVATIONS);
+    s.window = below(2) ? 0 : 1 + below(40), s.local = (unsigned)below(4);
+    s.flags = (uint32_t)below(64), s.shared = below(3);
+    Made m = make_weights(&s);
+    Buffer b = version_5(&m);
+    size_t tensors = 512 + 64 * (size_t)read_u32(b.p + 40);
+    switch (below(6)) {
+    case 0: break;
+    case 1: spoil(&b, 112, 236, 1 + below(2)); break;       // sizes and factors
+    case 2: spoil(&b, 512, tensors, 1 + below(2)); break;   // the directory
+    case 3: {                                               // two tensors change places
+        uint8_t *one = b.p + 512 + 64 * below((int)(tensors - 512) / 64), keep_[16];
+        uint8_t *two = b.p + 512 + 64 * below((int)(tensors - 512) / 64);
+        memcpy(keep_, one + 48, 16), memcpy(one + 48, two + 48, 16), memcpy(two + 48, keep_, 16);
+        break;
+    }
+    default: spoil(&b, tensors, b.n, 1 + below(12));        // weights
+    }
+    seal(&b);
+    return b;
+}
+
+static Buffer forged_tokenizer(void) {
+    Vocabulary *v = new_vocabulary(below(2) ? BYTE_LEVEL : below(128));
+    char s[600];
+    split(v, below(64), below(2) ? cl100k_pattern : gpt2_pattern, below(2));
+    if (below(3) == 0) step(v, below(4), below(3), below(2) ? " " : "", below(2) ? "ab" : "");
+    if (below(4)) all_bytes(v);
+    if (below(4)) some_ranges(v);
+    for (int n = below(3) ? 278 : 1 + below(300); v->n < n;) {
+        size_t len = (size_t)(below(9) ? below(8) : below(600));
+        for (size_t i = 0; i < len; i++) s[i] = below(5) ? "abc d"[below(5)] : (char)below(256);
+        float score;
+        memcpy(&score, &(uint32_t){odd_word()}, 4);
+        token(v, s, len, below(4) ? below(9) : (double)score, below(3) ? NORMAL : below(UNUSED + 1));
+    }
+    for (int n = below(60); n > 0; n--) merge(v, below(v->n), below(v->n));
+    for (int n = below(4); n > 0; n--) put32(&v->stops, below(v->n)), v->n_stops++;
+    for (int n = below(5); n > 0; n--, v->n_forms++)
+        put32(&v->forms, "abcd "[below(5)]), put32(&v->forms, "abcd"[below(4)]),
+            put32(&v->forms, below(2) ? 0 : 97);
+    for (int i = 0; i < N_CHAT && below(4); i++)
+        chat_piece(v, (const char *[]){"", "a", "<s>", "%d %Y", "\xff\n"}[below(5)], below(4096));
+    v->bos = below(v->n + 1) - 1, v->eos = below(v->n + 1) - 1, v->unk = below(v->n + 1) - 1;
+    Buffer b = tokenizer_file(v);
+    if (below(3) == 0) spoil(&b, 16, b.n, 1 + below(3));
+    if (below(4) == 0) spoil(&b, 72, 96, 1);  // what it recommends
+    set64(b.p + 8, hash64(b.p + 16, b.n - 16));
+    return b;
+}
+
+// What the program does with a command, in a process of its own, with part 4 or without it.
+static Ran forged_run(const char *command, bool plain) {
+    Ran r = {.command = command};
+    fflush(stdout);
+    pid_t pid = fork();
+    if (!pid) {
+        char *words = text("run %s -q -j 1", command);
+        const char *argv[60] = {0};
+        int argc = words_of(words, argv), mode;
+        if (!freopen("/dev/null", "r", stdin) || !freopen("stdout", "w", stdout) ||
+            !freopen("stderr", "w", stderr)) _exit(99);
+        alarm(patience(20));
+        finished = false, folder[0] = 0;
+        Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1, .top_k = -1,
+                     .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1, .head = -1,
+                     .at_once = 16, .logprobs = -1, .threads = 1};
+        Model m;
+        Tokenizer t = {0};
+        use_fast_functions();
+        if (plain) matmul = matmul_plain, attention = attention_plain;
+        option_parse(&o, argc, (char **)(uintptr_t)argv);
+        mode = option_check(&o);
+        load_model(&m, o.model);
+        find_tokenizer(&t, o.tokenizer, &m);
+        Output out = output_open(o.output);
+        o.input = input_read(o.prompt_file, o.prompt, false);
+        modes[mode].run(&o, &m, &t, &out);
+        output_file(&out, out.n ? out.memory : "");
+        fflush(stderr);
+        _exit(unfinished);
+    }
+    r.status = status_of(pid);
+    r.out = slurp("stdout"), r.err = slurp("stderr");
+    return r;
+}
+
+static void test_forger(void) {
+    static const char *const all[] = {
+        "-n 6 -s 1 -i 'abc 12 d'", "-n 4 -k 3 -s 2 -t 0.7 -i ab", "-m chat -n 5 -s 3 -i abc",
+        "-m explain -n 2 -s 1 -i ab", "-m eval -i 'abc d'", "-m compress -f text -o small",
+        "-m decompress -f small", "-S kv -n 3 -s 5", "-m decompress -f bad"};
+    enum { N_COMMANDS = sizeof all / sizeof *all, BACK = 6, SESSION, BAD };
+    int n = getenv("FORGED") ? atoi(getenv("FORGED")) : 200, counts[2] = {0};
+    uint64_t hash = 0;
+    if (CUT(NO_CHAT) || CUT(NO_EXPLAIN) || CUT(NO_COMPRESS) || CUT(NO_SESSIONS)) return;
+    make_models();
+    save("text", "abc abd \xff abc d cab", 21);
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 1);
+    forged_run("endless.bin -S whole.kv -n 300 -s 1 -t 0 -i abc -c 2000", false);
+    forged_run("endless.bin -m compress -f text -o whole", false);
+    Buffer session = slurp("whole.kv"), zip = slurp("whole"), wrote = slurp("text");
+    for (int i = 0; i < n; i++) {
+        int kind = i % 4;  // a model, a tokenizer, both, a session and a compressed file
+        Buffer b = kind % 2 == 0 && kind < 3 ? forged_model() : slurp("endless.bin");
+        if (kind == 0 || kind == 2) keep("forged.bin", &b);
+        Buffer t = kind == 1 || kind == 2 ? forged_tokenizer() : slurp("tiny.tok");
+        keep("forged.tok", &t);
+        if (kind == 3) {
+            Buffer kv = copy(&session), bad = copy(&zip);
+            spoil(&kv, below(2) ? 8 : sizeof(SessionHeader), below(2) ? 200 : kv.n, 1 + below(9));
+            set64(kv.p + offsetof(SessionHeader, hash),
+                  hash64(kv.p, offsetof(SessionHeader, hash)));
+            spoil(&bad, below(2) ? 24 : sizeof(ZipHeader), below(2) ? 48 : bad.n, 1 + below(2));
+            set64(bad.p + 8, zip_hash((Text){(char *)bad.p, bad.n}));
+            keep("spoilt.kv", &kv), keep("bad", &bad);
+        }
+        const char *model = kind == 3 ? "endless.bin" : kind == 1
+                          ? "nowhere.bin -z forged.tok" : "forged.bin -z forged.tok";
+        bool opens = true, packed = false;
+        for (int c = 0; c < N_COMMANDS && (opens || kind == 3); c++) {
+            Ran r[2];
+            if (kind == 3 ? c < SESSION : c >= SESSION || (c == BACK && !packed)) continue;
+            for (int plain = 0; plain < 2; plain++) {
+                if (kind == 3) save("kv", slurp("spoilt.kv").p, slurp("spoilt.kv").n);
+                r[plain] = forged_run(text("%s %s", model, all[c]), plain);
+                if (c == BACK - 1) r[plain].out = slurp("small");
+            }
+            bool same_ = r[0].status == r[1].status && (r[0].status || equal(&r[0].out, &r[1].out));
+            for (int k = 0; k < 2; k++)
+                same_ &= r[k].status == 0 || (r[k].status == 1 && one_line(&r[k]));
+            if (c == BACK) same_ &= r[0].status == 0 && equal(&r[0].out, &wrote);
+            if (!CHECK(same_, "forged file %d: %s: status %d, %d, %.300s%.300s", i, r[0].command,
+                       r[0].status, r[1].status, r[0].err.p, r[1].err.p) && getenv("FORGED"))
+                SH("mkdir -p /tmp/forged/%d; cp -f forged.* spoilt.kv bad text small /tmp/forged/%d", i, i);
+            counts[r[0].status != 0]++;
+            hash = mix64(hash + (uint64_t)r[0].status + (r[0].status ? 0 : hash64(r[0].out.p,
+                                                                                  r[0].out.n)));
+            if (c == 0) opens = r[0].status == 0;
+            if (c == BACK - 1) packed = r[0].status == 0;
+        }
+        empty_pool();
+        session = slurp("whole.kv"), zip = slurp("whole"), wrote = slurp("text");
+    }
+    unsetenv("ASAN_OPTIONS");
+    if (getenv("FORGED")) printf("  %d files, %d commands done, %d refused, hash %016llx\n", n,
+                                 counts[0], counts[1], (unsigned long long)hash);
+}
+
+// ==== 18. Real models, where they are ============================================================
 
 static const char sample_text[] =
     "The sun is a star at the centre of the solar system. It is a hot ball of plasma, and it gives "
@@ -4519,7 +4695,7 @@ static void test_models(void) {
     test_tiny_families();
 }
 
-// ==== 18. export.py ==============================================================================
+// ==== 19. export.py ==============================================================================
 
 // A small model as a Hugging Face folder or a GGUF. A case changes C (config.json), W (tensors), F
 // (other files), A (arguments) or S (what is exported). It says "same" if the checkpoint is that of
@@ -5160,8 +5336,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
 #else
 // ==== main =======================================================================================
 
-static bool finished;
-
 // The closing line. A test that ends the program, as run.c's errors do, has failed.
 static void finish(void) {
     if (!finished) CHECK(false, "the tests of this group come to their end");
@@ -5188,6 +5362,7 @@ int main(int argc, char **argv) {
         {"decoders", test_decoders}, {"sessions", test_sessions}, {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
         {"robust", test_robust},
+        {"forger", test_forger},
         {"models", test_models}, {"exports", test_exports}};
     bool tiny = argc == 3 && !strcmp(argv[1], "--tiny");
     strcpy(folder, "/tmp/test_all.XXXXXX");
