@@ -4546,7 +4546,7 @@ static Ran forged_run(const char *command, bool plain) {
         o.input = input_read(o.prompt_file, o.prompt, false);
         modes[mode].run(&o, &m, &t, &out);
         output_file(&out, out.n ? out.memory : "");
-        exit(unfinished);
+        _exit(unfinished);
     }
     r.status = status_of(pid);
     r.out = slurp("stdout"), r.err = slurp("stderr");
