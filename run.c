@@ -1007,8 +1007,7 @@ static __attribute__((format(printf, 1, 2))) void tell(const char *format, ...) 
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
     for (char *c = line; *c; c++)  // a terminal must not obey what files have brought
-        if ((uint8_t)*c < 32 || *c == 127 || (c > line && c[-1] == '\xc2' && (uint8_t)*c < 160))
-            *c = '?';
+        if (*c == 127 || (uint8_t)*c < 32 || (*c == '\xc2' && (uint8_t)c[1] < 160)) *c = '?';
     fprintf(stderr, "run: %s\n", line);
 }
 
@@ -2281,14 +2280,13 @@ static void encode(const Tokenizer *t, Text text, const char *typed, bool text_s
     size_t start = out->n + bos;
     Ids chars = {0};
     push_text(&chars, text, typed);
-    sig_atomic_t was = idle;
-    idle = 1;  // it can take long, and nothing is lost: a signal ends the program
+    idle++;  // it can take long, and nothing is lost: a signal ends the program
     if (bos) push(out, t->h.bos);
     encode_piece(&e, (Piece){chars.ids, chars.n, true}, 0);
     if (bos && out->n > start && out->ids[start] == t->h.bos)  // it has one itself
         memmove(out->ids + start, out->ids + start + 1, (--out->n - start) * sizeof(int));
     free(chars.ids), free(e.word), free(e.symbols), free(e.winners);
-    idle = was;
+    idle--;
 }
 
 // The text of a token that follows another (-1: nothing). Control tokens have none; the space that
@@ -2954,7 +2952,7 @@ static bool output_send(int fd, const char *p, size_t n) {  // all of it, or err
 // Writes a file whole or not at all: it gets its name at the end, and signals wait for that.
 // Returns NULL, or what is wrong. Without data it only tries.
 static const char *file_replace(const char *path, const void *data, size_t n) {
-    char target[PATH_MAX], temporary[PATH_MAX + 32];  // whose name is short
+    char target[PATH_MAX], part[PATH_MAX + 32];
     struct stat st;
     sigset_t all, old;
     const char *name = realpath(path, target) ? target : path;  // where a link leads to
@@ -2963,15 +2961,14 @@ static const char *file_replace(const char *path, const void *data, size_t n) {
     if (!exists && readlink(path, target, 1) > 0) return "it is a link to what is not there";
     if (exists && !S_ISREG(st.st_mode)) return "it is not a file that can be written";
     const char *slash = strrchr(name, '/');
-    int folder = slash ? (int)(slash + 1 - name) : 0;
-    snprintf(temporary, sizeof temporary, "%.*s.run.%.9f", folder, name, seconds());
+    snprintf(part, sizeof part, "%.*s.%.9f", slash ? (int)(slash - name) + 1 : 0, name, seconds());
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    int fd = open(part, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (exists && fd >= 0) fchmod(fd, st.st_mode & 0777);
     bool whole = fd >= 0 && output_send(fd, data, n) && !fsync(fd);
-    const char *wrong = whole && (!data || !rename(temporary, name)) ? NULL : strerror(errno);
-    if (fd >= 0) close(fd), unlink(temporary);
+    const char *wrong = whole && (!data || !rename(part, name)) ? NULL : strerror(errno);
+    if (fd >= 0) close(fd), unlink(part);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     return wrong;
 }
@@ -3192,8 +3189,7 @@ static float *prefill(const Model *m, Cache *kv, int seq, const int *ids, int fr
 // the date.
 
 // A text: its tokens, of which the cache holds the first `done`, a session's file the first
-// `saved`, and of which `keep` stay when the context is full.
-// What is shown is within a thought (2) or not (1), if that is known.
+// `saved`, and of which `keep` stay when the context is full. It ends in a thought (2) or not (1).
 typedef struct { Ids ids; int done, keep, saved, thought; } Context;
 
 // What the model is to read; `typed` marks what a user typed (no special tokens there).
@@ -3438,6 +3434,19 @@ static const char *session_lock(const char *path, int flags, int *fd) {
     return S_ISREG(st.st_mode) ? NULL : "it is not a file";
 }
 
+// Whether all that is in a page is finite: else it would spoil even what does not look at it.
+static bool session_page_is_right(const Cache *kv, const uint8_t *page) {
+    bool right = true, q8 = kv->dtype == Q8;
+    for (const uint8_t *h = page; h < page + kv->page_bytes; h += kv->head_bytes) {
+        Matrix scales = {ROWS, 1, q8 ? PAGE_POSITIONS : 0, (const uint8_t *)value_scales(kv, h)};
+        const Matrix all[] = {cache_keys(kv, h), cache_values(kv, h), scales}, *w = all;
+        for (; w < all + 3; w++)
+            for (int i = 0; i < w->rows * w->cols; i += w->dtype == Q8 ? BLOCK : 1)
+                right &= isfinite(weight(w, i / w->cols, i % w->cols)) != 0;
+    }
+    return right;
+}
+
 // Reads a text into c, and its keys and values into the cache; without c it only looks whether it
 // is a session of this model. Returns what is wrong, or NULL.
 static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c) {
@@ -3461,9 +3470,11 @@ static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c)
     *c = (Context){.ids = ids, .done = h->done, .keep = h->keep, .thought = h->thought};
     for (int i = 0; i < c->done; i += PAGE_POSITIONS) {
         cache_prepare(kv, &(Slot){.pos = i}, 1);
-        ssize_t got = pread(fd, *page_of(kv, 0, i), h->page_bytes,
-                            session_at(h, i) + SESSION_TOKENS);
-        if (got != (ssize_t)h->page_bytes) h->done = c->done = i;  // the rest is computed again
+        uint8_t *page = *page_of(kv, 0, i);
+        ssize_t got = pread(fd, page, h->page_bytes, session_at(h, i) + SESSION_TOKENS);
+        if (got == (ssize_t)h->page_bytes && session_page_is_right(kv, page)) continue;
+        memset(page, 0, h->page_bytes);
+        h->done = c->done = i;  // the rest is computed again
     }
     return NULL;
 }
@@ -6699,66 +6710,44 @@ static void refuse_overwriting(const Options *o, const Tokenizer *t) {
             usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }
 
-// --help; or --manual, the same in the macros of mdoc.
-static void option_help(bool manual) {
+static void option_help(bool manual) {  // or the same as a manual page, in the macros of mdoc
+    const char *line = manual ? "%s\n        %s\n" : "  %-26s %s\n";
     puts(manual ? ".Dd December 1, 2026\n.Dt RUN 1\n.Os\n.Sh NAME\n.Nm run\n.Nd a language model\n"
-                  ".Sh SYNOPSIS\n.Nm\n.Ar MODEL\n.Op Ar options\n.Sh DESCRIPTION\n"
-                  "Continues a text, or does what --mode says.\n.Bl -tag -width Ds"
+                  ".Sh SYNOPSIS\n.Nm\n.Ar MODEL\n.Op Ar options\n.Sh DESCRIPTION\n.Bd -literal"
                 : "usage: ./run MODEL [options]\n\nContinues a text, or does what --mode says.\n");
-    for (const struct Option *o = options; o < options + N_OPTIONS; o++)
-        if (o->modes) printf(manual ? ".It Sy %s\n%s\n" : "  %-26s %s\n",
-                             o->name + (manual ? strspn(o->name, " ") : 0), o->help);
-    puts(manual ? ".El\n.Pp" : "");
-    puts("Order of sampling: repeat-penalty, dry, temperature, top-k, top-p, min-p.");
-    puts(manual ? ".Pp\nModes:\n.Bl -tag -width decompress" : "\nmodes:");
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].modes) printf(line, options[i].name, options[i].help);
+    puts("\nTokens are drawn in this order: repeat-penalty, dry, temperature, top-k, top-p, min-p."
+         "\n\nmodes:");
     for (int i = 0; i < N_MODES; i++)
-        if (modes[i].name)
-            printf(manual ? ".It Sy %s\n%s\n" : "  %-10s %s\n", modes[i].name, modes[i].help);
-    printf("%s0 done, 1 something went wrong, 2 wrong command line, 130 stopped\n",
-           manual ? ".El\n.Sh EXIT STATUS\n" : "\nexit status: ");
-    puts(manual ? ".Sh EXAMPLES\n.Dl run model.bin -i \"Once upon a time\"\n"
-                  ".Dl run model.bin -m chat"
-                : "\n./run model.bin -i \"Once upon a time\"      # a text\n"
-                  "./run model.bin -m chat                    # a conversation\n"
-                  "./run model.bin -m explain -i \"Once\" -n 3  # why these words?");
+        if (modes[i].name) printf("  %-10s %s\n", modes[i].name, modes[i].help);
+    printf("\nexit status: 0 done, 1 something went wrong, 2 wrong command line, 130 stopped\n\n"
+           "  ./run model.bin -i \"Once upon a time\"      # a text\n"
+           "  ./run model.bin -m chat                    # a conversation\n"
+           "  ./run model.bin -m explain -i \"Once\" -n 3  # why?\n%s", manual ? ".Ed\n" : "");
 }
 
-// What a shell completes: options, modes, and files where one is expected.
+// What a shell completes: options, modes, and files where there is a value.
 static void option_completion(const char *shell) {
     bool bash = !strcmp(shell, "bash"), zsh = !strcmp(shell, "zsh"), fish = !strcmp(shell, "fish");
     if (!bash && !zsh && !fish) usage_error("--completion is for bash, zsh or fish, not %s", shell);
-    fputs(bash ? "_run() {\nlocal before=$3 modes=\"" : zsh ? "#compdef run\nlocal modes=\""
-                                                            : "set -l modes \"", stdout);
+    fputs(bash ? "complete -o filenames -f -W \"" : zsh ? "#compdef run\nlocal modes=\""
+                                                        : "set -l modes \"", stdout);
     for (int i = 0; i < N_MODES; i++) if (modes[i].name) printf("%s ", modes[i].name);
-    puts(bash ? "\" names=\"" : zsh ? "\"\n_arguments -s 1:MODEL:_files \\" : "\"");
+    puts(bash ? "" : zsh ? "\"\n_arguments -s 1:MODEL:_files \\" : "\"");
     for (const struct Option *o = options; o < options + N_OPTIONS; o++) {
-        const char *value = strchr(o->name + 4, ' ');
-        bool mode = value && !strcmp(value, " MODE");
+        const char *word = o->name + 4, *value = strchr(word, ' '), *help = o->help;
+        bool brief = *o->name == '-', mode = value && !strcmp(value, " MODE");
         const char *in_zsh = mode ? ":mode:($modes)" : value ? ":value:_files" : "";
         const char *in_fish = mode ? "-xa \"$modes\"" : value ? "-r" : "";
-        for (int brief = *o->name == '-'; o->modes && brief >= 0; brief--) {
-            const char *name = o->name + (brief ? 0 : 4), *joint = value ? brief ? "+" : "=" : "";
-            int n = (int)strcspn(name, ", ");
-            if (bash) printf("%.*s\n", n, name);
-            if (zsh) printf("\"*%.*s%s[%s]%s\" \\\n", n, name, joint, o->help, in_zsh);
-            if (fish) printf("complete -c run -%c %.*s -d \"%s\" %s\n", brief ? 's' : 'l',
-                             n - 2 + brief, name + 2 - brief, o->help, in_fish);
-        }
+        int n = (int)strcspn(word, " ");
+        if (bash) printf("%.2s %.*s\n", o->name, n, word);
+        if (zsh && brief) printf("\"*%.2s%s[%s]%s\" \\\n", o->name, value ? "+" : "", help, in_zsh);
+        if (zsh) printf("\"*%.*s%s[%s]%s\" \\\n", n, word, value ? "=" : "", help, in_zsh);
+        if (fish) printf("complete -c run -l %.*s %s%.*s %s -d \"%s\"\n", n - 2, word + 2,
+                         brief ? "-s " : "", brief, o->name + 1, in_fish, help);
     }
-    puts(bash ? "\"\n[[ $3 == = ]] && before=${COMP_WORDS[COMP_CWORD-2]}\n"
-                "if [[ $before == -m || $before == --mode ]]; then names=$modes\n"
-                "elif [[ $2 != -* ]]; then return; fi\n"
-                "COMPREPLY=($(compgen -W \"$names\" -- \"$2\"))\n}\n"
-                "complete -o default -F _run run" : "");
-}
-
-// What needs no model. Returns whether it was asked for.
-static bool option_tell(const Options *o) {
-    if (o->help || o->manual) option_help(o->manual);
-    else if (o->version) printf("run %s (%s)\n", VERSION, isa);
-    else if (o->completion) option_completion(o->completion);
-    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
-    return o->help || o->version || o->manual || o->completion;
+    puts(bash ? "\" run" : "");
 }
 
 static void on_signal(int number) {
@@ -6767,13 +6756,12 @@ static void on_signal(int number) {
     bool lost = number == SIGBUS;
     while (lost && atomic_flag_test_and_set(&told)) pause();  // another thread says it
     if (lost && write(2, line, sizeof line - 1) < 0) {}
-    if (!lost && number != SIGINT)  // no read waits any more
-        terminal_set(false), dup2(open("/dev/null", O_RDONLY), 0);
     if (lost || interrupted || idle) {
         output_leave();
         _exit(lost ? 1 : 130);
     }
-    interrupted = number == SIGHUP ? SIGTERM : number;
+    interrupted = number == SIGHUP ? SIGTERM : number;  // after which no read shall wait:
+    if (interrupted == SIGTERM) terminal_set(false), dup2(open("/dev/null", O_RDONLY), 0);
 }
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal};  // without SA_RESTART: a read ends
@@ -6879,7 +6867,11 @@ int main(int argc, char **argv) {
     if (a * a - square != 0 || tiny / 2 == 0)  // the same bits everywhere need these
         die("built for other arithmetic: use -ffp-contract=off and no -ffast-math");
     option_parse(&o, argc, argv);
-    if (option_tell(&o)) return 0;
+    if (o.help || o.manual) option_help(o.manual);
+    else if (o.completion) option_completion(o.completion);
+    else if (o.version) printf("run %s (%s)\n", VERSION, isa);
+    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
+    if (o.help || o.manual || o.completion || o.version) return 0;
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
     if (o.steps < 0) o.steps = mode == CHAT ? 1024 : mode == EVAL ? 0 : 256;

@@ -94,6 +94,7 @@ static int fault(const char *name, int error) {
 static int passed, failed, skipped;
 static const char *skips[16];  // why, and which command would run what was skipped
 static int n_skips;
+static bool finished;
 static const char *group = "";
 
 // Seconds after which something hangs; under a tool that slows it down, PATIENCE times as many.
@@ -2826,7 +2827,7 @@ static const struct { const char *command, *says; } failing[] = {
     {"e -i a -d llama.bin", "another tokenizer"},
     {"e -i a -e nothing.bin", "cannot open nothing.bin"},
     {"e -q -f hundreds -n 5 -e other.bin", "other.bin"}, {"t -m decompress -f text", "text"},
-    {"t -m logits -i \"$(printf '\\033[31m\\302\\233')\"", "\"?[31m\302?\" is not"},
+    {"t -m logits -i \"$(printf '\\033[31m\\302\\233')\"", "\"?[31m?"},
     {"chat <.", "cannot read stdin"}, {"e -n 1 -o dangling", "a link to what is not there"},
     {"t -m decompress -f small.bad -o out", "small.bad"}, {"e -m decompress -f small", "small"}};
 
@@ -3073,7 +3074,8 @@ static void test_commands(void) {
     refused(2, "no model is named", "run");
     refused(2, "no model is named", "run -n 5");
     Ran made = ran("echo 'abc caf\303\251 <s> 12, bad cab' >text; rm -f kv out page; "
-                   "ln -s tiny.bin link.bin; ln -s far dangling; printf %03000d 0 >long; seq 1 200 >ids; "
+                   "ln -s tiny.bin link.bin; ln -s far dangling; printf %03000d 0 >long; "
+                   "seq 1 200 >ids; "
                    "printf %0300d 0 >hundreds; "
                    "run tiny.bin -m compress -f text -o small && head -c 20 small >small.bad; "
                    "echo abc | chat -o one; printf 'abc\\ndef\\n' | chat -o two; "
@@ -4717,12 +4719,173 @@ static void test_robust(void) {
                                ends[0], number, 4000, false);
         if (writer > 0) kill(writer, SIGKILL), status_of(writer);
         close(ends[0]), close(ends[1]);
-        CHECK(status == 130, "the first signal %d ends %s: %d", number, chat ? "a chat" : "a program "
-              "that waits for a pipe's other end", status);
+        CHECK(status == 130, "the first signal %d ends %s: %d", number,
+              chat ? "a chat" : "a program that waits for a pipe's other end", status);
     }
 }
 
-// ==== 17. Real models, where they are ============================================================
+// ==== 17. The forger: files with right hashes and extreme content (FORGED=5000 for more) =========
+
+// Numbers that are something else as an int, a float, two halves, or four int8.
+static const uint32_t odd_words[] = {
+    0, 1, 2, 15, 300, 0x10000, 0x1000000, 0x7fffffff, 0x80000000, 0xffffffff, 0x7fc00180,
+    0xffc000ff, 0x7f800000, 0xff800000, 0x7f7fffff, 0xff7fffff, 0x7c007c00, 0xfc00fc00, 0x7e01fe01,
+    0x7bfffbff, 0x80018001, 0xbc00bc00, 0x80808080, 0x3f800000, 0xbf800000, 0x61616161, 0x41a00000};
+static uint32_t odd_word(void) { return odd_words[below(sizeof odd_words / 4)]; }
+// Writes some of them over a part of a file, at even places; now and then over all of a stretch.
+static void spoil(Buffer *b, size_t from, size_t end, int times) {
+    for (; times > 0 && from + 4 <= end && end <= b->n; times--) {
+        size_t at = from + (size_t)below((int)(end - from - 3)) / 2 * 2;
+        uint32_t word_ = odd_word();
+        int n = below(4) ? 1 : below(64);
+        for (int i = 0; i < n && at + 4 <= end; i++, at += 4) memcpy(b->p + at, &word_, 4);
+    }
+}
+
+static Buffer forged_model(void) {
+    Shape s = family(below(N_FAMILIES), F32 + below(6));
+    s.embedding = F32 + below(4);
+    int kv = 1 + below(3);
+    s.vocab = 278, s.layers = 1 + below(2), s.dim = 1 + below(70), s.hidden = 1 + below(70);
+    s.kv_heads = kv, s.heads = kv * (1 + below(3)), s.head_dim = 2 + 2 * below(12);
+    s.seq_len = below(3) ? 64 : 16 + below(600), s.activation = below(N_ACTIVATIONS);
+    s.window = below(2) ? 0 : 1 + below(40), s.local = (unsigned)below(4);
+    s.flags = (uint32_t)below(64), s.shared = below(3);
+    Made m = make_weights(&s);
+    Buffer b = version_5(&m);
+    size_t tensors = 512 + 64 * (size_t)read_u32(b.p + 40);
+    switch (below(6)) {
+    case 0: break;
+    case 1: spoil(&b, 112, 236, 1 + below(2)); break;       // sizes and factors
+    case 2: spoil(&b, 512, tensors, 1 + below(2)); break;   // the directory
+    case 3: {                                               // two tensors change places
+        uint8_t *one = b.p + 512 + 64 * below((int)(tensors - 512) / 64), keep_[16];
+        uint8_t *two = b.p + 512 + 64 * below((int)(tensors - 512) / 64);
+        memcpy(keep_, one + 48, 16), memcpy(one + 48, two + 48, 16), memcpy(two + 48, keep_, 16);
+        break;
+    }
+    default: spoil(&b, tensors, b.n, 1 + below(12));        // weights
+    }
+    seal(&b);
+    return b;
+}
+
+static Buffer forged_tokenizer(void) {
+    Vocabulary *v = new_vocabulary(below(2) ? BYTE_LEVEL : below(128));
+    char s[600];
+    split(v, below(64), below(2) ? cl100k_pattern : gpt2_pattern, below(2));
+    if (below(3) == 0) step(v, below(4), below(3), below(2) ? " " : "", below(2) ? "ab" : "");
+    if (below(4)) all_bytes(v);
+    if (below(4)) some_ranges(v);
+    for (int n = below(3) ? 278 : 1 + below(300); v->n < n;) {
+        size_t len = (size_t)(below(9) ? below(8) : below(600));
+        for (size_t i = 0; i < len; i++) s[i] = below(5) ? "abc d"[below(5)] : (char)below(256);
+        float score;
+        memcpy(&score, &(uint32_t){odd_word()}, 4);
+        token(v, s, len, below(4) ? below(9) : (double)score, below(3) ? NORMAL : below(5));
+    }
+    for (int n = below(60); n > 0; n--) merge(v, below(v->n), below(v->n));
+    for (int n = below(4); n > 0; n--) put32(&v->stops, below(v->n)), v->n_stops++;
+    for (int n = below(5); n > 0; n--, v->n_forms++)
+        put32(&v->forms, "abcd "[below(5)]), put32(&v->forms, "abcd"[below(4)]),
+            put32(&v->forms, below(2) ? 0 : 97);
+    for (int i = 0; i < N_CHAT && below(4); i++)
+        chat_piece(v, (const char *[]){"", "a", "<s>", "%d %Y", "\xff\n"}[below(5)], below(4096));
+    v->bos = below(v->n + 1) - 1, v->eos = below(v->n + 1) - 1, v->unk = below(v->n + 1) - 1;
+    Buffer b = tokenizer_file(v);
+    if (below(3) == 0) spoil(&b, 16, b.n, 1 + below(3));
+    if (below(4) == 0) spoil(&b, 72, 96, 1);  // what it recommends
+    set64(b.p + 8, hash64(b.p + 16, b.n - 16));
+    return b;
+}
+
+// What the program does with a command, in a process of its own, with part 4 or without it.
+static Ran forged_run(const char *command, bool plain) {
+    Ran r = {.command = command};
+    fflush(stdout);
+    pid_t pid = fork();
+    if (!pid) {
+        const char *argv[60] = {0};
+        int argc = words_of(text("run %s -q -j 1", command), argv);
+        if (!freopen("/dev/null", "r", stdin) || !freopen("stdout", "w", stdout) ||
+            !freopen("stderr", "w", stderr)) _exit(99);
+        alarm(patience(20));
+        finished = true, folder[0] = 0;
+        Options o = {.mode = "generate", .steps = -1, .temperature = -1, .top_p = -1, .top_k = -1,
+                     .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1, .head = -1,
+                     .at_once = 16, .logprobs = -1, .threads = 1};
+        Model m;
+        Tokenizer t = {0};
+        use_fast_functions();
+        if (plain) matmul = matmul_plain, attention = attention_plain;
+        option_parse(&o, argc, (char **)(uintptr_t)argv);
+        int mode = option_check(&o);
+        load_model(&m, o.model);
+        find_tokenizer(&t, o.tokenizer, &m);
+        Output out = output_open(o.output);
+        o.input = input_read(o.prompt_file, o.prompt, false);
+        modes[mode].run(&o, &m, &t, &out);
+        output_file(&out, out.n ? out.memory : "");
+        _exit(unfinished);
+    }
+    r.status = status_of(pid);
+    r.out = slurp("stdout"), r.err = slurp("stderr");
+    return r;
+}
+
+// Each file goes through all commands until one finds it damaged, with part 4 and without it: the
+// status and, if it is 0, the bytes are the same.
+static void test_forger(void) {
+    static const char *const all[] = {
+        "-n 6 -s 1 -i 'abc 12 d'", "-n 4 -k 3 -s 2 -t 0.7 -i ab", "-m chat -n 5 -s 3 -i abc",
+        "-m explain -n 2 -s 1 -i ab", "-m eval -i 'abc d'", "-m compress -f text -o small",
+        "-m decompress -f small", "-S kv -n 3 -s 5", "-m decompress -f bad"};
+    static const char *const models[] = {"forged.bin -z forged.tok", "nowhere.bin -z forged.tok",
+                                         "forged.bin -z forged.tok", "endless.bin"};
+    enum { N_COMMANDS = sizeof all / sizeof *all, COMPRESS_ = 5, SESSION = 7 };
+    int n = getenv("FORGED") ? atoi(getenv("FORGED")) : 200, counts[2] = {0};
+    uint64_t hash = 0;
+    if (CUT(NO_CHAT) || CUT(NO_EXPLAIN) || CUT(NO_COMPRESS) || CUT(NO_SESSIONS)) return;
+    make_models();
+    save("text", "abc abd \xff abc d cab", 19);
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 1);
+    forged_run("endless.bin -S whole.kv -n 300 -s 1 -t 0 -i abc -c 2000", false);
+    forged_run("endless.bin -m compress -f text -o whole", false);
+    for (int i = 0; i < n; i++, empty_pool()) {
+        int kind = i % 4;  // a model, a tokenizer, both, a session and a compressed file
+        Buffer b = forged_model(), t = kind ? forged_tokenizer() : slurp("tiny.tok");
+        Buffer kv = slurp("whole.kv"), bad = slurp("whole"), wrote = slurp("text");
+        spoil(&kv, below(2) ? 8 : 56, below(2) ? 200 : kv.n, 1 + below(9));  // 56: its header
+        set64(kv.p + 48, hash64(kv.p, 48));
+        spoil(&bad, below(2) ? 24 : 48, below(2) ? 49 : bad.n, 1 + below(2));
+        set64(bad.p + 8, hash64(bad.p + 16, bad.n - 16));
+        keep("forged.bin", &b), keep("forged.tok", &t), keep("bad", &bad);
+        bool opens = true;
+        for (int c = kind < 3 ? 0 : SESSION; c < (kind < 3 ? SESSION : N_COMMANDS) && opens; c++) {
+            Ran r[2];
+            for (int plain = 0; plain < 2; plain++) {
+                keep("kv", &kv);
+                r[plain] = forged_run(text("%s %s", models[kind], all[c]), plain);
+                if (c == COMPRESS_) r[plain].out = slurp("small");
+            }
+            bool right = r[0].status == r[1].status && (r[0].status || equal(&r[0].out, &r[1].out));
+            for (int k = 0; k < 2; k++)
+                right &= r[k].status == 0 || (r[k].status == 1 && one_line(&r[k]));
+            if (c == COMPRESS_ + 1) right &= r[0].status == 0 && equal(&r[0].out, &wrote);
+            CHECK(right, "forged file %d: %s: status %d, %d, %.300s%.300s", i, r[0].command,
+                  r[0].status, r[1].status, r[0].err.p, r[1].err.p);
+            counts[r[0].status != 0]++;
+            hash = mix64(hash + (uint64_t)r[0].status);
+            if (r[0].status == 0) hash = mix64(hash + hash64(r[0].out.p, r[0].out.n));
+            opens = kind == 3 || (c != 0 && c != COMPRESS_) || r[0].status == 0;
+        }
+    }
+    unsetenv("ASAN_OPTIONS");
+    if (getenv("FORGED")) printf("  %d files, %d commands done, %d refused, hash %016llx\n", n,
+                                 counts[0], counts[1], (unsigned long long)hash);
+}
+
+// ==== 18. Real models, where they are ============================================================
 
 static const char sample_text[] =
     "The sun is a star at the centre of the solar system. It is a hot ball of plasma, and it gives "
@@ -4799,7 +4962,7 @@ static void test_models(void) {
     test_tiny_families();
 }
 
-// ==== 17. The README =============================================================================
+// ==== 19. The README =============================================================================
 
 // Whether a command said what is shown, where a line of "..." stands for any number of lines.
 static bool is_shown(const char *said, const char *shown) {
@@ -4847,7 +5010,7 @@ static void test_readme(void) {
     SH("rm -r readme");
 }
 
-// ==== 18. export.py ==============================================================================
+// ==== 20. export.py ==============================================================================
 
 // A small model as a Hugging Face folder or a GGUF. A case changes C (config.json), W (tensors), F
 // (other files), A (arguments) or S (what is exported). It says "same" if the checkpoint is that of
@@ -5300,8 +5463,8 @@ static const struct { const char *what, *code, *says; } exports[] = {
     {"a template that computes for ever",
      "export.limited.__defaults__ = 1, 1 << 30\n"
      "seen = str(export.chat_format('{{ 10 ** (10 ** 9) }}', '', '')[1])",
-     "{} export.py: warning: no chat format is written, as run.c could not follow the chat template: "
-     "it takes more than 1 s"},
+     "{} export.py: warning: no chat format is written, as run.c could not follow the chat "
+     "template: it takes more than 1 s"},
     {"a template that wants all memory",
      "seen = str(export.chat_format('{{ 10 ** 11 * messages[0].content }}', '', '')[1])",
      "MemoryError"},
@@ -5647,8 +5810,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
 #else
 // ==== main =======================================================================================
 
-static bool finished;
-
 // The closing line. A test that ends the program, as run.c's errors do, has failed.
 static void finish(void) {
     if (!finished) CHECK(false, "the tests of this group come to their end");
@@ -5676,8 +5837,8 @@ int main(int argc, char **argv) {
         {"decoders", test_decoders}, {"schema", test_schema}, {"sessions", test_sessions},
         {"explain", test_explain},
         {"compress", test_compression}, {"faults", test_faults}, {"signals", test_signals},
-        {"robust", test_robust}, {"models", test_models}, {"readme", test_readme},
-        {"exports", test_exports}};
+        {"robust", test_robust}, {"forger", test_forger}, {"models", test_models},
+        {"readme", test_readme}, {"exports", test_exports}};
     bool tiny = argc == 3 && !strcmp(argv[1], "--tiny");
     strcpy(folder, "/tmp/test_all.XXXXXX");
     if (!getcwd(home, sizeof home) || (!tiny && !mkdtemp(folder)) || chdir(tiny ? argv[2] : folder))
