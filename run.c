@@ -3643,8 +3643,8 @@ static Text tool_question(Text text, const char **before, const char **after) {
 // Calls: next_char, decode.
 
 #ifndef NO_SCHEMA
-enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, MAX_DEPTH = 6000, MAX_PATTERN = 6000, MAX_FREE = 64,
-       QUOTE = N_CHARS };             // of a string's beginning or end, not \"
+enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, RECENT = 1 << 12, MAX_DEPTH = 6000,
+       MAX_PATTERN = 6000, MAX_FREE = 64, QUOTE = N_CHARS };             // of a string's beginning or end, not \"
 // Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
 // or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
 // c their number, d a stage; each RULE in the union a says: of the members whose names are in its a
@@ -3676,6 +3676,7 @@ typedef struct Schema {
     char *at, *start;                 // what is being read
     SchemaNode *nodes;
     SchemaValue *values;              // the first stands for a schema that allows all
+    struct SchemaNext { int from, c, to; } recent[RECENT];  // derivatives that were just asked for
     int n_nodes, n_values, place, depth, *buckets;
     int key;                          // the string that is being read
     int text, root, indent;           // all scalars and strings; the whole
@@ -3729,6 +3730,7 @@ static int schema_node(Schema *s, int op, int a, int b, int c, int d) {
     return *bucket = s->n_nodes++;
 }
 static void schema_forget(Schema *s, int left) {  // the newest nodes
+    memset(s->recent, 0, sizeof s->recent);
     for (const SchemaNode *n; s->n_nodes > left;) {
         n = &s->nodes[--s->n_nodes];
         *schema_bucket(s, n) = n->next;
@@ -3801,7 +3803,10 @@ static int schema_derive(Schema *s, int id, int c) {
     if (n.op == CHARS) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
     if (n.op < CAT) return id == ANYTHING && c != QUOTE ? id : NOTHING;
     if (n.op == NOT && c == QUOTE) return NOTHING;
+    struct SchemaNext *recent = &s->recent[(id * 31u + (unsigned)c) % RECENT];
+    if (recent->from == id && recent->c == c && c != QUOTE) return recent->to;
     int memo = c == QUOTE ? 0 : schema_node(s, DERIVED, id, c, 0, 0), to = s->nodes[memo].value;
+    if (memo && to >= 0) *recent = (struct SchemaNext){id, c, to};
     if (memo && to >= 0) return to;  // (what follows a key depends on the key)
     schema_deeper(s);
     if (n.op == SCHEMA) to = schema_derive(s, schema_allowed(s, id), c);
@@ -3816,7 +3821,7 @@ static int schema_derive(Schema *s, int id, int c) {
     if (n.op == CAT) to = schema_cat(s, to, n.b);
     bool both = n.op == AND || n.op == ALT, more = n.op == CAT && s->nodes[n.a].accepts;
     if (both || more) to = schema_join(s, both ? n.op : ALT, to, schema_derive(s, n.b, c));
-    if (memo) s->nodes[memo].value = to;
+    if (memo) s->nodes[memo].value = to, *recent = (struct SchemaNext){id, c, to};
     s->depth--;
     return to;
 }
@@ -4462,6 +4467,10 @@ static bool schema_some(Schema *s, int state, int low, int high) {
         fits = schema_alive(s, schema_derive(s, state, c));
     return fits;
 }
+static bool schema_in_key(const Schema *s, int id) {  // all that may follow is, or nothing
+    while (s->nodes[id].op == ALT || s->nodes[id].op == CAT) id = s->nodes[id].a;
+    return s->nodes[id].op == KEY;
+}
 // Takes the next byte of the text. False: no text that fits goes on so.
 static bool schema_step(SchemaText *x, uint8_t byte) {
     Schema *s = x->s;
@@ -4482,7 +4491,8 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
     s->key = x->key;
     if (!within) c->low = quote ? QUOTE : byte;
     else if (!schema_byte(c, byte)) return false;
-    if (within && !c->stage) x->key = schema_node(s, PAST, c->low, x->key, 0, 0);
+    if (within && !c->stage && schema_in_key(s, x->state))
+        x->key = schema_node(s, PAST, c->low, x->key, 0, 0);
     if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
     int low = c->low > c->least ? c->low : c->least, high = c->low + (1 << c->bits) - 1;
     if (high >= N_CHARS) high = N_CHARS - 1;
