@@ -3693,6 +3693,7 @@ typedef struct {                      // a text in progress
     bool string, inner;               // within a string; behind an opening bracket or comma
     int depth, gap;                   // open brackets; spaces to come
     int key;                          // the string's characters
+    bool brief;                       // of escapes only those of one letter are written
 } SchemaText;
 
 // Ends the program: what is wrong with the part of the schema that is being looked at.
@@ -4056,8 +4057,9 @@ static int schema_utf8(char *out, int c) {
 // where \u has given the first of two surrogates, before \, u and d of the second.
 enum { PLAIN_CHAR, ESCAPE, UTF8, HEX, SECOND };
 // Takes a byte of a string: what it says of the character. False: it does not belong there.
+static const char schema_meant[] = "\"\\/\b\f\n\r\t";  // what "\/bfnrt mean behind a backslash
 static bool schema_byte(SchemaChar *x, int b) {
-    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    static const char names[] = "\"\\/bfnrt";
     static const int least[] = {0, 0x80, 0x800, 0x10000};  // of two bytes of UTF-8, three, four
     const char *e = b ? strchr(names, b) : NULL;
     int more = (b >= 0xc0) + (b >= 0xe0) + (b >= 0xf0), stage = x->stage;
@@ -4068,7 +4070,7 @@ static bool schema_byte(SchemaChar *x, int b) {
         return b >= 32 && (b < 0x80 || more) && b < 0xf8;
     }
     if (stage == ESCAPE) {
-        *x = e ? (SchemaChar){.low = meant[e - names]} : (SchemaChar){HEX, 16, 0, 0};
+        *x = e ? (SchemaChar){.low = schema_meant[e - names]} : (SchemaChar){HEX, 16, 0, 0};
         return e || b == 'u';
     }
     if (stage >= SECOND) {
@@ -4494,6 +4496,10 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
     if (within && !c->stage && schema_in_key(s, x->state))
         x->key = schema_node(s, PAST, c->low, x->key, 0, 0);
     if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
+    bool fits = false;
+    for (const char *e = schema_meant; c->stage == ESCAPE && *e && !fits; e++)
+        fits = schema_some(s, x->state, *e, *e);
+    if (fits || (x->brief && (c->stage == ESCAPE || c->stage == HEX))) return fits;
     int low = c->low > c->least ? c->low : c->least, high = c->low + (1 << c->bits) - 1;
     if (high >= N_CHARS) high = N_CHARS - 1;
     if (schema_some(s, x->state, low, high < 0xd7ff ? high : 0xd7ff)) return true;
@@ -4614,6 +4620,7 @@ static int schema_free(Schema *s, int state) {
 static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
     Schema *s = x->s;
     if (!s->tokens) schema_tokens(s, t);
+    x->brief = true;
     bool first[256], complete = schema_complete(x);  // whether a byte can be the first
     int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0, allowed = 0;
     int old = s->n_nodes, most = (old > MAX_NODES / 2 ? old : MAX_NODES / 2) + MAX_NODES / 4;

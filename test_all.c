@@ -3826,6 +3826,8 @@ static void test_written(void) {
             CHECK(r.status == 0 && fitting(schemas[i], document) == -1,
                   "what fits %s is written: %d, %s", schemas[i], r.status, document);
         }
+    prints("what can be written plainly has no escapes", "\"abc\"\n",
+           "run endless.bin -q -i ab -t 0 -n 9 --schema '{\"enum\": [\"abc\"]}'");
     same("guesses are checked", "run endless.bin -q -i ab -s 3 -n 200 --schema schema",
          "run endless.bin -q -i ab -s 3 -n 200 --schema schema -d lookup");
     const char *long_ = "{\"type\": \"string\", \"minLength\": 50}";
