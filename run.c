@@ -1,8 +1,8 @@
 /* run.c - a language model in one C file.
  *
- * A language model is two files: this program and its parameters. Given the tokens of a text so
- * far, the model gives every token of its vocabulary a score (a logit) for being the next one. We
- * turn the scores into probabilities, draw a token, append it, and ask again. That is all it does.
+ * A language model is two files: this program and its parameters. Given a text so far as tokens
+ * (its pieces, as numbers), the model gives each token of its vocabulary a score (a logit) for
+ * being next. Scores become probabilities; we draw a token, append it, and ask again. That is all.
  *
  *     [1] The model            [1.1] parameters  [1.2] mathematics  [1.3] a batch on its way
  *                              [1.4] attention and the cache  [1.5] forward  [1.6] the sampler
@@ -12,7 +12,7 @@
  *                              [2.7] experts
  *     [3] The tokenizer        [3.1] looking things up  [3.2] opening  [3.3] encoding, decoding
  *     [4] Speed                [4.1] threads  [4.2] large pages  [4.3] SIMD  [4.4] kernels
- *                              [4.5] products  [4.6] attention: same bits as part 1, sooner
+ *                              [4.5] products  [4.6] attention: same bits as part 1, faster
  *     [5] Modes                [5.1] text in and out  [5.2] chat format and likelihood
  *                              [5.3] sessions  [5.4] tools  [5.5] decoders  [5.6] generate
  *                              [5.7] chat  [5.8] explain  [5.9] tokenize, logits, eval
@@ -21,9 +21,9 @@
  *     [6] The command line     options, modes, signals, main
  *
  * The same bytes everywhere: for one model file and one token sequence the logits are bit-identical
- * whatever the thread count, the cutting into batches, the instruction set, the compiler. Every sum
- * has a fixed order, multiplications and additions are never fused, and functions such as exp are
- * written here from basic operations, since C libraries differ in their last bits.
+ * whatever the thread count, instruction set and compiler, and however it is cut into batches.
+ * Every sum has a fixed order (SIMD does many side by side), products and sums are never fused, and
+ * functions such as exp are written here from basic operations, as C libraries' last bits differ.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // MAP_ANONYMOUS, MAP_NORESERVE, madvise
@@ -64,7 +64,7 @@
 
 #define VERSION "0.9"
 
-// (16: like 0, on machines that have half-precision arithmetic as well.)
+// (FLT_EVAL_METHOD 16 is like 0, on machines that have half-precision arithmetic as well.)
 #if defined __FAST_MATH__ || (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16)
 #error "run.c needs IEEE float32 arithmetic: no -ffast-math; on 32-bit x86 add -msse2 -mfpmath=sse"
 #endif
@@ -76,41 +76,41 @@
 // [1] The model
 // =================================================================================================
 //
-// How the next token comes about, with the shapes of what is computed (in the default model: dim
-// 576, 30 layers, 9 query heads and 3 key/value heads of head_dim 64, vocab_size 49152):
+// How the next token is made (default model: dim 576, 30 layers, 9 query, 3 key/value heads of
+// head_dim 64, vocab_size 49152). W x: matrix times vector; *: number by number; norm, act: [1.2].
 //
 //     token                                    a number that stands for a piece of text
 //     x (dim) = its row of the embedding       what the token means, as a vector
 //     in each layer:
 //         xb = norm(x)
 //         q, k, v = wq xb, wk xb, wv xb        query, key and value, for each head (head_dim)
-//         x += wo attention(q, k, v)           tokens talk: each looks back at those before it
+//         x += wo attention(q, k, v)           tokens talk: each sees the k, v of those before it
 //         xb = norm(x)
 //         x += w_down (act(w_gate xb) * w_up xb)   feed-forward: each token thinks by itself
-//     logits (vocab_size) = classifier norm(x) a score for every token of the vocabulary
-//     next token                               drawn by lot with probabilities softmax(logits)
+//     logits (vocab_size) = classifier norm(x)   a score for every token of the vocabulary
+//     next token                               drawn at random with probabilities softmax(logits)
 //
-// x is the residual stream. A layer does not replace it but adds to it: what the layers before it
-// wrote stays readable, and each one has only to learn what is still missing. A head is one of
-// several attentions side by side, with a slice of its own, head_dim numbers, of q, k and v.
+// x is the residual stream. The halves of a layer, attention and feed-forward, only add to it: what
+// was written before stays readable, and each learns only what is still missing. A head is one of
+// several attentions ([1.4]) side by side, with its own slice, head_dim numbers, of q, k and v.
 //
-// All that a model knows is in its matrices. They began as random numbers. Training showed it text,
-// and for each token moved every number a little to where the token that really came next would
-// have been likelier, again and again. What the layers do with a text was learned in this way, and
-// written by nobody; this part is only the frame. (What it takes from other parts it declares.)
+// All that a model knows is in its matrices. They began as random numbers. Training showed the
+// model text and nudged every number so that the actual next token became likelier, again and
+// again. What the layers do with a text was learned in this way, and written by nobody; this part
+// is only the frame. (What it takes from other parts it declares.)
 
 // ---- [1.1] parameters ---------------------------------------------------------------------------
-// A checkpoint is a file with the sizes in front and the matrices behind. To load it is to map it
-// into memory and to note where each matrix begins: load_model in [2.6]. However it lies there
+// A checkpoint is a file with the sizes first and the matrices after them. To load it is to map it
+// into memory and to note where each matrix begins: load_model in [2.6]. However a matrix is stored
 // ([2.2]), weight gives w[row][col]. A vector is one row of float32. Where a family of models does
-// not have a matrix its data is NULL.
+// not have a matrix, its data is NULL.
 typedef struct { int dtype, rows, cols; const uint8_t *data; } Matrix;
 static float weight(const Matrix *w, int row, int col);
 static const float *vec(const Matrix *w) { return (const float *)(const void *)w->data; }
 
 typedef struct {
     int32_t dim;             // width of the residual stream
-    int32_t hidden_dim;      // width of the feed-forward layer
+    int32_t hidden_dim;      // width of the feed-forward half
     int32_t n_layers;
     int32_t n_heads;         // query heads
     int32_t n_kv_heads;      // key/value heads; n_heads / n_kv_heads query heads share one
@@ -121,51 +121,54 @@ typedef struct {
     uint32_t flags;          // what is special about a family: see below
     int32_t activation;      // SILU or another
     float embed_scale;       // the embedding is multiplied by it
-    float attn_scale;        // query times key is multiplied by it: 1 / sqrt(head_dim)
+    float attn_scale;        // 1 / sqrt(head_dim), times query . key, which grows with head_dim
     int32_t sliding_window;  // local layers see this many positions, themselves included; 0: all
     uint8_t local_layers[32];  // bit l: layer l is local
-    float attn_cap, logit_cap;  // scores and logits stay below (Gemma 2); 0: as they are
+    float attn_cap, logit_cap;  // scores, logits are kept within +-cap (Gemma 2); 0: as they are
     float query_growth;      // queries grow with log(pos / query_length) (Ministral 3)
-    int32_t query_length;
-    float act_limit;         // gate and up of experts stay below (GPT-OSS); 0: as they are
-    int32_t n_experts, n_shared, n_active;  // all; the last, visited by all; visited of the others
+    int32_t query_length;    // before this position they do not
+    float act_limit;         // gate and up of experts are kept within it (GPT-OSS); 0: as they are
+    int32_t n_experts, n_shared;  // in a layer ([1.5]); the last n_shared are visited by all tokens
+    int32_t n_active;        // how many of the others a token visits
     int32_t expert_hidden;   // width of an expert
 } Config;
-
 enum { SILU, GELU_TANH, GELU, RELU_SQUARED, GELU_SIGMOID, N_ACTIVATIONS };
 enum {                     // flags
     CENTERED = 1,          // norms first subtract the mean (GPT-2)
-    PARALLEL = 2,          // the feed-forward layer reads the x that attention read (GPT-NeoX)
+    PARALLEL = 2,          // the feed-forward half reads the x that attention read (GPT-NeoX)
     WIDE_NORMS = 4,        // q_norm and k_norm are of all heads together (OLMo 2)
     NORM_AFTER_ROPE = 8,   // and come after RoPE (Hunyuan)
     SIGMOID_ROUTER = 16,   // experts are scored one by one, not against each other (GLM 4.5)
-    FULL_SHARES = 32       // the shares of those that a token visits add up to 1 (Mixtral)
+    FULL_SHARES = 32       // the shares of the experts that a token visits add up to 1 (Mixtral)
 };
-
+// With a router: n_experts of w_gate to b_down, one after the other; expert_hidden for hidden_dim.
 typedef struct {
     Matrix attn_norm, ffn_norm, attn_norm_bias, ffn_norm_bias;  // (dim) (biases: GPT-2)
     Matrix wq;              // (n_heads * head_dim, dim)
     Matrix wk, wv;          // (n_kv_heads * head_dim, dim)
     Matrix wo;              // (dim, n_heads * head_dim)
-    Matrix bq, bk, bv, bo;  // biases of the four (Qwen2)
-    Matrix q_norm, k_norm, sinks;  // (head_dim), of each query and key (Qwen3); (n_heads) (GPT-OSS)
-    Matrix w_gate, w_up;    // (hidden_dim, dim); w_up NULL: nothing is gated (GPT-2). In a layer
-    Matrix w_down;          // (dim, hidden_dim)  with a router these six are (expert_hidden, dim)
-    Matrix b_gate, b_up, b_down;           // and so on, n_experts of each, one after the other
+    Matrix bq, bk, bv, bo;  // biases of the four, added after the product (Qwen2)
+    Matrix q_norm, k_norm;  // (head_dim) of each query, key (Qwen3), or of all heads: WIDE_NORMS
+    Matrix sinks;           // (n_heads) (GPT-OSS)
+    Matrix w_gate, w_up;    // (hidden_dim, dim); w_up NULL: nothing is gated (GPT-2)
+    Matrix w_down;          // (dim, hidden_dim)
+    Matrix b_gate, b_up, b_down;           // biases of the three
     Matrix post_attn_norm, post_ffn_norm;  // (dim) (Gemma 3)
-    Matrix router, router_bias, choice_bias;  // (n_experts, dim) (Mixtral); (n_experts) twice
+    Matrix router;          // (n_experts, dim) (Mixtral)
+    Matrix router_bias, choice_bias;       // (n_experts); the latter is for the choice alone
 } Layer;
 
 typedef struct {
     Config c;
-    Matrix rope_freqs, rope_freqs_local;  // (head_dim / 2) frequencies; of local layers
+    Matrix rope_freqs;       // (head_dim / 2) frequencies, always there: 0 where nothing turns
+    Matrix rope_freqs_local;  // those of local layers
     Matrix token_embedding, classifier;   // (vocab_size, dim); one and the same in some models
     Matrix position_embedding;            // (seq_len, dim) (GPT-2)
     Layer *layers;           // (n_layers) steps of the computation, one after the other
     Matrix final_norm, final_norm_bias;   // (dim)
     Matrix score;            // (dim) of a reward model, which has no classifier
     Matrix check_ids, check_norms, check_logits, check_cases;  // reference values for -m check
-    struct Header *header;   // of the file, with name and hashes; NULL: a file of llama2.c
+    struct Header *header;   // of the file; NULL: one of github.com/karpathy/llama2.c, without any
     const char *path;
     const uint8_t *file;     // the mapped file
     size_t file_size;
@@ -177,16 +180,16 @@ static bool is_local(const Config *c, int layer) {
 }
 
 // ---- [1.2] mathematics --------------------------------------------------------------------------
-// Functions of arrays, in five steps. Those declared here are in [2.1] and [2.3].
+// Five functions of arrays. What is only declared is in [2.1], [2.3]; sum16 has 16 partial sums.
 
 static inline float exp_(float x);                                // e^x
-static inline float gelu(float x);                                // x P(x), of step 5
+static inline float gelu(float x);                                // x P(x): see 5
 static void center(float *x, int n);                              // x[i] -= mean of x (LayerNorm)
 static void soft_cap(float *x, int n, float cap);                 // x[i] = cap tanh(x[i] / cap)
 static void grow_query(const Config *c, float *q, int n, int pos);  // see query_growth
 static void exp_all(float *x, int n, float minus);                // x[i] = e^(x[i] - minus)
 static void cos_sin(double x, float *cosine, float *sine);
-static float sum16(const float *x, const float *y, int n);        // of x[i] y[i]; y NULL: of x[i]
+static float sum16(const float *x, const float *y, int n);        // sum of x[i] y[i]; y NULL: x[i]
 static float largest(const float *x, int n);
 static int argmax(const float *x, int n);                         // where the largest is
 
@@ -194,14 +197,14 @@ static int argmax(const float *x, int n);                         // where the l
 // each number of x goes into one number of y. Nearly all parameters and all time are here. Where W
 // is quantized, its numbers are small integers times a scale; x is rounded to such numbers as well
 // (xq), so that the products are of integers, whose sums are exact: quantized_row.
-typedef struct { int8_t *q; float *d, *dsum; int32_t *minus8; } Quantized;
-static void quantize(const Quantized *out, int token, const float *x, int n);
+typedef struct { int8_t *q; float *d, *dsum; int32_t *minus8; } Quantized;  // x = d * q: [2.3]
+static void quantize(const Quantized *out, int i, const float *x, int n);
 static bool is_quantized(const Matrix *w);
-static float quantized_row(float sum, const Matrix *w, int row, const Quantized *x, int token);
-
+static float quantized_row(float sum, const Matrix *w, int row, const Quantized *x, int i);
+// Returns sum + w[row] x. Row i of xq is the same x, rounded, for quantized matrices.
 static float row_times(float sum, const Matrix *w, int row, const float *x, const Quantized *xq,
-                       int token) {
-    if (is_quantized(w)) return quantized_row(sum, w, row, xq, token);
+                       int i) {
+    if (is_quantized(w)) return quantized_row(sum, w, row, xq, i);
     for (int c = 0; c < w->cols; c++) sum += weight(w, row, c) * x[c];
     return sum;
 }
@@ -223,16 +226,16 @@ static void softmax(float *x, int n) {
     for (int i = 0; i < n; i++) x[i] *= scale;
 }
 
-// 4. RoPE (arXiv:2104.09864), rotary positions. Attention is an average over tokens, and does not
+// 4. RoPE (arXiv:2104.09864), rotary positions. Attention, an average over tokens ([1.4]), does not
 // see their order: "dog bites man" would be "man bites dog". So each pair (a, b) of numbers of a
-// query or key is turned, as the hand of a clock, by an angle that grows with the token's position:
+// query or key is turned, like the hand of a clock, by an angle that grows with the position:
 //     angle = pos * freq[j],  freq[j] = theta^(-2j / head_dim)   for pair j
 //     (a, b) becomes (a cos - b sin, b cos + a sin)
 // The product of a query and a key then depends on how far apart they are. The first pair turns by
-// 1 radian per position, the last hardly: theta, 10000 or more, sets how far distances can be told.
-// Checkpoints hold the frequencies, and rows of wq and wk in an order that makes pairs neighbours
-// (export.py). The table has cos, cos, ... and -sin, sin, ... for a head: the minus is in there. (A
-// difference beside a sum is what some compilers fuse, even if told not to.)
+// 1 radian per position, the last hardly at all: the larger theta (10000 or more), the longer the
+// distances that can be told apart. Checkpoints hold the frequencies, and rows of wq and wk in an
+// order that makes pairs neighbours (export.py). The table of a head has cos, cos, ... and -sin,
+// sin, ..., so rope only adds: some compilers fuse a difference beside a sum, even if told not to.
 static void rope_angles(float *table, const float *freq, int pos, int head_dim) {
     float *cosine = table, *sine = table + head_dim;
     for (int i = 0; i < head_dim; i += 2) {
@@ -251,11 +254,11 @@ static void rope(float *head, const float *table, int head_dim) {
 }
 
 // 5. The activation function, act, and its gate (SwiGLU, arXiv:2002.05202): gate = act(gate) * up.
-// act is near x for x > 0 and near 0 for x < 0, so a number of gate says whether one of up counts:
-// an if, learned. Without a bend, two matrices in a row could as well be one.
-//     SiLU(x) = x / (1 + e^-x);  ReLU(x) = x or, if that is negative, 0
-//     GELU(x) = x P(x), P the normal distribution, or nearly (arXiv:1606.08415) x / (1 + e^-2u),
-//     u = sqrt(2/pi) (x + 0.044715 x^3), or nearly x / (1 + e^-1.702x)
+// All but RELU_SQUARED are near x for x well above 0 and near 0 well below, so a number of gate
+// says whether one of up counts: an if, learned. Without a bend two matrices in a row could be one.
+//     SILU: x / (1 + e^-x);  RELU_SQUARED: x^2, but 0 for x < 0;  GELU_SIGMOID: x / (1 + e^-1.702x)
+//     GELU: x P(x), P(x) the probability that a normal variable is below x (arXiv:1606.08415)
+//     GELU_TANH, nearly the same: x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3)
 static void gated_activation(float *gate, const float *up, int n, int kind) {
     float by = kind == SILU ? -1.0f : -1.702f;
     if (kind == SILU || kind == GELU_SIGMOID)
@@ -278,17 +281,17 @@ static void add_bias(float *x, const Matrix *b) { if (b && b->data) add(x, vec(b
 
 // ---- [1.3] a batch on its way -------------------------------------------------------------------
 // Read it first as if n were 1: the newest token of one text. But n are computed together, those of
-// a prompt, or of many sequences, texts of which each has its own positions from 0 on.
+// a prompt, or of many sequences, each a text with positions counted from 0.
 
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
 typedef struct {           // the activations, numbers on their way: row i is at i * its width
     float *x;              // (n, dim)      the residual stream: what the layers read and add to
-    float *xb;             // (n, dim)      what goes into a layer, and what comes out of it
+    float *xb;             // (n, dim)      what goes into half a layer, and what comes out
     float *q, *k, *v;      // (n, n_heads * head_dim), (n, n_kv_heads * head_dim) twice
     float *scores;         // (n, n_heads, scores_width) of attention, then weights
     float *att_out;        // (n, n_heads * head_dim)
-    float *gate, *up;      // (n, hidden_dim), or (rows of guests, expert_hidden)
+    float *gate, *up;      // (n, hidden_dim), or (pairs of token and expert, expert_hidden)
     struct Experts *at;    // which tokens are at which expert: [2.7]
     float *rope, *rope_local;  // (n, 2, head_dim) cosines and sines, in global and local layers
     Quantized xq;          // the input of a matrix product, rounded
@@ -309,9 +312,8 @@ typedef struct {
 } Pass;
 typedef void Stage(const Pass *f, int i);  // a step for item i: a token, or a token's head
 
-// Calls task(context, item) for each item, in any order and at the same time.
 typedef void Task(void *context, int item);
-static void parallel(Task *task, void *context, int n_items);
+static void parallel(Task *task, void *context, int n_items);  // each item, in any order, at once
 
 // A watcher is shown the state after each stage, and the stage's name.
 static void (*watch)(void *watcher, const Pass *f, const char *stage);
@@ -325,23 +327,22 @@ static void each_task(void *context, int i) {
 }
 static void each(const Pass *f, const char *name, int n, Stage *stage) {
     if (f->n > 1) parallel(each_task, &(EachJob){f, stage}, n);
-    else for (int i = 0; i < n; i++) stage(f, i);  // no thread is woken for a single token
+    else for (int i = 0; i < n; i++) stage(f, i);  // a single token: too little to wake threads
     seen(f, name);
 }
 
-// Matrix products of n tokens, y (n, rows) = x (n, cols) W^T; xq has room for x, rounded. Each row
-// of a matrix is a piece of work. (A product can be of n rows of x only, from `first` on.) Usually
-// matmul, and attention below, are set to functions of part 4, which give the same bits.
-typedef struct Product { Matrix w; float *y; int first, n; } Product;
+// Matrix products of n tokens, y (n, rows) = x (n, cols) W^T; xq holds x, rounded. Each row of W is
+// a task. Usually part 4 sets matmul, and attention below, to functions that give the same bits.
+typedef struct Product { Matrix w; float *y; int first, n; } Product;  // rows of x; n 0: all
 typedef void Matmul(const Product *p, int n_products, const float *x, const Quantized *xq, int n);
 typedef struct { const Product *p; const float *x; const Quantized *xq; int n; } ProductJob;
-static Matmul quantize_all;  // only rounds x, if one of the matrices is quantized
+static Matmul quantize_all;  // rounds x into xq, if one of the matrices is quantized
 static void row_task(void *context, int row) {
     const ProductJob *job = context;
     const Product *p = job->p;
-    for (int t = p->first; t < p->first + (p->n ? p->n : job->n); t++)
-        row_of(p->y, t, p->w.rows)[row] =
-            row_times(0, &p->w, row, job->x + (size_t)t * (size_t)p->w.cols, job->xq, t);
+    for (int i = p->first; i < p->first + (p->n ? p->n : job->n); i++)
+        row_of(p->y, i, p->w.rows)[row] =
+            row_times(0, &p->w, row, job->x + (size_t)i * (size_t)p->w.cols, job->xq, i);
 }
 static void matmul_plain(const Product *p, int n_products, const float *x, const Quantized *xq,
                          int n) {
@@ -350,8 +351,9 @@ static void matmul_plain(const Product *p, int n_products, const float *x, const
         parallel(row_task, &(ProductJob){p + i, x, xq, n}, p[i].w.rows);
 }
 static Matmul *matmul = matmul_plain;
-static void products(const Pass *f, const char *name, const float *x, const Product *p, int n) {
-    matmul(p, n, x, &f->s->xq, f->n);
+static void products(const Pass *f, const char *name, const float *x, const Product *p,
+                     int n_products) {
+    matmul(p, n_products, x, &f->s->xq, f->n);
     seen(f, name);
 }
 
@@ -375,12 +377,12 @@ static int first_seen(const Config *c, int layer, int pos) {
 }
 
 // Attention of one query head of a token (arXiv:1706.03762). The query says what this token looks
-// for, a key what a token offers, a value what it passes on. Query times key is large where the two
-// fit; by softmax these scores become weights; the result is the average of the values by these:
+// for, a key what a token offers, a value what it passes on. Query times key is large where they
+// fit; softmax makes these scores weights; the result is the values' average, weighted by these:
 //     weight = softmax over t of (q . k[t] * scale),     out = sum over t of weight[t] * v[t]
 // Every head does this with a slice of its own, head_dim wide: one may look for the verb's subject
 // while another looks at the word before. Query heads can share a key/value head, to keep the cache
-// small. A sink, one score more that has no value, lets a head look at nothing.
+// small. A sink, an extra score without a v, lets a head look at nothing.
 static void attention_weights(const Pass *f, int head, float *scores, int first, int n) {
     const Matrix *sinks = &f->l->sinks;
     float cap = f->m->c.attn_cap;
@@ -397,7 +399,7 @@ static void attend(const Pass *f, int item) {
     float *weights = row_of(f->s->scores, item, f->s->scores_width);
     cache_scores(&h, row_of(f->s->q, item, c->head_dim), first, n, weights);
     attention_weights(f, head, weights, first, n);
-    for (int t = 0; t < first; t++) weights[t] = 0;
+    for (int t = 0; t < first; t++) weights[t] = 0;  // for watchers
     cache_average(&h, weights, first, n, row_of(f->s->att_out, item, c->head_dim));
 }
 static void attention_plain(const Pass *f) {
@@ -409,12 +411,11 @@ static void (*attention)(const Pass *f) = attention_plain;
 // ---- [1.5] forward ------------------------------------------------------------------------------
 // The stages of a pass, each for one token.
 
-static State *get_state(Cache *kv, int wanted);  // with room for the logits of so many slots
+static State *get_state(Cache *kv, int wanted);  // with room for the logits of that many slots
 static void cache_prepare(Cache *kv, const Slot *batch, int n);  // memory for what will be written
-static void check_numbers(const Cache *kv, const float *logits, int n);  // NaN, infinite? dies
+static void check_numbers(const Cache *kv, const float *logits, int n);  // dies if NaN or infinite
 
-// A token becomes a vector: its row of the embedding matrix. The angles of its position are
-// computed here too, for use in every layer.
+// A token becomes a vector, its row of the embedding. Its position's angles serve all layers.
 static void embed(const Pass *f, int i) {
     const Config *c = &f->m->c;
     const Matrix *positions = &f->m->position_embedding;
@@ -427,7 +428,7 @@ static void embed(const Pass *f, int i) {
     rope_angles(row_of(f->s->rope_local, i, 2 * hd), vec(&f->m->rope_freqs_local), pos, hd);
 }
 
-// xb = norm(x), before attention, the feed-forward layer and the classifier. x may be xb.
+// xb = norm(x), before attention, feed-forward and classifier. x may be xb.
 static void norm(const Pass *f, int i, float *x, const Matrix *w, const Matrix *bias) {
     int dim = f->m->c.dim;
     float *xb = row_of(f->s->xb, i, dim);
@@ -437,8 +438,8 @@ static void norm(const Pass *f, int i, float *x, const Matrix *w, const Matrix *
     add_bias(xb, bias);
 }
 
-// x += xb: what a layer found is added to the residual stream (Gemma 3 brings it to a standard
-// length first). xb becomes what the next layer reads: x, or in parallel layers x as it was.
+// x += xb: what half a layer found (Gemma 3 brings it to a standard length first). After attention,
+// xb becomes what the feed-forward half reads: x, or with PARALLEL x as it was.
 static void add_to_stream(const Pass *f, int i, const Matrix *bias, const Matrix *post_norm) {
     const Config *c = &f->m->c;
     float *xb = row_of(f->s->xb, i, c->dim), *x = row_of(f->s->x, i, c->dim);
@@ -451,13 +452,13 @@ static void add_to_stream(const Pass *f, int i, const Matrix *bias, const Matrix
     }
 }
 
-// Norm and position of queries, or keys: x (n), one head after the other.
-static void norm_and_rope(const Config *c, float *x, int n, const Matrix *w, const float *angles) {
+// Norm and position of queries, or keys: x (len), head after head. w is of one head, or of all.
+static void norm_and_rope(const Config *c, float *x, int len, const Matrix *w, const float *table) {
     bool late = c->flags & NORM_AFTER_ROPE;
-    for (int h = 0; h < n && late; h += c->head_dim) rope(x + h, angles, c->head_dim);
-    for (int h = 0; h < n && w->data; h += w->cols)
+    for (int h = 0; h < len && late; h += c->head_dim) rope(x + h, table, c->head_dim);
+    for (int h = 0; h < len && w->data; h += w->cols)
         rmsnorm(x + h, x + h, vec(w), w->cols, c->norm_eps);
-    for (int h = 0; h < n && !late; h += c->head_dim) rope(x + h, angles, c->head_dim);
+    for (int h = 0; h < len && !late; h += c->head_dim) rope(x + h, table, c->head_dim);
 }
 
 // Finishes queries and keys (bias, norm, position), and puts keys and values into the cache.
@@ -497,16 +498,16 @@ static void last(const Pass *f, int i) {
     norm(f, i, f->s->x, &f->m->final_norm, &f->m->final_norm_bias);
 }
 
-// Experts (arXiv:1701.06538): many feed-forward layers, of which each token visits a few, so that a
-// model can know much more than it reads for one token. A router, with a row for each expert like
-// the classifier for each token, scores how well they fit x. Those with the highest scores are
-// visited, and x gets the sum of their answers, each times its share: its score.
+// Experts (arXiv:1701.06538): many feed-forward halves, of which each token visits a few, so that a
+// model can know much more than it reads for one token. A router, which has a row for each expert,
+// as the classifier has for each token, scores how well they fit x. Those with the highest scores
+// are visited, and x gets the sum of their answers, each times its share, made from its score.
 static void experts(const Pass *f);  // xb = sum over e of share[e] * expert e of xb: [2.7]
 
 // Attention: tokens talk. What a token asks, offers and passes on is read off its x; what the heads
 // bring back, side by side, goes through wo to the residual stream. Feed-forward: each token thinks
 // by itself. A row of w_gate looks for something in x; where it is found, a column of w_down adds
-// what is known about it.
+// what is known about it, and w_up says how much.
 static void layer(const Pass *f) {
     const Layer *l = f->l;
     State *s = f->s;
@@ -530,7 +531,7 @@ static void layer(const Pass *f) {
 
 // Runs up to MAX_BATCH slots through the layers, and those that want logits through the classifier:
 // every token of the vocabulary has a row there, and the better it fits the x that the layers have
-// made of a token, the higher its logit. Returns how many did.
+// made, the higher its logit. Returns how many slots wanted logits.
 static int forward_batch(Pass *f, float *logits) {
     int wanted = 0, dim = f->m->c.dim;
     f->layer = -1;
@@ -550,9 +551,8 @@ static int forward_batch(Pass *f, float *logits) {
     return wanted;
 }
 
-// The model: returns the logits of the slots that want them, (wanted, vocab_size), in the batch's
-// order; they are valid until the next call. The positions before a slot's own must be in the cache
-// or in the batch. A sequence's slots must be in ascending order.
+// The logits (wanted, vocab_size) of the slots that want them, in order, valid until the next call.
+// Positions before a slot must be in the cache or the batch, a sequence's slots in ascending order.
 static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
     int wanted = 0, done = 0;
     for (int i = 0; i < n; i++) wanted += batch[i].want_logits;
@@ -572,11 +572,11 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
 typedef struct { float p; int token; } Candidate;
 typedef struct {
     float temperature;      // 0: always the likeliest token; 1: as the model says; more: bolder
-    float top_p;            // of the likeliest that together exceed this probability; 0, 1: off
-    int top_k;              // of the k likeliest; 0: off
-    float min_p;            // of those at least this fraction as likely as the likeliest; 0: off
+    float top_p;            // draw from the likeliest that together exceed this; 0, 1: off
+    int top_k;              // draw from the k likeliest; 0: off
+    float min_p;            // draw from those at least min_p times as likely as the best; 0: off
     float repeat_penalty;   // logits of tokens in the text are made worse by this factor; 1: off
-    int repeat_last;        // of so many of its last tokens; 0: of all
+    int repeat_last;        // only the text's last so many tokens; 0: all
     float dry;              // how much worse is what would go on repeating a passage; 0: off
     uint64_t rng;           // state of the random generator
     float coin;             // the random number of the last draw
@@ -595,14 +595,14 @@ static uint32_t random_u32(uint64_t *state) {
 }
 static float random_f32(uint64_t *state) { return (float)(random_u32(state) >> 8) / 16777216.0f; }
 
-// Makes less likely what would repeat the text. Then, draws only from the likeliest tokens, those
-// that every limit allows: the many others would be drawn now and then, and spoil the text.
+// Makes less likely what would repeat the text.
 static void sample_repeats(Sampler *s, const float *logits, const int *text, int n);
+// Draws from the likeliest tokens only: now and then one of the many others would spoil the text.
 static int sample_candidates(Sampler *s);
 
 // Draws a token from logits (vocab_size); text (n) is what must not be repeated too much.
-// Temperature T divides the logits before the softmax. A low one sharpens, a high one levels: 2 and
-// 1 mean 73% and 27%, but at T = 0.5, where they become 4 and 2, 88% and 12%.
+// Temperature T divides the logits before the softmax. A low one sharpens, a high one levels:
+// logits 2 and 1 mean 73% and 27%, but at T = 0.5, where they become 4 and 2, 88% and 12%.
 static int sample(Sampler *s, const float *logits, const int *text, int n) {
     memcpy(s->p, logits, (size_t)s->vocab_size * sizeof(float));
     sample_repeats(s, logits, text, n);
@@ -610,11 +610,11 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
         if (s->forbidden[i]) s->p[i] = -INFINITY;
     int best = argmax(s->p, s->vocab_size);
     if (s->temperature == 0) return best;
-    float max = s->p[best], cdf = 0;
+    float max = s->p[best], cdf = 0;  // without max, the quotient may overflow
     for (int i = 0; i < s->vocab_size; i++) s->p[i] = (s->p[i] - max) / s->temperature;
     softmax(s->p, s->vocab_size);
     for (int i = 0; s->forbidden && i < s->vocab_size; i++)
-        if (s->forbidden[i]) s->p[i] = 0;  // exactly
+        if (s->forbidden[i]) s->p[i] = 0;  // exp_ may leave a tiny rest
     s->coin = random_f32(&s->rng);
     s->kept = 0;
     if ((s->top_p > 0 && s->top_p < 1) || s->top_k || s->min_p > 0) return sample_candidates(s);
@@ -626,9 +626,9 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
 }
 
 // ---- [1.7] generate -----------------------------------------------------------------------------
-// And so a text grows. Of tokens[0..n) the first n_prompt are given, the others are drawn. A test
-// runs this loop. The program's own, in [5.6], prints as it goes, lets many texts grow at once, and
-// ends one when the end token is drawn: in training it came behind every text.
+// And so a text grows. Of tokens[0..n) the first n_prompt, at least 1, are given, the others are
+// drawn. Only a test runs this loop; the program's own loop, in [5.6], prints as it goes, lets many
+// texts grow at once, and ends one when the end token is drawn: in training it followed every text.
 
 void generate_tokens(const Model *m, Cache *kv, Sampler *s, int *tokens, int n_prompt, int n) {
     for (int pos = 0; pos + 1 < n; pos++) {
