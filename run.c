@@ -3915,7 +3915,7 @@ static int schema_class(Schema *s) {  // from behind its [ on
         int one = schema_atom(s, true);
         SchemaNode low = s->nodes[one], high = low;
         bool range = low.a == low.b && s->at[0] == '-' && s->at[1] && s->at[1] != ']';
-        if (range) s->at++, high = s->nodes[schema_atom(s, true)];
+        if (range) s->at++, one = schema_atom(s, true), high = s->nodes[one];
         if (range && (high.a != high.b || high.a < low.a)) schema_refuse(s, schema_no_pattern);
         all = schema_either(s, all, range ? schema_chars(s, low.a, high.a) : one);
     }
