@@ -3644,7 +3644,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
 
 #ifndef NO_SCHEMA
 enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, RECENT = 1 << 12, MAX_DEPTH = 6000,
-       MAX_PATTERN = 6000, MAX_FREE = 64, QUOTE = N_CHARS };             // of a string's beginning or end, not \"
+       MAX_PATTERN = 6000, MAX_FREE = 64, QUOTE = N_CHARS };
 // Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
 // or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
 // c their number, d a stage; each RULE in the union a says: of the members whose names are in its a
@@ -3679,6 +3679,7 @@ typedef struct Schema {
     struct SchemaNext { int from, c, to; } recent[RECENT];  // derivatives that were just asked for
     int n_nodes, n_values, place, depth, *buckets;
     int key;                          // the string that is being read
+    int opened, texts;                // nodes without those of texts; texts in progress
     int text, root, indent;           // all scalars and strings; the whole
     bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
     bool found;                       // while fates are looked for: something lives
@@ -4070,7 +4071,8 @@ static bool schema_byte(SchemaChar *x, int b) {
         return b >= 32 && (b < 0x80 || more) && b < 0xf8;
     }
     if (stage == ESCAPE) {
-        *x = e ? (SchemaChar){.low = schema_meant[e - names]} : (SchemaChar){HEX, 16, 0, 0};
+        *x = (SchemaChar){HEX, 16, 0, 0};
+        if (e) *x = (SchemaChar){.low = schema_meant[e - names]};
         return e || b == 'u';
     }
     if (stage >= SECOND) {
@@ -4086,8 +4088,8 @@ static bool schema_byte(SchemaChar *x, int b) {
     x->low |= digit << x->bits;
     if (x->bits) return true;
     int half = stage == HEX ? x->low >> 10 : 0;  // of two surrogates: 0xd800 >> 10, the first
-    *x = half == 54 ? (SchemaChar){SECOND, 10, 0x10000 + ((x->low & 1023) << 10), 0}
-                    : (SchemaChar){PLAIN_CHAR, 0, x->low, x->least};
+    if (half == 54) *x = (SchemaChar){SECOND, 10, 0x10000 + ((x->low & 1023) << 10), 0};
+    else *x = (SchemaChar){PLAIN_CHAR, 0, x->low, x->least};
     return half == 54 || (x->low >= x->least && x->low < N_CHARS && x->low >> 11 != 27);
 }
 static bool schema_skip(Schema *s, char c) {  // blanks, and c if it is there
@@ -4517,11 +4519,21 @@ static bool schema_take(SchemaText *x, Text text) {
     return schema_complete(x) && !schema_some(x->s, x->state, 0, N_CHARS - 1);
 }
 static SchemaText schema_begin(Schema *s) {
+    if (s) s->texts++;
     return (SchemaText){.s = s, .state = s ? s->root : NOTHING};
 }
+// Many nodes are forgotten when no text is in progress: that is worth waiting for.
+static bool schema_full(const Schema *s) { return s && s->texts && s->n_nodes > MAX_NODES / 4; }
 // Ends a text. False: it is not complete.
 static bool schema_end(SchemaText *x) {
-    bool whole = !x->s || schema_complete(x);
+    Schema *s = x->s;
+    bool whole = !s || schema_complete(x);
+    if (schema_full(s) && s->texts == 1) {
+        schema_forget(s, s->opened);
+        for (int i = 0; i < s->opened; i++)
+            if (s->nodes[i].value >= s->opened) s->nodes[i].value = -1;
+    }
+    if (s) s->texts--;
     x->s = NULL;
     return whole;
 }
@@ -4569,6 +4581,7 @@ static Schema *schema_open(const Options *o) {
     }
     s->place = 1;
     if (!schema_alive(s, s->root)) schema_refuse(s, "cannot be met by anything");
+    s->opened = s->n_nodes;
     return s;
 }
 static void schema_close(Schema *s) {
@@ -4648,6 +4661,7 @@ typedef struct { char none; } SchemaText;
 #define schema_take(x, text) false
 #define schema_begin(s) (SchemaText){0}
 #define schema_end(x) true
+#define schema_full(s) false
 #define schema_check(s, text, name) (void)0
 #define schema_close(s) (void)0
 #endif
@@ -4945,7 +4959,8 @@ static void machine_run(Machine *w, Decoder *all, int n) {
     for (Decoder *d = all; d < all + n; d++) {
         output_end(d->out);
         if (!schema_end(&d->schema) && !interrupted) {
-            fputs("run: the text ends before its JSON does: -n gives it more tokens\n", stderr);
+            fputs("run: the text ends before its JSON does: -n gives it more tokens, if any fit\n",
+                  stderr);
             unfinished = true;
         }
         if (w->o->receipt) fprintf(stderr, "receipt: %016llx\n", d->receipt);
@@ -6500,6 +6515,7 @@ static bool each_next(Each *e, Decoder *d) {
     if (d->budget > 0) return false;
     if (d->line) each_end(e, d);
     if (!e->rest.len || e->begun == e->printed + EACH_AHEAD) return false;
+    if (schema_full(o->compiled)) return false;
     const char *end = memchr(e->rest.s, '\n', e->rest.len);
     Text line = {e->rest.s, end ? (size_t)(end - e->rest.s) : e->rest.len};
     e->rest.s += line.len + (end != NULL);
