@@ -1315,7 +1315,8 @@ enum { LLAMA2C_TENSORS = 12, N_TENSORS = 38 };
 // first come in the order of llama2.c's version 0; the last is loaded first.
 static void tensor_rules(const Config *c, int hidden, TensorRule rules[N_TENSORS]) {
     int dim = c->dim, hd = c->head_dim, vocab = c->vocab_size, n_experts = c->n_experts;
-    int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd, wide = c->flags & WIDE_NORMS;
+    int q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd;
+    bool wide = c->flags & WIDE_NORMS;
 #define IN(of, name) #name, offsetof(of, name), sizeof(of) == sizeof(Layer) ? c->n_layers : 0
     const TensorRule all[N_TENSORS] = {
         {IN(Model, token_embedding), MATRIX | NEEDED, vocab, dim},
@@ -1811,7 +1812,7 @@ static const uint8_t *record_take(const Tokenizer *t, Bytes *b, Text *text) {
     const uint8_t *start = bytes_take(b, 8);
     text->len = start ? read_u32(start + 4) >> (t->llama2c ? 0 : 16) : 0;
     text->s = bytes_take(b, text->len);
-    return text->s && (t->llama2c || !start[5]) ? start : NULL;
+    return start && text->s && (t->llama2c || !start[5]) ? start : NULL;
 }
 
 // Reads the tokens, and notes where text becomes them. llama2.c's layout has no types: the first
@@ -3892,7 +3893,7 @@ static int schema_atom(Schema *s, bool within) {
 #define RE_WHITE "\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
     static const char names[] = "nrtfvdDwWsS.", *const meant[] = {
         "\n", "\r", "\t", "\f", "\v", "[0-9]", "[^0-9]", "[a-zA-Z0-9_]", "[^a-zA-Z0-9_]",
-        "[" RE_WHITE, "[^" RE_WHITE, "[^\n\r\u2028\u2029]"};
+        "[" RE_WHITE, "[^" RE_WHITE, "[^\n\r\u2028\u2029]"};  // NOLINT: no comma is missing
     bool escaped = *s->at == '\\', special = !escaped && !within;
     char c = *(s->at += escaped);
     const char *name = c && (escaped ? c != '.' : special && c == '.') ? strchr(names, c) : NULL;
@@ -4528,7 +4529,7 @@ static bool schema_full(const Schema *s) { return s && s->texts && s->n_nodes > 
 static bool schema_end(SchemaText *x) {
     Schema *s = x->s;
     bool whole = !s || schema_complete(x);
-    if (schema_full(s) && s->texts == 1) {
+    if (s && schema_full(s) && s->texts == 1) {
         schema_forget(s, s->opened);
         for (int i = 0; i < s->opened; i++)
             if (s->nodes[i].value >= s->opened) s->nodes[i].value = -1;
@@ -6497,8 +6498,9 @@ static void each_end(Each *e, Decoder *d) {
         own.n = 0;
     }
     output_end(&own);
-    *answer = e->w.o->quote ? (Output){.fd = -1} : own;
+    *answer = own;
     if (e->w.o->quote) {
+        *answer = (Output){.fd = -1};
         output_json(answer, (Text){own.memory, own.n - 1});
         output_print(answer, "\n");
         free(own.memory);
