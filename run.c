@@ -5147,8 +5147,8 @@ static double member_score(const Options *o, const Member *judge, Text answer) {
 // All models answer the prompt. The answer that pleases its judges best is printed: the reward
 // model, or else all of them, by the average.
 static void ensemble(const Options *o, const Model *m, const Tokenizer *t, Output *out) {
-    Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, reward, *best = all;
-    Member *end = all + 1 + o->others.n, *judges = o->reward ? &reward : all;
+    Member all[1 + MAX_LIST] = {{*m, *t, {.fd = -1}}}, reward = {.answer = {.fd = -1}};
+    Member *end = all + 1 + o->others.n, *judges = o->reward ? &reward : all, *best = all;
     int n_judges = o->reward ? 1 : 1 + o->others.n;
     Output told = {.fd = 2, .terminal = isatty(2)};
     double highest = -INFINITY;
