@@ -3702,7 +3702,7 @@ typedef struct {                      // a text in progress
 static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char *what) {
     const SchemaValue *v = &s->values[s->place];
     fprintf(stderr, "run: %s: byte %d: %.*s %s\n", s->name, v->at, (int)v->key.len, v->key.s, what);
-    exit(2);
+    exit(s->texts ? 1 : 2);
 }
 static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
     if (++s->depth > MAX_DEPTH) schema_refuse(s, "is nested too deeply");
@@ -4049,12 +4049,6 @@ static const struct { const char *name, *pattern; } schema_formats[] = {
     {"email", RE_ATOM "(?:\\." RE_ATOM ")*@" RE_HOSTNAME}, {"uri", RE_URI}};
 
 // ---- JSON: the bytes of a string, the schema's values.
-static int schema_utf8(char *out, int c) {
-    int more = (c >= 0x80) + (c >= 0x800) + (c >= 0x10000);
-    out[0] = (char)(more ? (0xf00 >> (more + 1) & 0xf0) | c >> 6 * more : c);
-    for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (c >> 6 * (more - i) & 63));
-    return more + 1;
-}
 // Stages of a character: none, behind a backslash, within UTF-8, within hexadecimal digits, and,
 // where \u has given the first of two surrogates, before \, u and d of the second.
 enum { PLAIN_CHAR, ESCAPE, UTF8, HEX, SECOND };
@@ -4109,7 +4103,7 @@ static Text schema_string(Schema *s) {  // decoded in place
     for (; *s->at != '"' || c.stage; s->at++) {
         schema_expect(s, schema_byte(&c, (uint8_t)*s->at));
         if (!c.stage && !c.low) schema_refuse(s, "has a zero in a string");
-        if (!c.stage) end += schema_utf8(end, c.low);
+        if (!c.stage) end += put_char(end, c.low);
     }
     s->at++;
     *end = 0;
@@ -6886,6 +6880,39 @@ static void input_open(Options *o, const Tokenizer *t, bool is_prompt) {
         usage_error("the prompt has no {} for the lines of --each");
 }
 
+// What this build and the process that it runs in must be like.
+static void check_process(void) {
+    for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
+        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+        else fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
+    if (a * a - square != 0 || tiny / 2 == 0)  // the same bits everywhere need these
+        die("built for other arithmetic: use -ffp-contract=off and no -ffast-math");
+}
+
+// Prints what needs no model. Returns whether it was asked for.
+static bool option_tell(const Options *o) {
+    if (o->help || o->manual) option_help(o->manual);
+    else if (o->completion) option_completion(o->completion);
+    else if (o->version) printf("run %s (%s)\n", VERSION, isa);
+    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
+    return o->help || o->manual || o->completion || o->version;
+}
+
+// Sets what depends on the mode, unless it is given.
+static void option_settle(Options *o, int mode) {
+    if (o->steps < 0) o->steps = mode == CHAT ? 1024 : mode == EVAL ? 0 : 256;
+    if (o->each && !o->prompt && !o->prompt_file) o->prompt = "{}";
+    if (mode == LOGITS) o->temperature = 0;  // nothing is drawn: there is no seed to tell
+    bool zips = mode == COMPRESS || mode == DECOMPRESS;
+    if (o->prompt ? !strcmp(o->prompt, "-") : zips && !o->prompt_file) o->prompt_file = "-";
+    bool written = o->prompt || o->prompt_file || o->session || o->each;
+    if (mode == GENERATE && !written && !isatty(0)) o->prompt_file = "-";
+#ifndef NO_SCHEMA
+    if (o->schema || o->json) o->compiled = schema_open(o);
+#endif
+}
+
 int main(int argc, char **argv) {
 #ifdef PORTABLE
     Main *better = portable_main();
@@ -6895,30 +6922,12 @@ int main(int argc, char **argv) {
                  .top_k = -1, .min_p = -1, .repeat_penalty = -1, .repeat_last = 64, .layer = -1,
                  .head = -1, .at_once = 16, .logprobs = -1, .started = seconds(),
                  .threads = processors(), .words = argv};
-    for (int fd = 0; fd <= 2; fd++)  // a closed one must not become a file that we open
-        if (fcntl(fd, F_GETFD) < 0) open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
-        else fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
-    volatile float a = 1 + 0x1p-12f, square = 1 + 0x1p-11f, tiny = FLT_MIN;
-    if (a * a - square != 0 || tiny / 2 == 0)  // the same bits everywhere need these
-        die("built for other arithmetic: use -ffp-contract=off and no -ffast-math");
+    check_process();
     option_parse(&o, argc, argv);
-    if (o.help || o.manual) option_help(o.manual);
-    else if (o.completion) option_completion(o.completion);
-    else if (o.version) printf("run %s (%s)\n", VERSION, isa);
-    if (fflush(stdout)) die("cannot write stdout: %s", strerror(errno));
-    if (o.help || o.manual || o.completion || o.version) return 0;
+    if (option_tell(&o)) return 0;
     if (!o.model || !*o.model) usage_error("no model is named; `make demo` fetches model.bin");
     int mode = option_check(&o);
-    if (o.steps < 0) o.steps = mode == CHAT ? 1024 : mode == EVAL ? 0 : 256;
-    if (o.each && !o.prompt && !o.prompt_file) o.prompt = "{}";
-    if (mode == LOGITS) o.temperature = 0;  // nothing is drawn: there is no seed to tell
-    bool zips = mode == COMPRESS || mode == DECOMPRESS;
-    if (o.prompt ? !strcmp(o.prompt, "-") : zips && !o.prompt_file) o.prompt_file = "-";
-    bool written = o.prompt || o.prompt_file || o.session || o.each;
-    if (mode == GENERATE && !written && !isatty(0)) o.prompt_file = "-";
-#ifndef NO_SCHEMA
-    if (o.schema || o.json) o.compiled = schema_open(&o);
-#endif
+    option_settle(&o, mode);
     catch_signals();
     start_threads((int)o.threads);
     Model m;
