@@ -3307,6 +3307,15 @@ static void test_scores(void) {
           "the answer with the lowest average is printed: %s", r.err.p);
 }
 
+// Writes a text in pieces of random lengths.
+static void say_in_pieces(Output *out, const char *s, int most) {
+    for (size_t n, left = strlen(s); left; s += n, left -= n) {
+        n = 1 + (size_t)below(most);
+        if (n > left) n = left;
+        output_text(out, (Text){s, n});
+    }
+}
+
 // What a text becomes on its way to stdout, in pieces of random lengths.
 static void test_display(void) {
     static const char tags[] = "a<think>b <i>c</think>d</think><thi";
@@ -3330,11 +3339,7 @@ static void test_display(void) {
         Output out = {.fd = -1};
         out.terminal = cases[i / 20].terminal;
         output_begin(&out, &o, &t, (Text){cases[i / 20].prompt, strlen(cases[i / 20].prompt)});
-        for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
-            n = 1 + (size_t)below(i % 20 ? 9 : 1);
-            if (n > len - at) n = len - at;
-            output_text(&out, (Text){s + at, n});
-        }
+        say_in_pieces(&out, s, i % 20 ? 9 : 1);
         output_end(&out);
         CHECK(out.n == strlen(expected) && !memcmp(out.memory, expected, out.n),
               "\"%s\" is shown as \"%s\", not \"%.*s\"", s, expected, (int)out.n, out.memory);
@@ -3356,11 +3361,7 @@ static void test_wrapping(void) {
         Output out = {.fd = -1, .terminal = true, .columns = 20};
         Tokenizer t = {0};
         output_begin(&out, &(Options){0}, &t, (Text){"", 0});
-        for (size_t at = 0, n, len = strlen(s); at < len; at += n) {
-            n = 1 + (size_t)below(i % 20 ? 9 : 1);
-            if (n > len - at) n = len - at;
-            output_text(&out, (Text){s + at, n});
-        }
+        say_in_pieces(&out, s, i % 20 ? 9 : 1);
         output_end(&out);
         CHECK(out.n == strlen(shown) && !memcmp(out.memory, shown, out.n),
               "\"%s\" is shown as \"%.*s\", not \"%s\"", s, (int)out.n, out.memory, shown);
