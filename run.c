@@ -3645,7 +3645,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
 
 #ifndef NO_SCHEMA
 enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, RECENT = 1 << 12, MAX_DEPTH = 6000,
-       MAX_PATTERN = 6000, MAX_FREE = 64, QUOTE = N_CHARS };
+       MAX_PATTERN = 6000, MASKS = 16, QUOTE = N_CHARS };
 // Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
 // or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
 // c their number, d a stage; each RULE in the union a says: of the members whose names are in its a
@@ -3671,13 +3671,15 @@ typedef struct {                      // a value of the schema's file
 typedef struct { int min, max, most, missing, n_missing; } SchemaBounds;
 // A character that is being read: it is `low`, or one of those that its last bits can make of it.
 typedef struct { int stage, bits, low, least; } SchemaChar;
-typedef struct { Text text; int chars; } SchemaToken;  // INT_MAX: some stand for others
+// The tokens' texts as a tree, depth first: a byte, those before it, the token that it ends or -1.
+typedef struct { int byte, depth, token; } SchemaByte;
 typedef struct Schema {
     const char *name;                 // for errors
     char *at, *start;                 // what is being read
     SchemaNode *nodes;
     SchemaValue *values;              // the first stands for a schema that allows all
-    struct SchemaNext { int from, c, to; } recent[RECENT];  // derivatives that were just asked for
+    // Derivatives that were just asked for: of the characters from low on and below high.
+    struct SchemaNext { int from, low, high, to; } recent[RECENT];
     int n_nodes, n_values, place, depth, *buckets;
     int key;                          // the string that is being read
     int opened, texts;                // nodes without those of texts; texts in progress
@@ -3685,10 +3687,13 @@ typedef struct Schema {
     bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
     bool found;                       // while fates are looked for: something lives
     Ids visited, apart;               // nodes that were looked at; places, and what must not live
-    SchemaToken *tokens;              // (vocab_size)
-    uint8_t *forbidden;               // (vocab_size)
+    SchemaByte *tree;                 // of all tokens
+    int n_tree, longest;              // bytes of all, and of a token
+    struct SchemaText *path;          // (longest + 1) a text after each byte of a token
+    int masked[MASKS];                // states within strings, and what they
+    uint8_t *forbidden;               // (MASKS, vocab_size) forbid
 } Schema;
-typedef struct {                      // a text in progress
+typedef struct SchemaText {           // a text in progress
     Schema *s;
     int state;                        // what may follow
     SchemaChar c;
@@ -3733,7 +3738,7 @@ static int schema_node(Schema *s, int op, int a, int b, int c, int d) {
     return *bucket = s->n_nodes++;
 }
 static void schema_forget(Schema *s, int left) {  // the newest nodes
-    memset(s->recent, 0, sizeof s->recent);
+    memset(s->recent, 0, sizeof s->recent), memset(s->masked, 0, sizeof s->masked);
     for (const SchemaNode *n; s->n_nodes > left;) {
         n = &s->nodes[--s->n_nodes];
         *schema_bucket(s, n) = n->next;
@@ -3801,16 +3806,9 @@ static int schema_next(const Schema *s, int *all) {  // takes one out of a union
 static int schema_allowed(Schema *s, int id);
 static int schema_named(Schema *s, SchemaNode key);
 static int schema_derive_members(Schema *s, SchemaNode n, int id, int c);
-static int schema_derive(Schema *s, int id, int c) {
-    SchemaNode n = s->nodes[id];
-    if (n.op == CHARS) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
-    if (n.op < CAT) return id == ANYTHING && c != QUOTE ? id : NOTHING;
-    if (n.op == NOT && c == QUOTE) return NOTHING;
-    struct SchemaNext *recent = &s->recent[(id * 31u + (unsigned)c) % RECENT];
-    if (recent->from == id && recent->c == c && c != QUOTE) return recent->to;
-    int memo = c == QUOTE ? 0 : schema_node(s, DERIVED, id, c, 0, 0), to = s->nodes[memo].value;
-    if (memo && to >= 0) *recent = (struct SchemaNext){id, c, to};
-    if (memo && to >= 0) return to;  // (what follows a key depends on the key)
+static int schema_derive(Schema *s, int id, int c);
+static int schema_derivative(Schema *s, SchemaNode n, int id, int c) {
+    int to;
     schema_deeper(s);
     if (n.op == SCHEMA) to = schema_derive(s, schema_allowed(s, id), c);
     else if (n.op >= ITEMS) to = schema_derive_members(s, n, id, c);
@@ -3824,19 +3822,34 @@ static int schema_derive(Schema *s, int id, int c) {
     if (n.op == CAT) to = schema_cat(s, to, n.b);
     bool both = n.op == AND || n.op == ALT, more = n.op == CAT && s->nodes[n.a].accepts;
     if (both || more) to = schema_join(s, both ? n.op : ALT, to, schema_derive(s, n.b, c));
-    if (memo) s->nodes[memo].value = to, *recent = (struct SchemaNext){id, c, to};
     s->depth--;
     return to;
 }
-// The first character after c that may lead elsewhere than c does, within a scalar or string.
+// The first character after c that may lead elsewhere than c does.
 static int schema_edge(const Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];
     if (n.op == CHARS) return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
-    if (n.op < CAT || n.op >= SCHEMA) return INT_MAX;
+    if (n.op >= SCHEMA) return c + 1;
+    if (n.op < CAT) return INT_MAX;
     int a = schema_edge(s, n.a, c), b = INT_MAX;
     if (n.op == ALT || n.op == AND || (n.op == CAT && s->nodes[n.a].accepts))
         b = schema_edge(s, n.b, c);
     return a < b ? a : b;
+}
+static int schema_derive(Schema *s, int id, int c) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == CHARS) return n.a <= c && c <= n.b ? EMPTY : NOTHING;
+    if (n.op < CAT) return id == ANYTHING && c != QUOTE ? id : NOTHING;
+    if (n.op == NOT && c == QUOTE) return NOTHING;
+    if (c == QUOTE) return schema_derivative(s, n, id, c);  // what follows a key depends on it
+    struct SchemaNext *recent = &s->recent[(id * 31u + (unsigned)c / 16) % RECENT];
+    if (recent->from == id && recent->low <= c && c < recent->high) return recent->to;
+    int memo = schema_node(s, DERIVED, id, c, 0, 0), to = s->nodes[memo].value;
+    if (to < 0) to = schema_derivative(s, n, id, c);
+    s->nodes[memo].value = to;  // (nodes may have moved)
+    int edge = schema_edge(s, id, c);
+    *recent = (struct SchemaNext){id, c, edge < QUOTE ? edge : QUOTE, to};
+    return to;
 }
 static bool schema_accepts(Schema *s, int id, int literal) {
     for (SchemaNode n; id && literal != EMPTY; literal = n.op == CAT ? n.b : EMPTY) {
@@ -4581,74 +4594,73 @@ static Schema *schema_open(const Options *o) {
 }
 static void schema_close(Schema *s) {
     void *memory[] = {s->nodes, s->buckets, s->values, s->start, s->visited.ids, s->apart.ids,
-                      s->tokens, s->forbidden, s};
+                      s->tree, s->forbidden, s->path, s};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
 }
 
 // ---- Masks. What may come next of all tokens.
-static void schema_tokens(Schema *s, const Tokenizer *t) {
-    s->tokens = zeros((size_t)t->h.vocab_size, sizeof *s->tokens);
-    s->forbidden = zeros((size_t)t->h.vocab_size, 1);
-    for (int id = 0; id < t->h.vocab_size; id++) {
-        SchemaToken token = {decode(t, -1, id), 0};
-        if (is_stop(t, id)) continue;
-        if (t->llama2c && token.text.len == 1 && (uint8_t)token.text.s[0] > 126) continue;
-        bool plain = true;
-        for (size_t i = 0, used; i < token.text.len; i += used, token.chars++) {
-            uint32_t c = next_char(token.text.s + i, token.text.len - i, &used);
-            plain = plain && c >= 32 && c != '"' && c != '\\' && (c != 0xfffd || used > 1);
-        }
-        if (!plain) token.chars = INT_MAX;
-        s->tokens[id] = token;
-    }
+static int schema_by_text(const void *a, const void *b) {
+    Text x = ((const Token *)a)->text, y = ((const Token *)b)->text;
+    int order = memcmp(x.s, y.s, x.len < y.len ? x.len : y.len);
+    return order ? order : (x.len > y.len) - (x.len < y.len);
 }
-// So many characters of a string, whatever they are, leave a state alive.
-static int schema_free(Schema *s, int state) {
-    int memo = schema_node(s, DERIVED, state, -4, 0, 0), n = s->nodes[memo].value;
-    Ids all = {0};  // states, by the number of characters that lead there
-    if (n >= 0) return n;
-    push(&all, state);
-    size_t level = 0;
-    for (size_t i = 0; i < all.n && n < MAX_FREE && all.n < 4096; i++) {
-        if (i == level) n++, level = all.n;
-        int from = all.ids[i], c = 0;
-        for (int to; c < N_CHARS; c = schema_edge(s, from, c)) {
-            if (!schema_alive(s, to = schema_derive(s, from, c))) break;
-            if (s->nodes[to].value == state) continue;
-            s->nodes[to].value = state;
-            push(&all, to);
-        }
-        if (c < N_CHARS) break;
-        if (i + 1 == all.n) n = MAX_FREE;  // there are no others
+static void schema_tree(Schema *s, const Tokenizer *t) {
+    int n = t->h.vocab_size;
+    Token *tokens = zeros((size_t)n, sizeof *tokens);  // sorted by text; type: the id
+    s->forbidden = zeros((size_t)n, MASKS);
+    for (int id = 0; id < n; id++) {
+        Text text = is_stop(t, id) ? (Text){"", 0} : decode(t, -1, id);
+        if (t->llama2c && text.len == 1 && (uint8_t)text.s[0] > 126) text.len = 0;
+        if ((int)text.len > s->longest) s->longest = (int)text.len;
+        tokens[id] = (Token){text, 0, id};
     }
-    free(all.ids);
-    return s->nodes[memo].value = n;
+    qsort(tokens, (size_t)n, sizeof *tokens, schema_by_text);
+    for (int k = 0; k < n; k++) {
+        Text x = tokens[k].text, before = k ? tokens[k - 1].text : (Text){"", 0};
+        size_t i = 0;
+        while (i < before.len && i + 1 < x.len && x.s[i] == before.s[i]) i++;
+        for (; i < x.len; i++) {
+            s->tree = schema_room(s->tree, s->n_tree, sizeof *s->tree);
+            s->tree[s->n_tree++] = (SchemaByte){(uint8_t)x.s[i], (int)i,
+                                                i + 1 < x.len ? -1 : tokens[k].type};
+        }
+    }
+    free(tokens);
+    s->path = zeros((size_t)s->longest + 1, sizeof *s->path);
+}
+// Within a string: the same state, but for counts that no token reaches.
+static int schema_uncounted(Schema *s, int id) {
+    SchemaNode n = s->nodes[id];
+    if (n.op == TEXT) return schema_text(s, schema_uncounted(s, n.a));
+    if (n.op == CAT) return schema_cat(s, schema_uncounted(s, n.a), n.b);
+    if (n.op != REPEAT || s->nodes[n.a].op != CHARS || n.c < s->longest) return id;
+    return schema_repeat(s, n.a, n.b < s->longest ? n.b : s->longest, INT_MAX);
 }
 // The tokens that cannot come next; NULL: none can.
 static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
     Schema *s = x->s;
-    if (!s->tokens) schema_tokens(s, t);
+    if (!s->tree) schema_tree(s, t);
+    bool plain = x->string && !x->c.stage && !x->key;  // in a string that is no key
+    int vocab = t->h.vocab_size, old = s->n_nodes, allowed = 0, known = 0;
+    int state = plain ? schema_uncounted(s, x->state) : x->state;
+    int *masked = &s->masked[state % MASKS];
+    uint8_t *forbidden = s->forbidden + (size_t)(state % MASKS) * (size_t)vocab;
+    if (plain && *masked == state) return forbidden;
     x->brief = true;
-    bool first[256], complete = schema_complete(x);  // whether a byte can be the first
-    int any = x->string && !x->c.stage ? schema_free(s, x->state) : 0, allowed = 0;
-    int old = s->n_nodes, most = (old > MAX_NODES / 2 ? old : MAX_NODES / 2) + MAX_NODES / 4;
-    for (int i = 0; i < 256; i++) {
-        SchemaText next = *x;
-        first[i] = schema_step(&next, (uint8_t)i);
+    s->path[0] = *x;
+    s->path[0].state = state;
+    for (int id = 0; id < vocab; id++) forbidden[id] = !(is_stop(t, id) && schema_complete(x));
+    for (const SchemaByte *b = s->tree; b < s->tree + s->n_tree; b++) {
+        if (b->depth > known) continue;  // a byte before it cannot come
+        SchemaText *after = &s->path[b->depth + 1];
+        *after = after[-1];
+        known = b->depth + schema_step(after, (uint8_t)b->byte);
+        if (b->token >= 0) forbidden[b->token] = known == b->depth;
     }
-    for (int id = 0; id < t->h.vocab_size; id++) {
-        const SchemaToken *token = &s->tokens[id];
-        SchemaText next = *x;
-        size_t i = 0;
-        if (token->text.len && first[(uint8_t)token->text.s[0]] && token->chars > any)
-            while (i < token->text.len && schema_step(&next, (uint8_t)token->text.s[i])) i++;
-        bool fits = token->text.len && (i == token->text.len || token->chars <= any);
-        s->forbidden[id] = !(is_stop(t, id) ? complete : fits);
-        allowed += !s->forbidden[id];
-        if (s->n_nodes > most) schema_forget(s, old);
-    }
+    for (int id = 0; id < vocab; id++) allowed += !forbidden[id];
+    *masked = plain && allowed ? state : 0;
     if (s->n_nodes > MAX_NODES / 2) schema_forget(s, old);
-    return allowed ? s->forbidden : NULL;
+    return allowed ? forbidden : NULL;
 }
 #else
 typedef struct { char none; } SchemaText;

@@ -3842,8 +3842,52 @@ static void test_written(void) {
     refused(1, "byte 2 is missing", "printf '[1' >doc; run tiny.bin -q -m eval --json -f doc");
 }
 
+// A mask forbids the tokens of which some byte cannot come, along texts that are drawn from it.
+static void test_masks(void) {
+    static const char *const schemas[] = {
+        "{}", "{\"type\": \"string\", \"minLength\": 30, \"maxLength\": 60}",
+        "{\"type\": \"string\", \"pattern\": \"^a[a-f,]{2,40}\u00e9{0,20}.{12}$\"}",
+        "{\"type\": \"string\", \"pattern\": \"^[^b]*$\", \"maxLength\": 40}",
+        "{\"additionalProperties\": {\"enum\": [\"aaaaaaaaab\", [1, 23], \"ab,ac\"]}}"};
+    static const char *const texts[] = {"ab", "aaaa", "aaaaaaaa", "a\"", "\",", "\": ", ", \"",
+        "\xc3\xa9", "a\xc3", "\xa9\xc3", "\\u", "\\n\\", "00e", "[1", "1, 2", "}", "{\"", "ab", "\n"};
+    Vocabulary *v = new_vocabulary(BYTE_LEVEL);
+    all_bytes(v);
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        token(v, texts[i], strlen(texts[i]), 0, NORMAL);
+    put32(&v->stops, token(v, "<stop>", 6, 0, CONTROL)), v->n_stops++;
+    Tokenizer t = open_tokenizer(v, "mask.tok");
+    for (int i = 0; i < 5; i++) {
+        Schema *s = schema_open(&(Options){.schema = schemas[i]});
+        int wrong = 0, masks = 0;
+        for (int round = 0; round < 40; round++) {
+            SchemaText x = schema_begin(s);
+            for (bool ends = false; !ends && masks < 50 * (round + 1); masks++) {
+                const uint8_t *mask = schema_mask(&x, &t);
+                int drawn = -1, seen = 0;
+                for (int id = 0; id < v->n; id++) {
+                    Text text = decode(&t, -1, id);
+                    SchemaText y = x;
+                    size_t n = 0;
+                    while (n < text.len && schema_step(&y, (uint8_t)text.s[n])) n++;
+                    bool stop = is_stop(&t, id), fits = text.len && n == text.len;
+                    wrong += mask[id] != !(stop ? schema_complete(&x) : fits);
+                    if (!mask[id] && !below(++seen)) drawn = id;
+                }
+                ends = is_stop(&t, drawn) || schema_take(&x, decode(&t, -1, drawn));
+            }
+            schema_end(&x);
+        }
+        CHECK(!wrong && masks > 100, "masks of %s: %d tokens of %d masks are wrong", schemas[i],
+              wrong, masks);
+        schema_close(s);
+    }
+    free_tokenizer(&t);
+}
+
 static void test_schema(void) {
     test_documents();
+    test_masks();
     if (no_program()) return;
     test_refused_schemas();
     test_written();
