@@ -3568,9 +3568,13 @@ static Text tool_ask(const char *command, Text question) {
     int status = 0;
     ssize_t n = 0;
     double end = seconds() + 2;
+    sigset_t all, old;
     setenv("BC_LINE_LENGTH", "0", 1);  // bc would break long numbers
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);  // until running_tool can be ended
     pid_t child = running_tool = asked ? fork() : -1, ended = 0;
     if (asked) setpgid(child, child);  // here and there: what it starts ends with it
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (child == 0) {
         signal(SIGPIPE, SIG_DFL);
         if (dup2(fileno(in), 0) == 0 && dup2(fileno(out), 1) == 1)
