@@ -71,7 +71,8 @@ ROOM_TESTS = commands decoders sessions explain compress signals
 
 test-rooms: test_all.c run.c
 	@for room in $(ROOMS); do \
-		build="$(CC) -O1 $(MACHINE) $(WARN) -Wno-unused-function -Werror $(EXACT) -D$$room -o test-$$room"; \
+		case $$room in PLAIN) level=-O3;; *) level=-O1;; esac; \
+		build="$(CC) $$level $(MACHINE) $(WARN) -Wno-unused-function -Werror $(EXACT) -D$$room -o test-$$room"; \
 		$$build-run run.c -lm && $$build test_all.c -lm || { echo "$$room: does not build"; continue; }; \
 		PATIENCE=3 RUN=./test-$$room-run ./test-$$room $(ROOM_TESTS) >test-room.log || cat test-room.log >&2; \
 		echo "$$room: $$(tail -n 1 test-room.log)"; rm -f test-$$room test-$$room-run test-room.log; \
@@ -98,7 +99,7 @@ test-cross: test_all.c run.c run test_all
 test-debug: debug test_all.c
 	$(CC) -O1 -g $(MACHINE) $(WARN) $(EXACT) -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow \
 		-o test-debug-all test_all.c -lm
-	PATIENCE=3 RUN=./run-debug ./test-debug-all
+	PATIENCE=3 ASAN_OPTIONS=quarantine_size_mb=16 RUN=./run-debug ./test-debug-all
 
 # ThreadSanitizer, and valgrind (which knows no AVX-512): these take long, so GROUPS names some of the tests.
 test-threads: GROUPS ?= attention forward same-bytes decoders explain compress signals
