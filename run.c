@@ -1371,9 +1371,10 @@ static void check_config(Model *m) {
         {"expert_hidden", c->expert_hidden, experts > 0, experts > 0 ? 1 << 20 : 0},
     };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
-        if (limits[i].value < limits[i].low || limits[i].value > limits[i].high)
-            die("%s is not a model (export.py makes one), or damaged: %s = %d in its header",
-                m->path, limits[i].name, limits[i].value);
+        if (limits[i].value < limits[i].low || limits[i].value > limits[i].high) {
+            if (!m->header) die("%s is not a model (export.py makes one), or damaged", m->path);
+            die("%s: damaged: %s = %d in its header", m->path, limits[i].name, limits[i].value);
+        }
     if (c->n_heads % c->n_kv_heads || c->head_dim % 2 || c->n_heads * c->head_dim > 1 << 20)
         die("%s: damaged: its header has %d query heads, %d key/value heads of size %d",
             m->path, c->n_heads, c->n_kv_heads, c->head_dim);
@@ -6685,6 +6686,19 @@ static const struct Option *option_find(const char *name, size_t n, size_t at) {
     return NULL;
 }
 
+// Ends the program: an option is not known. One that begins alike may be meant, as -V by -v.
+static __attribute__((noreturn)) void option_unknown(const char *a) {
+    const char *like = "";
+    size_t most = a[1] == '-' ? 4 : 1, same;
+    for (const struct Option *option = options; option < options + N_OPTIONS; option++) {
+        const char *name = option->name + (a[1] == '-' ? 4 : 0);
+        for (same = 0; name[same] && tolower(name[same]) == tolower(a[same]);) same++;
+        if (option->modes && same > most) like = name, most = same;
+    }
+    usage_error("unknown option %s%s%.*s", a, *like ? ": there is " : "",
+                (int)strcspn(like, ", "), like);
+}
+
 // Options are given as -x, --name or --name=value; -n5 is -n 5, and -qb is -q -b. -- ends them.
 static void option_parse(Options *o, int argc, char **argv) {
     bool ended = false;
@@ -6699,7 +6713,7 @@ static void option_parse(Options *o, int argc, char **argv) {
         if (!given) o->model = a;
         size_t n = given ? strcspn(a, "=") : 0;
         const struct Option *option = word ? option_find(a, n, 4) : option_find(name, 2, 0);
-        if (given && !option) usage_error("unknown option %s", a);
+        if (given && !option) option_unknown(a);
         bool flag = given && option->kind == FLAG;
         char *value = word && a[n] ? a + n + 1 : given && !word && a[2] ? a + 2 : NULL;
         if (flag && !word && value) a[1] = '-', a[2] = value[0], argv[i--] = a + 1, value = NULL;

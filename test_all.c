@@ -2719,7 +2719,8 @@ static void test_files(void) {
     refused(1, "cannot open missing.bin", LOGITS_OF("missing.bin"));
     refused(1, ". is not a file", LOGITS_OF("."));
     refused(1, "empty is empty", "true >empty; " LOGITS_OF("empty"));
-    refused(1, "words", "echo 'Once upon a time there was a text' >words; " LOGITS_OF("words"));
+    refused(1, "words is not a model (export.py makes one), or damaged\n",
+            "echo 'Once upon a time there was a text' >words; " LOGITS_OF("words"));
     refused(1, "export.py", "echo GGUF: what others publish >a.gguf; " LOGITS_OF("a.gguf"));
     for (int version = 2; version < 7; version++) {
         if (version == 5) continue;
@@ -2780,12 +2781,13 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"-s 1.0", "not \"1.0\""}, {"-s ''", "-s"}, {"-c -5", "-c goes"}, {"-c x", "not \"x\""},
     {"-j 0", "-j goes from 1 to 256"}, {"-j 1000", "-j goes"}, {"-j two", "not \"two\""},
     {"--top-k -1", "--top-k goes"}, {"--top-k 1e3", "not \"1e3\""}, {"--min-p 2", "--min-p goes"},
-    {"--repeat-penalty 0", "--repeat-penalty goes"}, {"-x", "unknown option -x"},
+    {"--repeat-penalty 0", "--repeat-penalty goes"}, {"-x", "unknown option -x;"},
+    {"-v", "unknown option -v: there is -V;"},
     {"--completion tcsh", "bash, zsh or fish, not tcsh"},
     {"--unknown", "unknown option --unknown"}, {"-- -q", "models, tiny.bin and -q"},
     {"--steps=x", "not \"x\""},
     {"--steps=", "needs a value"}, {"--quiet=1", "--quiet=1 takes no value"},
-    {"--step 5", "unknown option --step"}, {"another.bin", "two models"},
+    {"--step 5", "unknown option --step: there is --steps;"}, {"another.bin", "two models"},
     {"-m unknown", "unknown mode unknown"}, {"-m ''", "-m"},
     {"-m Generate", "unknown mode Generate"}, {"-i a -f b", "-i and -f"}, {"-i a -o ''", "-o"},
     {"-b", "-b picks"}, {"-k 2 -e x", "-e cannot be used with -k"}, {"-k 2 -d lookup", "-k and -d"},
@@ -3852,7 +3854,8 @@ static void test_masks(void) {
         "{\"type\": \"string\", \"pattern\": \"^[^b]*$\", \"maxLength\": 40}",
         "{\"additionalProperties\": {\"enum\": [\"aaaaaaaaab\", [1, 23], \"ab,ac\"]}}"};
     static const char *const texts[] = {"ab", "aaaa", "aaaaaaaa", "a\"", "\",", "\": ", ", \"",
-        "\xc3\xa9", "a\xc3", "\xa9\xc3", "\\u", "\\n\\", "00e", "[1", "1, 2", "}", "{\"", "ab", "\n"};
+        "\xc3\xa9", "a\xc3", "\xa9\xc3", "\\u", "\\n\\", "00e", "[1", "1, 2", "}", "{\"", "ab",
+        "\n"};
     Vocabulary *v = new_vocabulary(BYTE_LEVEL);
     all_bytes(v);
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
@@ -4848,8 +4851,8 @@ static Buffer forged_tokenizer(void) {
     return b;
 }
 
-// The sanitizers ask this before they look for leaks: a copy of this process that ends with an error
-// frees nothing.
+// The sanitizers ask this before they look for leaks: a copy of this process that ends with an
+// error frees nothing.
 static bool is_copy;
 int __lsan_is_turned_off(void);
 int __lsan_is_turned_off(void) { return is_copy; }
