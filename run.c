@@ -3406,7 +3406,7 @@ typedef struct {
     uint64_t rng;                 // state of the generator
     int32_t n, done, keep, thought;  // as in Context; of an unfinished page, done may not count any
     uint64_t hash;                // of all this
-} SessionHeader;                  // behind it, for each page of the cache: its tokens, and the page
+} SessionHeader;                  // behind it, for each page of the cache: its tokens, its hash, it
 typedef struct {
     const char *path;  // NULL: there is none, and all calls do nothing
     int fd;
@@ -3414,14 +3414,14 @@ typedef struct {
     SessionHeader h;   // of the file; without a hash: the file is empty
     const Cache *kv;
 } Session;
-enum { SESSION_TOKENS = PAGE_POSITIONS * sizeof(int) };
+enum { SESSION_HASH = PAGE_POSITIONS * sizeof(int), SESSION_PAGE = SESSION_HASH + 8 };
 
 static off_t session_at(const SessionHeader *h, int pos) {  // where the token of a position is
-    return (off_t)sizeof *h + pos / PAGE_POSITIONS * (off_t)(SESSION_TOKENS + h->page_bytes) +
+    return (off_t)sizeof *h + pos / PAGE_POSITIONS * (off_t)(SESSION_PAGE + h->page_bytes) +
            pos % PAGE_POSITIONS * (off_t)sizeof(int);
 }
 static SessionHeader session_header(const Cache *kv) {
-    return (SessionHeader){.magic = {'s', 'e', 's', 's', 'i', 'o', 'n', '6'},
+    return (SessionHeader){.magic = {'s', 'e', 's', 's', 'i', 'o', 'n', '7'},
                            .model = model_hash(kv->m), .page_bytes = kv->page_bytes};
 }
 
@@ -3434,19 +3434,6 @@ static const char *session_lock(const char *path, int flags, int *fd) {
     // (A file without a name has just been replaced by another program.)
     if (fcntl(*fd, F_SETLK, &lock) || fstat(*fd, &st) || !st.st_nlink) return "it is in use";
     return S_ISREG(st.st_mode) ? NULL : "it is not a file";
-}
-
-// Whether all that is in a page is finite: else it would spoil even what does not look at it.
-static bool session_page_is_right(const Cache *kv, const uint8_t *page) {
-    bool right = true, q8 = kv->dtype == Q8;
-    for (const uint8_t *h = page; h < page + kv->page_bytes; h += kv->head_bytes) {
-        Matrix scales = {ROWS, 1, q8 ? PAGE_POSITIONS : 0, (const uint8_t *)value_scales(kv, h)};
-        const Matrix all[] = {cache_keys(kv, h), cache_values(kv, h), scales}, *w = all;
-        for (; w < all + 3; w++)
-            for (int i = 0; i < w->rows * w->cols; i += w->dtype == Q8 ? BLOCK : 1)
-                right &= isfinite(weight(w, i / w->cols, i % w->cols)) != 0;
-    }
-    return right;
 }
 
 // Reads a text into c, and its keys and values into the cache; without c it only looks whether it
@@ -3473,8 +3460,10 @@ static const char *session_read(int fd, SessionHeader *h, Cache *kv, Context *c)
     for (int i = 0; i < c->done; i += PAGE_POSITIONS) {
         cache_prepare(kv, &(Slot){.pos = i}, 1);
         uint8_t *page = *page_of(kv, 0, i);
-        ssize_t got = pread(fd, page, h->page_bytes, session_at(h, i) + SESSION_TOKENS);
-        if (got == (ssize_t)h->page_bytes && session_page_is_right(kv, page)) continue;
+        uint64_t hash = 0;
+        ssize_t got = pread(fd, page, h->page_bytes, session_at(h, i) + SESSION_PAGE);
+        bool right = pread(fd, &hash, sizeof hash, session_at(h, i) + SESSION_HASH) == sizeof hash;
+        if (right && got == (ssize_t)h->page_bytes && hash == hash64(page, h->page_bytes)) continue;
         memset(page, 0, h->page_bytes);
         h->done = c->done = i;  // the rest is computed again
     }
@@ -3493,8 +3482,12 @@ static void session_append(Session *s, const Context *c, int done, uint64_t rng)
     SessionHeader *h = &s->h;
     for (int i = h->n; i < (int)c->ids.n; i++)
         session_write(s, &c->ids.ids[i], sizeof(int), session_at(h, i));
-    for (int i = h->done - h->done % PAGE_POSITIONS; i < done; i += PAGE_POSITIONS)
-        session_write(s, *page_of(s->kv, 0, i), h->page_bytes, session_at(h, i) + SESSION_TOKENS);
+    for (int i = h->done - h->done % PAGE_POSITIONS; i < done; i += PAGE_POSITIONS) {
+        const uint8_t *page = *page_of(s->kv, 0, i);
+        uint64_t hash = hash64(page, h->page_bytes);
+        session_write(s, page, h->page_bytes, session_at(h, i) + SESSION_PAGE);
+        session_write(s, &hash, sizeof hash, session_at(h, i) + SESSION_HASH);
+    }
     h->n = (int)c->ids.n;
     h->done = done;
     h->keep = c->keep;

@@ -3986,6 +3986,13 @@ static void test_damaged_sessions(void) {
                   (r.status == 0 && equal(&r.out, &right.out) && n > sizeof(SessionHeader)),
               "a session cut to %zu bytes is refused, or has the same text: %s", n, r.err.p);
     }
+    for (size_t i = sizeof(SessionHeader) + SESSION_HASH; i < whole.n; i += i / 3) {
+        Buffer b = copy(&whole);
+        b.p[i] ^= 64;
+        keep("damaged", &b);
+        Ran r = ran("run endless.bin -S damaged -n 5 -t 0 -q -j 1");
+        CHECK(equal(&r.out, &right.out), "a page with byte %zu changed is computed again", i);
+    }
     whole.p[7]--, keep("damaged", &whole);
     refused(1, "version", "run endless.bin -S damaged -n 3");
 }
@@ -5804,7 +5811,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t n, size_t most, unsigned se
     if (!strcmp(target, "tokenizer") && n > 112 && !memcmp(data, "tok4", 4))
         set64(data + 8, hash64(data + 16, n - 16));
     if (!strcmp(target, "session") && n > sizeof(SessionHeader)) {
-        memcpy(data, "session6", 8);
+        memcpy(data, "session7", 8);
         set64(data + offsetof(SessionHeader, hash), hash64(data, offsetof(SessionHeader, hash)));
     }
     if (!strcmp(target, "compressed") && n > sizeof(ZipHeader)) {  // and sizes that take no minutes
