@@ -3704,7 +3704,7 @@ typedef struct SchemaText {           // a text in progress
 // Ends the program: what is wrong with the part of the schema that is being looked at.
 static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char *what) {
     const SchemaValue *v = &s->values[s->place];
-    fprintf(stderr, "run: %s: byte %d: %.*s %s\n", s->name, v->at, (int)v->key.len, v->key.s, what);
+    tell("%s: byte %d: %.*s %s", s->name, v->at, (int)v->key.len, v->key.s, what);
     exit(s->texts ? 1 : 2);
 }
 static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
@@ -4717,7 +4717,7 @@ typedef struct {
     Session session;
     Draft draft;
     Member judge;           // of --reward; its layers are NULL: there is none
-    Text question;          // what its answers answer
+    Text question;          // what the last answers answer; s NULL: that is not known any more
     float *p;               // (threads, vocab_size) scratch of the samplers
     Candidate *candidates;  // (threads, vocab_size)
     Decoder *all;           // that run,
@@ -4850,7 +4850,8 @@ static int draft_propose(Machine *w, const Decoder *d) {
     f->n = n;
     f->text.n = 0;
     for (int i = 0; i < n; i++) push(&f->text, ids[i]);
-    int most = (int)fmin(f->guesses, fmin(w->ctx - n, (double)d->budget - 1));
+    int ctx = f->small.layers ? f->kv.ctx : w->ctx;
+    int most = (int)fmin(f->guesses, fmin(ctx - n, (double)d->budget - 1));
     if (f->small.layers) draft_small(f, d->s, most);
     else draft_look_back(&f->text, most);
     f->proposed += (int)f->text.n - n;
@@ -4996,7 +4997,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
         if (small->c.vocab_size != m->c.vocab_size ||
             tokenizer_hash_of(small) != tokenizer_hash_of(m))
             die("%s cannot draft for %s: it has another tokenizer", o->draft, m->path);
-        cache_open(&w->draft.kv, small, w->ctx, 1);
+        cache_open(&w->draft.kv, small, (int)fmin(w->ctx, small->c.seq_len), 1);
     }
     if (o->reward && o->samples > 1) reward_open(o, &w->judge);
     uint64_t rng = session_open(&w->session, o->session, &w->kv, &d->c);
@@ -5132,7 +5133,7 @@ static void generate(const Options *o, const Model *m, const Tokenizer *t, Outpu
 
 #ifndef NO_ENSEMBLE
 // How good an answer is for a judge: its reward, or minus its bits per byte, a measure that does
-// not depend on the tokenizer.
+// not depend on the tokenizer. What is beyond the judge's context does not count.
 static double member_score(const Options *o, const Member *judge, Text answer) {
     if (o->reward) return reward_of(judge, o->input, answer);
     Ids ids = {0};
@@ -5140,12 +5141,14 @@ static double member_score(const Options *o, const Member *judge, Text answer) {
     start_text(o, &judge->m, &judge->t, o->input, &ids);
     int n_prompt = (int)ids.n;
     encode(&judge->t, answer, NULL, false, &ids);
+    int n = (int)ids.n - n_prompt, most = judge->m.c.seq_len + 1 - n_prompt;
+    if (most > n) most = n;
     cache_open(&kv, &judge->m, (int)ids.n, 1);
-    Given g = {.m = &judge->m, .kv = &kv, .ids = ids.ids, .end = (int)ids.n - 1};
+    Given g = {.m = &judge->m, .kv = &kv, .ids = ids.ids, .end = n_prompt + most - 1};
     double sum = given_likelihood(&g, n_prompt - 1);
     cache_close(&kv);
     free(ids.ids);
-    return -sum / 0.69314718055994531 / (double)answer.len;
+    return -sum / 0.69314718055994531 / ((double)answer.len * most / n);
 }
 
 // All models answer the prompt. The answer that pleases its judges best is printed: the reward
@@ -5247,9 +5250,9 @@ static bool chat_set(Sampler *s, const char *words) {
     return false;
 }
 
-// Runs a command that was typed; `asked` is the last turn's text. False: it ends the chat.
+// Runs a command that was typed. False: it ends the chat.
 static void chat_turn(Machine *w, Decoder *d, Text user);
-static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked) {
+static bool chat_command(Machine *w, Decoder *d, char *line) {
     static const char help[] =
         "/again: another answer; /undo takes back the last turn, /clear all turns\n"
         "/system TEXT: a new conversation with TEXT as its system turn; /exit ends the chat\n"
@@ -5272,13 +5275,15 @@ static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked
                 d->c.ids.n, w->ctx, (double)w->kv.page_bytes * d->c.done / PAGE_POSITIONS / 1e6,
                 w->rate);
     else if ((undo || again) && !w->turns.n) chat_wrong("there is no turn to take back");
+    else if (again && !w->question.s) chat_wrong("that turn's text is gone: type it again");
     else if (system && !place) chat_wrong("%s has no place for a system turn", w->t->path);
     else if (undo || again || system || !strcmp(line, "/clear")) {
         chat_undo(w, d, !undo && !again);
         if (system) snprintf(system_turn, sizeof system_turn, "%s", rest);
         if (system) w->system = system_turn;
-        if (again) chat_turn(w, d, (Text){asked->s, asked->n});
-        else if (isatty(2)) fprintf(stderr, "(%zu tokens are left)\n", d->c.ids.n);
+        if (again) chat_turn(w, d, w->question);
+        else w->question = (Text){0};
+        if (!again && isatty(2)) fprintf(stderr, "(%zu tokens are left)\n", d->c.ids.n);
     } else if (!strcmp(line, "/help")) fputs(help, stderr);
     else if (strcmp(line, "/set"))
         chat_wrong("%s is not a command: see /help; // sends a text that begins with /", line);
@@ -5482,7 +5487,6 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
     const Options *o = w->o;
     const Tokenizer *t = w->t;
     Text system = {w->system, w->system ? strlen(w->system) : 0};
-    w->question = user;
     Ids *ids = &d->c.ids;
     int start = (int)ids->n, last = start ? ids->ids[start - 1] : -1;
     int at = start - (start && decode(t, last, last).len);  // where the prompt's tokens begin
@@ -5498,14 +5502,17 @@ static void chat_turn(Machine *w, Decoder *d, Text user) {
                       "use: it is left out", n, w->ctx, start);
         ids->n = (size_t)start;
         if (start) ids->ids[start - 1] = last;
+        w->question = (Text){0};
     } else {
+        w->question = user;
         d->c.done = (int)fmin(d->c.done, at);
         if (start && ids->ids[start - 1] != last) d->c.saved = (int)fmin(d->c.saved, at);
         if (!start) d->c.keep = prompt_keep(&p, t, head_end);
         push(&w->turns, start), push(&w->turns, last);
         d->budget = o->steps > 0 ? o->steps : w->ctx;
         d->n_new = d->out->column = 0;
-        d->out->columns = line_columns(w->out->fd, 0);
+        // (Where a line is broken a space is none any more, and a stop that has one is not found.)
+        d->out->columns = o->stops.n ? 0 : line_columns(w->out->fd, 0);
         w->told = false;
         decoder_begin(w, d, t->chat[USER_AFTER]);
         decoder_continue(w, d);
@@ -5533,10 +5540,9 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     if (d.c.ids.n && o->system && !o->quiet && !(flags & SYSTEM_LAST))
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     if (o->input.len) chat_turn(&w, &d, o->input);
-    prompt_append(&asked, o->input, true);
     for (bool more = true; more && chat_message(typed, &message);) {
         bool command = message.n && message.s[0] == '/', text = command && message.s[1] == '/';
-        if (command && !text) more = chat_command(&w, &d, message.s, &asked);
+        if (command && !text) more = chat_command(&w, &d, message.s);
         else if (message.n) {
             asked.n = 0;
             prompt_append(&asked, (Text){message.s + text, message.n - text}, true);
@@ -6479,20 +6485,17 @@ static void each_begin(Each *e, Decoder *d, Text line) {
     free((char *)(uintptr_t)prompt.s);
 }
 
-// Writes the answers whose turn it is, and on a terminal's stderr how far the work is.
-static void each_print(Each *e, bool last) {
+// Writes the answers whose turn it is.
+static void each_print(Each *e) {
     const Options *o = e->w.o;
-    double took = seconds() - o->started, part = 1 - (double)e->rest.len / (double)o->lines.len;
+    double part = 1 - (double)e->rest.len / (double)o->lines.len;
     for (Output *a; (a = &e->answers[e->printed % EACH_AHEAD])->memory; e->printed++) {
-        output_write(e->w.out, a->memory, a->n);
+        progress_show(o, 0, 1, 1, "");  // it may be the same terminal
+        output_text(e->w.out, (Text){a->memory, a->n});
         free(a->memory);
         *a = (Output){0};
     }
-    if (o->quiet || !(last || isatty(2))) return;
-    fprintf(stderr, "%s%lld lines, %.1f tok/s", isatty(2) ? "\r" : "",
-            e->printed < o->skip ? 0 : e->printed - o->skip, (double)e->n_tokens / took);
-    if (last) fprintf(stderr, "%20s\n", "");
-    else fprintf(stderr, ", %.0f s left   ", took / part - took);
+    progress_show(o, o->started, part, (double)e->n_tokens / part, "tokens");
 }
 
 // Ends a line whose answer is complete.
@@ -6514,7 +6517,7 @@ static void each_end(Each *e, Decoder *d) {
     e->n_tokens += d->n_new;
     free(d->c.ids.ids);
     *d = (Decoder){0};
-    each_print(e, false);
+    each_print(e);
 }
 
 // Ends a decoder's line, if its answer is complete, and begins the next. Returns whether it did.
@@ -6548,7 +6551,10 @@ static void each_run(const Options *o, const Model *m, const Tokenizer *t, Outpu
         for (size_t i = 0; i < n; i++)
             while (!interrupted && each_next(e, &e->all[i])) {}
     } while (machine_step(&e->w, e->all, (int)n));
-    each_print(e, true);
+    progress_show(o, 0, 1, 1, "");
+    if (!o->quiet)
+        fprintf(stderr, "%lld lines, %.1f tok/s\n", e->printed < o->skip ? 0 : e->printed - o->skip,
+                (double)e->n_tokens / (seconds() - o->started));
     for (size_t i = 0; i < n; i++) free(e->all[i].c.ids.ids), free(e->all[i].own.memory);
     for (size_t i = 0; i < EACH_AHEAD; i++) free(e->answers[i].memory);
     machine_close(&e->w, &e->trunk);
@@ -6709,7 +6715,7 @@ static void option_parse(Options *o, int argc, char **argv) {
         if (given && !option) option_unknown(a);
         bool flag = given && option->kind == FLAG;
         char *value = word && a[n] ? a + n + 1 : given && !word && a[2] ? a + 2 : NULL;
-        if (flag && !word && value) a[1] = '-', a[2] = value[0], argv[i--] = a + 1, value = NULL;
+        if (flag && !word && value) a[1] = '-', argv[i--] = a + 1, value = NULL;
         if (given && !flag && !value) value = argv[++i];
         if (given) option_set(o, option, word ? a : name, value);
     }
@@ -6756,10 +6762,10 @@ static int option_check(const Options *o) {
 
 // An output that is also an input would be lost: it is refused.
 static void refuse_overwriting(const Options *o, const Tokenizer *t) {
-    const char *inputs[7 + MAX_LIST] = {o->model, t->path, o->prompt_file, o->session, o->draft,
-                                        o->each, "/dev/stdin"};
-    memcpy(inputs + 7, o->others.of, sizeof o->others.of);
-    for (int i = 0; i < 7 + MAX_LIST; i++)
+    const char *inputs[9 + MAX_LIST] = {o->model, t->path, o->prompt_file, o->session, o->draft,
+                                        o->each, o->reward, o->schema, "/dev/stdin"};
+    memcpy(inputs + 9, o->others.of, sizeof o->others.of);
+    for (int i = 0; i < 9 + MAX_LIST; i++)
         if (same_file(o->output, inputs[i]))
             usage_error("-o %s would overwrite %s, an input", o->output, inputs[i]);
 }

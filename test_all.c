@@ -2810,6 +2810,7 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"-m logits -i 1 -o link.bin", "would overwrite"},
     {"-m compress -f text -o text", "would overwrite"},
     {"-m tokenize -i a -o tiny.tok", "-o tiny.tok would overwrite tiny.tok"},
+    {"-i a -k 2 --reward text -o text", "-o text would overwrite text"},
     {"-m tokenize -f - -o text <text", "-o text would overwrite /dev/stdin"}};
 
 // Commands that end with status 1, and what they say.
@@ -2921,6 +2922,10 @@ static const struct { const char *what, *one, *other; } twins[] = {
      "be\\nabc\\n' | run nowhere.bin -m chat -n 12 -t 0 -q -c 999 --repeat-penalty 1 2>told; grep "
      "-c place told", "cat one; echo 1"},
     {"/undo takes a turn back", "printf 'abc\\nddd\\n/undo\\ndef\\n' | chat",
+     "cat other; rest one two"},
+    {"/again answers the last turn anew", "printf 'abc\\nddd\\n/again\\n' | chat",
+     "printf 'abc\\nddd\\n' | chat >out; cat out; rest one out"},
+    {"but not another one", "printf 'abc\\nddd\\n/undo\\n/again\\ndef\\n' | chat; test $? = 1",
      "cat other; rest one two"},
     {"/clear begins anew", "printf 'ddd\\n/clear\\nabc\\ndef\\n' | chat",
      "echo ddd | chat; cat two"},
@@ -3309,6 +3314,16 @@ static void test_scores(void) {
     }
     CHECK(r.status == 0 && equal(&r.out, &alone[means[1] < means[0]].out),
           "the answer with the lowest average is printed: %s", r.err.p);
+#ifndef NO_ENSEMBLE
+    Member judge;  // with room for 60 tokens
+    Options o = {.input = {"a", 1}};
+    member_open(&judge, "other.bin");
+    char *x = memset(get(200, 1), 'x', 200);
+    double all = member_score(&o, &judge, (Text){x, 200});
+    double part = member_score(&o, &judge, (Text){x, 60});
+    CHECK(fabs(all - part) < 1e-9, "a judge reads no more than it can: %g, %g", all, part);
+    member_close(&judge);
+#endif
 }
 
 // Writes a text in pieces of random lengths.
@@ -3793,6 +3808,7 @@ static void test_refused_schemas(void) {
         {"{\"oneOf\": [{\"type\": \"array\"}, {\"maxItems\": 1}]}", "alternatives that overlap"},
         {"{\"required\": [\"a\", \"b\"], \"maxProperties\": 1, \"type\": \"object\"}",
          "cannot be met"},
+        {"{\"properties\": {\"\\u001b[31m\": 5}}", "?[31m is malformed"},
         {"{\"type\": \"int\"}", "type is malformed"}, {"{\"minLength\": \"1\"}", "is malformed"},
         {"{\"pattern\": \"a\\u0000b\"}", "has a zero in a string"},
         {"{\"pattern\": \"^x{,5}$\"}", "is not a pattern"},
@@ -4008,6 +4024,7 @@ static void test_refused_sessions(void) {
     refused(1, "no/kv", "run endless.bin -S no/kv -i a -n 3 -q");
     refused(1, "prompt", "rm -f new; run endless.bin -S new -c 4 -i 'a bad cab, a dab'");
     refused(1, "nothing", "run endless.bin -S new -d nothing -i a");
+    refused(2, "overwrite", "echo true >any; run tiny.bin -i a --schema any -o any");
     refused(2, "overwrite", "rm -f kv2; run endless.bin -S ./kv2 -o $PWD/kv2 -i a -n 3 -q");
     survived("run endless.bin -S new -i a -n 3 -q");  // what is left of it is an empty file
     int fd = open("kv", O_RDWR);  // another program has it open: here the tests themselves
@@ -4255,6 +4272,10 @@ static void test_terminal(void) {
     Buffer b = on_terminal(text("run endless.bin -i %01200d -n 1 -s 1 -c 2000", 0));
     CHECK(count(&b, " tokens/s ") && count(&b, text("\r%50s\r0000", "")),
           "a long prompt shows how far it is, and nothing of that stays: %s", b.p);
+#ifndef NO_EACH
+    b = on_terminal("run endless.bin -i 'abc bad cab{}' --each lines -n 99 -s 5 -q");
+    CHECK(b.n > 500 && !count(&b, "\033"), "no line's answer is obeyed: %s", b.p);
+#endif
 #ifndef NO_TOOLS
     b = on_terminal("run endless.bin -T cat -i 12+34= -n 1 -t 0");
     CHECK(count(&b, "\033[2m12+34\033[0m"), "a tool's answer is dimmed: %s", b.p);
