@@ -3805,12 +3805,29 @@ static int schema_allowed(Schema *s, int id);
 static int schema_named(Schema *s, SchemaNode key);
 static int schema_derive_members(Schema *s, SchemaNode n, int id, int c);
 static int schema_derive(Schema *s, int id, int c);
+static int schema_oldest_first(const void *a, const void *b) { return *(int *)a - *(int *)b; }
+static int schema_derive_all(Schema *s, SchemaNode n, int id, int c) {  // a union or intersection
+    int op = n.op, to = op == ALT ? NOTHING : ANYTHING;
+    Ids all = {0};
+    for (bool more = true; more; id = n.b) {
+        n = s->nodes[id];
+        more = n.op == op;
+        int one = schema_derive(s, more ? n.a : id, c);
+        for (; s->nodes[one].op == op; one = s->nodes[one].b) push(&all, s->nodes[one].a);
+        push(&all, one);
+    }
+    qsort(all.ids, all.n, sizeof(int), schema_oldest_first);  // each is the newest when it is added
+    for (size_t i = 0; i < all.n; i++) to = schema_join(s, op, to, all.ids[i]);
+    free(all.ids);
+    return to;
+}
 static int schema_derivative(Schema *s, SchemaNode n, int id, int c) {
     int to;
     schema_deeper(s);
     if (n.op == SCHEMA) to = schema_derive(s, schema_allowed(s, id), c);
     else if (n.op >= ITEMS) to = schema_derive_members(s, n, id, c);
     else if (n.op == KEY && c == QUOTE) to = schema_named(s, n);
+    else if (n.op == ALT || n.op == AND) to = schema_derive_all(s, n, id, c);
     else to = schema_derive(s, n.a, c);
     if (n.op == TEXT) to = schema_text(s, to);
     if (n.op == KEY && c != QUOTE && to) to = schema_node(s, KEY, to, n.b, 0, 0);
@@ -3818,21 +3835,22 @@ static int schema_derivative(Schema *s, SchemaNode n, int id, int c) {
     if (n.op == REPEAT)
         to = schema_cat(s, to, schema_repeat(s, n.a, n.b - (n.b > 0), n.c - (n.c < INT_MAX)));
     if (n.op == CAT) to = schema_cat(s, to, n.b);
-    bool both = n.op == AND || n.op == ALT, more = n.op == CAT && s->nodes[n.a].accepts;
-    if (both || more) to = schema_join(s, both ? n.op : ALT, to, schema_derive(s, n.b, c));
+    if (n.op == CAT && s->nodes[n.a].accepts) to = schema_either(s, to, schema_derive(s, n.b, c));
     s->depth--;
     return to;
 }
 // The first character after c that may lead elsewhere than c does.
 static int schema_edge(const Schema *s, int id, int c) {
-    SchemaNode n = s->nodes[id];
-    if (n.op == CHARS) return c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX;
-    if (n.op >= SCHEMA) return c + 1;
-    if (n.op < CAT) return INT_MAX;
-    int a = schema_edge(s, n.a, c), b = INT_MAX;
-    if (n.op == ALT || n.op == AND || (n.op == CAT && s->nodes[n.a].accepts))
-        b = schema_edge(s, n.b, c);
-    return a < b ? a : b;
+    int least = INT_MAX;
+    for (bool more = true; more;) {
+        SchemaNode n = s->nodes[id];
+        more = n.op == ALT || n.op == AND || (n.op == CAT && s->nodes[n.a].accepts);
+        int edge = n.op == CHARS ? (c < n.a ? n.a : c <= n.b ? n.b + 1 : INT_MAX)
+                 : n.op >= SCHEMA ? c + 1 : n.op < CAT ? INT_MAX : schema_edge(s, n.a, c);
+        if (edge < least) least = edge;
+        id = n.b;
+    }
+    return least;
 }
 static int schema_derive(Schema *s, int id, int c) {
     SchemaNode n = s->nodes[id];

@@ -3912,6 +3912,8 @@ static void test_schema(void) {
     if (no_program()) return;
     test_refused_schemas();
     test_written();
+    ran("(echo '{\"enum\": [0'; seq -f ', \"x%g\"' 7000; echo ']}') >many.json; "
+        "run endless.bin -i a --schema many.json -t 0 -q");  // in time
 }
 #else
 static void test_schema(void) {}
