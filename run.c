@@ -6925,8 +6925,10 @@ static void input_open(Options *o, const Tokenizer *t, bool is_prompt) {
         *in = text_fill(half, "\1", suffix);
         free((char *)(uintptr_t)half.s);
     }
-    if (o->each && !strstr(in->s, "{}"))
-        usage_error("the prompt has no {} for the lines of --each");
+    const char *mark = o->each ? strstr(in->s, "{}") : NULL;
+    if (o->each && !mark) usage_error("the prompt has no {} for the lines of --each");
+    if (mark && !strcmp(o->mode, "eval") && mark[2 + strspn(mark + 2, "\r\n")])
+        usage_error("with -m eval {} ends the prompt: what follows it is not measured");
 }
 
 // What this build and the process that it runs in must be like.
