@@ -4715,7 +4715,7 @@ typedef struct {
 
 typedef struct {            // what guesses, and how it pays
     Model small;            // its layers are NULL: guesses are looked up in the text so far
-    Cache kv;
+    Cache kv;               // or only its ctx: where guesses end
     Ids text;               // the decoder's n tokens when guesses were last made, and the guesses
     int n, done;            // of the text, the cache holds the first `done`
     int guesses;            // how many are made next
@@ -4868,8 +4868,7 @@ static int draft_propose(Machine *w, const Decoder *d) {
     f->n = n;
     f->text.n = 0;
     for (int i = 0; i < n; i++) push(&f->text, ids[i]);
-    int ctx = f->small.layers ? f->kv.ctx : w->ctx;
-    int most = (int)fmin(f->guesses, fmin(ctx - n, (double)d->budget - 1));
+    int most = (int)fmin(f->guesses, fmin(f->kv.ctx - n, (double)d->budget - 1));
     if (f->small.layers) draft_small(f, d->s, most);
     else draft_look_back(&f->text, most);
     f->proposed += (int)f->text.n - n;
@@ -5002,7 +5001,7 @@ static void machine_open(Machine *w, Decoder *d, const Options *o, const Model *
     if (chat && o->system && !(t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM))
         fprintf(stderr, "run: %s has no place for a system turn: -y has no effect\n", t->path);
     *w = (Machine){.o = o, .m = m, .t = t, .ctx = context_of(o, m), .out = out,
-                   .question = o->input, .draft = {.guesses = 1},
+                   .question = o->input, .draft = {.guesses = 1, .kv.ctx = context_of(o, m)},
                    .p = resize(NULL, vocab, sizeof *w->p),
                    .candidates = resize(NULL, vocab, sizeof *w->candidates)};
     *d = (Decoder){.s = sampler_new(o, m, t), .out = o->samples > 1 ? &d->own : out,
@@ -6838,7 +6837,7 @@ static void on_signal(int number) {
         output_leave();
         _exit(lost ? 1 : 130);
     }
-    interrupted = number == SIGHUP ? SIGTERM : number;  // after which no read shall wait:
+    interrupted = number == SIGINT ? SIGINT : SIGTERM;  // after which no read shall wait:
     if (interrupted == SIGTERM) terminal_set(false), dup2(open("/dev/null", O_RDONLY), 0);
 }
 static void catch_signals(void) {
@@ -6847,6 +6846,7 @@ static void catch_signals(void) {
     signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is an error of write
     sigaction(SIGBUS, &action, NULL);
     sigaction(SIGINT, &action, NULL);
+    sigaction(SIGQUIT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL);  // but under nohup
     atexit(output_leave);

@@ -4797,7 +4797,7 @@ static void test_robust(void) {
     if (mkfifo("fifo", 0600)) abort();
     for (int round = 0; round < 24; round++) {
         bool chat = round % 3 != 0 && !cut_out("chat"), lines_come = round % 3 == 1;
-        int ends[2], number = round % 2 ? SIGTERM : SIGHUP;
+        int ends[2], number = (int[]){SIGTERM, SIGHUP, SIGQUIT}[round / 3 % 3];
         if (pipe(ends)) abort();
         pid_t writer = lines_come ? fork() : -1;
         while (!writer) if (write(ends[1], "\n\n\n\n", 4) < 0) _exit(0);
