@@ -2925,10 +2925,10 @@ static bool unfinished;                    // a part of the work could not be do
 // Sets a terminal's modes for chat: keys come one by one and are not shown, pastes are marked; or
 // sets back what they were.
 static struct termios terminal_modes;
-static volatile sig_atomic_t terminal_raw;
+static volatile sig_atomic_t terminal_raw;  // 2: it was, and must be set again
 static void terminal_set(bool raw) {
     struct termios t = terminal_modes;
-    if (raw == terminal_raw || (raw && tcgetattr(0, &t))) return;
+    if (raw == terminal_raw || (raw && !terminal_raw && tcgetattr(0, &t))) return;
     if (raw) terminal_modes = t, t.c_lflag &= (tcflag_t)~(ICANON | ECHO);
     terminal_raw = raw;
     tcsetattr(0, TCSADRAIN, &t);
@@ -5409,6 +5409,7 @@ static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
     do {  // pasted text, and what was typed ahead, is shown at once
         if (!pasting && (e.text.n == 0 || poll(&more, 1, 0) <= 0)) line_draw(&e);
         key = line_key();
+        if (key != NO_KEY && interrupted == SIGINT) interrupted = 0;
     } while (key != NO_KEY && (key != 4 || e.text.n) && line_press(&e, key, &shown, &pasting));
     bool complete = key == '\n' || key == '\r', stopped = errno == EINTR;
     e.at = e.text.n;
@@ -5427,7 +5428,7 @@ static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
 
 // Reads the next message: a line, more of them where \ ends one, or those between two lines of """.
 // One that is no command and begins with / has another / there. False: there is none. Ctrl-C drops
-// a line, twice it ends the program.
+// it, twice without a key between them ends the program.
 static bool chat_message(bool prompt, Prompt *p) {
     static char *s;  // the line
     static size_t capacity;
@@ -5438,6 +5439,7 @@ static bool chat_message(bool prompt, Prompt *p) {
         ssize_t n = -1;
         for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
             if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n" : "", stderr);
+            if (prompt && interrupted) any = block = false, p->n = 0;
             if (prompt && !edited) fputs("> ", stderr);
             clearerr(stdin);
             errno = 0;
@@ -6815,6 +6817,8 @@ static void on_signal(int number) {
     static const char line[] = "run: a mapped file became shorter, or cannot be read any more\n";
     static atomic_flag told = ATOMIC_FLAG_INIT;
     bool lost = number == SIGBUS;
+    if (number == SIGCONT && terminal_raw) terminal_raw = 2, terminal_set(true);
+    if (number == SIGCONT) return;
     while (lost && atomic_flag_test_and_set(&told)) pause();  // another thread says it
     if (lost && write(2, line, sizeof line - 1) < 0) {}
     if (lost || interrupted || idle) {
@@ -6827,6 +6831,7 @@ static void on_signal(int number) {
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal};  // without SA_RESTART: a read ends
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGCONT, on_signal);  // after Ctrl-Z a terminal has the shell's modes; reads go on
     signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is an error of write
     sigaction(SIGBUS, &action, NULL);
     sigaction(SIGINT, &action, NULL);

@@ -4177,6 +4177,58 @@ static Buffer stripped(const Buffer *b) {
 }
 
 #ifndef NO_CHAT
+// Reads what a terminal shows, up to some text.
+static void await_shown(int terminal, const char *what) {
+    char shown[4096] = "";
+    for (ssize_t n = 0, got = 1; got > 0 && !strstr(shown, what) && n < 4000; n += got) {
+        got = read(terminal, shown + n, (size_t)(4095 - n));
+        shown[n + (got > 0 ? got : 0)] = 0;
+    }
+}
+// Starts a chat at a terminal of its own, whose keys come one by one then.
+static pid_t start_chat(int *terminal) {
+    const char *argv[20] = {0};
+    char command[] = "run endless.bin -m chat -n 12 -t 0 -c 999 --repeat-penalty 1 -o edited";
+    *terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    if (*terminal < 0 || grantpt(*terminal) || unlockpt(*terminal)) abort();
+    int other = open(ptsname(*terminal), O_RDWR | O_NOCTTY);
+    words_of(command, argv);
+    setenv("TERM", "xterm", 1);
+    remove("edited");
+    pid_t pid = start(argv, (int[]){other, other, other}, 20);
+    close(other);
+    await_shown(*terminal, "> ");
+    return pid;
+}
+
+// Ctrl-C drops a message that was begun, and ends the chat only when no key comes between two of
+// them; after a shell has had the terminal (Ctrl-Z, fg) keys come one by one again.
+static void test_chat_signals(void) {
+    static const char *const begun[] = {"\"\"\"\nab\n/x", "d\\\na", "b"};
+    int terminal;
+    pid_t pid = start_chat(&terminal);
+    struct termios set;
+    for (int i = 0; i < 3; i++) {
+        bool sent = write(terminal, begun[i], strlen(begun[i])) == (ssize_t)strlen(begun[i]);
+        await_shown(terminal, (const char *[]){"  /x", "  a", "> b"}[i]);
+        usleep(50000);  // now it reads
+        CHECK(sent && kill(pid, SIGINT) == 0, "Ctrl-C comes");
+        await_shown(terminal, "> ");
+    }
+    if (tcgetattr(terminal, &set)) abort();
+    set.c_lflag |= ICANON | ECHO;
+    if (tcsetattr(terminal, TCSANOW, &set)) abort();
+    kill(pid, SIGCONT);
+    for (int i = 0; i < 5000 && set.c_lflag & ICANON && !tcgetattr(terminal, &set); i++)
+        usleep(1000);
+    CHECK(write(terminal, "bd\x02" "c\n\x04", 6) == 6, "keys come");
+    char shown[4096];
+    while (read(terminal, shown, sizeof shown) > 0) {}
+    close(terminal);
+    CHECK(status_of(pid) == 0, "Ctrl-D ends a chat after signals");
+    same("what Ctrl-C dropped is gone", "cat edited", "echo bcd | chat -o plain; cat plain");
+}
+
 // Lines of a chat that are edited at a terminal: keys that are pressed, and the lines they make.
 static void test_editing(void) {
     static const struct { const char *keys, *lines; } cases[] = {
@@ -4187,22 +4239,10 @@ static void test_editing(void) {
         {"\x1b[200~ab\ncd\x1b[201~\n", "ab\\\\\\ncd\\n"}, {"ab\\\ncd\n", "ab\\\\\\ncd\\n"},
         {"a\xc3\xa9\xe6\x97\xa5\x1b[D\x08" "b\n/exit\nabc\n", "ab\xe6\x97\xa5\\n"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        int terminal = posix_openpt(O_RDWR | O_NOCTTY);
-        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) abort();
-        int other = open(ptsname(terminal), O_RDWR | O_NOCTTY);
-        const char *argv[20] = {0};
-        char command[] = "run endless.bin -m chat -n 12 -t 0 -c 999 --repeat-penalty 1 -o edited";
-        words_of(command, argv);
-        setenv("TERM", "xterm", 1);
-        remove("edited");
-        pid_t pid = start(argv, (int[]){other, other, other}, 20);
-        close(other);
+        int terminal;
+        pid_t pid = start_chat(&terminal);
+        char shown[4096];
         const char *keys = text("%s\x04", cases[i].keys);
-        char shown[4096] = "";
-        for (ssize_t got = 0; got >= 0 && !strstr(shown, "> ");) {  // now keys come one by one
-            got = read(terminal, shown, sizeof shown - 1);
-            shown[got < 0 ? 0 : got] = 0;
-        }
         bool sent = write(terminal, keys, strlen(keys)) == (ssize_t)strlen(keys);
         while (read(terminal, shown, sizeof shown) > 0) {}
         close(terminal);
@@ -4320,6 +4360,7 @@ static void test_explain(void) {
     test_terminal();
 #ifndef NO_CHAT
     test_editing();
+    test_chat_signals();
 #endif
 #endif
 }
