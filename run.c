@@ -5259,7 +5259,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user);
 static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked) {
     static const char help[] =
         "/again: another answer; /undo takes back the last turn, /clear all turns\n"
-        "/system TEXT: a new conversation with TEXT as its system turn; /exit ends the chat\n"
+        "/system TEXT: a new conversation, TEXT is its system turn; /exit ends the chat\n"
         "/set temperature 0.5 (or top-p, top-k, min-p, repeat-penalty, repeat-last, dry)\n"
         "/save FILE and /load FILE keep a conversation; /stats; //TEXT sends /TEXT\n"
         "\\ at the end of a line: the next one, too; \"\"\" before and after several lines\n"
@@ -5269,11 +5269,12 @@ static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked
     char *rest = line + strcspn(line, " \t");
     if (*rest) *rest++ = 0;
     rest += strspn(rest, " \t");
-    bool save = !strcmp(line, "/save"), undo = !strcmp(line, "/undo");
-    bool again = !strcmp(line, "/again");
+    bool save = !strcmp(line, "/save"), file = save || !strcmp(line, "/load");
+    bool undo = !strcmp(line, "/undo"), again = !strcmp(line, "/again");
     bool system = !strcmp(line, "/system"), place = w->t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM;
     if (!strcmp(line, "/exit") || !strcmp(line, "/bye")) return false;
-    if (*rest && (save || !strcmp(line, "/load"))) chat_file(w, d, save, rest);
+    if (file && *rest) chat_file(w, d, save, rest);
+    else if (file) chat_wrong("%s needs the name of a file", line);
     else if (!strcmp(line, "/stats"))
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
                 d->c.ids.n, w->ctx, (double)w->kv.page_bytes * d->c.done / PAGE_POSITIONS / 1e6,
@@ -5285,7 +5286,7 @@ static bool chat_command(Machine *w, Decoder *d, char *line, const Prompt *asked
         if (system) snprintf(system_turn, sizeof system_turn, "%s", rest);
         if (system) w->system = system_turn;
         if (again) chat_turn(w, d, (Text){asked->s, asked->n});
-        else if (isatty(2)) fprintf(stderr, "(%zu tokens are left)\n", d->c.ids.n);
+        else if (isatty(2)) fprintf(stderr, "(the conversation has %zu tokens)\n", d->c.ids.n);
     } else if (!strcmp(line, "/help")) fputs(help, stderr);
     else if (strcmp(line, "/set"))
         chat_wrong("%s is not a command: see /help; // sends a text that begins with /", line);

@@ -2936,6 +2936,8 @@ static const struct { const char *what, *one, *other; } twins[] = {
     {"speculation in a chat", "printf 'abc\\ndef\\n' | chat -d lookup", "cat two"},
     {"a chat goes on after what failed, and ends with status 1", "printf 'abc\\n/load /nowhere\\n"
      "/save /nowhere/x\\n/help\\n/bad\\n/save\\n/save -\\ndef\\n' | chat; test $? = 1", "cat two"},
+    {"/save and /load without a name say so", "printf '/save\\n/load \\nabc\\n' | chat 2>told; "
+     "grep -c 'needs the name of a file' told", "cat one; echo 2"},
     {"and leaves -o's old file alone", "for line in '/load /nowhere' '/save /nowhere/x' /bad /undo "
      "$(printf %02000d 0); do echo mine >said; echo \"$line\" | chat -o said; echo $?; cat said; "
      "done", "for i in 1 2 3 4 5; do echo 1; echo mine; done"},
