@@ -1980,7 +1980,7 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     const void *start = bytes_take(&file, t->llama2c ? 4 : sizeof *h);
     if (start && !t->llama2c) memcpy(h, start, sizeof *h);
     if (h->version != 1) return "has an unknown version";
-    if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
+    if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is not this model's";
     uint32_t n = (uint32_t)h->vocab_size;
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
     if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
@@ -6712,7 +6712,7 @@ static void option_parse(Options *o, int argc, char **argv) {
         if (word && !a[2]) ended = true;
         if (word && !a[2]) continue;
         if (!given && o->model)
-            usage_error("there are two models, %s and %s (a mode is chosen with -m)", o->model, a);
+            usage_error("there are two models, %s and %s (-i is a text, -m a mode)", o->model, a);
         if (!given) o->model = a;
         size_t n = given ? strcspn(a, "=") : 0;
         const struct Option *option = word ? option_find(a, n, 4) : option_find(name, 2, 0);
@@ -6942,10 +6942,10 @@ static void option_settle(Options *o, int mode) {
     if (o->steps < 0) o->steps = mode == CHAT ? 1024 : mode == EVAL ? 0 : 256;
     if (o->each && !o->prompt && !o->prompt_file) o->prompt = "{}";
     if (mode == LOGITS) o->temperature = 0;  // nothing is drawn: there is no seed to tell
-    bool zips = mode == COMPRESS || mode == DECOMPRESS;
-    if (o->prompt ? !strcmp(o->prompt, "-") : zips && !o->prompt_file) o->prompt_file = "-";
     bool written = o->prompt || o->prompt_file || o->session || o->each;
-    if (mode == GENERATE && !written && !isatty(0)) o->prompt_file = "-";
+    bool text = mode != CHAT && mode != CHECK && mode != BENCH && !isatty(0);
+    bool reads = text || mode == COMPRESS || mode == DECOMPRESS;
+    if (o->prompt ? !strcmp(o->prompt, "-") : reads && !written) o->prompt_file = "-";
 #ifndef NO_SCHEMA
     if (o->schema || o->json) o->compiled = schema_open(o);
 #endif

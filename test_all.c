@@ -2671,7 +2671,7 @@ static void test_tokenizer_files(void) {
     refused(1, "damaged.tok: its patterns take too long", "head -c 2000 /dev/zero | tr '\\000' x | "
             "run any.bin -z damaged.tok -f - -m tokenize");
     damaged(&strange, true, "an unusual tokenizer");
-    refused(1, "damaged.tok is another model's", "run tiny.bin -z damaged.tok -i a");
+    refused(1, "damaged.tok is not this model's", "run tiny.bin -z damaged.tok -i a");
     refused(1, "empty is empty", "true >empty; run any.bin -z empty -i a");
     refused(1, ". is not a file", "run any.bin -z . -i a");
     refused(1, "cannot open nothing", "run any.bin -z nothing -i a");
@@ -2787,7 +2787,7 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"--unknown", "unknown option --unknown"}, {"-- -q", "models, tiny.bin and -q"},
     {"--steps=x", "not \"x\""},
     {"--steps=", "needs a value"}, {"--quiet=1", "--quiet=1 takes no value"},
-    {"--step 5", "unknown option --step: there is --steps;"}, {"another.bin", "two models"},
+    {"--step 5", "unknown option --step: there is --steps;"}, {"another.bin", "-i is a text"},
     {"-m unknown", "unknown mode unknown"}, {"-m ''", "-m"},
     {"-m Generate", "unknown mode Generate"}, {"-i a -f b", "-i and -f"}, {"-i a -o ''", "-o"},
     {"-b", "-b picks"}, {"-k 2 -e x", "-e cannot be used with -k"}, {"-k 2 -d lookup", "-k and -d"},
@@ -2842,6 +2842,9 @@ static const struct { const char *what, *one, *other; } twins[] = {
     {"so is the version", "run -V 2>&1", "run --version"},
     {"-i - is stdin", "t -m tokenize -i - <text", "t -m tokenize -f text"},
     {"-f - is stdin", "t -m tokenize -f - <text", "t -m tokenize -f text"},
+    {"a pipe is read in every mode that takes a text", "for m in tokenize eval explain; do t -m $m "
+     "-s 1 <text; done 2>/dev/null; echo 1 2 | t -m logits", "t -m tokenize -f text; t -m eval -f "
+     "text; t -m explain -f text -s 1 2>/dev/null; t -m logits -i '1 2'"},
     {"long names and any order do the same", "run --mode=tokenize --file text tiny.bin",
      "t -m tokenize -f text"},
     {"-o is what stdout would be", "t -m logits -i '1 2 3' -o out; cat out",
