@@ -1980,7 +1980,7 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     const void *start = bytes_take(&file, t->llama2c ? 4 : sizeof *h);
     if (start && !t->llama2c) memcpy(h, start, sizeof *h);
     if (h->version != 1) return "has an unknown version";
-    if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is another model's";
+    if (tokenizer_hash_of(m) && tokenizer_hash_of(m) != h->hash) return "is not this model's";
     uint32_t n = (uint32_t)h->vocab_size;
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
     if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
@@ -2925,10 +2925,10 @@ static bool unfinished;                    // a part of the work could not be do
 // Sets a terminal's modes for chat: keys come one by one and are not shown, pastes are marked; or
 // sets back what they were.
 static struct termios terminal_modes;
-static volatile sig_atomic_t terminal_raw;
+static volatile sig_atomic_t terminal_raw;  // 2: it was, and must be set again
 static void terminal_set(bool raw) {
     struct termios t = terminal_modes;
-    if (raw == terminal_raw || (raw && tcgetattr(0, &t))) return;
+    if (raw == terminal_raw || (raw && !terminal_raw && tcgetattr(0, &t))) return;
     if (raw) terminal_modes = t, t.c_lflag &= (tcflag_t)~(ICANON | ECHO);
     terminal_raw = raw;
     tcsetattr(0, TCSADRAIN, &t);
@@ -5272,7 +5272,7 @@ static void chat_turn(Machine *w, Decoder *d, Text user);
 static bool chat_command(Machine *w, Decoder *d, char *line) {
     static const char help[] =
         "/again: another answer; /undo takes back the last turn, /clear all turns\n"
-        "/system TEXT: a new conversation with TEXT as its system turn; /exit ends the chat\n"
+        "/system TEXT: a new conversation, TEXT is its system turn; /exit ends the chat\n"
         "/set temperature 0.5 (or top-p, top-k, min-p, repeat-penalty, repeat-last, dry)\n"
         "/save FILE and /load FILE keep a conversation; /stats; //TEXT sends /TEXT\n"
         "\\ at the end of a line: the next one, too; \"\"\" before and after several lines\n"
@@ -5282,11 +5282,12 @@ static bool chat_command(Machine *w, Decoder *d, char *line) {
     char *rest = line + strcspn(line, " \t");
     if (*rest) *rest++ = 0;
     rest += strspn(rest, " \t");
-    bool save = !strcmp(line, "/save"), undo = !strcmp(line, "/undo");
-    bool again = !strcmp(line, "/again");
+    bool save = !strcmp(line, "/save"), file = save || !strcmp(line, "/load");
+    bool undo = !strcmp(line, "/undo"), again = !strcmp(line, "/again");
     bool system = !strcmp(line, "/system"), place = w->t->chat_flags[SYSTEM_BEFORE] & HAS_SYSTEM;
     if (!strcmp(line, "/exit") || !strcmp(line, "/bye")) return false;
-    if (*rest && (save || !strcmp(line, "/load"))) chat_file(w, d, save, rest);
+    if (file && *rest) chat_file(w, d, save, rest);
+    else if (file) chat_wrong("%s needs the name of a file", line);
     else if (!strcmp(line, "/stats"))
         fprintf(stderr, "%zu of %d tokens, %.1f MB of keys and values; last turn: %.1f tok/s\n",
                 d->c.ids.n, w->ctx, (double)w->kv.page_bytes * d->c.done / PAGE_POSITIONS / 1e6,
@@ -5300,7 +5301,8 @@ static bool chat_command(Machine *w, Decoder *d, char *line) {
         if (system) w->system = system_turn;
         if (again) chat_turn(w, d, w->question);
         else w->question = (Text){0};
-        if (!again && isatty(2)) fprintf(stderr, "(%zu tokens are left)\n", d->c.ids.n);
+        if (!again && isatty(2))
+            fprintf(stderr, "(the conversation has %zu tokens)\n", d->c.ids.n);
     } else if (!strcmp(line, "/help")) fputs(help, stderr);
     else if (strcmp(line, "/set"))
         chat_wrong("%s is not a command: see /help; // sends a text that begins with /", line);
@@ -5424,6 +5426,7 @@ static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
     do {  // pasted text, and what was typed ahead, is shown at once
         if (!pasting && (e.text.n == 0 || poll(&more, 1, 0) <= 0)) line_draw(&e);
         key = line_key();
+        if (key != NO_KEY && interrupted == SIGINT) interrupted = 0;
     } while (key != NO_KEY && (key != 4 || e.text.n) && line_press(&e, key, &shown, &pasting));
     bool complete = key == '\n' || key == '\r', stopped = errno == EINTR;
     e.at = e.text.n;
@@ -5442,7 +5445,7 @@ static ssize_t line_edit(char **s, size_t *capacity, const char *prompt) {
 
 // Reads the next message: a line, more of them where \ ends one, or those between two lines of """.
 // One that is no command and begins with / has another / there. False: there is none. Ctrl-C drops
-// a line, twice it ends the program.
+// it, twice without a key between them ends the program.
 static bool chat_message(bool prompt, Prompt *p) {
     static char *s;  // the line
     static size_t capacity;
@@ -5453,6 +5456,7 @@ static bool chat_message(bool prompt, Prompt *p) {
         ssize_t n = -1;
         for (errno = EINTR; n < 0 && errno == EINTR && interrupted != SIGTERM;) {
             if (prompt) fputs(interrupted ? "\n(Ctrl-D ends the chat)\n" : "", stderr);
+            if (prompt && interrupted) any = block = false, p->n = 0;
             if (prompt && !edited) fputs("> ", stderr);
             clearerr(stdin);
             errno = 0;
@@ -6725,7 +6729,7 @@ static void option_parse(Options *o, int argc, char **argv) {
         if (word && !a[2]) ended = true;
         if (word && !a[2]) continue;
         if (!given && o->model)
-            usage_error("there are two models, %s and %s (a mode is chosen with -m)", o->model, a);
+            usage_error("there are two models, %s and %s (-i is a text, -m a mode)", o->model, a);
         if (!given) o->model = a;
         size_t n = given ? strcspn(a, "=") : 0;
         const struct Option *option = word ? option_find(a, n, 4) : option_find(name, 2, 0);
@@ -6831,6 +6835,8 @@ static void on_signal(int number) {
     static const char line[] = "run: a mapped file became shorter, or cannot be read any more\n";
     static atomic_flag told = ATOMIC_FLAG_INIT;
     bool lost = number == SIGBUS;
+    if (number == SIGCONT && terminal_raw) terminal_raw = 2, terminal_set(true);
+    if (number == SIGCONT) return;
     while (lost && atomic_flag_test_and_set(&told)) pause();  // another thread says it
     if (lost && write(2, line, sizeof line - 1) < 0) {}
     if (lost || interrupted || idle) {
@@ -6843,6 +6849,7 @@ static void on_signal(int number) {
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal};  // without SA_RESTART: a read ends
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGCONT, on_signal);  // after Ctrl-Z a terminal has the shell's modes; reads go on
     signal(SIGXFSZ, SIG_IGN);  // a file that must not grow is an error of write
     sigaction(SIGBUS, &action, NULL);
     sigaction(SIGINT, &action, NULL);
@@ -6955,10 +6962,10 @@ static void option_settle(Options *o, int mode) {
     if (o->steps < 0) o->steps = mode == CHAT ? 1024 : mode == EVAL ? 0 : 256;
     if (o->each && !o->prompt && !o->prompt_file) o->prompt = "{}";
     if (mode == LOGITS) o->temperature = 0;  // nothing is drawn: there is no seed to tell
-    bool zips = mode == COMPRESS || mode == DECOMPRESS;
-    if (o->prompt ? !strcmp(o->prompt, "-") : zips && !o->prompt_file) o->prompt_file = "-";
     bool written = o->prompt || o->prompt_file || o->session || o->each;
-    if (mode == GENERATE && !written && !isatty(0)) o->prompt_file = "-";
+    bool text = mode != CHAT && mode != CHECK && mode != BENCH && !isatty(0);
+    bool reads = text || mode == COMPRESS || mode == DECOMPRESS;
+    if (o->prompt ? !strcmp(o->prompt, "-") : reads && !written) o->prompt_file = "-";
 #ifndef NO_SCHEMA
     if (o->schema || o->json) o->compiled = schema_open(o);
 #endif

@@ -2671,7 +2671,7 @@ static void test_tokenizer_files(void) {
     refused(1, "damaged.tok: its patterns take too long", "head -c 2000 /dev/zero | tr '\\000' x | "
             "run any.bin -z damaged.tok -f - -m tokenize");
     damaged(&strange, true, "an unusual tokenizer");
-    refused(1, "damaged.tok is another model's", "run tiny.bin -z damaged.tok -i a");
+    refused(1, "damaged.tok is not this model's", "run tiny.bin -z damaged.tok -i a");
     refused(1, "empty is empty", "true >empty; run any.bin -z empty -i a");
     refused(1, ". is not a file", "run any.bin -z . -i a");
     refused(1, "cannot open nothing", "run any.bin -z nothing -i a");
@@ -2787,7 +2787,7 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"--unknown", "unknown option --unknown"}, {"-- -q", "models, tiny.bin and -q"},
     {"--steps=x", "not \"x\""},
     {"--steps=", "needs a value"}, {"--quiet=1", "--quiet=1 takes no value"},
-    {"--step 5", "unknown option --step: there is --steps;"}, {"another.bin", "two models"},
+    {"--step 5", "unknown option --step: there is --steps;"}, {"another.bin", "-i is a text"},
     {"-m unknown", "unknown mode unknown"}, {"-m ''", "-m"},
     {"-m Generate", "unknown mode Generate"}, {"-i a -f b", "-i and -f"}, {"-i a -o ''", "-o"},
     {"-b", "-b picks"}, {"-k 2 -e x", "-e cannot be used with -k"}, {"-k 2 -d lookup", "-k and -d"},
@@ -2843,6 +2843,9 @@ static const struct { const char *what, *one, *other; } twins[] = {
     {"so is the version", "run -V 2>&1", "run --version"},
     {"-i - is stdin", "t -m tokenize -i - <text", "t -m tokenize -f text"},
     {"-f - is stdin", "t -m tokenize -f - <text", "t -m tokenize -f text"},
+    {"a pipe is read in every mode that takes a text", "for m in tokenize eval explain; do t -m $m "
+     "-s 1 <text; done 2>/dev/null; echo 1 2 | t -m logits", "t -m tokenize -f text; t -m eval -f "
+     "text; t -m explain -f text -s 1 2>/dev/null; t -m logits -i '1 2'"},
     {"long names and any order do the same", "run --mode=tokenize --file text tiny.bin",
      "t -m tokenize -f text"},
     {"-o is what stdout would be", "t -m logits -i '1 2 3' -o out; cat out",
@@ -2945,6 +2948,8 @@ static const struct { const char *what, *one, *other; } twins[] = {
     {"speculation in a chat", "printf 'abc\\ndef\\n' | chat -d lookup", "cat two"},
     {"a chat goes on after what failed, and ends with status 1", "printf 'abc\\n/load /nowhere\\n"
      "/save /nowhere/x\\n/help\\n/bad\\n/save\\n/save -\\ndef\\n' | chat; test $? = 1", "cat two"},
+    {"/save and /load without a name say so", "printf '/save\\n/load \\nabc\\n' | chat 2>told; "
+     "grep -c 'needs the name of a file' told", "cat one; echo 2"},
     {"and leaves -o's old file alone", "for line in '/load /nowhere' '/save /nowhere/x' /bad /undo "
      "$(printf %02000d 0); do echo mine >said; echo \"$line\" | chat -o said; echo $?; cat said; "
      "done", "for i in 1 2 3 4 5; do echo 1; echo mine; done"},
@@ -4207,6 +4212,58 @@ static Buffer stripped(const Buffer *b) {
 }
 
 #ifndef NO_CHAT
+// Reads what a terminal shows, up to some text.
+static void await_shown(int terminal, const char *what) {
+    char shown[4096] = "";
+    for (ssize_t n = 0, got = 1; got > 0 && !strstr(shown, what) && n < 4000; n += got) {
+        got = read(terminal, shown + n, (size_t)(4095 - n));
+        shown[n + (got > 0 ? got : 0)] = 0;
+    }
+}
+// Starts a chat at a terminal of its own, whose keys come one by one then.
+static pid_t start_chat(int *terminal) {
+    const char *argv[20] = {0};
+    char command[] = "run endless.bin -m chat -n 12 -t 0 -c 999 --repeat-penalty 1 -o edited";
+    *terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    if (*terminal < 0 || grantpt(*terminal) || unlockpt(*terminal)) abort();
+    int other = open(ptsname(*terminal), O_RDWR | O_NOCTTY);
+    words_of(command, argv);
+    setenv("TERM", "xterm", 1);
+    remove("edited");
+    pid_t pid = start(argv, (int[]){other, other, other}, 20);
+    close(other);
+    await_shown(*terminal, "> ");
+    return pid;
+}
+
+// Ctrl-C drops a message that was begun, and ends the chat only when no key comes between two of
+// them; after a shell has had the terminal (Ctrl-Z, fg) keys come one by one again.
+static void test_chat_signals(void) {
+    static const char *const begun[] = {"\"\"\"\nab\n/x", "d\\\na", "b"};
+    int terminal;
+    pid_t pid = start_chat(&terminal);
+    struct termios set;
+    for (int i = 0; i < 3; i++) {
+        bool sent = write(terminal, begun[i], strlen(begun[i])) == (ssize_t)strlen(begun[i]);
+        await_shown(terminal, (const char *[]){"  /x", "  a", "> b"}[i]);
+        usleep(50000);  // now it reads
+        CHECK(sent && kill(pid, SIGINT) == 0, "Ctrl-C comes");
+        await_shown(terminal, "> ");
+    }
+    if (tcgetattr(terminal, &set)) abort();
+    set.c_lflag |= ICANON | ECHO;
+    if (tcsetattr(terminal, TCSANOW, &set)) abort();
+    kill(pid, SIGCONT);
+    for (int i = 0; i < 5000 && set.c_lflag & ICANON && !tcgetattr(terminal, &set); i++)
+        usleep(1000);
+    CHECK(write(terminal, "bd\x02" "c\n\x04", 6) == 6, "keys come");
+    char shown[4096];
+    while (read(terminal, shown, sizeof shown) > 0) {}
+    close(terminal);
+    CHECK(status_of(pid) == 0, "Ctrl-D ends a chat after signals");
+    same("what Ctrl-C dropped is gone", "cat edited", "echo bcd | chat -o plain; cat plain");
+}
+
 // Lines of a chat that are edited at a terminal: keys that are pressed, and the lines they make.
 static void test_editing(void) {
     static const struct { const char *keys, *lines; } cases[] = {
@@ -4217,22 +4274,10 @@ static void test_editing(void) {
         {"\x1b[200~ab\ncd\x1b[201~\n", "ab\\\\\\ncd\\n"}, {"ab\\\ncd\n", "ab\\\\\\ncd\\n"},
         {"a\xc3\xa9\xe6\x97\xa5\x1b[D\x08" "b\n/exit\nabc\n", "ab\xe6\x97\xa5\\n"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        int terminal = posix_openpt(O_RDWR | O_NOCTTY);
-        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) abort();
-        int other = open(ptsname(terminal), O_RDWR | O_NOCTTY);
-        const char *argv[20] = {0};
-        char command[] = "run endless.bin -m chat -n 12 -t 0 -c 999 --repeat-penalty 1 -o edited";
-        words_of(command, argv);
-        setenv("TERM", "xterm", 1);
-        remove("edited");
-        pid_t pid = start(argv, (int[]){other, other, other}, 20);
-        close(other);
+        int terminal;
+        pid_t pid = start_chat(&terminal);
+        char shown[4096];
         const char *keys = text("%s\x04", cases[i].keys);
-        char shown[4096] = "";
-        for (ssize_t got = 0; got >= 0 && !strstr(shown, "> ");) {  // now keys come one by one
-            got = read(terminal, shown, sizeof shown - 1);
-            shown[got < 0 ? 0 : got] = 0;
-        }
         bool sent = write(terminal, keys, strlen(keys)) == (ssize_t)strlen(keys);
         while (read(terminal, shown, sizeof shown) > 0) {}
         close(terminal);
@@ -4354,6 +4399,7 @@ static void test_explain(void) {
     test_terminal();
 #ifndef NO_CHAT
     test_editing();
+    test_chat_signals();
 #endif
 #endif
 }
