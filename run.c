@@ -3671,8 +3671,9 @@ typedef struct {                      // a value of the schema's file
 typedef struct { int min, max, most, missing, n_missing; } SchemaBounds;
 // A character that is being read: it is `low`, or one of those that its last bits can make of it.
 typedef struct { int stage, bits, low, least; } SchemaChar;
-// The tokens' texts as a tree, depth first: a byte, those before it, the token that it ends or -1.
-typedef struct { int byte, depth, token; } SchemaByte;
+// The tokens' texts as a tree, depth first: a byte, those before it, the token that it ends or -1;
+// whether there is a quote in a text that it is in: one ends a name, which counts from then on.
+typedef struct { int byte, depth, token; bool quote; } SchemaByte;
 typedef struct Schema {
     const char *name;                 // for errors
     char *at, *start;                 // what is being read
@@ -3700,6 +3701,7 @@ typedef struct SchemaText {           // a text in progress
     bool string, inner;               // within a string; behind an opening bracket or comma
     int depth, gap;                   // open brackets; spaces to come
     int key;                          // the string's characters
+    bool unread;                      // which nothing will ask for
     bool brief;                       // of escapes only those of one letter are written
 } SchemaText;
 
@@ -4521,7 +4523,7 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
     s->key = x->key;
     if (!within) c->low = quote ? QUOTE : byte;
     else if (!schema_byte(c, byte)) return false;
-    if (within && !c->stage && schema_in_key(s, x->state))
+    if (within && !c->stage && !x->unread && schema_in_key(s, x->state))
         x->key = schema_node(s, PAST, c->low, x->key, 0, 0);
     if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
     bool fits = false;
@@ -4632,6 +4634,8 @@ static void schema_tree(Schema *s, const Tokenizer *t) {
         if ((int)text.len > s->longest) s->longest = (int)text.len;
         tokens[id] = (Token){text, 0, id};
     }
+    s->path = zeros((size_t)s->longest + 1, sizeof *s->path);
+    int *at = zeros((size_t)s->longest + 1, sizeof *at);  // where the bytes of a text are
     qsort(tokens, (size_t)n, sizeof *tokens, schema_by_text);
     for (int k = 0; k < n; k++) {
         Text x = tokens[k].text, before = k ? tokens[k - 1].text : (Text){"", 0};
@@ -4639,12 +4643,12 @@ static void schema_tree(Schema *s, const Tokenizer *t) {
         while (i < before.len && i + 1 < x.len && x.s[i] == before.s[i]) i++;
         for (; i < x.len; i++) {
             s->tree = schema_room(s->tree, s->n_tree, sizeof *s->tree);
-            s->tree[s->n_tree++] = (SchemaByte){(uint8_t)x.s[i], (int)i,
-                                                i + 1 < x.len ? -1 : tokens[k].type};
+            s->tree[at[i] = s->n_tree++] = (SchemaByte){(uint8_t)x.s[i], (int)i,
+                                                        i + 1 < x.len ? -1 : tokens[k].type, false};
         }
+        for (i = 0; i < x.len && memchr(x.s, '"', x.len); i++) s->tree[at[i]].quote = true;
     }
-    free(tokens);
-    s->path = zeros((size_t)s->longest + 1, sizeof *s->path);
+    free(tokens), free(at);
 }
 // Within a string: the same state, but for counts that no token reaches.
 static int schema_uncounted(Schema *s, int id) {
@@ -4672,6 +4676,7 @@ static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
         if (b->depth > known) continue;  // a byte before it cannot come
         SchemaText *after = &s->path[b->depth + 1];
         *after = after[-1];
+        after->unread = !b->quote;
         known = b->depth + schema_step(after, (uint8_t)b->byte);
         if (b->token >= 0) forbidden[b->token] = known == b->depth;
     }

@@ -3923,6 +3923,15 @@ static void test_masks(void) {
               wrong, masks);
         schema_close(s);
     }
+    Schema *s = schema_open(&(Options){.json = true});
+    SchemaText x = schema_begin(s);
+    schema_take(&x, (Text){"{\"ab", 4});
+    schema_mask(&x, &t);
+    int names = 0;
+    for (int i = 0; i < s->n_nodes; i++) names += s->nodes[i].op == PAST;
+    CHECK(names > 2 && names < 10, "names are kept where they may end, not those of all tokens: %d",
+          names);
+    schema_close(s);
     free_tokenizer(&t);
 }
 
