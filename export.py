@@ -3283,6 +3283,9 @@ def export(args):
         check_target(path)
     require(model.resolve() != tokenizer.resolve(),
             f"{model}: the checkpoint and the tokenizer need two names")
+    for path in filter(None, (args.vocab, args.lora)):      # before anything is downloaded
+        require(Path(path).exists(), f"{path}: no such file or folder")
+    require(args.context is None or args.context > 0, "--context is a number of tokens")
     source = open_source(args.source, args.vocab, args.context)
     require(not args.context or args.context == source.config.seq_len, "--context is for folders, "
             f"and at most what their model was made for: {source.config.seq_len}")

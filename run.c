@@ -3164,10 +3164,11 @@ static Text text_fill(Text text, const char *mark, Text by) {
 static void progress_show(const Options *o, double began, double part, double n, const char *what) {
     double took = seconds() - began;
     if (o->quiet || !isatty(2)) return;
-    progress = part < 1;
+    bool was = progress;
+    progress = part < 1 && !interrupted;
     if (progress) fprintf(stderr, "\r%3.0f%%  %.0f %s/s  %.0f s left  ", 100 * part,
                           part * n / took, what, took / part - took);
-    else fprintf(stderr, "\r%50s\r", "");
+    else if (was) fprintf(stderr, "\r%50s\r", "");
 }
 
 static int context_of(const Options *o, const Model *m) {
@@ -3590,6 +3591,7 @@ static Text tool_ask(const char *command, Text question) {
                       : status && seconds() > end ? "takes too long" : status ? "fails" : NULL;
     while (n > 0 && (uint8_t)answer[n - 1] <= ' ') n--;
     if (n <= 0 && !wrong) wrong = "prints nothing";
+    unfinished |= wrong && !interrupted;
     if (wrong && !interrupted)
         fprintf(stderr, "run: the tool %s %s: the model goes on alone\n", command, wrong);
     return (Text){answer, wrong || interrupted ? 0 : (size_t)n};
@@ -5563,8 +5565,9 @@ static void chat(const Options *o, const Model *m, const Tokenizer *t, Output *o
     machine_open(&w, &d, o, m, t, out);
     w.system = o->system;
     if (!setlocale(LC_CTYPE, "C.UTF-8")) setlocale(LC_CTYPE, "UTF-8");  // for wcwidth
-    bool typed = isatty(0) && !o->quiet;
-    if (typed) tell("%s; /help lists what can be typed", m->header ? m->header->name : m->path);
+    bool typed = isatty(0);
+    const char *name = m->header ? m->header->name : m->path;
+    if (typed && !o->quiet) tell("%s; /help lists what can be typed", name);
     if (d.c.ids.n && o->system && !o->quiet && !(flags & SYSTEM_LAST))
         fprintf(stderr, "(-y has no effect: the session has its system turn already)\n");
     if (o->input.len) chat_turn(&w, &d, o->input);
@@ -6617,6 +6620,7 @@ static const struct { const char *name; Mode *run; const char *help; } modes[] =
 #define VALUE_OF(macro) #macro  // of one that is not defined this is its name
 #define DEFINED(macro) (sizeof VALUE_OF(macro) <= sizeof "1")
 enum { N_MODES = sizeof modes / sizeof *modes, ALL = (1 << N_MODES) - 1, TEXTS = 1 << GENERATE,
+       READS = ALL & ~(1 << CHECK | 1 << BENCH),
        TURNS = !DEFINED(NO_CHAT) << CHAT, SHOW = !DEFINED(NO_EXPLAIN) << EXPLAIN,
        TALK = TEXTS | TURNS, DRAW = TALK | SHOW, MIXED = !DEFINED(NO_ENSEMBLE) * TEXTS,
        PROBS = TALK | 1 << EVAL, EACH = !DEFINED(NO_EACH) * PROBS,
@@ -6635,8 +6639,8 @@ static const struct Option {
     int modes;         // in which it has a meaning
     const char *help;
 } options[] = {
-    {"-i, --prompt TEXT", TO(prompt), 0, 0, ALL, "the text to begin with; - reads it from stdin"},
-    {"-f, --file PATH", TO(prompt_file), 1, 0, ALL, "read that text from a file; - is stdin"},
+    {"-i, --prompt TEXT", TO(prompt), 0, 0, READS, "the text to begin with; - reads it from stdin"},
+    {"-f, --file PATH", TO(prompt_file), 1, 0, READS, "read that text from a file; - is stdin"},
     {"-o, --output PATH", TO(output), 1, 0, ALL, "write there instead of to stdout"},
     {"-n, --steps N", TO(steps), 0, 1e9, DRAW, "most new tokens (256, chat 1024); 0: to its end"},
     {"-m, --mode MODE", TO(mode), 1, 0, ALL, "what to do, see below"},

@@ -2797,7 +2797,8 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"--steps=x", "not \"x\""},
     {"--steps=", "needs a value"}, {"--quiet=1", "--quiet=1 takes no value"},
     {"--step 5", "unknown option --step: there is --steps;"}, {"another.bin", "-i is a text"},
-    {"-m unknown", "unknown mode unknown"}, {"-m ''", "-m"},
+    {"-m unknown", "unknown mode unknown"}, {"-m check -i x", "-i means nothing in mode check"},
+    {"-m ''", "-m"},
     {"-m Generate", "unknown mode Generate"}, {"-i a -f b", "-i and -f"}, {"-i a -o ''", "-o"},
     {"-b", "-b picks"}, {"-k 2 -e x", "-e cannot be used with -k"}, {"-k 2 -d lookup", "-k and -d"},
     {"--suffix a -S kv", "--suffix goes without"}, {"-m chat --suffix a", "--suffix means nothing"},
@@ -3258,7 +3259,8 @@ static void test_tools(void) {
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         double began = seconds();
         Ran r = SH("e -T '%s' -i '12*34=' -n 9 -t 0 -q", bad[i]);
-        CHECK(equal(&r.out, &alone.out) && strstr((char *)r.err.p, "run: the tool ") &&
+        CHECK(r.status == 1 && equal(&r.out, &alone.out) &&
+                  strstr((char *)r.err.p, "run: the tool ") &&
                   seconds() - began < 9, "a bad tool is reported: %s: %s", bad[i], r.err.p);
     }
     survived("rm -f kv; e -T \"yes 'a b c' | head -c 3000\" -i '1+1=' -n 1 -q -S kv -c 300");
