@@ -126,7 +126,7 @@ test-faults: test_all
 
 # Feeds random inputs to everything that reads files or text (clang's libFuzzer), SECONDS for each target.
 SECONDS ?= 20
-FUZZ_TARGETS = checkpoint tokenizer encode session compressed chat command
+FUZZ_TARGETS = checkpoint tokenizer encode session compressed chat command schema
 # (Not for this machine: the sanitizers of its many kernels take clang nine minutes.)
 fuzz: test_all.c run.c
 	@echo 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | \

@@ -1985,6 +1985,8 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
     if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
         h->unk + 1u > n || h->flags >= BARE || h->zero || h->n_chat > N_PIECES ||
+        !(h->temperature <= 1e9f && h->top_p <= 1 && h->min_p <= 1 && h->top_k >= 0) ||
+        !(h->repeat_penalty <= 0 || (h->repeat_penalty >= 1e-3f && h->repeat_penalty <= 1e3f)) ||
         !read_tokens(t, &file) || !read_added(t, &file) || !read_tables(t, &file))
         return "is damaged, or not this model's tokenizer";
     return NULL;
@@ -5245,8 +5247,8 @@ static bool chat_set(Sampler *s, const char *words) {
     double value = strtod(words + n, &end);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         if (n != strlen(all[i].name) || strncmp(words, all[i].name, n)) continue;
-        bool right = end > words + n && !*end && value >= 0 && value <= all[i].most &&
-                     (value > 0 || all[i].f != &s->repeat_penalty);
+        double least = all[i].f == &s->repeat_penalty ? 1e-3 : 0;
+        bool right = end > words + n && !*end && value >= least && value <= all[i].most;
         if (right && all[i].f) *all[i].f = (float)value;
         else if (right) *all[i].i = (int)value;
         return right;
