@@ -1985,7 +1985,7 @@ static const char *load_tokenizer(Tokenizer *t, const char *path, const Model *m
     bool right = start && (t->llama2c || h->hash == hash64(t->file + 16, t->file_size - 16));
     if (!right || !n || n > (uint32_t)m->c.vocab_size || h->bos + 1u > n || h->eos + 1u > n ||
         h->unk + 1u > n || h->flags >= BARE || h->zero || h->n_chat > N_PIECES ||
-        !(h->temperature <= 1e9f && h->top_p <= 1 && h->min_p <= 1 && h->top_k >= 0) ||
+        !(h->temperature <= 1e9f) || !(h->min_p <= 1) ||
         !(h->repeat_penalty <= 0 || (h->repeat_penalty >= 1e-3f && h->repeat_penalty <= 1e3f)) ||
         !read_tokens(t, &file) || !read_added(t, &file) || !read_tables(t, &file))
         return "is damaged, or not this model's tokenizer";
@@ -3296,7 +3296,7 @@ static Sampler sampler_new(const Options *o, const Model *m, const Tokenizer *t)
     return (Sampler){
         .temperature = sampler_value(o->temperature, h.temperature, calm ? 0.7f : 1),
         .top_p = sampler_value(o->top_p, h.top_p, 0.9f),
-        .top_k = o->top_k < 0 ? h.top_k : (int)o->top_k,
+        .top_k = o->top_k >= 0 ? (int)o->top_k : h.top_k > 0 ? h.top_k : 0,
         .min_p = sampler_value(o->min_p, h.min_p, 0), .dry = (float)o->dry,
         .repeat_penalty = sampler_value(o->repeat_penalty, h.repeat_penalty, 1),
         .repeat_last = (int)o->repeat_last, .rng = o->seed ? o->seed : now,

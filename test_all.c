@@ -1483,13 +1483,16 @@ static void test_recommended(void) {
     Model m = {.c.vocab_size = 9};
     Tokenizer t = {.h = {.temperature = 0, .top_p = 0.5f, .top_k = 7, .min_p = 0.25f,
                          .repeat_penalty = 1.5f}};
-    Options o = {.mode = "chat", .temperature = -1, .top_p = -1, .top_k = -1, .min_p = -1,
-                 .repeat_penalty = -1};
-    for (int i = 0; i < 3; i++) {
-        const char *says[] = {"0 0.5 7 0.25 1.5", "1 0.9 0 0 1", "0.75 1 0 0 1"};
+    const Options usual = {.mode = "chat", .temperature = -1, .top_p = -1, .top_k = -1,
+                           .min_p = -1, .repeat_penalty = -1};
+    Options o = usual;
+    for (int i = 0; i < 4; i++) {
+        const char *says[] = {"0 0.5 7 0.25 1.5", "1 0.9 0 0 1", "0.75 1 0 0 1",
+                              "0 0.5 0 0.25 1.5"};
         if (i == 1) o.mode = "generate";
         if (i == 2) o = (Options){.mode = "chat", .temperature = 0.75, .top_p = 1,
                                   .repeat_penalty = 1};
+        if (i == 3) o = usual, t.h.top_k = -1;
         Sampler s = sampler_new(&o, &m, &t);
         const char *found = text("%g %g %d %g %g", (double)s.temperature, (double)s.top_p, s.top_k,
                                  (double)s.min_p, (double)s.repeat_penalty);
@@ -2647,8 +2650,7 @@ static void test_tokenizer_files(void) {
                     (long long)values[i], offset);
         }
     static const struct { int offset; float value; } odd[] = {  // what it recommends
-        {72, 2e9f}, {72, NAN}, {76, 1.5f}, {80, -1}, {84, 1.5f}, {84, INFINITY}, {88, 1e-4f},
-        {88, 1e4f}};
+        {72, 2e9f}, {72, NAN}, {84, 1.5f}, {84, INFINITY}, {88, 1e-4f}, {88, 1e4f}};
     for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
         Buffer b = copy(&whole);
         set_float(b.p + odd[i].offset, odd[i].value);
