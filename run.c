@@ -6522,7 +6522,8 @@ static void each_print(Each *e) {
     double part = 1 - (double)e->rest.len / (double)o->lines.len;
     for (Output *a; (a = &e->answers[e->printed % EACH_AHEAD])->memory; e->printed++) {
         progress_show(o, 0, 1, 1, "");  // it may be the same terminal
-        output_text(e->w.out, (Text){a->memory, a->n});
+        for (size_t i = 0; i < a->n; i++) output_byte(e->w.out, a->memory[i]);
+        output_write(e->w.out, "", 0);  // a whole line at once
         free(a->memory);
         *a = (Output){0};
     }
