@@ -3076,7 +3076,7 @@ static void test_processors(void) {
 // Commands that have more to say than the text.
 static const char *const loquacious[] = {
     "run endless.bin -i abc -n 5", "run endless.bin -i abc -n 9 -d lookup", "run tiny.bin -m check",
-    "run endless.bin -i abc -n 5 -k 3 -b", "run endless.bin -i abc -n 5 -e other.bin",
+    "run endless.bin -i abc -n 5 -k 3 -b", "run endless.bin -i abc -n 5 -e other.bin -s 1",
     "run endless.bin -i abc -n 99 -c 20", "run endless.bin -m chat -i abc -n 5",
     "run tiny.bin -m compress -f text -o out", "run endless.bin -n 5 --each ids"};
 // The manual page and the completions have all options and modes, in quotes that nothing breaks.
