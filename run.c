@@ -3409,7 +3409,7 @@ typedef struct {
     uint64_t rng;                 // state of the generator
     int32_t n, done, keep, thought;  // as in Context; of an unfinished page, done may not count any
     uint64_t hash;                // of all this
-} SessionHeader;                  // behind it, for each page of the cache: tokens, a hash, keys and values
+} SessionHeader;                  // behind it, for each page of the cache: tokens, hash, data
 typedef struct {
     const char *path;  // NULL: there is none, and all calls do nothing
     int fd;
