@@ -3673,9 +3673,8 @@ typedef struct {                      // a value of the schema's file
 typedef struct { int min, max, most, missing, n_missing; } SchemaBounds;
 // A character that is being read: it is `low`, or one of those that its last bits can make of it.
 typedef struct { int stage, bits, low, least; } SchemaChar;
-// The tokens' texts as a tree, depth first: a byte, those before it, the token that it ends or -1;
-// whether there is a quote in a text that it is in: one ends a name, which counts from then on.
-typedef struct { int byte, depth, token; bool quote; } SchemaByte;
+// The tokens' texts as a tree, depth first: a byte, those before it, the token that it ends or -1.
+typedef struct { int byte, depth, token; } SchemaByte;
 typedef struct Schema {
     const char *name;                 // for errors
     char *at, *start;                 // what is being read
@@ -3690,11 +3689,11 @@ typedef struct Schema {
     bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
     bool found;                       // while fates are looked for: something lives
     Ids visited, apart;               // nodes that were looked at; places, and what must not live
-    SchemaByte *tree;                 // of all tokens
-    int n_tree, longest;              // bytes of all, and of a token
+    SchemaByte *tree;                 // of all tokens; first those with a quote, which can end a
+    int n_tree, n_quoted, longest;    // string; bytes of all, of those, and of a token
     struct SchemaText *path;          // (longest + 1) a text after each byte of a token
-    int masked[MASKS];                // states within strings, and what they
-    uint8_t *forbidden;               // (MASKS, vocab_size) forbid
+    int masked[MASKS];                // what is left of strings, and which tokens
+    uint8_t *forbidden;               // (MASKS, vocab_size) it forbids
 } Schema;
 typedef struct SchemaText {           // a text in progress
     Schema *s;
@@ -3703,7 +3702,6 @@ typedef struct SchemaText {           // a text in progress
     bool string, inner;               // within a string; behind an opening bracket or comma
     int depth, gap;                   // open brackets; spaces to come
     int key;                          // the string's characters
-    bool unread;                      // which nothing will ask for
     bool brief;                       // of escapes only those of one letter are written
 } SchemaText;
 
@@ -3772,6 +3770,11 @@ static int schema_not(Schema *s, int a) {
     if (s->nodes[a].op == NOT) return s->nodes[a].a;
     return a == NOTHING ? ANYTHING : a == ANYTHING ? NOTHING : schema_node(s, NOT, a, 0, 0, 0);
 }
+static bool schema_single(const Schema *s, int id) {  // takes texts of one character, or none
+    SchemaNode n = s->nodes[id];
+    bool both = n.op == ALT || n.op == AND;
+    return n.op == CHARS || (both && schema_single(s, n.a) && schema_single(s, n.b));
+}
 // Union or intersection: a list of operands, the newest first, none twice.
 static int schema_join(Schema *s, int op, int a, int b) {
     int none = op == ALT ? NOTHING : ANYTHING, all = op == ALT ? ANYTHING : NOTHING;
@@ -3780,6 +3783,10 @@ static int schema_join(Schema *s, int op, int a, int b) {
     if (a == none) return b;
     if (a == all || b == all) return all;
     if (op == AND && (a == EMPTY || b == EMPTY)) return x.accepts && y.accepts ? EMPTY : NOTHING;
+    bool repeated = op == AND && x.op == REPEAT && y.op == REPEAT;
+    if (repeated && schema_single(s, x.a) && schema_single(s, y.a))
+        return schema_repeat(s, schema_join(s, AND, x.a, y.a), x.b > y.b ? x.b : y.b,
+                             x.c < y.c ? x.c : y.c);
     int first_a = x.op == op ? x.a : a, rest_a = x.op == op ? x.b : none;
     int first_b = y.op == op ? y.a : b, rest_b = y.op == op ? y.b : none;
     int first = first_a > first_b ? first_a : first_b;
@@ -4525,7 +4532,7 @@ static bool schema_step(SchemaText *x, uint8_t byte) {
     s->key = x->key;
     if (!within) c->low = quote ? QUOTE : byte;
     else if (!schema_byte(c, byte)) return false;
-    if (within && !c->stage && !x->unread && schema_in_key(s, x->state))
+    if (within && !c->stage && schema_in_key(s, x->state))
         x->key = schema_node(s, PAST, c->low, x->key, 0, 0);
     if (!c->stage) return schema_alive(s, x->state = schema_derive(s, x->state, c->low));
     bool fits = false;
@@ -4623,7 +4630,8 @@ static void schema_close(Schema *s) {
 // ---- Masks. What may come next of all tokens.
 static int schema_by_text(const void *a, const void *b) {
     Text x = ((const Token *)a)->text, y = ((const Token *)b)->text;
-    int order = memcmp(x.s, y.s, x.len < y.len ? x.len : y.len);
+    int quotes = !memchr(x.s, '"', x.len) - !memchr(y.s, '"', y.len);
+    int order = quotes ? quotes : memcmp(x.s, y.s, x.len < y.len ? x.len : y.len);
     return order ? order : (x.len > y.len) - (x.len < y.len);
 }
 static void schema_tree(Schema *s, const Tokenizer *t) {
@@ -4646,44 +4654,52 @@ static void schema_tree(Schema *s, const Tokenizer *t) {
         for (; i < x.len; i++) {
             s->tree = schema_room(s->tree, s->n_tree, sizeof *s->tree);
             s->tree[at[i] = s->n_tree++] = (SchemaByte){(uint8_t)x.s[i], (int)i,
-                                                        i + 1 < x.len ? -1 : tokens[k].type, false};
+                                                        i + 1 < x.len ? -1 : tokens[k].type};
         }
-        for (i = 0; i < x.len && memchr(x.s, '"', x.len); i++) s->tree[at[i]].quote = true;
+        if (memchr(x.s, '"', x.len)) s->n_quoted = s->n_tree;
     }
     free(tokens), free(at);
 }
-// Within a string: the same state, but for counts that no token reaches.
+// A string's rest, but for counts that no token reaches.
 static int schema_uncounted(Schema *s, int id) {
     SchemaNode n = s->nodes[id];
-    if (n.op == TEXT) return schema_text(s, schema_uncounted(s, n.a));
     if (n.op == CAT) return schema_cat(s, schema_uncounted(s, n.a), n.b);
-    if (n.op != REPEAT || s->nodes[n.a].op != CHARS || n.c < s->longest) return id;
+    if (n.op != REPEAT || !schema_single(s, n.a) || n.c < s->longest) return id;
     return schema_repeat(s, n.a, n.b < s->longest ? n.b : s->longest, INT_MAX);
+}
+// The rest of the string in a state: all that a token without a quote depends on.
+static int schema_left(Schema *s, int id) {
+    SchemaNode n = s->nodes[id];
+    int rest = n.op == KEY ? schema_cat(s, n.a, schema_chars(s, QUOTE, QUOTE)) : n.a;
+    if (n.op == ALT) return schema_either(s, schema_left(s, n.a), schema_left(s, n.b));
+    if (n.op == CAT) return schema_alive(s, n.b) ? schema_left(s, n.a) : NOTHING;
+    return n.op < TEXT ? id : schema_text(s, schema_uncounted(s, rest));
 }
 // The tokens that cannot come next; NULL: none can.
 static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
     Schema *s = x->s;
     if (!s->tree) schema_tree(s, t);
-    bool plain = x->string && !x->c.stage && !x->key;  // in a string that is no key
     int vocab = t->h.vocab_size, old = s->n_nodes, allowed = 0, known = 0;
-    int state = plain ? schema_uncounted(s, x->state) : x->state;
-    int *masked = &s->masked[state % MASKS];
-    uint8_t *forbidden = s->forbidden + (size_t)(state % MASKS) * (size_t)vocab;
-    if (plain && *masked == state) return forbidden;
+    int left = x->string && !x->c.stage ? schema_left(s, x->state) : 0;
+    int *masked = &s->masked[left % MASKS];
+    uint8_t *forbidden = s->forbidden + (size_t)(left % MASKS) * (size_t)vocab;
+    bool kept = left && *masked == left;  // what it forbids, but for tokens with a quote
     x->brief = true;
     s->path[0] = *x;
-    s->path[0].state = state;
-    for (int id = 0; id < vocab; id++) forbidden[id] = !(is_stop(t, id) && schema_complete(x));
-    for (const SchemaByte *b = s->tree; b < s->tree + s->n_tree; b++) {
+    for (int id = 0; id < vocab && !kept; id++)
+        forbidden[id] = !(is_stop(t, id) && schema_complete(x));
+    const SchemaByte *b = s->tree, *behind = b + s->n_quoted, *end = b + s->n_tree;
+    for (; b < (kept ? behind : end); b++) {
+        if (b->token >= 0) forbidden[b->token] = true;
         if (b->depth > known) continue;  // a byte before it cannot come
+        if (b == behind && left) s->path[0].state = left;
         SchemaText *after = &s->path[b->depth + 1];
         *after = after[-1];
-        after->unread = !b->quote;
         known = b->depth + schema_step(after, (uint8_t)b->byte);
         if (b->token >= 0) forbidden[b->token] = known == b->depth;
     }
     for (int id = 0; id < vocab; id++) allowed += !forbidden[id];
-    *masked = plain && allowed ? state : 0;
+    *masked = left;
     if (s->n_nodes > MAX_NODES / 2) schema_forget(s, old);
     return allowed ? forbidden : NULL;
 }

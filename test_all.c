@@ -3758,6 +3758,10 @@ static const struct { const char *schema, *document; int wrong; } schema_cases[]
     {"{\"minLength\": 2, \"maxLength\": 3}", "\"\xc3\xa9\\ud83d\\ude00a\"", -1},
     {"{\"minLength\": 2, \"maxLength\": 3}", "\"a\"", 2},
     {"{\"minLength\": 2, \"maxLength\": 3}", "\"abcd\"", 4},
+    {"{\"minLength\": 2, \"maxLength\": 6, \"pattern\": \"^[a-f]{1,4}$\"}", "\"ab\"", -1},
+    {"{\"minLength\": 2, \"maxLength\": 6, \"pattern\": \"^[a-f]{1,4}$\"}", "\"abz\"", 3},
+    {"{\"minLength\": 2, \"maxLength\": 6, \"pattern\": \"^[a-f]{1,4}$\"}", "\"a\"", 2},
+    {"{\"minLength\": 2, \"maxLength\": 6, \"pattern\": \"^[a-f]{1,4}$\"}", "\"abcde\"", 5},
     {"{\"pattern\": \"^(a|bc)+$|x\"}", "\"abca\"", -1},
     {"{\"pattern\": \"^(a|bc)+$|x\"}", "\"ab\"", 3},
     {"{\"pattern\": \"^(a|bc)+$|x\"}", "\"zxz\"", -1},
@@ -3892,6 +3896,9 @@ static void test_masks(void) {
         "{}", "{\"type\": \"string\", \"minLength\": 30, \"maxLength\": 60}",
         "{\"type\": \"string\", \"pattern\": \"^a[a-f,]{2,40}\u00e9{0,20}.{12}$\"}",
         "{\"type\": \"string\", \"pattern\": \"^[^b]*$\", \"maxLength\": 40}",
+        "{\"type\": \"string\", \"pattern\": \"^[a\u00e9][ab,]+$\", \"minLength\": 9}",
+        "{\"anyOf\": [{\"items\": [{\"enum\": [\"aaab\"]}, false], \"minItems\": 2, "
+        "\"type\": \"array\"}, {\"items\": {\"pattern\": \"^b\"}, \"type\": \"array\"}]}",
         "{\"additionalProperties\": {\"enum\": [\"aaaaaaaaab\", [1, 23], \"ab,ac\"]}}"};
     static const char *const texts[] = {"ab", "aaaa", "aaaaaaaa", "a\"", "\",", "\": ", ", \"",
         "\xc3\xa9", "a\xc3", "\xa9\xc3", "\\u", "\\n\\", "00e", "[1", "1, 2", "}", "{\"", "ab",
@@ -3902,7 +3909,7 @@ static void test_masks(void) {
         token(v, texts[i], strlen(texts[i]), 0, NORMAL);
     put32(&v->stops, token(v, "<stop>", 6, 0, CONTROL)), v->n_stops++;
     Tokenizer t = open_tokenizer(v, "mask.tok");
-    for (int i = 0; i < 5; i++) {
+    for (size_t i = 0; i < sizeof schemas / sizeof *schemas; i++) {
         Schema *s = schema_open(&(Options){.schema = schemas[i]});
         int wrong = 0, masks = 0;
         for (int round = 0; round < 40; round++) {
