@@ -181,7 +181,6 @@ static bool is_local(const Config *c, int layer) {
 
 // ---- [1.2] mathematics --------------------------------------------------------------------------
 // Five functions of arrays. What is only declared is in [2.1], [2.3]; sum16 has 16 partial sums.
-
 static inline float exp_(float x);                                // e^x
 static inline float gelu(float x);                                // x P(x): see 5
 static void center(float *x, int n);                              // x[i] -= mean of x (LayerNorm)
@@ -282,7 +281,6 @@ static void add_bias(float *x, const Matrix *b) { if (b && b->data) add(x, vec(b
 // ---- [1.3] a batch on its way -------------------------------------------------------------------
 // Read it first as if n were 1: the newest token of one text. But n are computed together, those of
 // a prompt, or of many sequences, each a text with positions counted from 0.
-
 enum { MAX_BATCH = 256 };  // slots that are computed at once
 typedef struct { int token, pos, seq; bool want_logits; } Slot;  // one position to compute
 typedef struct {           // the activations, numbers on their way: row i is at i * its width
@@ -361,7 +359,6 @@ static void products(const Pass *f, const char *name, const float *x, const Prod
 // The KV cache has the keys and values of all positions so far. A token looks only at itself and
 // the tokens before it. So what it computed, its keys and values in every layer, will never change
 // when the text grows: they are kept, and a new token costs one pass, not the whole text again.
-
 typedef struct { Cache *kv; int seq, layer, head; } CacheHead;  // one head of a sequence
 static void cache_put(const CacheHead *h, int pos, const float *k, const float *v);
 // scores[t] = q . k[t], for first <= t < n.
@@ -410,7 +407,6 @@ static void (*attention)(const Pass *f) = attention_plain;
 
 // ---- [1.5] forward ------------------------------------------------------------------------------
 // The stages of a pass, each for one token.
-
 static State *get_state(Cache *kv, int wanted);  // with room for the logits of that many slots
 static void cache_prepare(Cache *kv, const Slot *batch, int n);  // memory for what will be written
 static void check_numbers(const Cache *kv, const float *logits, int n);  // dies if NaN or infinite
@@ -568,7 +564,6 @@ static float *forward(const Model *m, Cache *kv, const Slot *batch, int n) {
 
 // ---- [1.6] the sampler --------------------------------------------------------------------------
 // Draws the next token. With the same seed it draws what llama2.c draws.
-
 typedef struct { float p; int token; } Candidate;
 typedef struct {
     float temperature;      // 0: always the likeliest token; 1: as the model says; more: bolder
@@ -629,7 +624,6 @@ static int sample(Sampler *s, const float *logits, const int *text, int n) {
 // And so a text grows. Of tokens[0..n) the first n_prompt, at least 1, are given, the others are
 // drawn. Only a test runs this loop; the program's own loop, in [5.6], prints as it goes, lets many
 // texts grow at once, and ends one when the end token is drawn: in training it followed every text.
-
 void generate_tokens(const Model *m, Cache *kv, Sampler *s, int *tokens, int n_prompt, int n) {
     for (int pos = 0; pos + 1 < n; pos++) {
         bool given = pos + 1 < n_prompt;  // the model reads it, but need not guess it
@@ -3708,7 +3702,8 @@ typedef struct SchemaText {           // a text in progress
 // Ends the program: what is wrong with the part of the schema that is being looked at.
 static __attribute__((noreturn)) void schema_refuse(const Schema *s, const char *what) {
     const SchemaValue *v = &s->values[s->place];
-    tell("%s: byte %d: %.*s %s", s->name, v->at, (int)v->key.len, v->key.s, what);
+    Text name = v->key.len ? v->key : (Text){"it", 2};
+    tell("%s: byte %d: %.*s %s", s->name, v->at, (int)name.len, name.s, what);
     exit(s->texts ? 1 : 2);
 }
 static void schema_deeper(Schema *s) {  // so that the stack has room for what follows
