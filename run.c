@@ -6697,8 +6697,7 @@ static const struct Option {
     {"    --completion SHELL", TO(completion), 1, 0, ALL, "completions for bash, zsh or fish"},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
-#define usage_error(...)                                                                           \
-    (fprintf(stderr, "run: " __VA_ARGS__), fputs("; see ./run --help\n", stderr), exit(2))
+#define usage_error(format, ...) (tell(format "; see ./run --help", ##__VA_ARGS__), exit(2))
 
 // Sets an option to the value s (NULL: there is none); `a` is how it was given.
 static void option_set(Options *o, const struct Option *option, const char *a, const char *s) {

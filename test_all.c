@@ -2794,6 +2794,7 @@ static const struct { const char *words, *says; } wrong_words[] = {
     {"--top-k -1", "--top-k goes"}, {"--top-k 1e3", "not \"1e3\""}, {"--min-p 2", "--min-p goes"},
     {"--repeat-penalty 0", "--repeat-penalty goes"}, {"-x", "unknown option -x;"},
     {"-v", "unknown option -v: there is -V;"},
+    {"\"$(printf -- '--a\\nb\\033[31m')\"", "unknown option --a?b?[31m;"},
     {"--completion tcsh", "bash, zsh or fish, not tcsh"},
     {"--unknown", "unknown option --unknown"}, {"-- -q", "models, tiny.bin and -q"},
     {"--steps=x", "not \"x\""},
