@@ -2988,7 +2988,7 @@ static Output output_open(const char *path) {
 
 // Adds bytes. What streams is sent, but for the last `keep` bytes (SIZE_MAX: nothing is).
 static void output_put(Output *out, const void *data, size_t n, size_t keep) {
-    if (out->capacity - out->n < n)
+    if (!out->memory || out->n + n > out->capacity)
         out->memory = resize(out->memory, out->capacity = 2 * (out->n + n), 1);
     if (n) memcpy(out->memory + out->n, data, n);
     out->n += n;
