@@ -3641,7 +3641,7 @@ static Text tool_question(Text text, const char **before, const char **after) {
 
 #ifndef NO_SCHEMA
 enum { MAX_NODES = 1 << 21, BUCKETS = 1 << 19, RECENT = 1 << 12, MAX_DEPTH = 6000,
-       MAX_PATTERN = 6000, MASKS = 16, QUOTE = N_CHARS };
+       MAX_PATTERN = 6000, MASKS = 16, SHORT = 20, QUOTE = N_CHARS };
 // Operators. Up to REPEAT they make languages of characters, a TEXT has what is to come of a scalar
 // or string, a KEY of a member's name. ITEMS are an array, MEMBERS an object: b has the names seen,
 // c their number, d a stage; each RULE in the union a says: of the members whose names are in its a
@@ -3683,8 +3683,8 @@ typedef struct Schema {
     bool old, oldest;                 // draft 7 or before: nothing counts beside $ref; draft 4
     bool found;                       // while fates are looked for: something lives
     Ids visited, apart;               // nodes that were looked at; places, and what must not live
-    SchemaByte *tree;                 // of all tokens; first those with a quote, which can end a
-    int n_tree, n_quoted, longest;    // string; bytes of all, of those, and of a token
+    SchemaByte *tree;                 // of all tokens, the special ones first
+    int n_tree, n_special, longest;   // bytes of all, of those; the most of a token
     struct SchemaText *path;          // (longest + 1) a text after each byte of a token
     int masked[MASKS];                // what is left of strings, and which tokens
     uint8_t *forbidden;               // (MASKS, vocab_size) it forbids
@@ -4623,10 +4623,13 @@ static void schema_close(Schema *s) {
 }
 
 // ---- Masks. What may come next of all tokens.
+// Within a string, what a token needs of it is the same for many states, unless it is special: it
+// has a quote, so that it can end the string, or is long, so that it may exceed the string's.
+static bool schema_special(Text x) { return x.len > SHORT || memchr(x.s, '"', x.len); }
 static int schema_by_text(const void *a, const void *b) {
     Text x = ((const Token *)a)->text, y = ((const Token *)b)->text;
-    int quotes = !memchr(x.s, '"', x.len) - !memchr(y.s, '"', y.len);
-    int order = quotes ? quotes : memcmp(x.s, y.s, x.len < y.len ? x.len : y.len);
+    int order = schema_special(y) - schema_special(x);
+    if (!order) order = memcmp(x.s, y.s, x.len < y.len ? x.len : y.len);
     return order ? order : (x.len > y.len) - (x.len < y.len);
 }
 static void schema_tree(Schema *s, const Tokenizer *t) {
@@ -4651,18 +4654,18 @@ static void schema_tree(Schema *s, const Tokenizer *t) {
             s->tree[at[i] = s->n_tree++] = (SchemaByte){(uint8_t)x.s[i], (int)i,
                                                         i + 1 < x.len ? -1 : tokens[k].type};
         }
-        if (memchr(x.s, '"', x.len)) s->n_quoted = s->n_tree;
+        if (schema_special(x)) s->n_special = s->n_tree;
     }
     free(tokens), free(at);
 }
-// A string's rest, but for counts that no token reaches.
+// A string's rest, but for counts that no short token reaches.
 static int schema_uncounted(Schema *s, int id) {
     SchemaNode n = s->nodes[id];
     if (n.op == CAT) return schema_cat(s, schema_uncounted(s, n.a), n.b);
-    if (n.op != REPEAT || !schema_single(s, n.a) || n.c < s->longest) return id;
-    return schema_repeat(s, n.a, n.b < s->longest ? n.b : s->longest, INT_MAX);
+    if (n.op != REPEAT || !schema_single(s, n.a) || n.c < SHORT) return id;
+    return schema_repeat(s, n.a, n.b < SHORT ? n.b : SHORT, INT_MAX);
 }
-// The rest of the string in a state: all that a token without a quote depends on.
+// The rest of the string in a state: all that a token depends on that is not special.
 static int schema_left(Schema *s, int id) {
     SchemaNode n = s->nodes[id];
     int rest = n.op == KEY ? schema_cat(s, n.a, schema_chars(s, QUOTE, QUOTE)) : n.a;
@@ -4678,12 +4681,12 @@ static const uint8_t *schema_mask(SchemaText *x, const Tokenizer *t) {
     int left = x->string && !x->c.stage ? schema_left(s, x->state) : 0;
     int *masked = &s->masked[left % MASKS];
     uint8_t *forbidden = s->forbidden + (size_t)(left % MASKS) * (size_t)vocab;
-    bool kept = left && *masked == left;  // what it forbids, but for tokens with a quote
+    bool kept = left && *masked == left;  // what it forbids, but for the special tokens
     x->brief = true;
     s->path[0] = *x;
     for (int id = 0; id < vocab && !kept; id++)
         forbidden[id] = !(is_stop(t, id) && schema_complete(x));
-    const SchemaByte *b = s->tree, *behind = b + s->n_quoted, *end = b + s->n_tree;
+    const SchemaByte *b = s->tree, *behind = b + s->n_special, *end = b + s->n_tree;
     for (; b < (kept ? behind : end); b++) {
         if (b->token >= 0) forbidden[b->token] = true;
         if (b->depth > known) continue;  // a byte before it cannot come
