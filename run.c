@@ -6700,7 +6700,15 @@ static const struct Option {
     {"    --completion SHELL", TO(completion), 1, 0, ALL, "completions for bash, zsh or fish"},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
-#define usage_error(format, ...) (tell(format "; see ./run --help", ##__VA_ARGS__), exit(2))
+static __attribute__((noreturn, format(printf, 1, 2))) void usage_error(const char *format, ...) {
+    char line[2 * PATH_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    tell("%s; see ./run --help", line);
+    exit(2);
+}
 
 // Sets an option to the value s (NULL: there is none); `a` is how it was given.
 static void option_set(Options *o, const struct Option *option, const char *a, const char *s) {
