@@ -3898,8 +3898,8 @@ static void test_masks(void) {
         "{\"type\": \"string\", \"pattern\": \"^a[a-f,]{2,40}\u00e9{0,20}.{12}$\"}",
         "{\"type\": \"string\", \"pattern\": \"^[^b]*$\", \"maxLength\": 40}",
         "{\"type\": \"string\", \"pattern\": \"^[a\u00e9][ab,]+$\", \"minLength\": 9}",
-        "{\"anyOf\": [{\"items\": [{\"enum\": [\"aaab\"]}, false], \"minItems\": 2, "
-        "\"type\": \"array\"}, {\"items\": {\"pattern\": \"^b\"}, \"type\": \"array\"}]}",
+        ("{\"anyOf\": [{\"items\": [{\"enum\": [\"aaab\"]}, false], \"minItems\": 2, "
+        "\"type\": \"array\"}, {\"items\": {\"pattern\": \"^b\"}, \"type\": \"array\"}]}"),
         "{\"additionalProperties\": {\"enum\": [\"aaaaaaaaab\", [1, 23], \"ab,ac\"]}}"};
     static const char *const texts[] = {"ab", "aaaa", "aaaaaaaa", "a\"", "\",", "\": ", ", \"",
         "\xc3\xa9", "a\xc3", "\xa9\xc3", "\\u", "\\n\\", "00e", "[1", "1, 2", "}", "{\"", "ab",
